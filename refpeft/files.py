@@ -1,0 +1,219 @@
+"""Files written whole or not at all, and safetensors and JSON files of others read without trusting them."""
+
+import json
+import math
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from refpeft.errors import RefpeftError
+
+# The names that the safetensors format gives to what NumPy can hold.
+_DTYPES = {
+    "BOOL": np.dtype(np.bool_),
+    "U8": np.dtype(np.uint8),
+    "I8": np.dtype(np.int8),
+    "U16": np.dtype(np.uint16),
+    "I16": np.dtype(np.int16),
+    "U32": np.dtype(np.uint32),
+    "I32": np.dtype(np.int32),
+    "U64": np.dtype(np.uint64),
+    "I64": np.dtype(np.int64),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F32": np.dtype(np.float32),
+    "F64": np.dtype(np.float64),
+}
+_MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
+
+
+# Writing --------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def atomic_write(path: str | Path) -> Iterator[Path]:
+    """A temporary path beside `path`, for the body to write; it takes the name `path` once it is safely on the disk.
+
+    A reader, or a run after a kill at any moment, sees the old file or the whole new one. If the body fails, nothing
+    stays.
+    """
+    path = Path(path)
+    temporary = _sibling(path)
+    try:
+        yield temporary
+        _fsync(temporary)
+        os.replace(temporary, path)
+        _fsync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write `text` as UTF-8, atomically."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+
+
+def write_json(path: str | Path, value) -> None:
+    """Write `value` as indented JSON, atomically. NaN and infinity are a ValueError: JSON has no such numbers."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_safetensors(path: str | Path, tensors: dict[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
+    """Write arrays (NumPy's dtypes and ml_dtypes.bfloat16) as a safetensors file, atomically."""
+    from safetensors.numpy import save_file
+
+    for name, array in tensors.items():
+        if array.dtype not in _DTYPES.values():
+            raise RefpeftError(
+                f"{path}: tensor {name!r} has dtype {array.dtype}, which refpeft does not write; "
+                "convert it to float32, float16 or bfloat16"
+            )
+    # The library takes the bytes as they lie in memory. (np.ascontiguousarray would make a scalar one-dimensional.)
+    contiguous = {name: np.asarray(array, order="C") for name, array in tensors.items()}
+    with atomic_write(path) as temporary:
+        save_file(contiguous, temporary, metadata=metadata)
+
+
+@contextmanager
+def replace_directory(path: str | Path) -> Iterator[Path]:
+    """An empty directory beside `path`, for the body to fill; it takes the name `path` once it is safely on the disk.
+
+    If the body fails, it is removed and an earlier `path` stays. No system call swaps two directories everywhere, so an
+    earlier `path` is renamed out of the way first: a kill between the two renames leaves both directories whole, under
+    hidden names.
+    """
+    path = Path(path)
+    temporary, old = _sibling(path), _sibling(path)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for folder, _, names in os.walk(temporary):
+            for name in names:
+                _fsync(Path(folder, name))
+            _fsync(Path(folder))
+        if path.exists():
+            os.rename(path, old)
+        os.rename(temporary, path)
+        _fsync(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _sibling(path: Path) -> Path:
+    """A hidden name that nothing has yet, in the same directory, so that a rename stays within one file system."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# Reading --------------------------------------------------------------------------------------------------------------
+
+
+def read_json(path: str | Path) -> dict:
+    """The JSON object in a file. RefpeftError if there is no such file or it holds anything else."""
+    try:
+        value = json.loads(Path(path).read_bytes())
+    except OSError as error:
+        raise RefpeftError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise RefpeftError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise RefpeftError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def read_safetensors(path: str | Path) -> dict[str, np.ndarray]:
+    """The tensors of a safetensors file by name: read-only arrays mapped from the file, read from disk only when used.
+
+    Raises RefpeftError, naming the file (and the tensor where one is at fault), for a file that is truncated, corrupt,
+    overlapping or of a dtype that NumPy and ml_dtypes lack. Nothing is allocated on the word of the file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        header, start, size = _read_header(Path(path))
+        for name, entry in header.items():
+            _check_entry(path, name, entry, size - start)
+        with safe_open(path, framework="numpy"):
+            pass  # opening checks the rest: no holes, no overlaps, no bytes left over
+    except SafetensorError as error:
+        raise RefpeftError(f"{path}: not a valid safetensors file: {error}; download or copy it again") from None
+    except OSError as error:
+        raise RefpeftError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+    data = np.asarray(np.memmap(path, dtype=np.uint8, mode="r", offset=0))
+    tensors = {}
+    for name, entry in header.items():
+        begin, end = entry["data_offsets"]
+        tensors[name] = data[start + begin : start + end].view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
+    return tensors
+
+
+def _read_header(path: Path) -> tuple[dict[str, dict], int, int]:
+    """The header without its metadata, the offset of the data, the size of the file."""
+    corrupt = f"{path}: not a valid safetensors file: "
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(_MAX_HEADER, size - 8):
+            found = f"its header should have {length} bytes, the file has {size}"
+            raise RefpeftError(f"{corrupt}{found}; download or copy it again")
+        text = file.read(length)
+    try:
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=_refuse_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise RefpeftError(f"{corrupt}its header is not JSON: {error}; download or copy it again") from None
+    if not isinstance(header, dict):
+        raise RefpeftError(f"{corrupt}its header is a JSON {type(header).__name__}, expected an object")
+    header.pop("__metadata__", None)
+    return header, 8 + length, size
+
+
+def _refuse_duplicates(pairs: list[tuple]) -> dict:
+    """A JSON object in which no key stands twice (two parsers may pick different ones)."""
+    names = dict(pairs)
+    if len(names) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} stands there twice")
+    return names
+
+
+def _check_entry(path: str | Path, name: str, entry, available: int) -> None:
+    """Raise if one tensor's dtype, shape and place in the file do not fit together."""
+    where = f"{path}: tensor {name!r}"
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise RefpeftError(f"{where}: expected an entry with dtype, shape and data_offsets; the file is corrupt")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        raise RefpeftError(
+            f"{where} has dtype {dtype!r}; refpeft reads {', '.join(_DTYPES)}; convert it to one of them"
+        )
+    if not _whole_numbers(shape) or not _whole_numbers(offsets) or len(offsets) != 2:
+        raise RefpeftError(f"{where}: shape and data_offsets must be lists of whole numbers; the file is corrupt")
+    # NumPy's limits hold for empty arrays too; checked first, because the product of a million huge numbers is slow.
+    if len(shape) > 64 or math.prod(max(side, 1) for side in shape) > 2**59:
+        raise RefpeftError(f"{where}: its shape is too big for any array; the file is corrupt")
+    begin, end = offsets
+    needed = math.prod(shape) * _DTYPES[dtype].itemsize
+    if end - begin != needed:
+        raise RefpeftError(f"{where} needs {needed} bytes by its shape, not {end - begin}; the file is corrupt")
+    if end > available:
+        raise RefpeftError(f"{where} ends at byte {end}, the file holds {available}; download or copy it again")
+
+
+def _whole_numbers(value) -> bool:
+    return isinstance(value, list) and all(type(number) is int and 0 <= number < 2**63 for number in value)
