@@ -1,0 +1,65 @@
+"""NumPy or CuPy: which module owns an array, and moving arrays between host and device."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from types import ModuleType
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from .errors import RefpeftError
+
+Array = Any  # numpy.ndarray or cupy.ndarray
+
+bfloat16 = np.dtype(ml_dtypes.bfloat16)
+COMPUTE_DTYPES = {"float32": np.dtype("f4"), "bfloat16": np.dtype("f4"), "float64": np.dtype("f8")}
+"""What is computed in for each `--dtype`; bfloat16 is a way to store frozen weights (see quant.Dense)."""
+
+
+def xp_of(array: Array) -> ModuleType:
+    """The array module, numpy or cupy, that owns `array`."""
+    cupy = sys.modules.get("cupy")  # an array cannot be CuPy's before CuPy has been imported
+    return np if cupy is None else cupy.get_array_module(array)
+
+
+@functools.cache
+def module(device: str) -> ModuleType:
+    """numpy for "cpu", cupy for "cuda". Raises RefpeftError where there is no usable device."""
+    if device == "cpu":
+        return np
+    if device != "cuda":
+        raise RefpeftError(f"device is {device!r}: expected 'cpu' or 'cuda'")
+    try:
+        import cupy
+    except ImportError:
+        raise RefpeftError(
+            "device 'cuda' needs CuPy, which is not installed: pip install 'refpeft[cuda13]' (or [cuda12], "
+            "by the CUDA version that nvidia-smi shows)"
+        ) from None
+    try:
+        found = cupy.cuda.runtime.getDeviceCount()
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        raise RefpeftError(f"device 'cuda' cannot be used: {error}; use --device cpu") from None
+    if not found:
+        raise RefpeftError("device 'cuda' was asked for, but no GPU was found; use --device cpu")
+    return cupy
+
+
+def to_host(array: Array) -> np.ndarray:
+    """`array` as a NumPy array (itself where it is one)."""
+    return array if isinstance(array, np.ndarray) else xp_of(array).asnumpy(array)
+
+
+def cast(array: Array, dtype: np.dtype) -> Array:
+    """`array` in `dtype`, itself where it has that dtype already."""
+    if array.dtype == dtype:
+        return array
+    if array.dtype == bfloat16 and dtype == np.float32 and isinstance(array, np.ndarray):
+        # bfloat16 is the upper half of float32, and shifting is several times faster than NumPy's cast
+        wide = array.view("u2").astype("u4")
+        wide <<= 16
+        return wide.view("f4")
+    return array.astype(dtype)

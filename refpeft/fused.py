@@ -1,0 +1,366 @@
+"""The operations that models are made of, each one pair with a hand-written backward.
+
+Frozen weights come in as callables, `weight() -> array (out, in)`, which are asked again in the backward pass: a
+quantized weight is dequantized twice and never kept on the tape.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from .backend import Array, xp_of
+from .ops import logistic
+from .rng import Stream
+from .special import erf
+from .tensor import op
+
+QUERY_BLOCK = 256
+"""Queries that attention treats at once: what it holds beside its inputs is (batch, heads, QUERY_BLOCK, keys)."""
+
+LOGITS_AT_ONCE = 2**22
+"""How many logits the fused cross-entropy holds at once: 16 MiB of float32."""
+
+
+# ---- linear --------------------------------------------------------------------------------------------------------
+
+
+@op
+def frozen_linear(needs, x, bias=None, *, weight):
+    """x @ weight().T + bias: x (..., in), weight() (out, in), bias (out,) or None. Keeps nothing of `x`."""
+    y = x @ weight().T
+    if bias is not None:
+        y += bias
+    return y, (weight if needs[0] else None, needs)
+
+
+@frozen_linear.backward
+def _(g, weight, needs):
+    dx = None
+    if weight is not None:
+        dense = weight()
+        dx = (g.reshape(-1, g.shape[-1]) @ dense).reshape(*g.shape[:-1], dense.shape[1])
+    bias = len(needs) > 1 and needs[1]
+    return (dx, g.reshape(-1, g.shape[-1]).sum(axis=0) if bias else None)[: len(needs)]
+
+
+@op
+def addmm(needs, y, u, B, *, alpha):
+    """y + alpha u @ B.T: y (..., out), u (..., r), B (out, r). What a low-rank method adds to a frozen layer."""
+    alpha = y.dtype.type(alpha)
+    delta = u @ B.T
+    delta *= alpha
+    delta += y
+    return delta, (alpha, B if needs[1] else None, u if needs[2] else None, needs[0])
+
+
+@addmm.backward
+def _(g, alpha, B, u, y_needed):
+    rows = g.reshape(-1, g.shape[-1])
+    du = None if B is None else (rows @ (alpha * B)).reshape(*g.shape[:-1], B.shape[1])
+    dB = None if u is None else alpha * (rows.T @ u.reshape(-1, u.shape[-1]))
+    return g if y_needed else None, du, dB
+
+
+@op
+def embedding(needs, table, *, ids):
+    """table[ids]: table (vocab, dim), ids integers of any shape. Gives (*ids.shape, dim)."""
+    return table[ids], (ids, table.shape)
+
+
+@embedding.backward
+def _(g, ids, shape):
+    xp = xp_of(g)
+    dt = xp.zeros(shape, g.dtype)
+    xp.add.at(dt, ids, g)
+    return (dt,)
+
+
+# ---- norms and activations -----------------------------------------------------------------------------------------
+
+
+@op
+def rms_norm(needs, x, w, *, eps):
+    """x / sqrt(mean(x^2) + eps) * w over the last axis (Zhang & Sennrich, 2019, arXiv:1910.07467)."""
+    r = 1 / xp_of(x).sqrt((x * x).mean(axis=-1, keepdims=True) + x.dtype.type(eps))
+    n = x * r
+    return n * w, (n, r if needs[0] else None, w if needs[0] else None, needs[1])
+
+
+@rms_norm.backward
+def _(g, n, r, w, w_needed):
+    dw = (g * n).reshape(-1, n.shape[-1]).sum(axis=0) if w_needed else None
+    if r is None:
+        return None, dw
+    gw = g * w
+    return r * (gw - n * (gw * n).mean(axis=-1, keepdims=True)), dw
+
+
+@op
+def layer_norm(needs, x, w, b, *, eps):
+    """(x - mean) / sqrt(var + eps) * w + b over the last axis (Ba et al., 2016, arXiv:1607.06450)."""
+    n = x - x.mean(axis=-1, keepdims=True)
+    r = 1 / xp_of(x).sqrt((n * n).mean(axis=-1, keepdims=True) + x.dtype.type(eps))
+    n *= r
+    return n * w + b, (n if needs[0] or needs[1] else None, r if needs[0] else None, w if needs[0] else None, needs)
+
+
+@layer_norm.backward
+def _(g, n, r, w, needs):
+    rows = g.reshape(-1, g.shape[-1])
+    dw = (g * n).reshape(rows.shape).sum(axis=0) if needs[1] else None
+    db = rows.sum(axis=0) if needs[2] else None
+    if not needs[0]:
+        return None, dw, db
+    gw = g * w
+    return r * (gw - gw.mean(axis=-1, keepdims=True) - n * (gw * n).mean(axis=-1, keepdims=True)), dw, db
+
+
+@op
+def silu_mul(needs, gate, up):
+    """gate sigmoid(gate) up: the gated unit of Llama's MLP (Shazeer, 2020, arXiv:2002.05202, SwiGLU)."""
+    return gate * logistic(gate) * up, (gate, up if needs[0] else None, needs[1])
+
+
+@silu_mul.backward
+def _(g, gate, up, up_needed):
+    s = logistic(gate)
+    dgate = None if up is None else g * up * s * (1 + gate * (1 - s))
+    return dgate, g * gate * s if up_needed else None
+
+
+@op
+def gelu(needs, x, *, approximate):
+    """x Phi(x) (Hendrycks & Gimpel, 2016, arXiv:1606.08415), exact, or with the paper's tanh if `approximate`.
+
+    The derivative is kept in place of x: as many bytes, and nothing to compute again.
+    """
+    xp, real = xp_of(x), x.dtype.type
+    if approximate:
+        c, k = real(math.sqrt(2 / math.pi)), real(0.044715)
+        square = x * x
+        phi = logistic(2 * c * x * (1 + k * square))
+        slope = phi + x * phi * (1 - phi) * 2 * c * (1 + 3 * k * square) if needs[0] else None
+    else:
+        phi = (1 + erf(x * real(math.sqrt(0.5)))) * real(0.5)
+        slope = phi + x * xp.exp(x * x * real(-0.5)) * real(1 / math.sqrt(2 * math.pi)) if needs[0] else None
+    return x * phi, (slope,)
+
+
+@gelu.backward
+def _(g, slope):
+    return (g * slope,)
+
+
+@op
+def dropout(needs, x, *, rate, stream: Stream):
+    """x with each element zero with probability `rate`, the others divided by 1 - rate.
+
+    Element i of x in row-major order is kept where word i of `stream` is at least rate 2^32.
+    """
+    keep = (stream.bits(x.size) >= np.uint32(min(round(rate * 2**32), 2**32 - 1))).reshape(x.shape)
+    scale = x.dtype.type(1 / (1 - rate))
+    return x * keep * scale, (keep if needs[0] else None, scale)
+
+
+@dropout.backward
+def _(g, keep, scale):
+    return (g * keep * scale,)
+
+
+# ---- attention -----------------------------------------------------------------------------------------------------
+
+
+@op
+def rope(needs, x, *, cos, sin):
+    """Rotary position embedding (Su et al., 2021, arXiv:2104.09864), in Hugging Face's layout: pairs (j, j + dim/2).
+
+    x (batch, heads, time, dim); cos and sin (batch or 1, 1, time, dim / 2).
+    """
+    return _rotate(x, cos, sin), (cos, sin)
+
+
+@rope.backward
+def _(g, cos, sin):
+    return (_rotate(g, cos, -sin),)
+
+
+def _rotate(x: Array, cos: Array, sin: Array) -> Array:
+    half = x.shape[-1] // 2
+    a, b = x[..., :half], x[..., half:]
+    y = xp_of(x).empty(x.shape, x.dtype)
+    y[..., :half] = a * cos - b * sin
+    y[..., half:] = b * cos + a * sin
+    return y
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Which keys a query may see.
+
+    The last `keys` keys are the row's tokens, and queries are right-aligned with them. Keys before these are the
+    adapters' (a prefix, or the keys of virtual tokens): every later query sees them, whatever its document.
+    """
+
+    keys: int
+    window: int | None = None
+    """How many tokens back a query sees, itself included; None: all."""
+    segments: Array | None = None
+    """(batch, keys) integers: a token sees tokens of its own number only (packed documents; -1 for padding)."""
+
+    def bias(self, start: int, stop: int, queries: int, keys: int, like: Array) -> Array | None:
+        """What to add to the scores of queries start..stop with the first `keys` keys: 0 or -inf, or None for nothing.
+
+        `queries` is how many there are in all. The result has the dtype of `like` and shape (batch or 1, stop - start, keys).
+        """
+        xp, total = xp_of(like), keys + (queries - stop)
+        extra = total - self.keys  # adapters' keys
+        row = xp.arange(start, stop)[:, None] + (total - queries)
+        column = xp.arange(keys)[None, :]
+        if self.window is None and self.segments is None and start + 1 == stop and queries == 1:
+            return None
+        seen = column <= row
+        own = column < extra
+        if self.window is not None:
+            seen &= (row - column < self.window) | own
+        seen = seen[None]
+        if self.segments is not None:
+            # virtual tokens are queries too; what number they get is of no matter, since they see none but `own` keys
+            tokens = xp.pad(self.segments, ((0, 0), (extra, 0)))
+            same = tokens[:, start + total - queries : stop + total - queries, None] == tokens[:, None, :keys]
+            seen = seen & (same | own)
+        return xp.where(seen, like.dtype.type(0), like.dtype.type(-np.inf))
+
+
+@op
+def attention(needs, q, k, v, *, mask: Mask, scale=None):
+    """softmax(scale q k^T + mask) v: q (batch, heads, queries, dim), k and v (batch, kv_heads, keys, dim).
+
+    heads is a multiple of kv_heads; scale is dim**-0.5 where it is None. Causal, with queries right-aligned to the keys.
+    Blocked over queries: backward keeps the output and one number a row, nothing of size queries x keys
+    (Dao et al., 2022, arXiv:2205.14135; blocks over queries need no rescaling, and skip the keys that are still to come).
+    """
+    if q.shape[1] % k.shape[1]:
+        raise ValueError("the number of heads is not a multiple of the number of key heads")
+    xp = xp_of(q)
+    scale = q.dtype.type(q.shape[-1] ** -0.5 if scale is None else scale)
+    y = xp.empty(q.shape[:-1] + v.shape[-1:], q.dtype)
+    lse = xp.empty(q.shape[:-1], q.dtype)  # log of the sum of exponentials, a row
+    for block, hi, s in _score_blocks(q, k, mask, scale):
+        top = s.max(axis=-1, keepdims=True)
+        s = xp.exp(s - top)
+        total = s.sum(axis=-1, keepdims=True)
+        y[:, :, block] = _ungroup(s @ v[:, :, :hi] / total, q.shape[1])
+        lse[:, :, block] = _ungroup(top + xp.log(total), q.shape[1])[..., 0]
+    return y, (needs, q, k, v, y, lse, mask, scale)
+
+
+@attention.backward
+def _(g, needs, q, k, v, y, lse, mask, scale):
+    xp, kv = xp_of(q), k.shape[1]
+    dq, dk, dv = (xp.zeros(a.shape, a.dtype) if need else None for a, need in zip((q, k, v), needs, strict=True))
+    delta = (g * y).sum(axis=-1, keepdims=True)
+    for block, hi, s in _score_blocks(q, k, mask, scale):
+        p = xp.exp(s - _group(lse[:, :, block, None], kv))
+        gb = _group(g[:, :, block], kv)
+        if dv is not None:
+            dv[:, :, :hi] += p.swapaxes(-1, -2) @ gb
+        if dq is None and dk is None:
+            continue
+        ds = p * (gb @ v[:, :, :hi].swapaxes(-1, -2) - _group(delta[:, :, block], kv)) * scale
+        if dq is not None:
+            dq[:, :, block] = _ungroup(ds @ k[:, :, :hi], q.shape[1])
+        if dk is not None:
+            dk[:, :, :hi] += ds.swapaxes(-1, -2) @ _group(q[:, :, block], kv)
+    return dq, dk, dv
+
+
+def _score_blocks(q: Array, k: Array, mask: Mask, scale: np.generic):
+    """Yields (slice of queries, number of keys they can reach, scores (batch, kv_heads, group * queries, keys))."""
+    queries, kv = q.shape[2], k.shape[1]
+    for start in range(0, queries, QUERY_BLOCK):
+        stop = min(start + QUERY_BLOCK, queries)
+        hi = k.shape[2] - (queries - stop)
+        s = _group(q[:, :, start:stop], kv) @ k[:, :, :hi].swapaxes(-1, -2)
+        s *= scale
+        bias = mask.bias(start, stop, queries, hi, q)
+        if bias is not None:
+            grouped = s.reshape(q.shape[0], kv, -1, stop - start, hi)
+            grouped += bias[:, None, None]
+        yield slice(start, stop), hi, s
+
+
+def _group(a: Array, kv_heads: int) -> Array:
+    """(batch, heads, n, d) as (batch, kv_heads, heads / kv_heads * n, d): the heads of one key head side by side."""
+    return a.reshape(a.shape[0], kv_heads, -1, a.shape[-1])
+
+
+def _ungroup(a: Array, heads: int) -> Array:
+    return a.reshape(a.shape[0], heads, -1, a.shape[-1])
+
+
+# ---- losses --------------------------------------------------------------------------------------------------------
+
+
+@op
+def cross_entropy(needs, logits, *, targets, denominator):
+    """The sum of -log softmax(logits)[target] over rows with a target of at least 0, divided by `denominator`.
+
+    logits (n, vocab), targets (n,) integers.
+    """
+    xp = xp_of(logits)
+    losses, slope = _row_losses(logits, targets, needs[0])
+    scale = logits.dtype.type(1) / xp.asarray(denominator, logits.dtype)
+    return losses.sum() * scale, (slope, scale)
+
+
+@cross_entropy.backward
+def _(g, slope, scale):
+    return (slope * (g * scale),)
+
+
+def _row_losses(logits: Array, targets: Array, slope_wanted: bool) -> tuple[Array, Array | None]:
+    """-log p of each row's target (0 where the target is negative), and its derivative by the logits."""
+    xp = xp_of(logits)
+    kept = targets >= 0
+    index = xp.where(kept, targets, 0)[:, None]
+    z = logits - logits.max(axis=-1, keepdims=True)
+    at_target = xp.take_along_axis(z, index, axis=-1)[:, 0]
+    xp.exp(z, out=z)
+    total = z.sum(axis=-1, keepdims=True)
+    losses = (xp.log(total[:, 0]) - at_target) * kept
+    if not slope_wanted:
+        return losses, None
+    z /= total
+    picked = xp.take_along_axis(z, index, axis=-1)
+    xp.put_along_axis(z, index, picked - 1, axis=-1)
+    z *= kept[:, None]
+    return losses, z
+
+
+@op
+def linear_cross_entropy(needs, hidden, *, weight, targets, denominator):
+    """cross_entropy(hidden @ weight().T) for a frozen head, in chunks of rows: logits never exist as a whole.
+
+    hidden (n, dim), weight() (vocab, dim), targets (n,). The gradient of `hidden` is made with the loss and kept in its
+    place, so that no logit is computed twice.
+    """
+    xp, dense = xp_of(hidden), weight()
+    rows = max(1, LOGITS_AT_ONCE // dense.shape[0])
+    loss = xp.zeros((), hidden.dtype)
+    dx = xp.empty(hidden.shape, hidden.dtype) if needs[0] else None
+    for at in range(0, hidden.shape[0], rows):
+        part = slice(at, at + rows)
+        losses, slope = _row_losses(hidden[part] @ dense.T, targets[part], needs[0])
+        loss += losses.sum()
+        if dx is not None:
+            xp.matmul(slope, dense, out=dx[part])
+    scale = hidden.dtype.type(1) / xp.asarray(denominator, hidden.dtype)
+    return loss * scale, (dx, scale)
+
+
+@linear_cross_entropy.backward
+def _(g, dx, scale):
+    return (dx * (g * scale),)
