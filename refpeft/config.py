@@ -1,0 +1,420 @@
+"""The configuration of a run: one TOML file, flags above it, `--set key=value` above those.
+
+`resolve` checks everything at once and raises one RefpeftError with a line for every mistake, each with the place that
+it came from. Every value remembers its origin (`run.toml:7`, `--lr`, `--set lora.r`), which the plan shows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import re
+import tomllib
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+
+from refpeft import manager, toml
+from refpeft.errors import RefpeftError, nearest
+
+EMBEDDED = "embedded"  # as a model or as a data file: what ships in the package
+_STRICT = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Data(BaseModel):
+    """[data]: what is read and how rows become tokens."""
+
+    model_config = _STRICT
+
+    file: str | None = None  # JSONL, JSON, CSV or TSV
+    eval_file: str | None = None  # held-out rows
+    eval_share: Share = 0.0  # held-out share of `file` where there is no eval_file
+    format: Literal["auto", "messages", "conversations", "instruction", "prompt", "text"] = "auto"
+    length: Count | None = None  # tokens of a row; none: 1024, or the model's limit where that is less
+    overlong: Literal["error", "drop", "truncate", "split"] = "error"
+    pack: bool = False
+    supervise: Literal["response", "all"] = "response"
+
+
+class Train(BaseModel):
+    """[train]: how it is trained. `steps` wins over `epochs` where it is given."""
+
+    model_config = _STRICT
+
+    epochs: Annotated[float, Field(gt=0)] = 1.0
+    steps: Count | None = None
+    lr: Annotated[float, Field(gt=0)] = 2e-4
+    batch: Count = 8  # rows of an optimizer step
+    micro_batch: Count | None = None  # rows computed at a time; none: the whole batch
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    clip: Annotated[float, Field(ge=0)] = 1.0  # largest gradient norm; 0: no clipping
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup: Annotated[int, Field(ge=0)] | Share = 0.03  # steps, or a share of all steps
+    checkpoint_activations: bool = False
+    eval_every: Count | None = None  # steps; none: only before and after
+    save_every: Count | None = None  # steps; none: only at the end and on Ctrl-C
+    keep: Count = 2  # checkpoints kept
+    best: bool = False  # the adapter of the best evaluation is the one written
+    early_stop: Count | None = None  # evaluations in a row without a better loss
+    log_every: Count = 10
+
+
+class RunConfig(BaseModel):
+    """The top level of run.toml. Tables named after a method or the quantizer hold that plugin's own options."""
+
+    model_config = _STRICT
+
+    model: str = EMBEDDED  # a directory, a GGUF file or a hub id
+    method: str | list[str] = "lora"
+    quantizer: str | None = None
+    out: str | None = None  # the run directory; none: runs/<model>-<method>
+    device: Literal["cpu", "cuda"] = "cpu"
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    data: Data = Data()
+    train: Train = Train()
+
+    @property
+    def methods(self) -> list[str]:
+        return [self.method] if isinstance(self.method, str) else self.method
+
+
+@dataclasses.dataclass(frozen=True)
+class Value:
+    """One given value and where it came from: "run.toml:7" (its line is 7), "--lr", "--set lora.r"."""
+
+    value: Any
+    origin: str
+    line: int = 0
+
+
+class Problems:
+    """Every mistake found so far; `finish` raises them together: the file's first, by line, then those of flags."""
+
+    def __init__(self) -> None:
+        self._found: list[tuple[float, str]] = []
+
+    def add(self, where: Value | None, message: str) -> None:
+        line = where.line if where and where.line else math.inf
+        self._found.append((line, f"{where.origin}: {message}" if where and where.origin else message))
+
+    def finish(self) -> None:
+        if self._found:
+            raise RefpeftError("\n".join(message for _, message in sorted(self._found, key=lambda found: found[0])))
+
+
+Layer = dict[str, Value]  # by key: "lr" of the top level, or "train.lr"
+
+
+@dataclasses.dataclass(frozen=True)
+class Resolved:
+    """A checked configuration: `options` holds each chosen plugin's Config by name, `origins` where a key was given."""
+
+    run: RunConfig
+    options: dict[str, Any]
+    origins: dict[str, str]
+
+    def values(self) -> dict[str, Any]:
+        """Every value by key, defaults included, in the order of run.toml."""
+        tables = {"data": self.run.data, "train": self.run.train}
+        found = {name: getattr(self.run, name) for name in RunConfig.model_fields if name not in tables}
+        for table, model in tables.items():
+            found |= {f"{table}.{name}": getattr(model, name) for name in type(model).model_fields}
+        for table, options in self.options.items():
+            found |= {f"{table}.{field.name}": getattr(options, field.name) for field in dataclasses.fields(options)}
+        return found
+
+
+def resolve(
+    file: str | Path | None = None, flags: Iterable[tuple[str, str, Any]] = (), sets: Iterable[str] = ()
+) -> Resolved:
+    """The configuration of a run. `flags` are (flag, key, value); `sets` are "key=value", a value TOML or a bare word.
+
+    Raises RefpeftError with one line for every mistake."""
+    problems = Problems()
+    base = _read_file(file) if file else {}
+    above = {key: Value(value, flag) for flag, key, value in flags} | _read_sets(sets, problems)
+    given = base | above
+    chosen = _plugins(given, problems)
+    unused = set(_names(base)) - set(chosen)  # the file's own plugins, which a flag replaced: their tables stay unread
+    given = {key: value for key, value in given.items() if key not in base or key.partition(".")[0] not in unused}
+
+    tables = _tables(given, chosen, problems)
+    run = _validate(RunConfig, tables[""] | {name: tables[name] for name in ("data", "train")}, "", given, problems)
+    options = {name: _options(name, plugin, tables[name], given, problems) for name, plugin in chosen.items()}
+    if run:
+        _cross_checks(run, given, problems)
+    problems.finish()
+    return Resolved(run, options, {key: value.origin for key, value in given.items()})
+
+
+def plugin_options(plugin: ModuleType, values: Mapping[str, Any]) -> Any:
+    """The plugin's Config with `values`, checked as in a run; one RefpeftError names every mistake."""
+    problems = Problems()
+    name = plugin.__name__.rpartition(".")[2]
+    given = {f"{name}.{key}": Value(value, "") for key, value in values.items()}
+    options = _options(name, plugin, dict(values), given, problems)
+    problems.finish()
+    return options
+
+
+def to_toml(resolved: Resolved) -> str:
+    """The whole configuration, defaults included, as the text of a TOML file that gives it again."""
+    lines, table = [], ""
+    for key, value in resolved.values().items():
+        section, _, name = key.rpartition(".")
+        if section != table:
+            table = section
+            lines += ["", f"[{table}]"]
+        if value is not None:
+            lines.append(f"{name} = {toml.text(value)}")
+    return "\n".join(lines) + "\n"
+
+
+# ---- reading the layers ----
+
+
+def _read_file(file: str | Path) -> Layer:
+    """The values of a TOML file, with their lines."""
+    tree, lines = toml.read(file)
+    layer = {}
+    for name, value in tree.items():
+        is_table = isinstance(value, dict) and value
+        for key, inner in ((f"{name}.{k}", v) for k, v in value.items()) if is_table else [(name, value)]:
+            line = lines.get(key) or lines.get(name, 1)
+            layer[key] = Value(inner, f"{file}:{line}", line)
+    return layer
+
+
+def _read_sets(sets: Iterable[str], problems: Problems) -> Layer:
+    """The values of `--set key=value`."""
+    layer = {}
+    for text in sets:
+        key, equals, value = (part.strip() for part in text.partition("="))
+        if not equals or not re.fullmatch(r"[\w-]+(\.[\w-]+)?", key):
+            problems.add(None, f"--set {text}: expected key=value, such as train.lr=1e-3 or lora.r=16")
+            continue
+        try:
+            parsed = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            parsed = value  # a bare word
+        layer[key] = Value(parsed, f"--set {key}")
+    return layer
+
+
+# ---- checking ----
+
+
+def _names(layer: Layer) -> list[str]:
+    """The plugins that a layer chooses, in its own words: nothing is checked yet."""
+    method = layer["method"].value if "method" in layer else []
+    quantizer = layer["quantizer"].value if "quantizer" in layer else []
+    return [
+        name
+        for value in (method, quantizer)
+        for name in (value if isinstance(value, list) else [value])
+        if isinstance(name, str)
+    ]
+
+
+def _plugins(given: Layer, problems: Problems) -> dict[str, ModuleType]:
+    """The chosen plugins, imported, by name."""
+    chosen = {}
+    method = given.get("method", Value(RunConfig.model_fields["method"].default, ""))
+    quantizer = given.get("quantizer", Value([], ""))
+    for kind, given_names in (("method", method), ("quantizer", quantizer)):
+        for name in _names({kind: given_names}):
+            try:
+                if name in chosen:
+                    raise RefpeftError(f"{kind} {name!r} is named twice")
+                manager.path_of(name, kind)
+                chosen[name] = manager.load(name)
+            except RefpeftError as error:
+                problems.add(given_names, str(error))
+    return chosen
+
+
+def _tables(given: Layer, chosen: Mapping[str, Any], problems: Problems) -> dict[str, dict[str, Any]]:
+    """The given values by table ("" is the top level). A table that nothing reads is a mistake, once."""
+    tables: dict[str, dict[str, Any]] = {"": {}, "data": {}, "train": {}} | {name: {} for name in chosen}
+    reported = set()
+    for key, value in given.items():
+        table, dot, name = key.rpartition(".")
+        if not dot and isinstance(value.value, dict) and key not in RunConfig.model_fields:  # an empty table
+            table, name = key, ""
+        if table in tables:
+            if name:
+                tables[table][name] = value.value
+        elif table not in reported:
+            reported.add(table)
+            if table in manager.find():
+                why = f"plugin {table!r} is not chosen (this run has {', '.join(chosen) or 'none'})"
+            else:
+                why = f"unknown table [{table}]{nearest(table, [*tables, *manager.find()])}"
+            problems.add(value, why)
+    for name in ("data", "train"):
+        if name in tables[""]:
+            value = tables[""].pop(name)
+            if value != {}:
+                problems.add(given[name], f"{name} is {value!r}: expected a table [{name}]")
+    return tables
+
+
+def _validate(model: type[BaseModel], values: dict, table: str, given: Layer, problems: Problems) -> BaseModel | None:
+    """An instance of `model`, or None and a problem for every key that is wrong."""
+    try:
+        return model.model_validate_json(
+            json.dumps(values, default=str)
+        )  # JSON mode: a list is a tuple, an integer is a number
+    except ValidationError as error:
+        wrong: dict[str, list[Any]] = {}
+        for detail in error.errors(include_url=False):
+            depth = 2 if not table and detail["loc"][0] in ("data", "train") else 1
+            key = ".".join([*([table] if table else []), *map(str, detail["loc"][:depth])])
+            wrong.setdefault(key, []).append(detail)
+        for key, details in wrong.items():
+            where = given.get(key)
+            if details[0]["type"] == "extra_forbidden":
+                message = _unknown(key, model)
+            else:
+                expected = " or ".join(dict.fromkeys(_expected(detail) for detail in details))
+                message = f"{key} is {toml.text(where.value) if where else 'missing'}: expected {expected}"
+                if details[0]["type"] == "literal_error" and isinstance(where.value, str):
+                    message += nearest(where.value, re.findall(r"'([^']*)'", expected))
+            problems.add(where, message)
+        return None
+
+
+def _unknown(key: str, model: type[BaseModel]) -> str:
+    """The message for a key that its table does not have: the nearest name, or the table that has it."""
+    table, _, name = key.rpartition(".")
+    fields = model.model_fields
+    if table in ("data", "train"):
+        fields = {"data": Data, "train": Train}[table].model_fields
+    hint = nearest(name, fields)
+    if not hint:
+        homes = [f"[{other}]" for other, home in (("data", Data), ("train", Train)) if name in home.model_fields]
+        homes += ["the top level"] if name in RunConfig.model_fields else []
+        hint = (
+            f"; it belongs in {homes[0]}"
+            if homes
+            else f"; {f'[{table}]' if table else 'the top level'} has {', '.join(fields) or 'no options'}"
+        )
+    return f"unknown key {key!r}{hint}"
+
+
+_EXPECTED = {
+    "int_type": "an integer",
+    "int_from_float": "an integer",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "a string",
+    "list_type": "a list",
+    "tuple_type": "a list",
+    "finite_number": "a finite number",
+    "dict_type": "a table",
+    "none_required": "nothing",
+}
+_BOUNDS = {
+    "greater_than": "above {gt}",
+    "greater_than_equal": "at least {ge}",
+    "less_than": "below {lt}",
+    "less_than_equal": "at most {le}",
+}
+
+
+def _expected(detail: Any) -> str:
+    kind, context = detail["type"], detail.get("ctx", {})
+    if kind in _BOUNDS:
+        return "a value " + _BOUNDS[kind].format(**context)
+    message = detail["msg"]
+    return _EXPECTED.get(kind) or message.removeprefix("Input should be ")
+
+
+def _options(name: str, plugin: ModuleType, values: dict, given: Layer, problems: Problems) -> Any:
+    """The plugin's Config, or None and problems. A plugin without a Config has no options."""
+    config = getattr(plugin, "Config", None)
+    if config is None:
+        for key in values:
+            problems.add(given[f"{name}.{key}"], f"plugin {name!r} has no options: {key!r} is not one")
+        return None
+    checked = _validate(_model(config), values, name, given, problems)
+    if checked is None:
+        return None
+    try:
+        return config(**{field: getattr(checked, field) for field in checked.model_fields_set})
+    except ValueError as error:  # from __post_init__: options that do not go together
+        problems.add(next((given[f"{name}.{key}"] for key in values), None), f"[{name}]: {error}")
+        return None
+
+
+@functools.cache
+def _model(config: type) -> type[BaseModel]:
+    """A pydantic model with the fields of a plugin's dataclass: the plugin itself knows nothing of pydantic."""
+    hints = typing.get_type_hints(config, include_extras=True)
+    fields: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        if field.default_factory is not dataclasses.MISSING:
+            default = Field(default_factory=field.default_factory)
+        else:
+            default = ... if field.default is dataclasses.MISSING else field.default
+        fields[field.name] = (hints[field.name], default)
+    return create_model(config.__qualname__, __config__=_STRICT, **fields)
+
+
+def _cross_checks(run: RunConfig, given: Layer, problems: Problems) -> None:
+    """What no single value shows: files that are missing, options that exclude one another."""
+
+    def problem(key: str, message: str) -> None:
+        problems.add(given.get(key), message)
+
+    data, train = run.data, run.train
+    if not run.methods:
+        problem("method", "method is []: expected at least one name")
+    if run.model.startswith((".", "/", "~")) and not Path(run.model).expanduser().exists():
+        problem("model", f"model {run.model} does not exist")
+    for key, file in (("data.file", data.file), ("data.eval_file", data.eval_file)):
+        if file not in (None, EMBEDDED) and not Path(file).expanduser().is_file():
+            problem(key, f"{key} {file} is not a file")
+    if data.file is None and run.model != EMBEDDED:
+        problem("data.file", "there is no data: give --data FILE, or [data] file in the configuration")
+    if data.eval_file and data.eval_share:
+        problem(
+            "data.eval_share", "data.eval_share splits data.file, but data.eval_file is given too: keep one of them"
+        )
+    if train.micro_batch and train.batch % train.micro_batch:
+        problem(
+            "train.micro_batch",
+            f"train.micro_batch is {train.micro_batch}: it must divide train.batch, which is {train.batch}",
+        )
+    if isinstance(train.warmup, int) and train.steps and train.warmup > train.steps:
+        problem("train.warmup", f"train.warmup is {train.warmup} steps, more than the {train.steps} of train.steps")
+    held_out = data.eval_file or data.eval_share or (data.file in (None, EMBEDDED) and run.model == EMBEDDED)
+    for key, wanted in (("early_stop", train.early_stop), ("best", train.best)):
+        if wanted and not (held_out and train.eval_every):
+            problem(
+                f"train.{key}",
+                f"train.{key} needs held-out rows (data.eval_file or data.eval_share) and train.eval_every",
+            )
+    if run.out and (why := _unwritable(Path(run.out).expanduser())):
+        problem("out", f"out {run.out} cannot be written: {why}")
+
+
+def _unwritable(directory: Path) -> str:
+    """Why nothing can be written in a directory that may not exist yet; "" where it can."""
+    existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        return f"{existing} is a file"
+    return "" if os.access(existing, os.W_OK | os.X_OK) else f"no permission in {existing}"
