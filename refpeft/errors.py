@@ -10,5 +10,5 @@ class RefpeftError(ValueError):
 
 def nearest(word: str, names: Iterable[str]) -> str:
     """The end of an error message: "; did you mean 'lora'?", or "" where no name is close to `word`."""
-    close = difflib.get_close_matches(word.lower(), list(names), n=2, cutoff=0.6)
-    return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
+    close = difflib.get_close_matches(word.lower(), list(names), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else ""
