@@ -281,6 +281,7 @@ def test_token_ids_below_zero_mean_none():
         (config("llama", rope_scaling={"type": "linear"}), "key factor is missing"),
         (config("llama", rope_scaling={"type": "linear", "factor": 0}), "factor = 0"),
         (config("llama", rope_scaling={"type": "linear", "factor": 2.0, "alpha": 1}), "key 'alpha' = 1"),
+        (config("llama", rope_theta=1, rope_scaling={"type": "yarn", "factor": 2.0}), "must be greater than 1"),
         (config("llama", rope_scaling=[2]), "expected an object"),
         (config("llama", rope_scaling={"factor": 2.0}, rope_parameters={"rope_theta": 1.0}), "keep one"),
         (config("qwen3", rope_parameters={"full_attention": {"rope_theta": 1e4}}), "key 'full_attention'"),

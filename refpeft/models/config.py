@@ -406,6 +406,8 @@ def _rope(values: dict, context: int) -> RopeConfig:
     truncate = _flag(given, "truncate") if "truncate" in given else True
     numbers = {key: _positive(given, key) for key in required + optional if key in given and key != "truncate"}
     rope = RopeConfig(theta=theta, kind=kind, context=original, truncate=truncate, **({"factor": 1.0} | numbers))
+    if kind == "yarn" and theta <= 1:
+        raise RefpeftError(f"rope scaling yarn: rope_theta = {theta} must be greater than 1")
     if kind == "llama3" and rope.high_freq_factor <= rope.low_freq_factor:
         raise RefpeftError("rope scaling llama3: high_freq_factor must be greater than low_freq_factor")
     return rope
