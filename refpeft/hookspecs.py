@@ -1,0 +1,111 @@
+"""What a plugin may define. Reading this file is reading what refpeft takes a PEFT method, or a quantizer, to be.
+
+A plugin is one file: a docstring, a frozen dataclass `Config` with defaults, and any of these functions under `@hookimpl`.
+An implementation names only the arguments that it wants; what it does not name is not computed (`weight` of a quantized
+layer would be dequantized). Which hooks it has is what it can do: without `peft_merge`, `refpeft merge` refuses it by name.
+
+The arguments:
+    site    refpeft.sites.Site: .name, .kind, .shape, .roles, .tied
+    cfg     the plugin's Config
+    rng     refpeft.rng.Stream of this site: .uniform(low, high, shape), .standard_normal(shape), .permutation(n)
+    weight  the frozen dense array: linear (out, in), embedding (vocab, dim), norm (dim,)
+    bias    the frozen bias (out,), or None
+    x       Tensor (batch, time, in); ids: integer array (batch, time)
+    base    the layer below, to be called once: base(x). Keywords stand in for its frozen parts: base(x, bias=p.bias).
+            base.weight and base.bias are those parts as constants
+    p       the site's trained values by name: p.A
+    shared  the values of `peft_shared` by name
+    train   None outside of training; otherwise refpeft.sites.Train: .dropout(x, rate), .step
+"""
+
+from pluggy import HookimplMarker, HookspecMarker
+
+hookspec = HookspecMarker("refpeft")
+hookimpl = HookimplMarker("refpeft")
+
+# ---- a method: what it trains --------------------------------------------------------------------------------------
+
+
+@hookspec
+def peft_params(site, cfg, rng, weight, bias):
+    """First values of what is trained at `site`: {name: array}; None leaves the site alone.
+
+    In place of an array, the name of another parameter of this adapter ("model.embed_tokens.weight") makes the two one.
+    """
+
+
+@hookspec
+def peft_shared(sites, cfg, rng):
+    """Values that all sites of the adapter share: {name: array} is constant, {name: refpeft.tensor.parameter(array)} trained."""
+
+
+@hookspec
+def peft_positions(cfg):
+    """The position of the first real token, for methods that put keys before it without adding rows."""
+
+
+@hookspec
+def peft_companions(cfg):
+    """Other methods that this one brings along: {plugin name: targets}, such as biases or whole modules trained beside it."""
+
+
+# ---- a method: its forward pass, by kind of site ---------------------------------------------------------------------
+
+
+@hookspec
+def peft_linear(x, base, p, cfg, site, shared, train):
+    """At a linear layer: x (batch, time, in), gives (batch, time, out)."""
+
+
+@hookspec
+def peft_embedding(ids, base, p, cfg, site, shared, train):
+    """At the token embedding: ids (batch, time), gives (batch, time, dim). Extra leading rows are virtual tokens."""
+
+
+@hookspec
+def peft_norm(x, base, p, cfg, site, shared, train):
+    """At a LayerNorm or RMSNorm."""
+
+
+@hookspec
+def peft_attention(q, k, v, base, p, cfg, site, shared, train):
+    """At the attention of one layer, after rotary positions: (batch, heads, time, head_dim), k and v with kv_heads.
+
+    Extra leading keys are seen by every token.
+    """
+
+
+@hookspec
+def peft_block(x, base, p, cfg, site, shared, train):
+    """Around a sub-layer before its residual is added (`attn_out`, `mlp_out`), or a whole layer (`block_out`)."""
+
+
+# ---- a method: its results -------------------------------------------------------------------------------------------
+
+
+@hookspec
+def peft_merge(weight, bias, p, cfg, site, shared):
+    """The dense weight with the adapter folded in, or {"weight": ..., "bias": ...} where more than the weight changes."""
+
+
+@hookspec
+def peft_export(cfg, params, sites, model):
+    """PEFT's form: (adapter_config entries, {tensor name without the "base_model.model." prefix: array})."""
+
+
+@hookspec
+def peft_import(config, tensors, sites, model):
+    """The reverse of `peft_export`: (Config, {parameter name: array})."""
+
+
+# ---- a quantizer -----------------------------------------------------------------------------------------------------
+
+
+@hookspec
+def quant_pack(weight, cfg):
+    """Codes and constants of a dense array: {name: array}."""
+
+
+@hookspec
+def quant_unpack(parts, cfg, shape, dtype):
+    """The dense array again, from what `quant_pack` gave: the definition of the format."""

@@ -1,0 +1,224 @@
+"""What every model is: frozen weights, the sites where adapters act, a loss, and a cache for generation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from refpeft import fused, ops
+from refpeft.backend import Array, xp_of
+from refpeft.models.config import ModelConfig
+from refpeft.sites import Adapter, Mode, Site
+from refpeft.tensor import Tensor, checkpoint
+
+Frozen = Callable[[], Array]
+
+
+class Cache:
+    """Keys and values of the tokens so far, one pair a layer, for generation: (batch, kv_heads, time, head_dim)."""
+
+    def __init__(self, layers: int):
+        self.layers: list[tuple[Array, Array] | None] = [None] * layers
+        self.tokens = 0
+        """How many real tokens are in it; keys of virtual tokens are not counted."""
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """All keys and values of a layer, with these appended."""
+        before = self.layers[layer]
+        if before is not None:
+            xp = xp_of(k.data)
+            k, v = (Tensor(xp.concatenate((old, new.data), axis=2)) for old, new in zip(before, (k, v), strict=True))
+        self.layers[layer] = (k.data, v.data)
+        return k, v
+
+    def pick(self, rows: Array) -> None:
+        """Keeps these rows of the batch."""
+        self.layers = [pair and (pair[0][rows], pair[1][rows]) for pair in self.layers]
+
+
+class Model:
+    """A language model: `model(ids)` gives logits, `model.sites` are the places where adapters act.
+
+    `weights(name, linear, transposed)` gives the frozen weight of a checkpoint name as a callable (quant.Dense or
+    quant.Quantized): `linear` says that it may be quantized, `transposed` that the file has it as (in, out).
+    Subclasses build their sites in `__init__` and define `trunk` and `finish`.
+    """
+
+    head: Site
+    embed: Site
+
+    def __init__(self, config: ModelConfig, weights: Callable[..., Frozen], dtype: np.dtype, xp: ModuleType = np):
+        self.config, self.dtype, self.xp = config, np.dtype(dtype), xp
+        self.sites: dict[str, Site] = {}
+        self.frozen: dict[str, Frozen] = {}
+        """Checkpoint name -> frozen weight, each stored once."""
+        self.adapters: list[Adapter] = []
+        self.mode = Mode()
+        self.checkpointing = False
+        """Whether a layer's activations are computed again in the backward pass."""
+        self._weights = weights
+
+    # ---- building ----
+
+    def place(self, array: np.ndarray) -> Array:
+        """A host array in the compute dtype where this model computes."""
+        return self.xp.asarray(array.astype(self.dtype, copy=False))
+
+    def weight(self, name: str, linear: bool = False, transposed: bool = False) -> Frozen:
+        """The frozen weight of this checkpoint name, made once."""
+        if name not in self.frozen:
+            self.frozen[name] = self._weights(name, linear, transposed)
+        return self.frozen[name]
+
+    def _site(self, *args: Any, **keywords: Any) -> Site:
+        site = Site(*args, **keywords)
+        self.sites[site.name] = site
+        return site
+
+    def linear(self, name: str, *roles: str, bias: bool = False, transposed: bool = False, tied: str | None = None) -> Site:
+        """A linear site; `transposed` where the checkpoint has it as (in, out); `tied` shares another site's weight."""
+        weight = self.weight(f"{tied or name}.weight", linear="head" not in roles, transposed=transposed)
+
+        def base(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+            bias = site.bias if bias is None else bias
+            if weight is not None:
+                return ops.linear(x, weight, bias)
+            return fused.frozen_linear(x, bias, weight=site.weight)
+
+        frozen_bias = self.weight(f"{name}.bias")() if bias else None
+        site = self._site(name, "linear", weight.shape, roles, base, weight, frozen_bias, tied)
+        return site
+
+    def embedding(self, name: str, *roles: str) -> Site:
+        def base(ids: Array, weight: Tensor | None = None) -> Tensor:
+            return Tensor(site.weight()[ids]) if weight is None else fused.embedding(weight, ids=ids)
+
+        weight = self.weight(f"{name}.weight")
+        site = self._site(name, "embedding", weight.shape, roles, base, weight)
+        return site
+
+    def norm(self, name: str, eps: float, *roles: str, bias: bool = False) -> Site:
+        """A LayerNorm where it has a bias, an RMSNorm otherwise."""
+
+        def base(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+            gain = site.weight() if weight is None else weight
+            shift = site.bias if bias is None else bias
+            if shift is None:
+                return fused.rms_norm(x, gain, eps=eps)
+            return fused.layer_norm(x, gain, shift, eps=eps)
+
+        weight = self.weight(f"{name}.weight")
+        frozen_bias = self.weight(f"{name}.bias")() if bias else None
+        site = self._site(name, "norm", weight.shape, roles, base, weight, frozen_bias)
+        return site
+
+    def place_of(self, name: str, kind: str, shape: tuple[int, ...], role: str, base: Callable[..., Tensor]) -> Site:
+        """A site that is a place in the computation and has no weight of its own."""
+        return self._site(name, kind, shape, (role,), base)
+
+    # ---- computing ----
+
+    def trunk(self, ids: Array, positions: Array | None, segments: Array | None, cache: Cache | None) -> Tensor:
+        """The hidden state of each real token before the last norm: (batch, time, dim)."""
+        raise NotImplementedError
+
+    def finish(self, hidden: Tensor) -> Tensor:
+        """The last norm."""
+        raise NotImplementedError
+
+    def __call__(
+        self,
+        ids: Array,
+        positions: Array | None = None,
+        segments: Array | None = None,
+        cache: Cache | None = None,
+        last: bool = False,
+    ) -> Tensor:
+        """Logits (batch, time, vocab) for integer ids (batch, time); of the last position alone if `last`.
+
+        positions (batch, time) default to 0, 1, ...; segments (batch, cached + time) number the documents of a packed row,
+        -1 for padding: a token sees earlier tokens of its own document only.
+        """
+        ids, positions, segments = (a if a is None else self.xp.asarray(a) for a in (ids, positions, segments))
+        hidden = self.trunk(ids, positions, segments, cache)
+        return self.head(self.finish(hidden[:, -1:] if last else hidden))
+
+    def loss(self, batch: Any, denominator: float | None = None) -> Tensor:
+        """The sum of -log p(target) over the supervised positions of a Batch, over `denominator` (default: their number).
+
+        Only supervised positions go through the last norm and the head, and logits never exist as a whole.
+        """
+        rows = np.flatnonzero(batch.targets >= 0)  # on the host: a device could not say how many there are
+        denominator = max(rows.size, 1) if denominator is None else denominator
+        arrays = (batch.ids, batch.positions, batch.segments)
+        hidden = self.trunk(*(a if a is None else self.xp.asarray(a) for a in arrays), None)
+        hidden = ops.take(hidden.reshape(-1, hidden.shape[-1]), indices=self.xp.asarray(rows))
+        hidden = self.finish(hidden)
+        targets = self.xp.asarray(batch.targets.reshape(-1)[rows])
+        if not self.head.layers:
+            return fused.linear_cross_entropy(
+                hidden, weight=self.head.weight, targets=targets, denominator=denominator
+            )
+        size = max(1, fused.LOGITS_AT_ONCE // self.config.vocab)
+        total = None
+        for at in range(0, max(rows.size, 1), size):
+            here = targets[at : at + size]
+
+            def part(h: Tensor, here: Array = here) -> Tensor:
+                return fused.cross_entropy(self.head(h), targets=here, denominator=denominator)
+
+            chunk = checkpoint(part, hidden[at : at + size])
+            total = chunk if total is None else total + chunk
+        return total
+
+    # ---- what subclasses share ----
+
+    def positioned(self, hidden: Tensor, ids: Array, positions: Array | None, cache: Cache | None) -> tuple[Array, int]:
+        """(positions of all rows of `hidden` (batch or 1, rows), number of virtual tokens among them).
+
+        Virtual tokens, which an adapter put before the real ones, are at 0, 1, ... and the real ones after them; methods
+        that add keys instead (prefix tuning) say with `peft_positions` where the real ones start.
+        """
+        virtual = hidden.shape[1] - ids.shape[1]
+        past = cache.tokens if cache else 0
+        if positions is None:
+            positions = self.xp.arange(past, past + ids.shape[1])[None]
+        start = sum(adapter.positions for adapter in self.adapters)
+        added = self._virtual(cache) if past else virtual
+        positions = positions + (start + added)
+        if virtual:
+            before = self.xp.broadcast_to(self.xp.arange(virtual)[None] + start, (positions.shape[0], virtual))
+            positions = self.xp.concatenate((before, positions), axis=1)
+        return positions, virtual
+
+    def _virtual(self, cache: Cache) -> int:
+        return cache.layers[0][0].shape[2] - cache.tokens
+
+    def embedded(self, ids: Array, cache: Cache | None) -> Tensor:
+        """The token embeddings, with virtual tokens before them at the start of a sequence only."""
+        hidden = self.embed(ids)
+        return hidden[:, hidden.shape[1] - ids.shape[1] :] if cache and cache.tokens else hidden
+
+    def run(self, layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """layer(x), by recomputation where that is asked for."""
+        return checkpoint(layer, x) if self.checkpointing else layer(x)
+
+    # ---- counting ----
+
+    def parameters(self) -> int:
+        """How many numbers the frozen model has; tied weights count once."""
+        return sum(int(np.prod(w.shape)) for w in self.frozen.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the frozen weights as they are kept."""
+        return sum(w.nbytes for w in self.frozen.values())
+
+    def trained(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, Tensor) of everything that the attached adapters train."""
+        for adapter in self.adapters:
+            for name, tensor in adapter.params.items():
+                yield (name if len(self.adapters) == 1 else f"{adapter.name}:{name}"), tensor

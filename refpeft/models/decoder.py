@@ -1,0 +1,121 @@
+"""Decoders of Llama's shape: Llama, Mistral, Qwen2, Qwen3, SmolLM2 and 3. What sets them apart is in ModelConfig."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from types import ModuleType
+
+import numpy as np
+
+from refpeft import fused, ops
+from refpeft.backend import Array
+from refpeft.errors import RefpeftError
+from refpeft.models import rope
+from refpeft.models.base import Cache, Frozen, Model
+from refpeft.models.config import ModelConfig
+from refpeft.tensor import Tensor
+
+
+class Decoder(Model):
+    """Pre-norm decoder with RMSNorm, rotary positions, grouped-query attention and a gated MLP (arXiv:2302.13971)."""
+
+    def __init__(self, config: ModelConfig, weights: Callable[..., Frozen], dtype: np.dtype, xp: ModuleType = np):
+        super().__init__(config, weights, dtype, xp)
+        self.embed = self.embedding("model.embed_tokens", "embed")
+        self.layers = [Layer(self, i) for i in range(config.layers)]
+        self.last_norm = self.norm("model.norm", config.norm_eps, "norm")
+        self.head = self.linear("lm_head", "head", tied="model.embed_tokens" if config.tied else None)
+
+    def trunk(self, ids: Array, positions: Array | None, segments: Array | None, cache: Cache | None) -> Tensor:
+        hidden = self.embedded(ids, cache)
+        positions, virtual = self.positioned(hidden, ids, positions, cache)
+        cos, sin = self._tables(positions, (cache.tokens if cache else 0) + hidden.shape[1])
+        keys = ids.shape[1] + (cache.tokens if cache else 0)
+        for i, layer in enumerate(self.layers):
+            mask = fused.Mask(keys, self.config.windows[i], segments)
+            hidden = self.run(partial(layer, cos=cos, sin=sin, mask=mask, cache=cache), hidden)
+        if cache:
+            cache.tokens += ids.shape[1]
+        return hidden[:, virtual:] if virtual else hidden
+
+    def finish(self, hidden: Tensor) -> Tensor:
+        return self.last_norm(hidden)
+
+    def _tables(self, positions: Array, length: int) -> tuple[Array, Array]:
+        """cos and sin (batch or 1, 1, time, head_dim / 2) at `positions`; `length` decides dynamic scaling."""
+        inverse, factor = rope.inverse_frequencies(self.config.rope, self.config.head_dim, length)
+        angles = positions[:, None, :, None] * self.xp.asarray(inverse)
+        return tuple((f(angles) * factor).astype(self.dtype) for f in (self.xp.cos, self.xp.sin))
+
+
+class Layer:
+    """One layer: x + attention(norm(x)), then x + MLP(norm(x))."""
+
+    def __init__(self, model: Decoder, index: int):
+        config, name = model.config, f"model.layers.{index}"
+        self.config, self.index = config, index
+        attn, mlp = f"{name}.self_attn", f"{name}.mlp"
+        self.norm1 = model.norm(f"{name}.input_layernorm", config.norm_eps, "norm")
+        self.q = model.linear(f"{attn}.q_proj", "q", bias=config.qkv_bias)
+        self.k = model.linear(f"{attn}.k_proj", "k", bias=config.qkv_bias)
+        self.v = model.linear(f"{attn}.v_proj", "v", bias=config.qkv_bias)
+        if config.qk_norm:
+            self.q_norm = model.norm(f"{attn}.q_norm", config.norm_eps, "qk_norm")
+            self.k_norm = model.norm(f"{attn}.k_norm", config.norm_eps, "qk_norm")
+        shape = (config.kv_heads, config.head_dim)
+        self.attend = model.place_of(f"{attn}.attend", "attention", shape, "attend", fused.attention)
+        self.o = model.linear(f"{attn}.o_proj", "o", bias=config.o_bias)
+        self.norm2 = model.norm(f"{name}.post_attention_layernorm", config.norm_eps, "norm")
+        self.gate = model.linear(f"{mlp}.gate_proj", "gate", bias=config.mlp_bias)
+        self.up = model.linear(f"{mlp}.up_proj", "up", bias=config.mlp_bias)
+        self.down = model.linear(f"{mlp}.down_proj", "down", bias=config.mlp_bias)
+        self.activate = gated(config.activation)
+        dim = (config.dim,)
+        self.attn_out = model.place_of(f"{name}.attn_out", "block", dim, "attn_out", self._attention)
+        self.mlp_out = model.place_of(f"{name}.mlp_out", "block", dim, "mlp_out", self._mlp)
+        self.block_out = model.place_of(f"{name}.block_out", "block", dim, "block_out", self._layer)
+
+    def __call__(self, x: Tensor, *, cos: Array, sin: Array, mask: fused.Mask, cache: Cache | None) -> Tensor:
+        return self.block_out(x, cos=cos, sin=sin, mask=mask, cache=cache)
+
+    def _layer(self, x: Tensor, **around: object) -> Tensor:
+        x = x + self.attn_out(self.norm1(x), **around)
+        return x + self.mlp_out(self.norm2(x))
+
+    def _attention(self, x: Tensor, *, cos: Array, sin: Array, mask: fused.Mask, cache: Cache | None) -> Tensor:
+        batch, time, _ = x.shape
+        q, k, v = (f(x).reshape(batch, time, -1, self.config.head_dim) for f in (self.q, self.k, self.v))
+        if self.config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (a.transpose(0, 2, 1, 3) for a in (q, k, v))
+        if self.config.use_rope[self.index]:
+            q, k = fused.rope(q, cos=cos, sin=sin), fused.rope(k, cos=cos, sin=sin)
+        if cache:
+            k, v = cache.extend(self.index, k, v)
+        y = self.attend(q, k, v, mask=mask)
+        return self.o(y.transpose(0, 2, 1, 3).reshape(batch, time, -1))
+
+    def _mlp(self, x: Tensor) -> Tensor:
+        return self.down(self.activate(self.gate(x), self.up(x)))
+
+
+def gated(activation: str) -> Callable[[Tensor, Tensor], Tensor]:
+    """activation(gate) * up"""
+    if activation == "silu":
+        return fused.silu_mul
+    single = unit(activation)
+    return lambda gate, up: single(gate) * up
+
+
+def unit(activation: str) -> Callable[[Tensor], Tensor]:
+    """The activation function of this name in ModelConfig."""
+    table: dict[str, Callable[[Tensor], Tensor]] = {
+        "silu": ops.silu,
+        "relu": ops.relu,
+        "gelu": lambda x: fused.gelu(x, approximate=False),
+        "gelu_tanh": lambda x: fused.gelu(x, approximate=True),
+    }
+    if activation not in table:
+        raise RefpeftError(f"activation is {activation!r}: expected one of {', '.join(table)}")
+    return table[activation]

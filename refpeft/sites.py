@@ -1,0 +1,385 @@
+"""Sites: the named places of a model where methods act, and the attaching, detaching and merging of adapters.
+
+A method wraps a site's function in another: `f(x, base, p)`. No module is replaced and no base weight is renamed, so that
+several adapters nest on one site and detaching restores the base exactly.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from . import fused, manager
+from .backend import Array, xp_of
+from .errors import RefpeftError, nearest
+from .quant import Dense
+from .rng import Stream
+from .tensor import Tensor, parameter
+
+INPUTS = {
+    "linear": ("x",),
+    "embedding": ("ids",),
+    "norm": ("x",),
+    "attention": ("q", "k", "v"),
+    "block": ("x",),
+}
+"""The kinds of site, and what a hook of each kind is given first."""
+
+
+class Site:
+    """A place where adapters may act; calling it runs the adapters' functions around the frozen one.
+
+    name    the checkpoint's module path ("model.layers.0.self_attn.q_proj"), or a place beside them ("...attend", "...mlp_out")
+    kind    linear, embedding, norm, attention or block
+    shape   linear (out, in), embedding (vocab, dim), norm and block (dim,), attention (kv_heads, head_dim)
+    roles   what it does, in words that all models share: q k v o gate up down head embed norm attend attn_out mlp_out block_out
+    weight  () -> frozen dense array, or None
+    bias    frozen array, or None
+    tied    the name of the site whose weight this one shares, or None
+    """
+
+    def __init__(
+        self,
+        name: str,
+        kind: str,
+        shape: tuple[int, ...],
+        roles: tuple[str, ...],
+        base: Callable[..., Tensor],
+        weight: Callable[[], Array] | None = None,
+        bias: Array | None = None,
+        tied: str | None = None,
+    ):
+        self.name, self.kind, self.shape, self.roles = name, kind, shape, roles
+        self.base, self.weight, self.bias, self.tied = base, weight, bias, tied
+        self.layers: list[Layer] = []
+        self._call = base
+
+    def __call__(self, *args: Any, **keywords: Any) -> Tensor:
+        return self._call(*args, **keywords)
+
+    def __repr__(self) -> str:
+        return f"<{self.kind} site {self.name} {self.shape}>"
+
+    @property
+    def index(self) -> int | None:
+        """The number of the layer that this site is in, or None."""
+        numbers = [part for part in self.name.split(".") if part.isdigit()]
+        return int(numbers[0]) if numbers else None
+
+    def compose(self) -> None:
+        """Makes calls go through `layers`, the last outermost."""
+        self._call = self.base
+        for layer in self.layers:
+            self._call = layer.around(self._call)
+
+
+class Base:
+    """What a hook gets as `base`: the layer below, callable, and its frozen parts."""
+
+    __slots__ = ("_call", "_keywords", "_site")
+
+    def __init__(self, site: Site, call: Callable[..., Tensor], keywords: dict[str, Any]):
+        self._site, self._call, self._keywords = site, call, keywords
+
+    def __call__(self, *args: Any, **stand_ins: Any) -> Tensor:
+        return self._call(*args, **{**self._keywords, **stand_ins})
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen dense weight as a constant."""
+        return Tensor(self._site.weight())
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The frozen bias as a constant, or None."""
+        return None if self._site.bias is None else Tensor(self._site.bias)
+
+
+@dataclass
+class Mode:
+    """What all sites of a model know of the moment: whether it trains, with which seed, and which forward pass this is."""
+
+    training: bool = False
+    seed: int = 0
+    step: int = 0
+
+
+class Train:
+    """What a hook knows of training: the step, and dropout whose mask depends on seed, site and step alone."""
+
+    def __init__(self, mode: Mode, purpose: tuple[str, ...]):
+        self.step = mode.step
+        self._key = (mode.seed, "dropout", *purpose, mode.step)
+        self._stream: Stream | None = None
+
+    def dropout(self, x: Tensor, rate: float) -> Tensor:
+        """`x` with elements zeroed at `rate` and the rest scaled by 1 / (1 - rate)."""
+        if not rate:
+            return x
+        self._stream = self._stream or Stream(*self._key, xp=xp_of(x.data))
+        return fused.dropout(x, rate=rate, stream=self._stream)
+
+
+@dataclass
+class Part:
+    """One plugin's share of an adapter: the method itself, or a companion that it brings."""
+
+    plugin: ModuleType
+    cfg: Any
+    shared: SimpleNamespace = field(default_factory=SimpleNamespace)
+
+    @property
+    def name(self) -> str:
+        return self.plugin.__name__.rpartition(".")[2]
+
+    def call(self, hook: str, **have: Any) -> Any:
+        """What the plugin's `hook` returns, or None where it has none; values of `have` may be thunks."""
+        found = manager.hook(self.plugin, hook)
+        if found is None:
+            return None
+        function, names = found
+        have |= {"cfg": self.cfg, "shared": self.shared}
+        return function(*(have[name]() if isinstance(have[name], _Lazy) else have[name] for name in names))
+
+
+class _Lazy:
+    """A value that is computed only if a hook names it."""
+
+    def __init__(self, make: Callable[[], Any]):
+        self.make = make
+
+    def __call__(self) -> Any:
+        return self.make()
+
+
+class Layer:
+    """One part at one site, with its trained values."""
+
+    def __init__(self, part: Part, site: Site, values: dict[str, Tensor], mode: Mode, adapter: str):
+        self.part, self.site, self.values, self.mode = part, site, values, mode
+        self.p = SimpleNamespace(**values)
+        self._purpose = (adapter, part.name, site.name)
+        self._function, self._names = manager.hook(part.plugin, f"peft_{site.kind}")
+        missing = [name for name in INPUTS[site.kind] if name not in self._names]
+        if missing:
+            raise RefpeftError(f"plugin '{part.name}': peft_{site.kind} does not take {', '.join(missing)}")
+
+    def around(self, inner: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """A function like `inner` that runs the plugin's hook around it. Keywords travel inward to the frozen layer."""
+        inputs = INPUTS[self.site.kind]
+        fixed = {"p": self.p, "cfg": self.part.cfg, "site": self.site, "shared": self.part.shared}
+
+        def call(*args: Any, **keywords: Any) -> Tensor:
+            train = Train(self.mode, self._purpose) if self.mode.training and "train" in self._names else None
+            have = fixed | dict(zip(inputs, args, strict=True)) | {"base": Base(self.site, inner, keywords), "train": train}
+            return self._function(*(have[name] for name in self._names))
+
+        return call
+
+    def merged(self, weight: Array, bias: Array | None) -> dict[str, Array]:
+        """{"weight": ..., "bias": ...} with this layer folded in. Raises RefpeftError where the method cannot."""
+        if manager.hook(self.part.plugin, "peft_merge") is None or weight is None:
+            raise RefpeftError(f"method '{self.part.name}' cannot be merged into weights (at {self.site.name})")
+        p = SimpleNamespace(**{name: value.data for name, value in self.values.items()})
+        out = self.part.call("peft_merge", weight=weight, bias=bias, p=p, site=self.site)
+        return {"weight": weight, "bias": bias} | (out if isinstance(out, dict) else {"weight": out})
+
+
+@dataclass
+class Adapter:
+    """A method attached to a model: what it trains, by name, and where."""
+
+    name: str
+    parts: list[Part]
+    layers: list[Layer]
+    params: dict[str, Tensor]
+    positions: int = 0
+
+    @property
+    def plugin(self) -> ModuleType:
+        return self.parts[0].plugin
+
+    @property
+    def cfg(self) -> Any:
+        return self.parts[0].cfg
+
+    @property
+    def sites(self) -> list[Site]:
+        """The sites that the method itself acts on."""
+        return [layer.site for layer in self.layers if layer.part is self.parts[0]]
+
+    @property
+    def size(self) -> int:
+        """How many numbers are trained."""
+        return sum(t.data.size for t in self.params.values())
+
+
+# ---- choosing sites --------------------------------------------------------------------------------------------------
+
+
+def matches(target: str, site: Site) -> bool:
+    """Whether one target names the site: "@role", a full name or the end of one, or a glob."""
+    if target.startswith("@"):
+        return target[1:] in site.roles
+    if target == "all-linear":
+        return site.kind == "linear" and "head" not in site.roles
+    if any(c in target for c in "*?["):
+        return fnmatchcase(site.name, target)
+    return site.name == target or site.name.endswith("." + target)
+
+
+def select(sites: Iterable[Site], cfg: Any, usable: Callable[[Site], bool]) -> list[Site]:
+    """The sites that cfg.targets names, less cfg.exclude, in cfg.layers (both optional fields).
+
+    `targets` is a list of names, or one string: a regular expression over full names, as in PEFT. Each target must match
+    at least one usable site; raises RefpeftError with the nearest names otherwise.
+    """
+    sites = list(sites)
+    targets = (cfg.targets,) if isinstance(cfg.targets, str) else tuple(cfg.targets)
+    chosen: set[str] = set()
+    for target in targets:
+        hit = [s for s in sites if matches(target, s) or (isinstance(cfg.targets, str) and _full_match(target, s.name))]
+        fit = [s for s in hit if usable(s)]
+        if not fit:
+            raise RefpeftError(_no_match(target, hit, sites))
+        chosen |= {s.name for s in fit}
+    for target in getattr(cfg, "exclude", ()):
+        chosen -= {s.name for s in sites if matches(target, s)}
+    layers = getattr(cfg, "layers", None)
+    if layers is not None:
+        present = {s.index for s in sites}
+        for number in layers:
+            if number not in present:
+                raise RefpeftError(f"layers names {number}: the model has layers 0 to {max(i for i in present if i is not None)}")
+        chosen = {s.name for s in sites if s.name in chosen and s.index in layers}
+    if not chosen:
+        raise RefpeftError("after 'exclude' and 'layers' no site is left")
+    return [s for s in sites if s.name in chosen]
+
+
+def _full_match(pattern: str, name: str) -> bool:
+    try:
+        return re.fullmatch(pattern, name) is not None
+    except re.error as error:
+        raise RefpeftError(f"target {pattern!r} is not a regular expression: {error}") from None
+
+
+def _no_match(target: str, hit: list[Site], sites: list[Site]) -> str:
+    if hit:
+        kinds = ", ".join(sorted({s.kind for s in hit}))
+        return f"target {target!r} matches {len(hit)} sites of kind {kinds}, where this method has nothing to do"
+    if target.startswith("@"):
+        names = sorted({"@" + role for s in sites for role in s.roles})
+    else:
+        names = sorted({s.name.rpartition(".")[2] for s in sites})
+    return f"target {target!r} matches no site of this model{nearest(target, names)}; there are {', '.join(names)}"
+
+
+# ---- attaching -------------------------------------------------------------------------------------------------------
+
+
+def attach(model: Any, method: str | ModuleType, config: Any = None, *, seed: int = 0) -> Adapter:
+    """Puts a method on a model and returns its Adapter; base weights stay as they are.
+
+    `method` is a plugin's name, file or module; `config` its Config, or a dict of options that differ from the defaults.
+    Raises RefpeftError for an unknown method or option, and for targets that match nothing.
+    """
+    from .config import plugin_options
+
+    plugin = method if isinstance(method, ModuleType) else manager.load(method)
+    cfg = plugin_options(plugin, config or {}) if config is None or isinstance(config, dict) else config
+    part = Part(plugin, cfg)
+    taken = {adapter.name for adapter in model.adapters}
+    name = next(n for n in (part.name, *(f"{part.name}{i}" for i in range(2, 1000))) if n not in taken)
+    adapter = Adapter(name, [], [], {}, part.call("peft_positions") or 0)
+    _add_part(model, adapter, part, select(model.sites.values(), cfg, _has_hook(plugin)), seed)
+    for companion, targets in (part.call("peft_companions") or {}).items():
+        other = manager.load(companion)
+        extra = Part(other, plugin_options(other, {"targets": targets}))
+        _add_part(model, adapter, extra, select(model.sites.values(), extra.cfg, _has_hook(other)), seed)
+    if not adapter.params:
+        raise RefpeftError(f"method '{name}' trains nothing on this model: no matched site has what it changes")
+    for layer in adapter.layers:
+        layer.site.layers.append(layer)
+        layer.site.compose()
+    model.adapters.append(adapter)
+    return adapter
+
+
+def _has_hook(plugin: ModuleType) -> Callable[[Site], bool]:
+    return lambda site: manager.hook(plugin, f"peft_{site.kind}") is not None
+
+
+def _add_part(model: Any, adapter: Adapter, part: Part, sites: Sequence[Site], seed: int) -> None:
+    adapter.parts.append(part)
+    shared = part.call("peft_shared", sites=sites, rng=Stream(seed, "init", adapter.name, "shared")) or {}
+    for key, value in shared.items():
+        tensor = value if isinstance(value, Tensor) else Tensor(value)
+        tensor.data = model.place(tensor.data)
+        setattr(part.shared, key, tensor)
+        if tensor.node is not None:
+            adapter.params[f"shared.{key}"] = tensor
+    references: list[tuple[Layer, str, str]] = []
+    for site in sites:
+        first = part.call(
+            "peft_params",
+            site=site,
+            rng=Stream(seed, "init", adapter.name, site.name),
+            weight=_Lazy(lambda site=site: site.weight() if site.weight else None),
+            bias=site.bias,
+        )
+        if first is None:
+            continue
+        values = {k: parameter(model.place(np.array(v))) for k, v in first.items() if not isinstance(v, str)}
+        for key, value in values.items():
+            if adapter.params.setdefault(f"{site.name}.{key}", value) is not value:
+                raise RefpeftError(f"two parts of method '{adapter.name}' train {key!r} at {site.name}")
+        layer = Layer(part, site, values, model.mode, adapter.name)
+        adapter.layers.append(layer)
+        references += [(layer, key, v) for key, v in first.items() if isinstance(v, str)]
+    for layer, key, other in references:
+        if other not in adapter.params:
+            raise RefpeftError(f"plugin '{part.name}': {layer.site.name}.{key} refers to {other}, which is not trained")
+        layer.values[key] = adapter.params[other]
+        setattr(layer.p, key, adapter.params[other])
+
+
+def detach(model: Any, adapter: Adapter | None = None) -> None:
+    """Takes one adapter, or all, off the model, which then computes exactly what it did before."""
+    gone = list(model.adapters) if adapter is None else [adapter]
+    for one in gone:
+        if one not in model.adapters:
+            raise RefpeftError(f"adapter '{one.name}' is not attached to this model")
+        model.adapters.remove(one)
+        for layer in one.layers:
+            layer.site.layers.remove(layer)
+            layer.site.compose()
+
+
+def merge(model: Any) -> None:
+    """Folds every attached adapter into the model's weights, which become dense, and detaches them.
+
+    Raises RefpeftError, and changes nothing, where a method has no merged form.
+    """
+    if not model.adapters:
+        raise RefpeftError("there is no adapter to merge")
+    merged: dict[str, dict[str, Array]] = {}
+    for site in model.sites.values():
+        now = {"weight": site.weight() if site.weight else None, "bias": site.bias}
+        for layer in site.layers:
+            now = layer.merged(**now)
+        if site.layers:
+            merged[site.name] = now
+    for name, now in merged.items():
+        site = model.sites[name]
+        site.weight, site.bias = Dense(now["weight"], model.dtype), now["bias"]
+    for site in model.sites.values():
+        if site.tied and not bool((site.weight() == model.sites[site.tied].weight()).all()):
+            site.tied = None  # the two are no longer one; saving writes both
+    detach(model)
