@@ -338,7 +338,7 @@ _BOUNDS = {
 def _expected(detail: Any) -> str:
     kind, context = detail["type"], detail.get("ctx", {})
     if kind in _BOUNDS:
-        return "a value " + _BOUNDS[kind].format(**context)
+        return "a value " + _BOUNDS[kind].format(**{name: f"{bound:g}" for name, bound in context.items()})
     message = detail["msg"]
     return _EXPECTED.get(kind) or message.removeprefix("Input should be ")
 
