@@ -1,0 +1,160 @@
+"""Text to token ids and back, from a model directory's tokenizer.json, with what the model's other files say about it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from refpeft.errors import RefpeftError
+
+SPECIAL_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
+
+# A character that no text contains and no token merges with: it stands before a text that continues another.
+_NEUTRAL = "\ue000"
+
+
+class Tokenizer:
+    """A `tokenizers.Tokenizer` together with its special tokens and its chat template.
+
+    `config` has the keys of tokenizer_config.json (`bos_token`, `eos_token`, `pad_token`, `unk_token`, `add_bos_token`,
+    `chat_template`) and those of config.json that name tokens by number (`bos_token_id`, `eos_token_id`: a number or a
+    list, `pad_token_id`). `name` is what error messages call it.
+
+    bos_id, eos_id, pad_id   int or None; pad_id falls back to eos_id (padding is masked by position, never by its id)
+    eos_ids                  frozenset of every id that ends an answer
+    add_bos                  whether the model's own tokenizer puts BOS first
+    chat_template            the template's text or None
+    special_tokens           {"bos_token": "<s>", ...}: the variables that a chat template may use
+    added                    texts of all added tokens: in any text they become one id each
+    """
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer, config: dict[str, Any], name: str = "the tokenizer"):
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        self.backend, self.name = tokenizer, name
+        self.vocab_size: int = tokenizer.get_vocab_size(with_added_tokens=True)
+        self.added = frozenset(token.content for token in tokenizer.get_added_tokens_decoder().values())
+        self.bos_id = self._special(config, "bos")
+        self.eos_id = self._special(config, "eos")
+        self.eos_ids = frozenset(_numbers(config.get("eos_token_id"))) | {self.eos_id} - {None}
+        pad = self._special(config, "pad")
+        self.pad_id = self.eos_id if pad is None else pad
+        self.chat_template = _chat_template(config, name)
+        self.special_tokens = {key: _content(config[key]) for key in SPECIAL_NAMES if _content(config.get(key))}
+        for key, token in (("bos_token", self.bos_id), ("eos_token", self.eos_id)):
+            if key not in self.special_tokens and token is not None:
+                self.special_tokens[key] = tokenizer.id_to_token(token)
+        self.add_bos = self._adds_bos(config)
+        # Llama 2, Mistral and others put a space before a text; a text that continues another must not get one.
+        self._prepends = self._encode("a") != self._after("a", _NEUTRAL)
+
+    @classmethod
+    def load(cls, directory: str | Path) -> Tokenizer:
+        """The tokenizer of a Hugging Face model directory. Raises RefpeftError for files that are missing or broken."""
+        directory = Path(directory)
+        path = directory / "tokenizer.json"
+        if not path.is_file():
+            other = "; it has tokenizer.model: convert it with transformers' AutoTokenizer(...).save_pretrained"
+            raise RefpeftError(
+                f"{directory} has no tokenizer.json{other if (directory / 'tokenizer.model').is_file() else ''}"
+            )
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(path))
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a panic inside the Rust library is no Exception
+            raise RefpeftError(f"{path} is not a tokenizer that the `tokenizers` library reads: {error}") from None
+        config: dict[str, Any] = {}
+        # Later files win: they are nearer to what is used. eos_token_id of generation_config.json may be a list.
+        for file in ("config.json", "generation_config.json", "special_tokens_map.json", "tokenizer_config.json"):
+            found = _read_json(directory / file)
+            config.update({key: value for key, value in found.items() if value is not None})
+        template = directory / "chat_template.jinja"
+        if template.is_file():
+            config["chat_template"] = template.read_text(encoding="utf-8")
+        return cls(backend, config, name=str(directory))
+
+    def encode(self, text: str, *, specials: bool = False, after: str = "") -> list[int]:
+        """Token ids of `text`; texts of special tokens in it become their ids.
+
+        specials   put BOS first where the model's own tokenizer does (and the text does not begin with it)
+        after      the text that this one continues: no space is put in between
+        """
+        ids = self._after(text, after) if after and self._prepends else self._encode(text)
+        if specials and self.add_bos and ids[:1] != [self.bos_id]:
+            ids = [self.bos_id, *ids]
+        return ids
+
+    def decode(self, ids: Iterable[int], *, skip_specials: bool = True) -> str:
+        """The text of token ids."""
+        return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_specials)
+
+    def _encode(self, text: str) -> list[int]:
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def _after(self, text: str, before: str) -> list[int]:
+        """`text` encoded behind the added token that ends `before`, or a neutral character: what it is where it stands."""
+        ending = max((token for token in self.added if before.endswith(token)), key=len, default=_NEUTRAL)
+        lead, ids = self._encode(ending), self._encode(ending + text)
+        return ids[len(lead) :] if ids[: len(lead)] == lead else self._encode(text)
+
+    def _special(self, config: dict[str, Any], kind: str) -> int | None:
+        """The id of BOS, EOS or padding: by the token's text, else by the number in config.json."""
+        text = _content(config.get(f"{kind}_token"))
+        numbers = _numbers(config.get(f"{kind}_token_id"))
+        if text is None:
+            return numbers[0] if numbers and self.backend.id_to_token(numbers[0]) is not None else None
+        found = self.backend.token_to_id(text)
+        if found is None and kind == "eos":
+            raise RefpeftError(f"{self.name}: eos_token {text!r} is not in the vocabulary of tokenizer.json")
+        return found
+
+    def _adds_bos(self, config: dict[str, Any]) -> bool:
+        if self.bos_id is None:
+            return False
+        stated = config.get("add_bos_token")
+        if stated is not None:
+            return bool(stated)
+        return self.backend.encode("", add_special_tokens=True).ids[:1] == [self.bos_id]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise RefpeftError(f"{path} is not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise RefpeftError(f"{path} holds a {type(found).__name__}: expected an object")
+    return found
+
+
+def _content(token: Any) -> str | None:
+    """A special token is written as a string or as {"content": string, ...}."""
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) and token else None
+
+
+def _numbers(value: Any) -> list[int]:
+    values = value if isinstance(value, list) else [value]
+    return [v for v in values if isinstance(v, int) and not isinstance(v, bool)]
+
+
+def _chat_template(config: dict[str, Any], name: str) -> str | None:
+    """The template: a string, or the one named "default" of a list."""
+    found = config.get("chat_template")
+    if isinstance(found, list):
+        named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
+        found = named.get("default")
+        if found is None:
+            raise RefpeftError(f"{name}: chat_template has {sorted(map(str, named))} but none named 'default'")
+    if found is not None and not isinstance(found, str):
+        raise RefpeftError(
+            f"{name}: chat_template is a {type(found).__name__}: expected text or a list of named templates"
+        )
+    return found
