@@ -49,6 +49,8 @@ class Model:
 
     head: Site
     embed: Site
+    checkpoint: Any = None  # where it came from, and its tokenizer: set by refpeft.load
+    tokenizer: Any = None
 
     def __init__(self, config: ModelConfig, weights: Callable[..., Frozen], dtype: np.dtype, xp: ModuleType = np):
         self.config, self.dtype, self.xp = config, np.dtype(dtype), xp

@@ -1,0 +1,87 @@
+"""Loading a model for use in Python: `refpeft.load`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from . import backend, manager
+from .backend import COMPUTE_DTYPES
+from .errors import RefpeftError
+from .models.base import Frozen, Model
+from .models.checkpoint import Checkpoint, open_checkpoint
+from .models.decoder import Decoder
+from .models.gpt2 import GPT2
+from .models.hub import resolve
+from .quant import Dense, Quantizer
+
+
+def load(
+    model: str | Path,
+    adapter: str | Path | Sequence[str | Path] | None = None,
+    quantizer: str | None = None,
+    dtype: str = "float32",
+    device: str = "cpu",
+    *,
+    options: dict[str, Any] | None = None,
+    plugins: Sequence[str | Path] = (),
+) -> Model:
+    """A model ready to be called, trained and generated from.
+
+    model      a Hugging Face directory, a GGUF file, a hub id, or "embedded"
+    adapter    an adapter directory (PEFT's form), or several, innermost first
+    quantizer  a quantizer plugin for the frozen linear weights; `options` are its Config's fields
+    dtype      "float32", "float64", or "bfloat16": weights kept in bfloat16, computed with in float32
+    device     "cpu" or "cuda"
+    plugins    plugin files, folders or module names to make known first
+
+    The model has `.tokenizer` and `.checkpoint` besides what Model says. Raises RefpeftError for everything that is wrong
+    with the files or the arguments.
+    """
+    if dtype not in COMPUTE_DTYPES:
+        raise RefpeftError(f"dtype is {dtype!r}: expected one of {', '.join(COMPUTE_DTYPES)}")
+    manager.add(*plugins)
+    xp = backend.module(device)
+    chosen = make_quantizer(quantizer, options)
+    checkpoint = open_checkpoint(resolve(str(model)))
+    built = build(checkpoint, dtype, xp, chosen)
+    if adapter is not None:
+        from . import adapters
+
+        for directory in [adapter] if isinstance(adapter, (str, Path)) else adapter:
+            adapters.load(built, directory)
+    return built
+
+
+def make_quantizer(name: str | None, options: Any = None) -> Quantizer | None:
+    """The quantizer plugin of this name with its options (a dict or a Config); None for None."""
+    from .config import plugin_options
+
+    if name is None:
+        return None
+    plugin = manager.load(str(manager.path_of(name, "quantizer")) if not name.endswith(".py") else name)
+    cfg = plugin_options(plugin, options or {}) if options is None or isinstance(options, dict) else options
+    return Quantizer(plugin, cfg)
+
+
+def build(checkpoint: Checkpoint, dtype: str, xp: ModuleType = np, quantizer: Quantizer | None = None) -> Model:
+    """The model of an opened checkpoint, with weights read one at a time."""
+    compute = COMPUTE_DTYPES[dtype]
+
+    def weights(name: str, linear: bool, transposed: bool) -> Frozen:
+        array = checkpoint.tensor(name)
+        if transposed:
+            array = array.T
+        if linear and quantizer is not None:
+            return quantizer(xp.asarray(np.ascontiguousarray(backend.cast(array, np.dtype("f4")))), compute, name)
+        narrow = dtype == "bfloat16" and array.ndim == 2
+        return Dense(xp.asarray(backend.cast(array, backend.bfloat16 if narrow else compute)), compute)
+
+    kind = GPT2 if checkpoint.config.family == "gpt2" else Decoder
+    model = kind(checkpoint.config, weights, compute, xp)
+    model.checkpoint, model.tokenizer = checkpoint, checkpoint.tokenizer()
+    return model

@@ -1,0 +1,81 @@
+"""Writing text with a model: greedy or sampled, with a cache of keys and values."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import numpy as np
+
+from .backend import to_host
+from .errors import RefpeftError
+from .models.base import Cache, Model
+from .rng import Stream
+from .tensor import no_grad
+
+
+def generate(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int = 128,
+    *,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    stop: Collection[int] = (),
+) -> list[list[int]]:
+    """The tokens that follow each prompt, at most `max_tokens` each, up to and without the first of `stop`.
+
+    Prompts may differ in length: shorter ones are padded on the left, which changes no result. `temperature` 0 takes the most
+    probable token; otherwise one is drawn from the `top_k` most probable whose probabilities sum to `top_p`.
+    The same seed draws the same tokens for a row, whatever rows are beside it in the batch.
+    """
+    if not prompts or not all(len(p) for p in prompts):
+        raise RefpeftError("a prompt is empty: expected at least one token (give the model's BOS token for no prompt)")
+    if temperature < 0:
+        raise RefpeftError(f"temperature is {temperature}: expected 0 (greedy) or more")
+    longest = max(map(len, prompts))
+    ids = np.zeros((len(prompts), longest), np.int32)
+    segments = np.full(ids.shape, -1, np.int32)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = prompt
+        segments[row, longest - len(prompt) :] = 0
+    padded = bool((segments < 0).any())
+    before = np.asarray([longest - len(p) for p in prompts])[:, None]  # padding of each row
+    streams = [Stream(seed, "sample", tuple(prompt).__repr__()) for prompt in prompts]
+    cache, out = Cache(model.config.layers), [[] for _ in prompts]
+    live, now = np.ones(len(prompts), bool), ids
+    with no_grad():
+        for _ in range(max_tokens):
+            positions = np.maximum(np.arange(cache.tokens, cache.tokens + now.shape[1])[None] - before, 0)
+            logits = model(now, positions if padded else None, segments if padded else None, cache, last=True)
+            picked = _pick(to_host(logits.data)[:, -1], temperature, top_k, top_p, streams)
+            for row in np.flatnonzero(live):
+                if int(picked[row]) in stop:
+                    live[row] = False
+                else:
+                    out[row].append(int(picked[row]))
+            if not live.any():
+                break
+            now = picked[:, None].astype(np.int32)
+            segments = np.concatenate((segments, np.zeros_like(now)), axis=1)
+    return out
+
+
+def _pick(
+    logits: np.ndarray, temperature: float, top_k: int | None, top_p: float | None, streams: Sequence[Stream]
+) -> np.ndarray:
+    """One token for each row of logits (batch, vocab)."""
+    if temperature == 0:
+        return logits.argmax(axis=-1)
+    picked = np.empty(len(logits), np.int64)
+    for row, stream in enumerate(streams):
+        z = logits[row].astype(np.float64) / temperature
+        order = np.argsort(-z, kind="stable")[:top_k]
+        p = np.exp(z[order] - z[order[0]])
+        p /= p.sum()
+        if top_p is not None:  # the smallest set whose probability reaches top_p, at least one token
+            keep = int(np.searchsorted(np.cumsum(p), top_p)) + 1
+            order, p = order[:keep], p[:keep] / p[:keep].sum()
+        picked[row] = order[min(int(np.searchsorted(np.cumsum(p), stream.uniform(), side="right")), len(order) - 1)]
+    return picked

@@ -1,0 +1,273 @@
+"""Training: optimizer steps over batches, evaluation, checkpoints, and resuming from them bit for bit.
+
+Every random choice is a function of (seed, purpose, step), so a checkpoint is the trained values, the optimizer's moments
+and the number of the step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import shutil
+import signal
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import files, schedule
+from .backend import to_host
+from .batches import Batch, Batches, split
+from .config import Train as Settings
+from .errors import RefpeftError
+from .models.base import Model
+from .optim import AdamW, Flat
+from .tensor import no_grad
+
+Listener = Callable[[dict[str, Any]], None]
+
+
+@dataclass
+class Summary:
+    """How a run went. Losses are means over supervised tokens of the held-out rows, None without such rows."""
+
+    steps: int = 0
+    loss_before: float | None = None
+    loss_after: float | None = None
+    best_loss: float | None = None
+    best_step: int = 0
+    worse: int = 0  # evaluations since the best one
+    stopped_early: bool = False
+    train_losses: list[float] = field(default_factory=list)
+
+
+class Trainer:
+    """Trains what is attached to `model`.
+
+    `settings` is config.Train; `out` the run directory, for checkpoints (none without it); each of `listeners` is called
+    with a dict for every step ({"step", "loss", "lr", "grad_norm", "tokens", "supervised", "seconds"}) and every evaluation
+    ({"step", "eval_loss"}).
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        train: Batches,
+        evaluation: Batches | None = None,
+        settings: Settings | None = None,
+        out: str | Path | None = None,
+        listeners: Sequence[Listener] = (),
+        seed: int = 0,
+    ):
+        self.model, self.train, self.evaluation = model, train, evaluation
+        self.settings = settings or Settings()
+        self.checkpoints = Path(out) / "checkpoints" if out is not None else None
+        self.listeners, self.seed = listeners, seed
+        s = self.settings
+        self.total = s.steps if s.steps is not None else math.ceil(s.epochs * train.steps_per_epoch)
+        self.warmup = schedule.warmup_steps(s.warmup, self.total)
+        self.micro = s.micro_batch or s.batch
+        self.flat = Flat(model.trained())
+        self.optimizer = AdamW(self.flat, s.betas, s.eps, s.weight_decay)
+        self.summary = Summary()
+        if s.best and (evaluation is None or out is None):
+            raise RefpeftError("'best' keeps the adapter of the best evaluation: it needs held-out rows and a run directory")
+
+    # ---- the run ----
+
+    def run(self, resume: bool = False) -> Summary:
+        """Trains to the last step. With `resume` it goes on from the newest checkpoint, if there is one.
+
+        Raises RefpeftError where the loss is not finite, or a checkpoint belongs to another run; KeyboardInterrupt, after
+        saving a checkpoint, on Ctrl-C.
+        """
+        if resume:
+            self._restore()
+        if self.evaluation is not None and self.summary.loss_before is None:
+            self.summary.loss_before = self._evaluate()
+        self.model.checkpointing = self.settings.checkpoint_activations
+        with _interruptible() as interrupted:
+            while self.summary.steps < self.total and not self.summary.stopped_early:
+                self._step()
+                done = self.summary.steps
+                if self._due(self.settings.eval_every) and done < self.total:
+                    self._judge(self._evaluate())
+                if interrupted.is_set():
+                    self._save()
+                    raise KeyboardInterrupt
+                if self._due(self.settings.save_every):
+                    self._save()
+        return self._finish()
+
+    def _due(self, every: int | None) -> bool:
+        return every is not None and self.summary.steps % every == 0
+
+    def _finish(self) -> Summary:
+        if self.evaluation is not None:
+            self.summary.loss_after = self._evaluate()
+            if not self.summary.stopped_early:
+                self._judge(self.summary.loss_after)
+            if self.settings.best and self.summary.best_step != self.summary.steps and self.checkpoints:
+                self._load_arrays(self.checkpoints / "best", ("values",))
+                self.summary.loss_after = self.summary.best_loss
+        return self.summary
+
+    def _step(self) -> None:
+        started, step, model = time.perf_counter(), self.summary.steps, self.model
+        batch = self.train.at(step)
+        parts = split(batch, self.micro)
+        loss = 0.0
+        model.mode.training, model.mode.seed = True, self.seed
+        try:
+            for i, part in enumerate(parts):
+                model.mode.step = step * math.ceil(self.settings.batch / self.micro) + i
+                part_loss = model.loss(part, batch.supervised)  # the whole batch's count: exact for any split
+                part_loss.backward()
+                loss = loss + part_loss.data
+        finally:
+            model.mode.training = False
+        norm = self.flat.clip(self.settings.clip)
+        loss = float(loss)
+        if not math.isfinite(loss) or not math.isfinite(float(norm)):
+            raise RefpeftError(self._not_finite(loss, step))
+        lr = self.settings.lr * schedule.factor(self.settings.schedule, step, self.total, self.warmup)
+        self.optimizer.step(lr)
+        self.summary.steps = step + 1
+        self.summary.train_losses.append(loss)
+        self._tell(
+            step=step + 1,
+            loss=loss,
+            lr=lr,
+            grad_norm=float(norm),
+            tokens=batch.tokens,
+            supervised=batch.supervised,
+            seconds=time.perf_counter() - started,
+        )
+
+    def _not_finite(self, loss: float, step: int) -> str:
+        saved = self._newest()
+        kept = f"the last good checkpoint is {saved}" if saved else "no checkpoint had been saved yet"
+        what = f"loss is {loss}" if not math.isfinite(loss) else "the gradient is not finite"
+        return f"{what} at step {step + 1} (learning rate {self.settings.lr:g}); {kept}; lower the learning rate"
+
+    def _tell(self, **record: Any) -> None:
+        for listener in self.listeners:
+            listener(record)
+
+    # ---- evaluation ----
+
+    def _evaluate(self) -> float:
+        loss = mean_loss(self.model, self.evaluation)
+        self._tell(step=self.summary.steps, eval_loss=loss)
+        return loss
+
+    def _judge(self, loss: float) -> None:
+        """Notes whether this is the best evaluation so far, and whether to stop."""
+        summary = self.summary
+        if summary.best_loss is None or loss < summary.best_loss:
+            summary.best_loss, summary.best_step, summary.worse = loss, summary.steps, 0
+            if self.settings.best and self.checkpoints:
+                self._save("best")
+        else:
+            summary.worse += 1
+            patience = self.settings.early_stop
+            summary.stopped_early = patience is not None and summary.worse >= patience
+
+    # ---- checkpoints ----
+
+    def _fingerprint(self) -> dict[str, Any]:
+        """What must be equal for a checkpoint to be continued."""
+        s = self.settings
+        same = ("lr", "batch", "micro_batch", "weight_decay", "betas", "eps", "clip", "schedule")
+        crc = 0
+        for example in self.train.examples:
+            crc = zlib.crc32(np.ascontiguousarray(example.ids).tobytes(), crc)
+            crc = zlib.crc32(np.packbits(example.supervised).tobytes(), crc)
+        return {
+            "seed": self.seed,
+            "total steps": self.total,
+            "rows": len(self.train.examples),
+            "rows' checksum": crc,
+            "parameters": self.flat.shapes,
+            "dtype": self.flat.values.dtype.name,
+        } | {name: json.loads(json.dumps(getattr(s, name))) for name in same}
+
+    def _save(self, name: str | None = None) -> None:
+        if self.checkpoints is None:
+            return
+        target = self.checkpoints / (name or f"step-{self.summary.steps:08d}")
+        state = {"run": self._fingerprint(), "summary": asdict(self.summary)}
+        with files.replace_directory(target) as directory:
+            arrays = {key: to_host(array) for key, array in self.optimizer.state.items()}
+            files.write_safetensors(directory / "state.safetensors", arrays)
+            files.write_json(directory / "state.json", state)
+        for old in self._all()[: -self.settings.keep]:
+            shutil.rmtree(old)
+
+    def _all(self) -> list[Path]:
+        """The checkpoints of steps, oldest first."""
+        return sorted(self.checkpoints.glob("step-????????")) if self.checkpoints else []
+
+    def _newest(self) -> Path | None:
+        return next(reversed(self._all()), None)
+
+    def _restore(self) -> None:
+        newest = self._newest()
+        if newest is None:
+            return
+        try:
+            state = json.loads((newest / "state.json").read_text())
+            saved, summary = state["run"], Summary(**state["summary"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise RefpeftError(f"checkpoint {newest} cannot be read: {error}; remove it to go on from an older one") from None
+        now = self._fingerprint()
+        other = [f"{key} was {saved.get(key)}, now {now[key]}" for key in now if saved.get(key) != now[key]]
+        if other:
+            raise RefpeftError(f"checkpoint {newest} is of another run: {'; '.join(other)[:500]}; use another --out")
+        self._load_arrays(newest, ("values", "m", "v"))
+        self.summary, self.optimizer.step_count = summary, summary.steps
+
+    def _load_arrays(self, directory: Path, names: tuple[str, ...]) -> None:
+        stored = files.read_safetensors(directory / "state.safetensors")
+        for name in names:
+            array = self.optimizer.state[name]
+            if name not in stored or stored[name].shape != array.shape or stored[name].dtype != array.dtype:
+                raise RefpeftError(f"checkpoint {directory}: '{name}' is missing or has another shape or dtype")
+            array[...] = self.model.xp.asarray(stored[name])
+
+
+def mean_loss(model: Model, batches: Batches) -> float:
+    """The mean of -log p over all supervised tokens of `batches`, once through."""
+    total, count = 0.0, 0
+    with no_grad():
+        for step in range(batches.steps_per_epoch):
+            batch: Batch = batches.at(step)
+            total += float(model.loss(batch, 1.0).data)
+            count += batch.supervised
+    return total / max(count, 1)
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[threading.Event]:
+    """An event that the first Ctrl-C sets, so that a step is finished before it counts; the second raises at once."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+
+    def on_interrupt(*_: Any) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+
+    before = signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)
