@@ -1,10 +1,7 @@
 """What a run says: a progress line, metrics.jsonl, and the report at its end.
 
-The trainer calls its listeners with records:
-    {"event": "start", "step": steps already done, "steps": steps in all}
-    {"event": "step", "step", "loss", "lr", "grad_norm", "tokens", "supervised", "seconds"}   tokens without padding
-    {"event": "evaluation", "step", "eval_loss"}
-    {"event": "checkpoint", "step", "path"}
+The trainer calls a listener with a dict for every step ({"step", "loss", "lr", "grad_norm", "tokens", "supervised",
+"seconds"}, tokens without padding) and every evaluation ({"step", "eval_loss"}).
 """
 
 from __future__ import annotations
@@ -31,76 +28,63 @@ _WINDOW = 20  # steps over which speed is averaged
 
 
 class Metrics:
-    """A listener that appends steps and evaluations to metrics.jsonl; a resumed run first drops what came after."""
+    """A listener that writes steps and evaluations to metrics.jsonl; a resumed run replaces what it computes again."""
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
+    def __init__(self, path: str | Path, resume: bool = False):
+        self.path, self._begun = Path(path), False
+        if not resume:
+            self.path.unlink(missing_ok=True)
 
     def __call__(self, record: dict[str, Any]) -> None:
-        event = record["event"]
-        if event == "start":
-            self._keep(record["step"])
-        elif event == "step":
+        if not self._begun:
+            self._begun = True
+            self._drop_from(record)
+        if "loss" in record:
             seconds = max(record["seconds"], 1e-9)
-            self._append(
-                {
-                    "step": record["step"],
-                    "loss": record["loss"],
-                    "lr": record["lr"],
-                    "grad_norm": record["grad_norm"],
-                    "tokens_per_second": round(record["tokens"] / seconds, 1),
-                    "supervised_per_second": round(record["supervised"] / seconds, 1),
-                }
-            )
-        elif event == "evaluation":
-            self._append({"step": record["step"], "eval_loss": record["eval_loss"]})
-
-    def _keep(self, step: int) -> None:
-        """Rewrites the file with the records of steps up to `step`; a line cut short by a kill is dropped."""
-        kept = []
-        if self.path.exists() and step:
-            kept = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _step(line) <= step]
-        files.write_text(self.path, "".join(line + "\n" for line in kept))
-
-    def _append(self, record: dict[str, Any]) -> None:
+            record = {key: record[key] for key in ("step", "loss", "lr", "grad_norm")} | {
+                f"{key}_per_second": round(record[key] / seconds, 1) for key in ("tokens", "supervised")
+            }
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
+    def _drop_from(self, record: dict[str, Any]) -> None:
+        """Drops the records from this one on, and a line that a kill cut short."""
+        if self.path.exists():
+            lines = self.path.read_text(encoding="utf-8").splitlines()
+            files.write_text(self.path, "".join(line + "\n" for line in lines if _order(line) < _order(record)))
 
-def _step(line: str) -> float:
+
+def _order(record: str | dict[str, Any]) -> tuple[float, bool]:
+    """The place of a record (or of its line) in its file: a step's evaluation comes after the step."""
     try:
-        return json.loads(line)["step"]
+        found = json.loads(record) if isinstance(record, str) else record
+        return found["step"], "eval_loss" in found
     except (ValueError, KeyError, TypeError):
-        return math.inf
+        return math.inf, True
 
 
 class Progress:
     """A listener that shows a run as it goes: one live line on a terminal, else plain lines, each `log_every` steps."""
 
-    def __init__(self, log_every: int = 10, stream: IO[str] | None = None):
-        self.log_every = log_every
+    def __init__(self, steps: int, log_every: int = 10, stream: IO[str] | None = None):
+        self.steps, self.log_every = steps, log_every
         self._console = Console(file=stream or sys.stderr, highlight=False, soft_wrap=True)
         self._live: Live | None = None
-        self._steps = 0
         self._recent: deque[dict[str, Any]] = deque(maxlen=_WINDOW)
         self._drawn = 0.0
 
     def __call__(self, record: dict[str, Any]) -> None:
-        event, step = record["event"], record["step"]
-        if event == "start":
-            self._steps = record["steps"]
-            if step:
-                self._say(f"resumed after step {step}")
-        elif event == "step":
-            self._recent.append(record)
-            if self._console.is_terminal:
-                self._draw(last=step == self._steps)
-            elif step % self.log_every == 0 or step in (1, self._steps):
-                self._say(self._line())
-        elif event == "evaluation":
+        step = record["step"]
+        if "eval_loss" in record:
             self._say(f"step {step}: held-out loss {record['eval_loss']:.4f}")
-        elif event == "checkpoint":
-            self._say(f"step {step}: saved {record['path']}")
+            return
+        if not self._recent and step > 1:
+            self._say(f"goes on after step {step - 1}")
+        self._recent.append(record)
+        if self._console.is_terminal:
+            self._draw(last=step == self.steps)
+        elif step % self.log_every == 0 or step in (1, self.steps):
+            self._say(self._line())
 
     def close(self) -> None:
         """Leaves the last state of the line on the screen."""
@@ -123,9 +107,9 @@ class Progress:
     def _line(self) -> str:
         record, seconds = self._recent[-1], max(sum(r["seconds"] for r in self._recent), 1e-9)
         speed = {key: sum(r[key] for r in self._recent) / seconds for key in ("tokens", "supervised")}
-        left = (self._steps - record["step"]) * seconds / len(self._recent)
+        left = (self.steps - record["step"]) * seconds / len(self._recent)
         return (
-            f"step {record['step']}/{self._steps}  loss {record['loss']:.4f}  lr {record['lr']:.2e}  "
+            f"step {record['step']}/{self.steps}  loss {record['loss']:.4f}  lr {record['lr']:.2e}  "
             f"grad {record['grad_norm']:.3g}  {speed['tokens']:,.0f} tokens/s ({speed['supervised']:,.0f} supervised)  "
             f"{size(resident())}  {duration(left)} left"
         )

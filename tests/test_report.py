@@ -8,25 +8,13 @@ import pytest
 from refpeft import report
 
 
-def step(number: int, loss: float = 2.0, seconds: float = 0.5) -> dict:
-    return {
-        "event": "step",
-        "step": number,
-        "loss": loss,
-        "lr": 1e-3,
-        "grad_norm": 0.5,
-        "tokens": 100,
-        "supervised": 40,
-        "seconds": seconds,
-    }
+def step(number: int, loss: float = 2.0) -> dict:
+    speed = {"tokens": 100, "supervised": 40, "seconds": 0.5}
+    return {"step": number, "loss": loss, "lr": 1e-3, "grad_norm": 0.5, **speed}
 
 
-def start(done: int = 0, steps: int = 25) -> dict:
-    return {"event": "start", "step": done, "steps": steps}
-
-
-def evaluation(number: int, loss: float = 1.5) -> dict:
-    return {"event": "evaluation", "step": number, "eval_loss": loss}
+def evaluation(number: int) -> dict:
+    return {"step": number, "eval_loss": 1.5}
 
 
 def read(path) -> list[dict]:
@@ -35,43 +23,45 @@ def read(path) -> list[dict]:
 
 def test_metrics_have_a_record_for_each_step_and_evaluation(tmp_path):
     metrics = report.Metrics(tmp_path / "metrics.jsonl")
-    for record in (start(), evaluation(0), step(1), {"event": "checkpoint", "step": 1, "path": "x"}):
-        metrics(record)
+    metrics(evaluation(0))
+    metrics(step(1))
+    speed = {"tokens_per_second": 200.0, "supervised_per_second": 80.0}
     assert read(tmp_path / "metrics.jsonl") == [
         {"step": 0, "eval_loss": 1.5},
-        {
-            "step": 1,
-            "loss": 2.0,
-            "lr": 1e-3,
-            "grad_norm": 0.5,
-            "tokens_per_second": 200.0,
-            "supervised_per_second": 80.0,
-        },
+        {"step": 1, "loss": 2.0, "lr": 1e-3, "grad_norm": 0.5, **speed},
     ]
 
 
-def test_resuming_drops_what_came_after_the_step_and_a_cut_line(tmp_path):
+@pytest.mark.parametrize(
+    ("first", "kept"),
+    [
+        (step(4), [(1, True), (2, True), (3, True), (3, False)]),
+        (evaluation(3), [(1, True), (2, True), (3, True)]),
+        (step(6), [(1, True), (2, True), (3, True), (3, False), (4, True), (5, True), (5, False)]),
+    ],
+)
+def test_resuming_replaces_what_is_computed_again_and_drops_a_cut_line(tmp_path, first, kept):
     path = tmp_path / "metrics.jsonl"
-    first = report.Metrics(path)
-    for record in (start(), *(step(n) for n in range(1, 6)), evaluation(3), evaluation(5)):
-        first(record)
+    metrics = report.Metrics(path)
+    for record in (step(1), step(2), step(3), evaluation(3), step(4), step(5), evaluation(5)):
+        metrics(record)
     path.write_text(path.read_text() + '{"step": 2, "lo')
-    again = report.Metrics(path)
-    again(start(done=3))
-    again(step(4, loss=1.0))
-    assert [(r["step"], r.get("loss")) for r in read(path)] == [(1, 2.0), (2, 2.0), (3, 2.0), (3, None), (4, 1.0)]
+    report.Metrics(path, resume=True)(first)
+    *before, last = read(path)
+    assert [(r["step"], "loss" in r) for r in before] == kept
+    assert last["step"] == first["step"]
 
 
 def test_a_run_from_the_start_replaces_an_older_file(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 9}\n')
-    report.Metrics(tmp_path / "metrics.jsonl")(start())
-    assert read(tmp_path / "metrics.jsonl") == []
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "eval_loss": 9}\n')
+    report.Metrics(tmp_path / "metrics.jsonl")(step(1))
+    assert [r["step"] for r in read(tmp_path / "metrics.jsonl")] == [1]
 
 
 def test_off_a_terminal_there_is_a_plain_line_every_few_steps():
     stream = io.StringIO()
-    progress = report.Progress(log_every=10, stream=stream)
-    for record in (start(), *(step(n) for n in range(1, 26)), evaluation(25)):
+    progress = report.Progress(25, log_every=10, stream=stream)
+    for record in (*(step(n) for n in range(1, 26)), evaluation(25)):
         progress(record)
     progress.close()
     lines = stream.getvalue().splitlines()
@@ -92,9 +82,9 @@ def test_on_a_terminal_one_line_is_redrawn_at_most_four_times_a_second(monkeypat
     clock = iter(n * 0.1 for n in range(1000))
     monkeypatch.setattr(report.time, "monotonic", lambda: next(clock))
     stream = Terminal()
-    progress = report.Progress(stream=stream)
-    for record in (start(steps=40), *(step(n) for n in range(1, 31))):
-        progress(record)
+    progress = report.Progress(40, stream=stream)
+    for number in range(1, 31):
+        progress(step(number))
     progress.close()
     drawn = stream.getvalue().count("loss 2.0")
     assert 3 <= drawn <= 12

@@ -1,0 +1,67 @@
+"""The command line. Nothing heavy is imported here: a verb imports what it needs when it runs, so that help is instant.
+
+A mistake is its message on stderr and exit code 2, never a traceback; Ctrl-C is 130.
+"""
+
+from __future__ import annotations
+
+import click
+
+from refpeft import __version__
+from refpeft.commands import inspect, train, use
+from refpeft.errors import RefpeftError, nearest
+
+
+class Verbs(click.Group):
+    """The verbs in the order in which they were added; mistakes as messages."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+    def resolve_command(self, ctx: click.Context, args: list[str]):
+        if args and args[0] not in self.commands and not args[0].startswith("-"):
+            hint = nearest(args[0], self.commands) or f"; there are {', '.join(self.commands)}"
+            raise click.UsageError(f"no verb is named {args[0]!r}{hint}", ctx)
+        return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: click.Context):
+        try:
+            return super().invoke(ctx)
+        except RefpeftError as error:
+            click.echo(str(error), err=True)
+            ctx.exit(2)
+        except BrokenPipeError:
+            raise  # click ends quietly: whoever read the output has had enough
+        except OSError as error:
+            click.echo(f"{error.filename or 'a file'}: {error.strerror or error}", err=True)
+            ctx.exit(2)
+        except MemoryError as error:
+            click.echo(
+                f"out of memory: {error}; `refpeft train --dry-run` shows what takes how much".replace(": ;", ";"),
+                err=True,
+            )
+            ctx.exit(2)
+        except KeyboardInterrupt:
+            ctx.exit(130)
+
+
+@click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, message="%(version)s")
+def main() -> None:
+    """Fine-tunes language models with few trained parameters, on NumPy or CuPy alone.
+
+    Start with `refpeft train`: without arguments it trains LoRA on a small model and a task that ship with it.
+    """
+
+
+for verb in (
+    train.train,
+    use.evaluate,
+    use.generate,
+    use.merge,
+    inspect.data,
+    inspect.sites,
+    inspect.methods,
+    inspect.quantizers,
+):
+    main.add_command(verb)

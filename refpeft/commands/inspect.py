@@ -1,0 +1,126 @@
+"""The verbs that only look: methods, quantizers, sites, data."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import re
+import shutil
+from typing import Any
+
+import click
+
+from refpeft.commands import options
+
+
+@click.command()
+@click.argument("name", required=False)
+@options.as_json
+@options.plugins
+def methods(name: str | None, as_json: bool) -> None:
+    """Lists the methods, or one with its options."""
+    _list("method", name, as_json)
+
+
+@click.command()
+@click.argument("name", required=False)
+@options.as_json
+@options.plugins
+def quantizers(name: str | None, as_json: bool) -> None:
+    """Lists the quantizers, or one with its options."""
+    _list("quantizer", name, as_json)
+
+
+def _list(kind: str, name: str | None, as_json: bool) -> None:
+    from refpeft import manager
+
+    if name:
+        manager.path_of(name, kind)
+    chosen = [
+        listing for listing in manager.catalogue().values() if listing.kind == kind and name in (None, listing.name)
+    ]
+    if as_json:
+        options.echo_json([dataclasses.asdict(listing) for listing in chosen])
+    elif name:
+        click.echo("\n".join(_details(chosen[0])))
+    else:
+        width = max((len(listing.name) for listing in chosen), default=0)
+        room = max(shutil.get_terminal_size().columns, 60) - width - 2
+        for listing in chosen:
+            text = listing.summary
+            click.echo(f"{listing.name:<{width}}  {text if len(text) <= room else text[: room - 3] + '...'}")
+
+
+def _details(listing: Any) -> list[str]:
+    """A plugin in full: where it acts, and its options as they would stand in run.toml."""
+    kinds = [h.removeprefix("peft_") for h in listing.hooks if h.removeprefix("peft_") in _SITE_KINDS]
+    lines = [listing.summary, ""]
+    if kinds:
+        lines.append(
+            f"acts on  {', '.join(kinds)}; {'merges' if 'peft_merge' in listing.hooks else 'cannot be merged'}"
+        )
+    lines += [f"file     {listing.path}", "", f"[{listing.name}]"]
+    rows = [(f"{option.name} = {_as_toml(option.default)}", option.type, option.note) for option in listing.options]
+    widths = [max((len(row[i]) for row in rows), default=0) for i in range(2)]
+    return lines + [f"{value:<{widths[0]}}  # {kind:<{widths[1]}}  {note}".rstrip() for value, kind, note in rows]
+
+
+def _as_toml(source: str) -> str:
+    """A default's source text as it would stand in run.toml; unchanged where it is not a literal."""
+    from refpeft import toml
+
+    try:
+        return toml.text(ast.literal_eval(source))
+    except (ValueError, SyntaxError):
+        return source
+
+
+_SITE_KINDS = ("linear", "embedding", "norm", "attention", "block")
+
+
+@click.command()
+@click.argument("model")
+@click.option("--all", "every", is_flag=True, help="Every site on a line of its own; else layers are folded.")
+@options.as_json
+def sites(model: str, every: bool, as_json: bool) -> None:
+    """Lists the sites of MODEL, the places where methods act."""
+    from refpeft import api, report
+
+    found = list(api.load(model).sites.values())
+    if as_json:
+        keys = ("name", "kind", "shape", "roles", "tied")
+        options.echo_json([{key: getattr(site, key) for key in keys} for site in found])
+        return
+    rows = [
+        (site.name, site.kind, " x ".join(map(str, site.shape)), " ".join("@" + role for role in site.roles))
+        for site in found
+    ]
+    if not every:
+        rows = _folded(rows)
+    click.echo("\n".join(report.table([("site", "kind", "shape", "roles"), *rows])))
+
+
+def _folded(rows: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """Rows whose names differ in the layer's number alone, as one with the numbers: layers.{0-29}.mlp."""
+    folded: dict[tuple[str, ...], list[int]] = {}
+    for name, *rest in rows:
+        layer = re.search(r"\.(\d+)\.", name)
+        key = (name.replace(layer[0], ".{}.", 1) if layer else name, *rest)
+        folded.setdefault(key, []).extend([int(layer[1])] if layer else [])
+    return [(name.replace("{}", _spans(numbers)), *rest) for (name, *rest), numbers in folded.items()]
+
+
+def _spans(numbers: list[int]) -> str:
+    """Sorted numbers as "{0-3,5}"."""
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and number == spans[-1][-1] + 1:
+            spans[-1][1:] = [number]
+        else:
+            spans.append([number])
+    return "{" + ",".join("-".join(map(str, span)) for span in spans) + "}"
+
+
+@click.command()
+def data() -> None:
+    """Shows what would be trained on in FILE."""

@@ -1,0 +1,55 @@
+"""Options that several verbs have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+
+def plugins(command: Callable) -> Callable:
+    """`-p` and `--plugins-dir`: plugins beside the shipped ones, known before the verb runs."""
+    one = click.option(
+        "-p", "plugin_sources", metavar="FILE|MODULE", multiple=True, is_eager=True, expose_value=False, callback=_add,
+        help="Also know the plugin in this file or module. Repeatable.",
+    )  # fmt: skip
+    folder = click.option(
+        "--plugins-dir", metavar="DIR", multiple=True, is_eager=True, expose_value=False, callback=_add,
+        help="Also know every plugin in this folder. Repeatable; REFPEFT_PLUGINS adds more.",
+    )  # fmt: skip
+    return one(folder(command))
+
+
+def _add(ctx: click.Context, option: click.Parameter, sources: tuple[str, ...]) -> None:
+    if sources:
+        from refpeft import manager
+
+        manager.add(*sources)
+
+
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+def model(command: Callable) -> Callable:
+    """How a model is loaded."""
+    for option in (
+        click.option(
+            "--dtype", type=click.Choice(["float32", "bfloat16", "float64"]), default="float32", show_default=True
+        ),
+        click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True),
+        click.option("--quantizer", metavar="NAME", help="Quantize frozen weights with this plugin."),
+        click.option("--adapter", metavar="DIR", help="An adapter directory, such as a run's."),
+        click.option(
+            "--model", metavar="PATH|ID", help="A directory, a GGUF file or a hub id; else the adapter's own."
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def echo_json(value: Any) -> None:
+    """Prints `value` as JSON."""
+    import json
+
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False, default=str))

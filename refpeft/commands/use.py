@@ -1,0 +1,16 @@
+import click
+
+
+@click.command("eval")
+def evaluate():
+    "x"
+
+
+@click.command()
+def generate():
+    "x"
+
+
+@click.command()
+def merge():
+    "x"
