@@ -1,0 +1,43 @@
+"""Make the golden vectors again, or check them:  python golden/make [--check] [GLOB over ids ...]"""
+
+import argparse
+import importlib
+import sys
+from fnmatch import fnmatch
+
+import common
+
+SCRIPTS = ("ops", "fused", "random_numbers", "models", "methods")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python golden/make", description=__doc__)
+    parser.add_argument("globs", nargs="*", default=["*"], metavar="GLOB", help="ids to make (default: all)")
+    parser.add_argument("--check", action="store_true", help="write nothing; compare with what is stored")
+    options = parser.parse_args()
+    seen: set[str] = set()
+    problems: list[str] = []
+    for script in SCRIPTS:
+        for case in importlib.import_module(script).cases():
+            case.script = f"{script}.py"
+            if case.id in seen:
+                raise SystemExit(f"two cases are called {case.id}")
+            seen.add(case.id)
+            if not any(fnmatch(case.id, glob) for glob in options.globs):
+                continue
+            if options.check:
+                problems += common.check(case)
+            else:
+                common.write(case)
+            print(".", end="", flush=True)
+    print()
+    if not options.check:
+        common.write_manifest()
+    stored = {path.stem for path in (common.GOLDEN / "v1").rglob("*.json")}
+    problems += [f"{name}: stored, but no script makes it" for name in sorted(stored - seen)]
+    print("\n".join(problems) or f"{len(seen)} cases known, all {'agree' if options.check else 'written'}")
+    return bool(problems)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
