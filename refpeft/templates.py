@@ -31,8 +31,8 @@ class Template:
     """A compiled chat template.
 
     special_tokens   variables such as {"bos_token": "<s>", "eos_token": "</s>"}
-    now              the clock behind `strftime_now`. Llama 3 and SmolLM3 write the date into the system message, so a run
-                     that must give the same tokens on another day passes a fixed one.
+    now              the clock behind `strftime_now`. Llama 3 and SmolLM3 write the date into the system message, so a
+                     run that must give the same tokens on another day passes a fixed one.
 
     Raises RefpeftError, here and in every method, for a template that is wrong, leaves the sandbox or does too much.
     """
@@ -147,9 +147,9 @@ def _spans_of_marks(marked: str) -> Rendered:
 
 
 def _not_a_prefix(index: int, prompt: str, done: str) -> str:
-    same = next((i for i, (a, b) in enumerate(zip(prompt, done, strict=False)) if a != b), min(len(prompt), len(done)))
+    at = next((i for i, (a, b) in enumerate(zip(prompt, done, strict=False)) if a != b), min(len(prompt), len(done)))
     return (
-        f"the chat template does not show what the assistant says: its text before messages[{index}] with the generation "
-        f"prompt has {prompt[same : same + 40]!r} where its text with that message has {done[same : same + 40]!r}. "
+        f"the chat template does not show what the assistant says: its text before messages[{index}] with the "
+        f"generation prompt has {prompt[at : at + 40]!r} where its text with that message has {done[at : at + 40]!r}. "
         "Use a template that marks the answer with {% generation %} ... {% endgeneration %}"
     )

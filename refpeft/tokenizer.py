@@ -1,4 +1,4 @@
-"""Text to token ids and back, from a model directory's tokenizer.json, with what the model's other files say about it."""
+"""Text to token ids and back: a model directory's tokenizer.json, and what its other files say about special tokens."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ class Tokenizer:
     chat_template            the template's text or None
     special_tokens           {"bos_token": "<s>", ...}: the variables that a chat template may use
     added                    texts of all added tokens: in any text they become one id each
+    ends                     texts of eos_ids
     """
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, config: dict[str, Any], name: str = "the tokenizer"):
@@ -37,10 +38,11 @@ class Tokenizer:
         tokenizer.no_truncation()
         self.backend, self.name = tokenizer, name
         self.vocab_size: int = tokenizer.get_vocab_size(with_added_tokens=True)
-        self.added = frozenset(token.content for token in tokenizer.get_added_tokens_decoder().values())
+        self.added = tuple(token.content for token in tokenizer.get_added_tokens_decoder().values())
         self.bos_id = self._special(config, "bos")
         self.eos_id = self._special(config, "eos")
         self.eos_ids = frozenset(_numbers(config.get("eos_token_id"))) | {self.eos_id} - {None}
+        self.ends = tuple(text for text in map(tokenizer.id_to_token, self.eos_ids) if text)
         pad = self._special(config, "pad")
         self.pad_id = self.eos_id if pad is None else pad
         self.chat_template = _chat_template(config, name)
@@ -97,7 +99,7 @@ class Tokenizer:
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def _after(self, text: str, before: str) -> list[int]:
-        """`text` encoded behind the added token that ends `before`, or a neutral character: what it is where it stands."""
+        """`text` as it is encoded behind `before`: behind the added token that ends it, or a neutral character."""
         ending = max((token for token in self.added if before.endswith(token)), key=len, default=_NEUTRAL)
         lead, ids = self._encode(ending), self._encode(ending + text)
         return ids[len(lead) :] if ids[: len(lead)] == lead else self._encode(text)
