@@ -21,6 +21,10 @@ class Dense:
     def __call__(self) -> Array:
         return cast(self.array, self.dtype)
 
+    def rows(self, ids: Array) -> Array:
+        """Some rows of it: only these are cast."""
+        return cast(self.array[ids], self.dtype)
+
     @property
     def nbytes(self) -> int:
         return self.array.nbytes

@@ -91,12 +91,12 @@ class Model:
             return fused.frozen_linear(x, bias, weight=site.weight)
 
         frozen_bias = self.weight(f"{name}.bias")() if bias else None
-        site = self._site(name, "linear", weight.shape, roles, base, weight, frozen_bias, tied)
+        site = self._site(name, "linear", weight.shape, roles, base, weight, frozen_bias, tied, transposed)
         return site
 
     def embedding(self, name: str, *roles: str) -> Site:
         def base(ids: Array, weight: Tensor | None = None) -> Tensor:
-            return Tensor(site.weight()[ids]) if weight is None else fused.embedding(weight, ids=ids)
+            return Tensor(site.weight.rows(ids)) if weight is None else fused.embedding(weight, ids=ids)
 
         weight = self.weight(f"{name}.weight")
         site = self._site(name, "embedding", weight.shape, roles, base, weight)
