@@ -186,13 +186,14 @@ class Trainer:
         s = self.settings
         same = ("lr", "batch", "micro_batch", "weight_decay", "betas", "eps", "clip", "schedule")
         crc = 0
-        for example in self.train.examples:
-            crc = zlib.crc32(np.ascontiguousarray(example.ids).tobytes(), crc)
-            crc = zlib.crc32(np.packbits(example.supervised).tobytes(), crc)
+        for row in self.train.rows:
+            for example in row:
+                crc = zlib.crc32(np.ascontiguousarray(example.ids).tobytes(), crc)
+                crc = zlib.crc32(np.packbits(example.supervised).tobytes(), crc)
         return {
             "seed": self.seed,
             "total steps": self.total,
-            "rows": len(self.train.examples),
+            "rows": len(self.train.rows),
             "rows' checksum": crc,
             "parameters": self.flat.shapes,
             "dtype": self.flat.values.dtype.name,
