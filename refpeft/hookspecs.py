@@ -1,11 +1,12 @@
 """What a plugin may define. Reading this file is reading what refpeft takes a PEFT method, or a quantizer, to be.
 
-A plugin is one file: a docstring, a frozen dataclass `Config` with defaults, and any of these functions under `@hookimpl`.
-An implementation names only the arguments that it wants; what it does not name is not computed (`weight` of a quantized
-layer would be dequantized). Which hooks it has is what it can do: without `peft_merge`, `refpeft merge` refuses it by name.
+A plugin is one file: a docstring, a frozen dataclass `Config` with defaults, and any of these functions under
+`@hookimpl`. An implementation names only the arguments that it wants; what it does not name is not computed (`weight`
+of a quantized layer would be dequantized). Which hooks it has is what it can do: without `peft_merge`, `refpeft merge`
+refuses it by name.
 
 The arguments:
-    site    refpeft.sites.Site: .name, .kind, .shape, .roles, .tied
+    site    refpeft.sites.Site: .name, .kind, .shape, .roles, .tied; sites: the list of those that were chosen
     cfg     the plugin's Config
     rng     refpeft.rng.Stream of this site: .uniform(low, high, shape), .standard_normal(shape), .permutation(n)
     weight  the frozen dense array: linear (out, in), embedding (vocab, dim), norm (dim,)
@@ -36,7 +37,7 @@ def peft_params(site, cfg, rng, weight, bias):
 
 @hookspec
 def peft_shared(sites, cfg, rng):
-    """Values that all sites of the adapter share: {name: array} is constant, {name: refpeft.tensor.parameter(array)} trained."""
+    """Values that all sites share: {name: array}, constant; or {name: refpeft.tensor.parameter(array)}, trained."""
 
 
 @hookspec
@@ -45,8 +46,13 @@ def peft_positions(cfg):
 
 
 @hookspec
-def peft_companions(cfg):
-    """Other methods that this one brings along: {plugin name: targets}, such as biases or whole modules trained beside it."""
+def peft_companions(cfg, sites):
+    """Other methods that this one brings along, such as biases trained beside it: {plugin name: its options}."""
+
+
+@hookspec
+def peft_check(sites, cfg):
+    """Raises RefpeftError where the options do not fit the sites that were chosen, before anything is made."""
 
 
 # ---- a method: its forward pass, by kind of site ---------------------------------------------------------------------
@@ -85,17 +91,7 @@ def peft_block(x, base, p, cfg, site, shared, train):
 
 @hookspec
 def peft_merge(weight, bias, p, cfg, site, shared):
-    """The dense weight with the adapter folded in, or {"weight": ..., "bias": ...} where more than the weight changes."""
-
-
-@hookspec
-def peft_export(cfg, params, sites, model):
-    """PEFT's form: (adapter_config entries, {tensor name without the "base_model.model." prefix: array})."""
-
-
-@hookspec
-def peft_import(config, tensors, sites, model):
-    """The reverse of `peft_export`: (Config, {parameter name: array})."""
+    """The dense weight with the adapter folded in, or those of {"weight": ..., "bias": ...} that change."""
 
 
 # ---- a quantizer -----------------------------------------------------------------------------------------------------

@@ -1,19 +1,18 @@
 """Sites: the named places of a model where methods act, and the attaching, detaching and merging of adapters.
 
-A method wraps a site's function in another: `f(x, base, p)`. No module is replaced and no base weight is renamed, so that
-several adapters nest on one site and detaching restores the base exactly.
+A method wraps a site's function in another: `f(x, base, p)`. No module is replaced and no base weight is renamed, so
+that several adapters nest on one site and detaching restores the base exactly.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import partial
 from types import ModuleType, SimpleNamespace
 from typing import Any
-
-import numpy as np
 
 from . import fused, manager
 from .backend import Array, xp_of
@@ -31,17 +30,21 @@ INPUTS = {
 }
 """The kinds of site, and what a hook of each kind is given first."""
 
+_PLAIN = re.compile(r"@?[\w.-]+")
+
 
 class Site:
     """A place where adapters may act; calling it runs the adapters' functions around the frozen one.
 
-    name    the checkpoint's module path ("model.layers.0.self_attn.q_proj"), or a place beside them ("...attend", "...mlp_out")
+    name    the checkpoint's module path ("model.layers.0.self_attn.q_proj"), or a place beside them ("....mlp_out")
     kind    linear, embedding, norm, attention or block
     shape   linear (out, in), embedding (vocab, dim), norm and block (dim,), attention (kv_heads, head_dim)
-    roles   what it does, in words that all models share: q k v o gate up down head embed norm attend attn_out mlp_out block_out
+    roles   what it does, in words that all models share: q k v o gate up down head embed norm attend attn_out mlp_out
+            block_out
     weight  () -> frozen dense array, or None
     bias    frozen array, or None
     tied    the name of the site whose weight this one shares, or None
+    transposed  whether the checkpoint has the weight as (in, out), as GPT-2's linear layers do
     """
 
     def __init__(
@@ -54,9 +57,10 @@ class Site:
         weight: Callable[[], Array] | None = None,
         bias: Array | None = None,
         tied: str | None = None,
+        transposed: bool = False,
     ):
         self.name, self.kind, self.shape, self.roles = name, kind, shape, roles
-        self.base, self.weight, self.bias, self.tied = base, weight, bias, tied
+        self.base, self.weight, self.bias, self.tied, self.transposed = base, weight, bias, tied, transposed
         self.layers: list[Layer] = []
         self._call = base
 
@@ -88,7 +92,10 @@ class Base:
         self._site, self._call, self._keywords = site, call, keywords
 
     def __call__(self, *args: Any, **stand_ins: Any) -> Tensor:
-        return self._call(*args, **{**self._keywords, **stand_ins})
+        twice = stand_ins.keys() & self._keywords.keys() & {"weight", "bias"}
+        if twice:
+            raise RefpeftError(f"two methods replace the {twice.pop()} of {self._site.name}: attach only one of them")
+        return self._call(*args, **self._keywords, **stand_ins)
 
     @property
     def weight(self) -> Tensor:
@@ -103,7 +110,7 @@ class Base:
 
 @dataclass
 class Mode:
-    """What all sites of a model know of the moment: whether it trains, with which seed, and which forward pass this is."""
+    """What all sites of a model know of the moment: whether it trains, with which seed, which forward pass this is."""
 
     training: bool = False
     seed: int = 0
@@ -177,7 +184,8 @@ class Layer:
 
         def call(*args: Any, **keywords: Any) -> Tensor:
             train = Train(self.mode, self._purpose) if self.mode.training and "train" in self._names else None
-            have = fixed | dict(zip(inputs, args, strict=True)) | {"base": Base(self.site, inner, keywords), "train": train}
+            have = fixed | {"base": Base(self.site, inner, keywords), "train": train}
+            have |= zip(inputs, args, strict=True)
             return self._function(*(have[name] for name in self._names))
 
         return call
@@ -224,7 +232,7 @@ class Adapter:
 
 
 def matches(target: str, site: Site) -> bool:
-    """Whether one target names the site: "@role", a full name or the end of one, or a glob."""
+    """Whether one target names the site: "@role", "all-linear", a glob, a full name or the end of one."""
     if target.startswith("@"):
         return target[1:] in site.roles
     if target == "all-linear":
@@ -234,40 +242,65 @@ def matches(target: str, site: Site) -> bool:
     return site.name == target or site.name.endswith("." + target)
 
 
+def matcher(targets: str | Sequence[str]) -> dict[str, Callable[[Site], bool]]:
+    """For each target, what tells its sites. One string that is no plain target is a regular expression, as in PEFT."""
+    if not isinstance(targets, str):
+        return {target: partial(matches, target) for target in targets}
+    if _PLAIN.fullmatch(targets):
+        return {targets: partial(matches, targets)}
+    try:
+        pattern = re.compile(targets)
+    except re.error as error:
+        raise RefpeftError(f"{targets!r} is not a regular expression: {error}; a glob goes into a list") from None
+    return {targets: lambda site: pattern.fullmatch(site.name) is not None}
+
+
 def select(sites: Iterable[Site], cfg: Any, usable: Callable[[Site], bool]) -> list[Site]:
     """The sites that cfg.targets names, less cfg.exclude, in cfg.layers (both optional fields).
 
-    `targets` is a list of names, or one string: a regular expression over full names, as in PEFT. Each target must match
-    at least one usable site; raises RefpeftError with the nearest names otherwise.
+    `targets` and `exclude` are lists of names, or one string: a regular expression over full names, as in PEFT. Each
+    must match at least one usable site; raises RefpeftError with the nearest names otherwise.
     """
     sites = list(sites)
-    targets = (cfg.targets,) if isinstance(cfg.targets, str) else tuple(cfg.targets)
     chosen: set[str] = set()
-    for target in targets:
-        hit = [s for s in sites if matches(target, s) or (isinstance(cfg.targets, str) and _full_match(target, s.name))]
-        fit = [s for s in hit if usable(s)]
-        if not fit:
-            raise RefpeftError(_no_match(target, hit, sites))
-        chosen |= {s.name for s in fit}
-    for target in getattr(cfg, "exclude", ()):
-        chosen -= {s.name for s in sites if matches(target, s)}
+    for target, hits in matcher(cfg.targets).items():
+        chosen |= _hit(target, hits, sites, usable)
+    for target, hits in matcher(getattr(cfg, "exclude", ())).items():
+        chosen -= _hit(target, hits, sites, lambda site: True)
     layers = getattr(cfg, "layers", None)
     if layers is not None:
-        present = {s.index for s in sites}
+        last = max(site.index or 0 for site in sites)
         for number in layers:
-            if number not in present:
-                raise RefpeftError(f"layers names {number}: the model has layers 0 to {max(i for i in present if i is not None)}")
-        chosen = {s.name for s in sites if s.name in chosen and s.index in layers}
+            if not 0 <= number <= last:
+                raise RefpeftError(f"layers names {number}: the model has layers 0 to {last}")
+        chosen = {site.name for site in sites if site.name in chosen and site.index in layers}
     if not chosen:
         raise RefpeftError("after 'exclude' and 'layers' no site is left")
-    return [s for s in sites if s.name in chosen]
+    return [site for site in sites if site.name in chosen]
 
 
-def _full_match(pattern: str, name: str) -> bool:
-    try:
-        return re.fullmatch(pattern, name) is not None
-    except re.error as error:
-        raise RefpeftError(f"target {pattern!r} is not a regular expression: {error}") from None
+def _hit(target: str, hits: Callable[[Site], bool], sites: list[Site], usable: Callable[[Site], bool]) -> set[str]:
+    """Names of the usable sites that one target matches; an error if there are none."""
+    found = [site for site in sites if hits(site)]
+    fit = {site.name for site in found if usable(site)}
+    if not fit:
+        raise RefpeftError(_no_match(target, found, sites))
+    return fit
+
+
+def patterned(patterns: Mapping[str, Any], site: Site, default: Any) -> Any:
+    """The value of the first key, a regular expression, that ends the site's name from a dot on; else `default`.
+
+    This is PEFT's rank_pattern. Fields of a Config that are named so are checked: each key must match a site.
+    """
+    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", site.name)), default)
+
+
+def _check_patterns(part: Part, sites: list[Site]) -> None:
+    for name, patterns in vars(part.cfg).items():
+        for key in patterns if name.endswith("_pattern") else ():
+            if not any(patterned({key: True}, site, False) for site in sites):
+                raise RefpeftError(f"{part.name}.{name} has the key {key!r}, which matches none of the targets")
 
 
 def _no_match(target: str, hit: list[Site], sites: list[Site]) -> str:
@@ -287,7 +320,7 @@ def _no_match(target: str, hit: list[Site], sites: list[Site]) -> str:
 def attach(model: Any, method: str | ModuleType, config: Any = None, *, seed: int = 0) -> Adapter:
     """Puts a method on a model and returns its Adapter; base weights stay as they are.
 
-    `method` is a plugin's name, file or module; `config` its Config, or a dict of options that differ from the defaults.
+    `method` is a plugin's name, file or module; `config` its Config, or a dict of options that are not the defaults.
     Raises RefpeftError for an unknown method or option, and for targets that match nothing.
     """
     from .config import plugin_options
@@ -298,11 +331,10 @@ def attach(model: Any, method: str | ModuleType, config: Any = None, *, seed: in
     taken = {adapter.name for adapter in model.adapters}
     name = next(n for n in (part.name, *(f"{part.name}{i}" for i in range(2, 1000))) if n not in taken)
     adapter = Adapter(name, [], [], {}, part.call("peft_positions") or 0)
-    _add_part(model, adapter, part, select(model.sites.values(), cfg, _has_hook(plugin)), seed)
-    for companion, targets in (part.call("peft_companions") or {}).items():
+    _add_part(model, adapter, part, seed)
+    for companion, options in (part.call("peft_companions", sites=adapter.sites) or {}).items():
         other = manager.load(companion)
-        extra = Part(other, plugin_options(other, {"targets": targets}))
-        _add_part(model, adapter, extra, select(model.sites.values(), extra.cfg, _has_hook(other)), seed)
+        _add_part(model, adapter, Part(other, plugin_options(other, options)), seed)
     if not adapter.params:
         raise RefpeftError(f"method '{name}' trains nothing on this model: no matched site has what it changes")
     for layer in adapter.layers:
@@ -316,8 +348,12 @@ def _has_hook(plugin: ModuleType) -> Callable[[Site], bool]:
     return lambda site: manager.hook(plugin, f"peft_{site.kind}") is not None
 
 
-def _add_part(model: Any, adapter: Adapter, part: Part, sites: Sequence[Site], seed: int) -> None:
+def _add_part(model: Any, adapter: Adapter, part: Part, seed: int) -> None:
+    """Chooses the sites of `part` and makes its values; the layers are not yet on the sites."""
     adapter.parts.append(part)
+    sites = select(model.sites.values(), part.cfg, _has_hook(part.plugin))
+    _check_patterns(part, sites)
+    part.call("peft_check", sites=sites)
     shared = part.call("peft_shared", sites=sites, rng=Stream(seed, "init", adapter.name, "shared")) or {}
     for key, value in shared.items():
         tensor = value if isinstance(value, Tensor) else Tensor(value)
@@ -336,7 +372,7 @@ def _add_part(model: Any, adapter: Adapter, part: Part, sites: Sequence[Site], s
         )
         if first is None:
             continue
-        values = {k: parameter(model.place(np.array(v))) for k, v in first.items() if not isinstance(v, str)}
+        values = {k: parameter(model.place(xp_of(v).array(v))) for k, v in first.items() if not isinstance(v, str)}
         for key, value in values.items():
             if adapter.params.setdefault(f"{site.name}.{key}", value) is not value:
                 raise RefpeftError(f"two parts of method '{adapter.name}' train {key!r} at {site.name}")
@@ -379,7 +415,12 @@ def merge(model: Any) -> None:
     for name, now in merged.items():
         site = model.sites[name]
         site.weight, site.bias = Dense(now["weight"], model.dtype), now["bias"]
+        parts = {part: Dense(array, model.dtype) for part, array in now.items() if array is not None}
+        model.frozen |= {f"{name}.{part}": frozen for part, frozen in parts.items()}
     for site in model.sites.values():
-        if site.tied and not bool((site.weight() == model.sites[site.tied].weight()).all()):
+        if site.tied and bool((site.weight() == model.sites[site.tied].weight()).all()):
+            site.weight = model.sites[site.tied].weight
+            model.frozen.pop(f"{site.name}.weight", None)
+        else:
             site.tied = None  # the two are no longer one; saving writes both
     detach(model)

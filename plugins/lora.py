@@ -1,0 +1,80 @@
+"""LoRA: y = W x + b + s B A dropout(x), with W frozen and s = alpha / r.
+
+Hu et al., 2021, arXiv:2106.09685, section 4.1. With `rslora`, s = alpha / sqrt(r) (Kalajdzievski, 2023,
+arXiv:2312.03732). On an embedding y = W[ids] + s B A[:, ids], without dropout.
+
+First values, which leave the model as it is. Linear: A uniform in +-1 / sqrt(in), which is kaiming_uniform(a=sqrt(5))
+as in loralib and PEFT, or normal of deviation 1 / r (`init = "gaussian"`); B zero. Embedding: A zero, B normal.
+
+Trained: A (r, in) and B (out, r), r (in + out) numbers a target; and what `bias` and `modules_to_save` name.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from refpeft import fused, hookimpl, ops
+from refpeft.sites import matches, patterned
+
+
+@dataclass(frozen=True)
+class Config:
+    r: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0  # rate, of what A reads, in training
+    rslora: bool = False  # scale by alpha / sqrt(r)
+    init: Literal["kaiming", "gaussian"] = "kaiming"
+    bias: Literal["none", "all", "lora_only"] = "none"  # frozen biases trained too: the model's, or the targets'
+    rank_pattern: dict[str, int] = field(default_factory=dict)  # r for names that end in the key, a regular expression
+    alpha_pattern: dict[str, float] = field(default_factory=dict)  # alpha, likewise
+    modules_to_save: tuple[str, ...] = ()  # layers trained in full instead
+    targets: tuple[str, ...] | str = ("@q", "@v")
+    exclude: tuple[str, ...] | str = ()
+    layers: tuple[int, ...] | None = None  # numbers of the layers; none: all
+
+    def __post_init__(self):
+        if min((self.r, *self.rank_pattern.values())) < 1 or not 0 <= self.dropout < 1:
+            raise ValueError("expected r of at least 1, and dropout of at least 0 and less than 1")
+
+    def rank(self, site):
+        return patterned(self.rank_pattern, site, self.r)
+
+    def scale(self, site):
+        return patterned(self.alpha_pattern, site, self.alpha) / self.rank(site) ** (0.5 if self.rslora else 1)
+
+
+@hookimpl
+def peft_params(site, cfg, rng):
+    if any(matches(name, site) for name in cfg.modules_to_save):
+        return None
+    r, (out, width) = cfg.rank(site), site.shape
+    if site.kind == "embedding":
+        return {"A": np.zeros((r, out)), "B": rng.standard_normal((width, r))}
+    bound = width**-0.5
+    A = rng.standard_normal((r, width)) / r if cfg.init == "gaussian" else rng.uniform(-bound, bound, (r, width))
+    return {"A": A, "B": np.zeros((out, r))}
+
+
+@hookimpl
+def peft_companions(cfg, sites):
+    targets = ["*"] if cfg.bias == "all" else [site.name for site in sites if site.kind == "linear"]
+    found = {} if cfg.bias == "none" else {"bitfit": {"targets": targets, "exclude": cfg.modules_to_save}}
+    return found | ({"full": {"targets": cfg.modules_to_save, "tie": False}} if cfg.modules_to_save else {})
+
+
+@hookimpl
+def peft_linear(x, base, p, cfg, site, train):
+    dropped = train.dropout(x, cfg.dropout) if train else x
+    return fused.addmm(base(x), ops.linear(dropped, p.A), p.B, alpha=cfg.scale(site))
+
+
+@hookimpl
+def peft_embedding(ids, base, p, cfg, site):
+    return fused.addmm(base(ids), fused.embedding(p.A.T, ids=ids), p.B, alpha=cfg.scale(site))
+
+
+@hookimpl
+def peft_merge(weight, p, cfg, site):
+    delta = cfg.scale(site) * (p.B @ p.A)
+    return weight + (delta.T if site.kind == "embedding" else delta)
