@@ -19,10 +19,10 @@ COMPUTE_DTYPES = {"float32": np.dtype("f4"), "bfloat16": np.dtype("f4"), "float6
 """What is computed in for each `--dtype`; bfloat16 is a way to store frozen weights (see quant.Dense)."""
 
 
-def xp_of(array: Array) -> ModuleType:
-    """The array module, numpy or cupy, that owns `array`."""
+def xp_of(*arrays: Array) -> ModuleType:
+    """The array module that owns `arrays`: cupy if one of them is on the device, else numpy."""
     cupy = sys.modules.get("cupy")  # an array cannot be CuPy's before CuPy has been imported
-    return np if cupy is None else cupy.get_array_module(array)
+    return np if cupy is None else cupy.get_array_module(*arrays)
 
 
 @functools.cache

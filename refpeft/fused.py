@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .backend import Array, xp_of
-from .ops import logistic
+from .ops import expect, logistic
 from .rng import Stream
 from .special import erf
 from .tensor import op
@@ -32,6 +32,7 @@ def frozen_linear(needs, x, bias=None, *, weight):
     """x @ weight().T + bias: x (..., in), weight() (out, in), bias (out,) or None. Keeps nothing of `x`."""
     y = x @ weight().T
     if bias is not None:
+        expect("bias", bias, y.shape[-1])
         y += bias
     return y, (weight if needs[0] else None, needs)
 
@@ -51,6 +52,7 @@ def addmm(needs, y, u, B, *, alpha):
     """y + alpha u @ B.T: y (..., out), u (..., r), B (out, r). What a low-rank method adds to a frozen layer."""
     alpha = y.dtype.type(alpha)
     delta = u @ B.T
+    expect("y", y, *delta.shape)
     delta *= alpha
     delta += y
     return delta, (alpha, B if needs[1] else None, u if needs[2] else None, needs[0])
@@ -84,6 +86,7 @@ def _(g, ids, shape):
 @op
 def rms_norm(needs, x, w, *, eps):
     """x / sqrt(mean(x^2) + eps) * w over the last axis (Zhang & Sennrich, 2019, arXiv:1910.07467)."""
+    expect("w", w, x.shape[-1])
     r = 1 / xp_of(x).sqrt((x * x).mean(axis=-1, keepdims=True) + x.dtype.type(eps))
     n = x * r
     return n * w, (n, r if needs[0] else None, w if needs[0] else None, needs[1])
@@ -101,6 +104,8 @@ def _(g, n, r, w, w_needed):
 @op
 def layer_norm(needs, x, w, b, *, eps):
     """(x - mean) / sqrt(var + eps) * w + b over the last axis (Ba et al., 2016, arXiv:1607.06450)."""
+    expect("w", w, x.shape[-1])
+    expect("b", b, x.shape[-1])
     n = x - x.mean(axis=-1, keepdims=True)
     r = 1 / xp_of(x).sqrt((n * n).mean(axis=-1, keepdims=True) + x.dtype.type(eps))
     n *= r
@@ -121,6 +126,7 @@ def _(g, n, r, w, needs):
 @op
 def silu_mul(needs, gate, up):
     """gate sigmoid(gate) up: the gated unit of Llama's MLP (Shazeer, 2020, arXiv:2002.05202, SwiGLU)."""
+    expect("up", up, *gate.shape)
     return gate * logistic(gate) * up, (gate, up if needs[0] else None, needs[1])
 
 
@@ -160,6 +166,8 @@ def dropout(needs, x, *, rate, stream: Stream):
 
     Element i of x in row-major order is kept where word i of `stream` is at least rate 2^32.
     """
+    if not 0 <= rate < 1:
+        raise ValueError("expected a rate of at least 0 and less than 1")
     keep = (stream.bits(x.size) >= np.uint32(min(round(rate * 2**32), 2**32 - 1))).reshape(x.shape)
     scale = x.dtype.type(1 / (1 - rate))
     return x * keep * scale, (keep if needs[0] else None, scale)
@@ -179,6 +187,8 @@ def rope(needs, x, *, cos, sin):
 
     x (batch, heads, time, dim); cos and sin (batch or 1, 1, time, dim / 2).
     """
+    expect("cos", cos, cos.shape[0], 1, x.shape[2], x.shape[3] // 2)
+    expect("sin", sin, *cos.shape)
     return _rotate(x, cos, sin), (cos, sin)
 
 
@@ -242,32 +252,41 @@ def attention(needs, q, k, v, *, mask: Mask, scale=None):
     Blocked over queries: backward keeps the output and one number a row, nothing of size queries x keys
     (Dao et al., 2022, arXiv:2205.14135; blocks over queries need no rescaling, and skip the keys that are still to come).
     """
-    if q.shape[1] % k.shape[1]:
-        raise ValueError("the number of heads is not a multiple of the number of key heads")
+    batch, heads, queries, dim = q.shape
+    kv_heads, keys = k.shape[1:3]
+    if heads % kv_heads:
+        raise ValueError(f"{heads} heads are not a multiple of {kv_heads} key heads")
+    if queries > keys or mask.keys > keys:
+        raise ValueError(f"{queries} queries and a mask of {mask.keys} keys need as many keys, found {keys}")
+    expect("k", k, batch, kv_heads, keys, dim)
+    expect("v", v, batch, kv_heads, keys, v.shape[-1])
     xp = xp_of(q)
-    scale = q.dtype.type(q.shape[-1] ** -0.5 if scale is None else scale)
+    scale = q.dtype.type(dim**-0.5 if scale is None else scale)
     y = xp.empty(q.shape[:-1] + v.shape[-1:], q.dtype)
     lse = xp.empty(q.shape[:-1], q.dtype)  # log of the sum of exponentials, a row
     for block, hi, s in _score_blocks(q, k, mask, scale):
         top = s.max(axis=-1, keepdims=True)
         s = xp.exp(s - top)
         total = s.sum(axis=-1, keepdims=True)
-        y[:, :, block] = _ungroup(s @ v[:, :, :hi] / total, q.shape[1])
-        lse[:, :, block] = _ungroup(top + xp.log(total), q.shape[1])[..., 0]
-    return y, (needs, q, k, v, y, lse, mask, scale)
+        y[:, :, block] = _ungroup(s @ v[:, :, :hi] / total, heads)
+        lse[:, :, block] = _ungroup(top + xp.log(total), heads)[..., 0]
+    scores_wanted = needs[0] or needs[1]
+    return y, (needs, q, k, v if scores_wanted else None, y if scores_wanted else None, lse, mask, scale)
 
 
 @attention.backward
 def _(g, needs, q, k, v, y, lse, mask, scale):
     xp, kv = xp_of(q), k.shape[1]
-    dq, dk, dv = (xp.zeros(a.shape, a.dtype) if need else None for a, need in zip((q, k, v), needs, strict=True))
-    delta = (g * y).sum(axis=-1, keepdims=True)
+    dq = xp.zeros(q.shape, q.dtype) if needs[0] else None
+    dk = xp.zeros(k.shape, k.dtype) if needs[1] else None
+    dv = xp.zeros(k.shape[:-1] + g.shape[-1:], k.dtype) if needs[2] else None
+    delta = None if y is None else (g * y).sum(axis=-1, keepdims=True)
     for block, hi, s in _score_blocks(q, k, mask, scale):
         p = xp.exp(s - _group(lse[:, :, block, None], kv))
         gb = _group(g[:, :, block], kv)
         if dv is not None:
             dv[:, :, :hi] += p.swapaxes(-1, -2) @ gb
-        if dq is None and dk is None:
+        if y is None:
             continue
         ds = p * (gb @ v[:, :, :hi].swapaxes(-1, -2) - _group(delta[:, :, block], kv)) * scale
         if dq is not None:
@@ -310,6 +329,7 @@ def cross_entropy(needs, logits, *, targets, denominator):
 
     logits (n, vocab), targets (n,) integers.
     """
+    expect("targets", targets, logits.shape[0])
     xp = xp_of(logits)
     losses, slope = _row_losses(logits, targets, needs[0])
     scale = logits.dtype.type(1) / xp.asarray(denominator, logits.dtype)
@@ -347,6 +367,7 @@ def linear_cross_entropy(needs, hidden, *, weight, targets, denominator):
     hidden (n, dim), weight() (vocab, dim), targets (n,). The gradient of `hidden` is made with the loss and kept in its
     place, so that no logit is computed twice.
     """
+    expect("targets", targets, hidden.shape[0])
     xp, dense = xp_of(hidden), weight()
     rows = max(1, LOGITS_AT_ONCE // dense.shape[0])
     loss = xp.zeros((), hidden.dtype)

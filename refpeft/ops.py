@@ -7,6 +7,7 @@ does; all are right in float32 and float64, on NumPy and CuPy. `Tensor` has the 
 from __future__ import annotations
 
 import numpy as np
+from numpy.lib.array_utils import normalize_axis_tuple
 
 from .backend import Array, xp_of
 from .tensor import Tensor, op
@@ -16,9 +17,15 @@ def fit(g: Array, shape: tuple[int, ...]) -> Array:
     """`g` summed over the axes along which an array of `shape` was broadcast."""
     if g.shape == shape:
         return g
-    g = g.sum(axis=tuple(range(g.ndim - len(shape))))
-    axes = tuple(i for i, n in enumerate(shape) if n == 1 != g.shape[i])
-    return g.sum(axis=axes, keepdims=True) if axes else g
+    new = g.ndim - len(shape)
+    stretched = tuple(new + i for i, n in enumerate(shape) if n == 1 != g.shape[new + i])
+    return g.sum(axis=tuple(range(new)) + stretched, keepdims=True).reshape(shape)
+
+
+def expect(what: str, array: Array, *shape: int) -> None:
+    """Raises the ValueError of an op whose input `what` must have this shape, and would broadcast in silence."""
+    if array.shape != shape:
+        raise ValueError(f"{what} has shape {list(array.shape)}: expected {list(shape)}")
 
 
 def detach(x: Tensor) -> Tensor:
@@ -146,7 +153,7 @@ def _(g, x):
 @op
 def maximum(needs, a, b):
     """The larger of a and b; where they are equal each gets half the gradient, as in torch."""
-    xp = xp_of(a)
+    xp = xp_of(a, b)
     share = None
     if any(needs):
         share = ((a > b).astype("f4") + (a == b) * xp.float32(0.5)).astype(xp.result_type(a, b))
@@ -169,7 +176,7 @@ def minimum(a: Tensor, b: Tensor) -> Tensor:
 @op
 def where(needs, a, b, *, condition):
     """a where `condition` (a boolean array) holds, b elsewhere."""
-    return xp_of(a).where(condition, a, b), (a.shape if needs[0] else None, b.shape if needs[1] else None, condition)
+    return xp_of(a, b).where(condition, a, b), (a.shape if needs[0] else None, b.shape if needs[1] else None, condition)
 
 
 @where.backward
@@ -268,8 +275,7 @@ def _(g, y, axis):
 
 
 def _axes(axis: int | tuple[int, ...] | None, ndim: int) -> tuple[int, ...]:
-    axes = tuple(range(ndim)) if axis is None else (axis,) if isinstance(axis, int) else axis
-    return tuple(a % ndim for a in axes) if ndim else ()
+    return tuple(range(ndim)) if axis is None else normalize_axis_tuple(axis, ndim)
 
 
 @op
@@ -287,8 +293,8 @@ def _(g, shape, axes):
 
 def mean(x: Tensor, *, axis: int | tuple[int, ...] | None = None, keepdims: bool = False) -> Tensor:
     """The mean over `axis`."""
-    count = int(np.prod([x.shape[a] for a in _axes(axis, x.ndim)], dtype=int))
-    return mul(sum(x, axis=axis, keepdims=keepdims), 1.0 / count)
+    total = sum(x, axis=axis, keepdims=keepdims)
+    return mul(total, total.data.size / x.data.size)
 
 
 @op
@@ -325,7 +331,7 @@ def _(g, shape):
 @op
 def transpose(needs, x, *, axes=None):
     """The axes in another order; reversed where `axes` is None."""
-    axes = tuple(a % x.ndim for a in axes) if axes else tuple(range(x.ndim))[::-1]
+    axes = normalize_axis_tuple(axes, x.ndim) if axes else tuple(range(x.ndim))[::-1]
     return x.transpose(axes), (tuple(axes.index(i) for i in range(x.ndim)),)
 
 
@@ -372,9 +378,9 @@ def _(g, axis, needs):
 @op
 def getitem(needs, x, *, key):
     """x[key] for integers, slices, None and `...`; `take` picks by an array."""
-    parts = key if isinstance(key, tuple) else (key,)
-    if not all(part is None or part is ... or isinstance(part, (int, slice, np.integer)) for part in parts):
-        raise TypeError("a key is made of integers, slices, None and ...; use ops.take to pick by an array")
+    for part in key if isinstance(key, tuple) else (key,):
+        if isinstance(part, bool) or not isinstance(part, (int, np.integer, slice, type(None), type(...))):
+            raise TypeError("a key is made of integers, slices, None and ...; ops.take picks by an array")
     return x[key], (x.shape, key)
 
 
@@ -388,6 +394,8 @@ def _(g, shape, key):
 @op
 def take(needs, x, *, indices):
     """x[indices]: rows of the first axis, by an integer array of any shape; rows may repeat."""
+    if indices.dtype.kind not in "iu":
+        raise TypeError(f"indices are {indices.dtype}: expected integers")
     return x[indices], (x.shape, indices)
 
 
@@ -427,6 +435,7 @@ def linear(needs, x, w, b=None):
     """
     y = x @ w.T
     if b is not None:
+        expect("b", b, w.shape[0])
         y += b
     return y, (w if needs[0] else None, x if needs[1] else None, len(needs) > 2 and needs[2], len(needs))
 
@@ -444,13 +453,18 @@ def solve(needs, a, b):
     """The x with a @ x = b: a (..., n, n), b (..., n, k)."""
     if b.ndim < 2:
         raise ValueError("b is a vector: give it as a matrix of one column")
-    x = xp_of(a).linalg.solve(a, b)
+    x = _solve(a, b)
     return x, (a, b.shape, x if needs[0] else None, needs[1])
+
+
+def _solve(a: Array, b: Array) -> Array:
+    xp, stack = xp_of(a), np.broadcast_shapes(a.shape[:-2], b.shape[:-2])  # CuPy does not broadcast here
+    return xp.linalg.solve(xp.broadcast_to(a, stack + a.shape[-2:]), xp.broadcast_to(b, stack + b.shape[-2:]))
 
 
 @solve.backward
 def _(g, a, b_shape, x, b_needed):
-    db = xp_of(g).linalg.solve(a.swapaxes(-1, -2), g)
+    db = _solve(a.swapaxes(-1, -2), g)
     da = None if x is None else fit(-(db @ x.swapaxes(-1, -2)), a.shape)
     return da, fit(db, b_shape) if b_needed else None
 
@@ -466,9 +480,11 @@ Tensor.__rmul__ = lambda a, b: mul(b, a)
 Tensor.__truediv__ = lambda a, b: div(a, b)
 Tensor.__rtruediv__ = lambda a, b: div(b, a)
 Tensor.__matmul__ = lambda a, b: matmul(a, b)
+Tensor.__rmatmul__ = lambda a, b: matmul(b, a)
 Tensor.__neg__ = lambda x: neg(x)
 Tensor.__pow__ = lambda x, exponent: power(x, exponent=exponent)
 Tensor.__getitem__ = lambda x, key: getitem(x, key=key)
+Tensor.__iter__ = lambda x: (x[i] for i in range(x.shape[0]))
 Tensor.reshape = lambda x, *shape: reshape(x, shape=shape)
 Tensor.transpose = lambda x, *axes: transpose(x, axes=axes)
 Tensor.T = property(lambda x: transpose(x))

@@ -64,18 +64,25 @@ class Tensor:
         """
         if self.node is None:
             raise RefpeftError("backward() of a constant: nothing that it was computed from is trained")
+        if grad is None:
+            grad = xp_of(self.data).ones_like(self.data)
+        elif grad.shape != self.shape:
+            raise RefpeftError(
+                f"backward(): grad has shape {list(grad.shape)}: expected {list(self.shape)}, as the tensor"
+            )
         order = _topological(self.node)
-        self.node.grad = xp_of(self.data).ones_like(self.data) if grad is None else grad
+        _accumulate(self.node, grad)
         while order:
             node = order.pop()
             if node.op is None:
                 continue
             if node.saved is None:
                 raise RefpeftError(f"backward() twice through the same {node.op.name}: the first call freed the tape")
-            grads = node.op.vjp(node.grad, *node.saved)
-            for parent, g in zip(node.parents, grads, strict=True):
-                if parent is not None:
-                    _accumulate(parent, g)
+            if node.grad is not None:  # None where checkpoint() found an input unused
+                grads = node.op.vjp(node.grad, *node.saved)
+                for parent, g in zip(node.parents, grads, strict=True):
+                    if parent is not None and g is not None:
+                        _accumulate(parent, g)
             node.parents, node.saved, node.grad = (), None, None
 
 
@@ -155,15 +162,17 @@ class Op:
         dtype = tensors[0].data.dtype
         if any(x.data.dtype != dtype for x in tensors):
             raise RefpeftError(f"{self.name}: the tensors differ in dtype: {_describe(inputs)}")
-        arrays = [x.data if isinstance(x, Tensor) else _constant(x, dtype, tensors[0].data) for x in inputs]
         needs = tuple(isinstance(x, Tensor) and x.node is not None for x in inputs)
         _state.touched |= any(needs)
         if not _state.recording:
             needs = (False,) * len(inputs)
         try:
+            arrays = [x.data if isinstance(x, Tensor) else _constant(x, dtype, tensors[0].data) for x in inputs]
             out, saved = self.forward(needs, *arrays, **options)
         except (ValueError, TypeError, IndexError, AttributeError, np.linalg.LinAlgError) as error:
             raise RefpeftError(f"{self.name}({_describe(inputs)}{_say(options)}): {error}") from error
+        if out.dtype != dtype:
+            raise RefpeftError(f"{self.name}({_describe(inputs)}{_say(options)}) gave {out.dtype}: expected {dtype}")
         if not any(needs):
             return Tensor(out)
         return Tensor(out, Node(self, tuple(x.node if n else None for x, n in zip(inputs, needs, strict=True)), saved))
@@ -229,5 +238,7 @@ def _recompute(needs, *arrays):
 def _(g, fn, arrays, needs):
     inputs = [Tensor(x, Node() if need else None) for x, need in zip(arrays, needs, strict=True)]
     with _recording(True):
-        fn(*inputs).backward(g)
+        out = fn(*inputs)
+    if out.node is not None:
+        out.backward(g)
     return tuple(x.grad for x in inputs)
