@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from refpeft import manager, toml
 from refpeft.errors import RefpeftError, nearest
 
+FILE = "run.toml"  # in a run directory: the whole configuration of the run
 EMBEDDED = "embedded"  # as a model or as a data file: what ships in the package
 _STRICT = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -43,7 +44,7 @@ class Data(BaseModel):
     length: Count | None = None  # tokens of a row; none: 1024, or the model's limit where that is less
     overlong: Literal["error", "drop", "truncate", "split"] = "error"
     pack: bool = False
-    supervise: Literal["response", "all"] = "response"
+    supervise: Literal["answers", "all"] = "answers"
 
 
 class Train(BaseModel):
@@ -168,6 +169,12 @@ def plugin_options(plugin: ModuleType, values: Mapping[str, Any]) -> Any:
     options = _options(name, plugin, dict(values), given, problems)
     problems.finish()
     return options
+
+
+def written(directory: str | Path | None) -> dict[str, Any]:
+    """What the run.toml of a run directory says, unchecked (its files may have gone since); {} where there is none."""
+    file = Path(directory) / FILE if directory else None
+    return toml.read(file)[0] if file and file.is_file() else {}
 
 
 def to_toml(resolved: Resolved) -> str:

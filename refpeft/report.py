@@ -161,16 +161,13 @@ def _quoted(name: str, value: str) -> list[str]:
     return [f"  {name:<7} {first}", *(f"          {line}" for line in rest)]
 
 
-def table(rows: Iterable[Sequence[str]]) -> list[str]:
-    """Rows as lines with aligned columns: the first to the left, the others to the right."""
+def table(rows: Iterable[Sequence[str]], right: bool = True) -> list[str]:
+    """Rows as lines with aligned columns: the first to the left, the others to the right (or to the left, too)."""
     rows = [tuple(row) for row in rows]
-    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        ).rstrip()
-        for row in rows
-    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    signs = "<" + (">" if right else "<") * (len(widths) - 1)
+    line = "  ".join(f"{{:{sign}{width}}}" for sign, width in zip(signs, widths, strict=True))
+    return [line.format(*row).rstrip() for row in rows]
 
 
 def size(count: float) -> str:

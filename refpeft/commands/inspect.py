@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import re
 import shutil
+import sys
 from typing import Any
 
 import click
@@ -97,7 +98,7 @@ def sites(model: str, every: bool, as_json: bool) -> None:
     ]
     if not every:
         rows = _folded(rows)
-    click.echo("\n".join(report.table([("site", "kind", "shape", "roles"), *rows])))
+    click.echo("\n".join(report.table([("site", "kind", "shape", "roles"), *rows], right=False)))
 
 
 def _folded(rows: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
@@ -122,5 +123,42 @@ def _spans(numbers: list[int]) -> str:
 
 
 @click.command()
-def data() -> None:
-    """Shows what would be trained on in FILE."""
+@click.argument("file")
+@click.option("--model", default="embedded", metavar="PATH|ID", help="Whose tokenizer and chat template read the rows.")
+@click.option("--format", "kind", metavar="NAME", help="The format of the rows; else it is told from their columns.")
+@click.option("--length", type=click.IntRange(min=2), metavar="N", help="The most tokens of a row.")
+@click.option("--overlong", type=click.Choice(["error", "drop", "truncate", "split"]), default="error")
+@click.option("--supervise", type=click.Choice(["answers", "all"]), default="answers")
+@click.option(
+    "--row", type=click.IntRange(min=1), default=1, metavar="N", help="Which example is shown. Default: the first."
+)
+@options.as_json
+def data(
+    file: str, model: str, kind: str | None, length: int | None, overlong: str, supervise: str, row: int, as_json: bool
+) -> None:
+    """Shows what would be trained on in FILE: counts, and one example with what is learned in it in green."""
+    from refpeft.data import load_data, runs, view
+    from refpeft.errors import RefpeftError
+    from refpeft.models.checkpoint import open_checkpoint
+    from refpeft.models.hub import resolve
+
+    tokenizer = open_checkpoint(resolve(model)).tokenizer()
+    rows = load_data(file, tokenizer, format=kind, length=length, overlong=overlong, supervise=supervise)
+    if row > len(rows.examples):
+        raise RefpeftError(f"--row is {row}, but there are {len(rows.examples):,} examples")
+    example = rows.examples[row - 1]
+    if as_json:
+        options.echo_json(
+            rows.summary.as_dict() | {"example": {"line": example.line, "runs": runs(example, tokenizer)}}
+        )
+        return
+    click.echo("\n".join(rows.summary.lines()))
+    click.echo(f"\nexample {row}, line {example.line}, {len(example):,} tokens, {example.targets:,} learned")
+    if sys.stdout.isatty():
+        from rich.console import Console
+
+        Console(highlight=False, soft_wrap=True).print(view(example, tokenizer))
+    else:
+        click.echo(
+            "".join(f"[learned]{r['text']}[/learned]" if r["learned"] else r["text"] for r in runs(example, tokenizer))
+        )

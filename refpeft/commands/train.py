@@ -1,6 +1,109 @@
+"""`refpeft train`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import click
+
+from refpeft.commands import options
+
+# flag, key of the configuration, metavar, help. Values are checked with the configuration, all at once, not by click.
+_FLAGS = (
+    (
+        "--model",
+        "model",
+        "PATH|ID",
+        "A directory, a GGUF file or a hub id. Default: the model that ships with refpeft.",
+    ),
+    ("--method", "method", "NAME", "What is trained; `refpeft methods` lists them. Repeatable. Default: lora."),
+    ("--quantizer", "quantizer", "NAME", "Quantize frozen weights; `refpeft quantizers` lists them."),
+    ("--data", "data.file", "FILE", "Rows to train on: JSONL, JSON, CSV or TSV."),
+    ("--eval-data", "data.eval_file", "FILE", "Held-out rows."),
+    ("--overlong", "data.overlong", "error|drop|truncate|split", "What becomes of rows that are too long."),
+    ("--epochs", "train.epochs", "N", "How often all rows are seen. Default: 1."),
+    ("--steps", "train.steps", "N", "Train for so many steps instead."),
+    ("--lr", "train.lr", "X", "Peak learning rate."),
+    ("--batch", "train.batch", "N", "Rows of a step. Default: 8."),
+    ("--length", "data.length", "N", "The most tokens of a row."),
+    ("--out", "out", "DIR", "The run directory. Default: runs/<model>-<method>."),
+    ("--device", "device", "cpu|cuda", "Where to compute."),
+    ("--dtype", "dtype", "float32|bfloat16|float64", "bfloat16 keeps frozen weights in two bytes each."),
+    ("--seed", "seed", "N", "The same seed gives the same bits."),
+)
+_TEXTS = ("model", "quantizer", "out", "data.file", "data.eval_file")  # never read as numbers
+
+
+def _flags(command: Callable) -> Callable:
+    for flag, key, metavar, text in reversed(_FLAGS):
+        command = click.option(flag, key.replace(".", "_"), metavar=metavar, multiple=key == "method", help=text)(
+            command
+        )
+    return command
 
 
 @click.command()
-def train():
-    "x"
+@click.argument("config", required=False, type=click.Path(), metavar="[RUN.TOML]")
+@_flags
+@click.option(
+    "--set", "sets", metavar="KEY=VALUE", multiple=True, help="Any option, such as lora.r=16 or train.clip=0.5."
+)
+@click.option("--resume", is_flag=True, help="Go on from the newest checkpoint of the run directory.")
+@click.option("--dry-run", is_flag=True, help="Print the plan and do not train.")
+@options.as_json
+@options.plugins
+def train(config: str | None, sets: tuple[str, ...], resume: bool, dry_run: bool, as_json: bool, **given: Any) -> None:
+    """Trains a method on a model.
+
+    Without arguments it trains LoRA on a small model and a task that ship with refpeft. RUN.TOML holds the same options
+    as the flags, which win over it; --set wins over both.
+    """
+    from refpeft import config as configuration
+
+    flags = [
+        (flag, key, _value(key, given[key.replace(".", "_")]))
+        for flag, key, *_ in _FLAGS
+        if given[key.replace(".", "_")]
+    ]
+    if resume and config is None and given["out"] and (Path(given["out"]) / configuration.FILE).is_file():
+        config = str(Path(given["out"]) / configuration.FILE)
+    resolved = configuration.resolve(config, flags, sets)
+    if dry_run:
+        from refpeft import plan
+
+        planned = plan.plan(resolved, resume)
+        if as_json:
+            options.echo_json(planned.as_dict())
+        else:
+            click.echo(planned.text(), nl=False)
+        return
+    _train(resolved, resume, as_json)
+
+
+def _train(resolved: Any, resume: bool, as_json: bool) -> None:
+    from refpeft import run
+
+    directory = run.run_directory(resolved.run, resume)
+    try:
+        outcome = run.train(resolved, directory, resume, say=lambda line: click.echo(line, err=True))
+    except KeyboardInterrupt:
+        click.echo(f"stopped; go on with: refpeft train --resume --out {directory}", err=True)
+        raise
+    if as_json:
+        options.echo_json(outcome.as_dict())
+    else:
+        click.echo("\n" + outcome.report.text(), nl=False)
+
+
+def _value(key: str, text: Any) -> Any:
+    """A flag's text as the number that it is, where it is one; what else it should be, the configuration tells."""
+    if isinstance(text, tuple):
+        return list(text)
+    for number in () if key in _TEXTS else (int, float):
+        try:
+            return number(text)
+        except ValueError:
+            continue
+    return text

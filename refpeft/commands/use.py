@@ -1,16 +1,123 @@
+"""The verbs that use a model or an adapter: eval, generate, merge."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
 import click
+
+from refpeft.commands import options
+
+
+def _load(model: str | None, adapter: str | None, quantizer: str | None, dtype: str, device: str) -> Any:
+    """The model that the options name; with an adapter alone, the one that it was trained on."""
+    from refpeft import api, run
+    from refpeft.errors import RefpeftError
+
+    if not (model or adapter):
+        raise RefpeftError("there is no model: give --model, or --adapter with a run's directory")
+    directories = run.adapter_directories(adapter) if adapter else None
+    return api.load(model or run.base_model(adapter), directories, quantizer, dtype, device)
 
 
 @click.command("eval")
-def evaluate():
-    "x"
+@options.model
+@click.option("--data", metavar="FILE", help="Rows to evaluate on; else the adapter's run's held-out rows.")
+@click.option("--format", "kind", metavar="NAME", help="The format of the rows; else it is told from their columns.")
+@click.option("--length", type=int, metavar="N", help="The most tokens of a row.")
+@click.option("--batch", type=click.IntRange(min=1), default=8, show_default=True, metavar="N")
+@options.as_json
+@options.plugins
+def evaluate(
+    model: str | None, adapter: str | None, data: str | None, kind: str | None, length: int | None, batch: int,
+    as_json: bool, **how: Any,
+) -> None:  # fmt: skip
+    """Gives the loss on the answers of a data file."""
+    import math
+
+    from refpeft import run, trainer
+    from refpeft.batches import Batches
+    from refpeft.data import load_data
+
+    loaded = _load(model, adapter, **how)
+    length = length or min(run.DEFAULT_LENGTH, loaded.config.context)
+    rows = load_data(data or run.held_out_file(adapter), loaded.tokenizer, format=kind, length=length)
+    loss = trainer.mean_loss(loaded, Batches(rows.examples, batch, length, shuffle=False))
+    found = {"eval_loss": loss, "perplexity": math.exp(min(loss, 700)), "rows": rows.summary.rows}
+    found |= {"tokens": rows.summary.tokens, "supervised_tokens": rows.summary.supervised_tokens}
+    if as_json:
+        options.echo_json(found)
+    else:
+        click.echo("\n".join(rows.summary.lines()), err=True)
+        click.echo(f"loss {loss:.4f}, perplexity {found['perplexity']:.4g}")
 
 
 @click.command()
-def generate():
-    "x"
+@click.argument("prompts", nargs=-1, metavar="[PROMPT]...")
+@options.model
+@click.option("--chat", is_flag=True, help="Talk with the model, line by line.")
+@click.option("--system", metavar="TEXT", help="The system message of a conversation.")
+@click.option("--raw", is_flag=True, help="Give the prompt as it stands, without the model's chat template.")
+@click.option("--max-tokens", type=click.IntRange(min=1), default=256, show_default=True, metavar="N")
+@click.option("--temperature", type=click.FloatRange(min=0), default=0.0, metavar="X", help="0, the default: greedy.")
+@click.option("--top-k", type=click.IntRange(min=1), metavar="N", help="Draw among so many tokens.")
+@click.option(
+    "--top-p", type=click.FloatRange(0, 1, min_open=True), metavar="X", help="Draw among tokens of this probability."
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, metavar="N")
+@options.as_json
+@options.plugins
+def generate(
+    prompts: tuple[str, ...], model: str | None, adapter: str | None, quantizer: str | None, dtype: str, device: str,
+    chat: bool, system: str | None, raw: bool, as_json: bool, **sampling: Any,
+) -> None:  # fmt: skip
+    """Writes what the model says after each PROMPT; without one, after standard input."""
+    from refpeft import config, dialogue
+
+    loaded = _load(model, adapter, quantizer, dtype, device)
+    form = "text" if raw else config.written(adapter).get("data", {}).get("format")
+    speaker = dialogue.Speaker(loaded, form, system, **sampling)
+    if chat:
+        _talk(speaker)
+        return
+    texts = list(prompts) or [sys.stdin.read()]
+    answers = speaker.answer(texts)
+    if as_json:
+        options.echo_json([{"prompt": p, "text": a} for p, a in zip(texts, answers, strict=True)])
+    else:
+        click.echo("\n".join(answers))
+
+
+def _talk(speaker: Any) -> None:
+    """A conversation on the terminal; an empty line or the end of input ends it."""
+    history: list[dict[str, str]] = []
+    while True:
+        try:
+            said = click.prompt("you", prompt_suffix="> ", default="", show_default=False, err=True)
+        except click.Abort:
+            said = ""
+        if not said.strip():
+            return
+        history.append({"role": "user", "content": said})
+        history.append({"role": "assistant", "content": speaker.reply(history)})
+        click.echo(history[-1]["content"])
 
 
 @click.command()
-def merge():
-    "x"
+@click.option("--adapter", required=True, metavar="DIR", help="An adapter directory, such as a run's.")
+@click.option("--model", metavar="PATH|ID", help="The model to merge into; else the adapter's own.")
+@click.option("--out", required=True, metavar="DIR", help="Where the merged model goes; must not exist.")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
+@options.plugins
+def merge(adapter: str, model: str | None, out: str, dtype: str) -> None:
+    """Folds an adapter into its model and writes a model directory that needs no adapter."""
+    from refpeft import sites
+    from refpeft.errors import RefpeftError
+
+    if Path(out).exists():
+        raise RefpeftError(f"{out} exists: merged models are not written over anything; choose another --out")
+    loaded = _load(model, adapter, None, "float32", "cpu")
+    sites.merge(loaded)
+    raise NotImplementedError

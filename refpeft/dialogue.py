@@ -1,0 +1,57 @@
+"""Asking a model the way it was trained to be asked, and its answers as text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from refpeft.errors import RefpeftError
+from refpeft.formats import ALPACA
+from refpeft.generate import generate
+from refpeft.models.base import Model
+from refpeft.templates import Template
+
+
+class Speaker:
+    """A model that is asked with texts.
+
+    format    of the rows that it was trained on, where that is known. Prompts of the formats "prompt" and "text" are
+              given as they stand; others go through the model's chat template. Without a template "instruction" is put
+              into Alpaca's own prompt
+    system    the system message of every conversation
+    sampling  keywords of refpeft.generate: max_tokens, temperature, top_k, top_p, seed
+    """
+
+    def __init__(self, model: Model, format: str | None = None, system: str | None = None, **sampling: Any):
+        self.model, self.tokenizer, self.format, self.sampling = model, model.tokenizer, format, sampling
+        self.before = [{"role": "system", "content": system}] if system else []
+        template = self.tokenizer.chat_template
+        self.template = Template(template, self.tokenizer.special_tokens) if template else None
+        if system and (self.template is None or format in ("prompt", "text")):
+            raise RefpeftError("a system message needs a chat template, and prompts here are given as they stand")
+
+    def answer(self, prompts: Sequence[str]) -> list[str]:
+        """What the model says to each prompt."""
+        return self._generate([self._encode(prompt) for prompt in prompts])
+
+    def reply(self, messages: Sequence[dict[str, str]]) -> str:
+        """What the assistant says next in a conversation. Raises RefpeftError for a model without a chat template."""
+        if self.template is None:
+            raise RefpeftError(
+                f"{self.tokenizer.name} has no chat template, so it cannot be talked with: leave out --chat"
+            )
+        return self._generate([self._render(messages)])[0]
+
+    def _encode(self, prompt: str) -> list[int]:
+        if self.template and self.format not in ("prompt", "text"):
+            return self._render([{"role": "user", "content": prompt}])
+        if self.format == "instruction":
+            prompt = ALPACA.format(instruction=prompt)
+        return self.tokenizer.encode(prompt, specials=True)
+
+    def _render(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        return self.tokenizer.encode(self.template.render([*self.before, *messages], add_generation_prompt=True))
+
+    def _generate(self, prompts: list[list[int]]) -> list[str]:
+        answers = generate(self.model, prompts, stop=self.tokenizer.eos_ids, **self.sampling)
+        return [self.tokenizer.decode(answer) for answer in answers]

@@ -1,0 +1,284 @@
+"""A configured run, put together from its parts: data, model, methods, training, report."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from refpeft import adapters, api, config, files, report, sites
+from refpeft.batches import Batches
+from refpeft.config import EMBEDDED, Resolved, RunConfig
+from refpeft.data import Data, Example, load_data
+from refpeft.errors import RefpeftError
+from refpeft.generate import generate
+from refpeft.models.base import Model
+from refpeft.models.config import ModelConfig
+from refpeft.rng import Stream
+from refpeft.tokenizer import Tokenizer
+from refpeft.trainer import Summary, Trainer
+
+DEFAULT_LENGTH = 1024  # tokens of a row, where the model's own limit is not less
+HERE = Path(__file__).parent / "embedded"
+_EXACT_ROWS = 120  # held-out rows whose answers are compared word for word
+_LONGEST_SAMPLE = 200  # tokens
+_EMBEDDED_PROMPT = "Record of the element copper: symbol, state\n"
+
+
+# ---- what is trained on ----
+
+
+def row_length(run: RunConfig, model: ModelConfig) -> int:
+    """The most tokens of a row."""
+    if run.data.length and run.data.length > model.context:
+        raise RefpeftError(
+            f"data.length is {run.data.length:,}, but the model was made for {model.context:,} positions"
+        )
+    return run.data.length or min(DEFAULT_LENGTH, model.context)
+
+
+def data_files(run: RunConfig) -> tuple[Path, Path | None]:
+    """The files of the training rows and of the held-out rows."""
+    file, held_out = run.data.file, run.data.eval_file
+    if file in (None, EMBEDDED):
+        return HERE / "train.jsonl", Path(held_out) if held_out else HERE / "held_out.jsonl"
+    return Path(file).expanduser(), Path(held_out).expanduser() if held_out else None
+
+
+def load_rows(run: RunConfig, model: ModelConfig, tokenizer: Tokenizer) -> tuple[Data, Data | None]:
+    """The training rows and the held-out rows as tokens; None where nothing is held out."""
+    options = {
+        "format": None if run.data.format == "auto" else run.data.format,
+        "length": row_length(run, model),
+        "overlong": run.data.overlong,
+        "supervise": run.data.supervise,
+    }
+    file, held_out = data_files(run)
+    rows = load_data(file, tokenizer, **options)
+    if held_out:
+        return rows, load_data(held_out, tokenizer, **options)
+    return _split(rows, run.data.eval_share, run.seed) if run.data.eval_share else (rows, None)
+
+
+def _split(rows: Data, share: float, seed: int) -> tuple[Data, Data]:
+    """Rows of the file (never parts of one row) held out at random."""
+    lines = sorted({example.line for example in rows.examples})
+    count = max(1, round(share * len(lines)))
+    if count >= len(lines):
+        raise RefpeftError(f"data.eval_share {share:g} of {len(lines)} rows leaves none to train on")
+    chosen = {lines[i] for i in Stream(seed, "held out").permutation(len(lines))[:count]}
+    return tuple(_part(rows, [e for e in rows.examples if (e.line in chosen) == held]) for held in (False, True))
+
+
+def _part(rows: Data, examples: list[Example]) -> Data:
+    tokens, supervised = sum(map(len, examples)), sum(example.targets for example in examples)
+    counts = {"examples": len(examples), "tokens": tokens, "supervised_tokens": supervised}
+    return Data(examples, dataclasses.replace(rows.summary, rows=len({e.line for e in examples}), **counts))
+
+
+def make_batches(run: RunConfig, rows: Data, model: ModelConfig, shuffle: bool = True) -> Batches:
+    """The batches of training rows; without `shuffle` those of held-out rows, as large as fits where a step fits."""
+    size = run.train.batch if shuffle else run.train.micro_batch or run.train.batch
+    return Batches(rows.examples, size, row_length(run, model), run.data.pack, run.seed, shuffle)
+
+
+# ---- where it goes ----
+
+
+def run_directory(run: RunConfig, resume: bool) -> Path:
+    """Where the run's files go. Without `out` it is runs/<model>-<method>, with a number where that is taken.
+
+    Raises RefpeftError where another run's files would be overwritten."""
+    if run.out:
+        path = Path(run.out).expanduser()
+        if not resume and _taken(path):
+            raise RefpeftError(f"{path} already holds a run: go on with it (--resume), or choose another --out")
+        return path
+    name = f"{Path(run.model).stem}-{'-'.join(run.methods)}"
+    numbered = [Path("runs") / (name if n == 1 else f"{name}-{n}") for n in range(1, 10_000)]
+    free = next(i for i, path in enumerate(numbered) if not _taken(path))
+    return numbered[max(free - 1, 0)] if resume else numbered[free]
+
+
+def _taken(path: Path) -> bool:
+    return path.is_dir() and any(path.iterdir())
+
+
+def output_files(run: RunConfig) -> list[str]:
+    """What a run writes into its directory."""
+    folders = [""] if len(run.methods) == 1 else [f"{method}/" for method in run.methods]
+    adapter = [folder + name for folder in folders for name in ("adapter_config.json", "adapter_model.safetensors")]
+    return [*adapter, "metrics.jsonl", config.FILE, "checkpoints/"]
+
+
+def adapter_directories(path: str | Path) -> list[Path]:
+    """The adapters of a run directory, innermost first: itself, or a folder for each where it has several."""
+    path = Path(path)
+    if (path / "adapter_config.json").is_file():
+        return [path]
+    found = sorted(path.glob("*/adapter_config.json"))
+    if not found:
+        raise RefpeftError(f"{path} holds no adapter: expected adapter_config.json in it")
+    return [file.parent for file in found]
+
+
+def base_model(adapter: str | Path) -> str:
+    """The model that an adapter belongs to, as its run or its adapter_config.json names it."""
+    name = config.written(adapter).get("model") or files.read_json(
+        adapter_directories(adapter)[0] / "adapter_config.json"
+    ).get("base_model_name_or_path")
+    if not name:
+        raise RefpeftError(f"{adapter} does not name its model: give --model")
+    return name
+
+
+def held_out_file(adapter: str | Path | None) -> Path:
+    """The held-out rows of the run that an adapter came from."""
+    said = config.written(adapter)
+    data = said.get("data", {})
+    if data.get("eval_file"):
+        return Path(data["eval_file"])
+    if said.get("model") == EMBEDDED and data.get("file", EMBEDDED) == EMBEDDED:
+        return HERE / "held_out.jsonl"
+    raise RefpeftError("there is no data: give --data FILE")
+
+
+# ---- the run ----
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a finished run gives back."""
+
+    directory: Path
+    model: Model
+    summary: Summary
+    report: report.Report
+
+    def as_dict(self) -> dict[str, Any]:
+        """For --json."""
+        kept = ("steps", "loss_before", "loss_after", "best_loss", "best_step", "stopped_early")
+        scores = {name: (before, after) for name, before, after in self.report.scores}
+        numbers = {name: getattr(self.summary, name) for name in kept}
+        return {"directory": str(self.directory), **numbers, "scores": scores}
+
+
+def train(resolved: Resolved, directory: Path, resume: bool = False, say: Callable[[str], None] = print) -> Outcome:
+    """Trains as configured and writes into `directory` (see run_directory). `say` gets lines for people.
+
+    Raises RefpeftError for what is wrong with the files or the run; KeyboardInterrupt after a checkpoint was saved.
+    """
+    run = resolved.run
+    quantizer_options = resolved.options.get(run.quantizer)
+    model = api.load(run.model, None, run.quantizer, run.dtype, run.device, options=quantizer_options)
+    rows, held_out = load_rows(run, model.config, model.tokenizer)
+    for line in rows.summary.lines() + (held_out.summary.lines()[:2] if held_out else []):
+        say(line)
+    compare = Comparison(model, held_out, exact=data_files(run)[1] == HERE / "held_out.jsonl")
+    compare.ask()
+    for method in run.methods:
+        sites.attach(model, method, resolved.options[method], seed=run.seed)
+    trained = sum(adapter.size for adapter in model.adapters)
+    say(f"{' + '.join(run.methods)} trains {trained:,} numbers, {trained / model.parameters():.2%} of the model's")
+
+    directory.mkdir(parents=True, exist_ok=True)
+    files.write_text(directory / config.FILE, config.to_toml(_stated(resolved, rows, directory)))
+    batches = make_batches(run, rows, model.config)
+    evaluation = make_batches(run, held_out, model.config, shuffle=False) if held_out else None
+    progress, metrics = report.Progress(run.train.log_every), report.Metrics(directory / "metrics.jsonl", resume)
+    trainer = Trainer(model, batches, evaluation, run.train, directory, (progress, metrics), run.seed)
+    progress.steps = trainer.total
+    started = time.monotonic()
+    try:
+        summary = trainer.run(resume)
+    finally:
+        progress.close()
+    seconds = time.monotonic() - started
+    save_adapters(directory, model)
+    compare.ask()
+    return Outcome(directory, model, summary, _report(run, directory, summary, compare, seconds))
+
+
+def _stated(resolved: Resolved, rows: Data, directory: Path) -> Resolved:
+    """The configuration with what was found out: the format of the rows, and the directory."""
+    data = resolved.run.data.model_copy(update={"format": rows.summary.format})
+    run = resolved.run.model_copy(update={"data": data, "out": str(directory)})
+    return dataclasses.replace(resolved, run=run)
+
+
+class Comparison:
+    """What the model answers to held-out prompts, asked before and after training."""
+
+    def __init__(self, model: Model, held_out: Data | None, exact: bool):
+        self.model, self.exact = model, exact
+        self.rows = held_out.examples[: _EXACT_ROWS if exact else 1] if held_out else []
+        self.said: list[list[str]] = []
+
+    def ask(self) -> None:
+        """Greedy answers to all prompts, each as long as the longest wanted answer and a little."""
+        if self.rows:
+            prompts = [_prompt(row) for row in self.rows]
+            longest = max(len(row) - len(prompt) for row, prompt in zip(self.rows, prompts, strict=True))
+            most = min(longest + 8, _LONGEST_SAMPLE)
+            tokens = generate(self.model, prompts, most, stop=self.model.tokenizer.eos_ids)
+            self.said.append([self.model.tokenizer.decode(answer) for answer in tokens])
+
+    @property
+    def wanted(self) -> list[str]:
+        return [self.model.tokenizer.decode(row.ids[len(_prompt(row)) :]) for row in self.rows]
+
+    def score(self, said: list[str]) -> float:
+        """The share of answers that are exactly the wanted ones, but for white space around them."""
+        return sum(a.strip() == b.strip() for a, b in zip(said, self.wanted, strict=True)) / len(self.rows)
+
+    def sample(self) -> report.Sample | None:
+        """The first row whose answer changed."""
+        if not self.rows:
+            return None
+        before, after = self.said
+        changed = next((i for i in range(len(self.rows)) if before[i] != after[i]), 0)
+        prompt = self.model.tokenizer.decode(_prompt(self.rows[changed]))
+        return report.Sample(prompt, self.wanted[changed], before[changed], after[changed])
+
+
+def _prompt(example: Example) -> np.ndarray:
+    """The tokens before the first learned one; at least one, for a text is learned from its start."""
+    return example.ids[: max(1, int(example.supervised.argmax()))]
+
+
+def save_adapters(out: Path, model: Model) -> None:
+    """Writes what was trained: into `out`, or into a folder of it for each of several methods."""
+    for adapter in model.adapters:
+        adapters.save(out if len(model.adapters) == 1 else out / adapter.name, model, adapter)
+
+
+def _report(run: RunConfig, out: Path, summary: Summary, compare: Comparison, seconds: float) -> report.Report:
+    scores, notes = [], []
+    if summary.loss_before is not None and summary.loss_after is not None:
+        scores.append(("held-out loss", f"{summary.loss_before:.4f}", f"{summary.loss_after:.4f}"))
+    elif summary.train_losses:
+        notes.append(f"training loss: {summary.train_losses[0]:.4f} at first, {summary.train_losses[-1]:.4f} at last")
+    if compare.exact:
+        scores.append(("exact match", *(f"{compare.score(said):.1%}" for said in compare.said)))
+    if summary.stopped_early:
+        notes.append(
+            f"stopped early: {summary.worse} evaluations in a row were not better than that of step {summary.best_step}"
+        )
+    if run.train.best and summary.best_step != summary.steps:
+        notes.append(f"the adapter is that of step {summary.best_step}, the best one")
+    commands = [
+        f"refpeft generate --adapter {out} {json.dumps('Your prompt')}",
+        f"refpeft merge --adapter {out} --out merged",
+    ]
+    if run.model == EMBEDDED:
+        commands[0] = f"refpeft generate --adapter {out} {shlex.quote(_EMBEDDED_PROMPT)}"
+        commands.append("refpeft train --model DIRECTORY|HUB-ID --data your.jsonl")
+    title = f"{' + '.join(run.methods)} on {run.model}: {summary.steps:,} steps in {report.duration(seconds)}"
+    return report.Report(title, scores, compare.sample(), out, notes, commands)
