@@ -129,7 +129,7 @@ shipped = pytest.mark.skipif(not (HERE / "model.safetensors").exists(), reason="
 
 @shipped
 def test_what_ships_is_what_the_recipe_makes(sets):
-    for name, rows in zip(("train.jsonl", "valid.jsonl"), sets, strict=True):
+    for name, rows in zip(("train.jsonl", "held_out.jsonl"), sets, strict=True):
         assert [json.loads(line) for line in (HERE / name).read_text("utf-8").splitlines()] == rows
     assert (HERE / "tokenizer.json").read_text("utf-8") == make.make_tokenizer().to_str()
     assert json.loads((HERE / "config.json").read_text("utf-8")) == make.CONFIG

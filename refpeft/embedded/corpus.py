@@ -286,7 +286,7 @@ class Writer:
             question = self.dice.choice(_QUESTIONS[topic.name, field]).format(e=thing)
             return f"Q: {question}\nA: {_show(row[field], quoted)}"
         fields = self.dice.sample(list(row), min(len(row), 2 + self.dice.below(2)))
-        asked = " and the ".join(_FIELD_NAMES.get(field, field) for field in fields)
+        asked = " and the ".join(_show(field if quoted else _FIELD_NAMES.get(field, field), quoted) for field in fields)
         return f"Q: Give the {asked} of {thing}.\nA: {', '.join(_show(row[field], quoted) for field in fields)}"
 
     def listing(self) -> str:

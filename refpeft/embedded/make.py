@@ -1,27 +1,44 @@
 """Make the embedded model and its fine-tuning set again: `python -m refpeft.embedded.make OUT [--device cuda]`.
 
-Four stages, each from the seed alone: the tokenizer, the fine-tuning set, the first weights, and pre-training on the
-corpus by refpeft's own Trainer (method full). The finished files are what ships in refpeft/embedded.
+Four stages, each from one seed: the tokenizer, the fine-tuning set, the first weights, and pre-training on the
+corpus by refpeft's own Trainer (method full). The files are what ships in refpeft/embedded.
 """
 
 import json
 import math
+import tempfile
+from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 
+import click
 import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from refpeft import files
+from refpeft import api, files, sites
+from refpeft.backend import bfloat16, to_host
+from refpeft.batches import Batches
+from refpeft.config import Train
+from refpeft.data import load_data
 from refpeft.embedded.corpus import Writer
+from refpeft.embedded.records import records
+from refpeft.models.base import Model
+from refpeft.report import Progress
 from refpeft.rng import Stream
+from refpeft.trainer import Trainer
 
 SEED = 2026
 END, PAD = "<|endoftext|>", "<|pad|>"
 VOCABULARY = 1536
+CONTEXT = 256
 TOKENIZER_DOCUMENTS = 20_000
 TRAIN_ROWS, HELD_OUT_ROWS = 1200, 120
+DOCUMENTS = 400_000  # of the pre-training text: 18 million tokens
+HELD_OUT_DOCUMENTS = 500
+PRETRAINING = Train(
+    lr=3e-3, batch=64, betas=(0.9, 0.98), weight_decay=0.01, warmup=100, schedule="cosine", log_every=50
+)
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -34,7 +51,7 @@ CONFIG = {
     "num_key_value_heads": 2,
     "head_dim": 32,
     "hidden_act": "silu",
-    "max_position_embeddings": 256,
+    "max_position_embeddings": CONTEXT,
     "rms_norm_eps": 1e-5,
     "rope_theta": 10000.0,
     "tie_word_embeddings": True,
@@ -106,6 +123,52 @@ def write_model(out: Path) -> None:
     files.write_safetensors(out / "model.safetensors", first_weights(), metadata={"format": "pt"})
 
 
-def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
+def write_rows(path: Path, rows: Iterable[dict[str, str]]) -> None:
     """JSONL."""
     files.write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def pretrain(out: Path, documents: int, device: str) -> Model:
+    """The model in `out` with its weights trained on the corpus, once through, in rows packed with documents."""
+    model = api.load(out, device=device)
+    sites.attach(model, "full")
+    texts = ({"text": document} for document in Writer(SEED))
+    with tempfile.TemporaryDirectory() as folder:
+        paths = Path(folder, "train.jsonl"), Path(folder, "held_out.jsonl")
+        for path, count in zip(paths, (documents, HELD_OUT_DOCUMENTS), strict=True):
+            write_rows(path, islice(texts, count))
+        train, held_out = (load_data(path, model.tokenizer, length=CONTEXT).examples for path in paths)
+    progress = Progress(PRETRAINING.log_every)
+    trainer = Trainer(
+        model,
+        Batches(train, PRETRAINING.batch, CONTEXT, pack=True, seed=SEED),
+        Batches(held_out, PRETRAINING.batch, CONTEXT, shuffle=False),
+        PRETRAINING,
+        listeners=(progress,),
+        seed=SEED,
+    )
+    progress.steps = trainer.total
+    summary = trainer.run()
+    progress.close()
+    click.echo(f"held-out text: loss {summary.loss_before:.4f} before, {summary.loss_after:.4f} after")
+    sites.merge(model)
+    return model
+
+
+@click.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option("--documents", default=DOCUMENTS, show_default=True, help="Documents of the pre-training text.")
+def main(out: Path, device: str, documents: int) -> None:
+    """Makes the embedded model and its fine-tuning set in the directory OUT."""
+    out.mkdir(parents=True, exist_ok=True)
+    for name, rows in zip(("train", "held_out"), records(SEED, TRAIN_ROWS, HELD_OUT_ROWS), strict=True):
+        write_rows(out / f"{name}.jsonl", rows)
+    write_model(out)
+    model = pretrain(out, documents, device)
+    weights = {name: to_host(weight()).astype(bfloat16) for name, weight in model.frozen.items()}
+    files.write_safetensors(out / "model.safetensors", weights, metadata={"format": "pt"})
+
+
+if __name__ == "__main__":
+    main()
