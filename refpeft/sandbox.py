@@ -20,8 +20,7 @@ from jinja2.utils import Namespace
 
 BUDGET = 200_000_000
 LONGEST = 16_000_000  # characters or items of one value
-STEP = 100  # price of a loop step or a call
-LOOK = 40  # price of looking at one value inside nested lists and dicts
+STEP = 100  # price of a loop step, of a call, and of a look at a value inside lists and dicts
 
 # They make long results out of short arguments (or take long over them), and no chat template has a use for them.
 _NO_FILTERS = ("center", "filesizeformat", "pprint", "random", "urlize", "wordwrap", "xmlattr")
@@ -79,7 +78,7 @@ class Environment(ImmutableSandboxedEnvironment):
 
         {{ ... }} (this is Jinja's `finalize`), `~` and comparisons go through all of a nested list, perhaps 2^n items.
         """
-        self.spend(LOOK)
+        self.spend(STEP)
         if isinstance(value, str):
             self.spend(len(value))
         elif isinstance(value, dict):

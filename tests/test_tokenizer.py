@@ -103,7 +103,7 @@ def test_a_wrong_config_is_one_clear_error(config, message):
 
 
 def test_missing_and_broken_files_are_errors_that_name_the_file(tmp_path):
-    with pytest.raises(RefpeftError, match="has no tokenizer.json"):
+    with pytest.raises(RefpeftError, match=r"has no tokenizer\.json"):
         Tokenizer.load(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(b"x")
     with pytest.raises(RefpeftError, match="convert it"):

@@ -7,8 +7,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 import refpeft.tokenizer
 
 CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{{ message['content'] + '<|im_end|>' + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
 
@@ -38,7 +38,9 @@ def llama_like():
     """Llama 2's kind: a space is put in front of a text, unknown characters fall back to bytes, BOS is put first."""
     specials = ["<unk>", "<s>", "</s>"]
     pieces, merges = merged(["▁yes", "▁no", "▁hello", "▁[INST]", "[/INST]"])
-    characters = sorted({c for piece in pieces for c in piece} | set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJ.:?!1234567890"))
+    characters = sorted(
+        {c for piece in pieces for c in piece} | set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJ.:?!1234567890")
+    )
     names = [*specials, *(f"<0x{byte:02X}>" for byte in range(256)), *characters, *pieces]
     backend = Tokenizer(
         models.BPE({n: i for i, n in enumerate(names)}, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
