@@ -267,6 +267,8 @@ def _tables(given: Layer, chosen: Mapping[str, Any], problems: Problems) -> dict
         elif table not in reported:
             reported.add(table)
             if table in manager.find():
+                if len(chosen) < len(_names(given)):
+                    continue  # a name is misspelled, which has been said: this table may be its own
                 why = f"plugin {table!r} is not chosen (this run has {', '.join(chosen) or 'none'})"
             else:
                 why = f"unknown table [{table}]{nearest(table, [*tables, *manager.find()])}"

@@ -35,12 +35,14 @@ class Speaker:
         return self._generate([self._encode(prompt) for prompt in prompts])
 
     def reply(self, messages: Sequence[dict[str, str]]) -> str:
-        """What the assistant says next in a conversation. Raises RefpeftError for a model without a chat template."""
-        if self.template is None:
-            raise RefpeftError(
-                f"{self.tokenizer.name} has no chat template, so it cannot be talked with: leave out --chat"
-            )
+        """What the assistant says next in a conversation."""
+        self.need_template()
         return self._generate([self._render(messages)])[0]
+
+    def need_template(self) -> None:
+        """Raises RefpeftError for a model without a chat template."""
+        if self.template is None:
+            raise RefpeftError(f"{self.tokenizer.name} has no chat template, so there is no talking with it")
 
     def _encode(self, prompt: str) -> list[int]:
         if self.template and self.format not in ("prompt", "text"):

@@ -264,7 +264,9 @@ def _report(run: RunConfig, out: Path, summary: Summary, compare: Comparison, se
     if summary.loss_before is not None and summary.loss_after is not None:
         scores.append(("held-out loss", f"{summary.loss_before:.4f}", f"{summary.loss_after:.4f}"))
     elif summary.train_losses:
-        notes.append(f"training loss: {summary.train_losses[0]:.4f} at first, {summary.train_losses[-1]:.4f} at last")
+        part = max(1, len(summary.train_losses) // 10)
+        first, last = (sum(losses) / part for losses in (summary.train_losses[:part], summary.train_losses[-part:]))
+        notes.append(f"training loss: {first:.4f} in the first tenth, {last:.4f} in the last; nothing was held out")
     if compare.exact:
         scores.append(("exact match", *(f"{compare.score(said):.1%}" for said in compare.said)))
     if summary.stopped_early:

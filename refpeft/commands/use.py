@@ -80,9 +80,10 @@ def generate(
     form = "text" if raw else config.written(adapter).get("data", {}).get("format")
     speaker = dialogue.Speaker(loaded, form, system, **sampling)
     if chat:
+        speaker.need_template()
         _talk(speaker)
         return
-    texts = list(prompts) or [sys.stdin.read()]
+    texts = list(prompts) or [sys.stdin.read().removesuffix("\n")]
     answers = speaker.answer(texts)
     if as_json:
         options.echo_json([{"prompt": p, "text": a} for p, a in zip(texts, answers, strict=True)])
