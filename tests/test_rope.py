@@ -3,7 +3,7 @@ import pytest
 
 from refpeft.errors import RefpeftError
 from refpeft.models.config import from_hf
-from refpeft.models.rope import inverse_frequencies, tables
+from refpeft.models.rope import inverse_frequencies
 
 EPS = float(np.finfo(np.float32).eps)
 
@@ -136,31 +136,7 @@ def test_frequencies_are_those_of_transformers(name, head_dim):
     assert factor == pytest.approx(expected_factor, rel=1e-15)
 
 
-def test_tables_of_a_length_are_those_of_its_positions():
-    config = model(64, {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16})
-    cos, sin = tables(config, 5)
-    assert cos.shape == sin.shape == (1, 1, 5, 8) and cos.dtype == np.float32
-    again = tables(config, np.array([[0, 1, 2, 3, 4], [0, 1, 0, 1, 2]], np.int32), np.float64)
-    assert again[0].shape == (2, 1, 5, 8) and again[0].dtype == np.float64
-    np.testing.assert_array_equal(again[0][:1].astype(np.float32), cos)
-    np.testing.assert_array_equal(again[1][1, 0, :2].astype(np.float32), sin[0, 0, :2])
-    np.testing.assert_allclose(again[0] ** 2 + again[1] ** 2, (0.1 * np.log(4.0) + 1) ** 2, rtol=1e-14)
-
-
-def test_tables_of_no_positions_are_empty():
-    config = model(64, {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0})
-    assert tables(config, 0)[0].shape == (1, 1, 0, 8)
-    assert tables(config, np.zeros((3, 0), int))[0].shape == (3, 1, 0, 8)
-
-
-def test_float32_tables_are_right_at_far_positions():
-    config = model(131072, {"rope_type": "default", "rope_theta": 5e5})
-    cos, _ = tables(config, np.array([[131071]]))
-    # cos(131071 * 500000 ** -(2/16)), by mpmath with 50 digits
-    assert cos[0, 0, 0, 1] == pytest.approx(-0.5586133866699109, abs=EPS)
-
-
 def test_dynamic_scaling_refuses_heads_that_are_too_small():
     config = model(64, {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}, dim=4)
     with pytest.raises(RefpeftError, match="more than 2 dimensions"):
-        tables(config, 5)
+        inverse_frequencies(config.rope, config.head_dim, 5)

@@ -1,25 +1,11 @@
-"""Frequencies and tables of rotary position embedding (RoPE, arXiv:2104.09864), with the scalings of checkpoints."""
+"""Frequencies of rotary position embedding (RoPE, arXiv:2104.09864), with the scalings of checkpoints."""
 
 import math
 
 import numpy as np
 
 from refpeft.errors import RefpeftError
-from refpeft.models.config import ModelConfig, RopeConfig
-
-
-def tables(config: ModelConfig, positions: int | np.ndarray, dtype=np.float32) -> tuple[np.ndarray, np.ndarray]:
-    """cos and sin of each position's angles, for the rotate-half form: both (batch or 1, 1, time, head_dim / 2).
-
-    positions: a length (positions 0, 1, ... for every row), or whole numbers (batch, time). The angles are computed in
-    float64, whatever `dtype` is: float32 would be off by up to 1e-3 at position 100,000.
-    """
-    if isinstance(positions, int):
-        positions = np.arange(positions)[None]
-    length = int(positions.max()) + 1 if positions.size else 0
-    frequencies, attention_factor = inverse_frequencies(config.rope, config.head_dim, length)
-    angles = positions[:, None, :, None] * frequencies  # (batch, 1, time, head_dim / 2)
-    return (attention_factor * np.cos(angles)).astype(dtype), (attention_factor * np.sin(angles)).astype(dtype)
+from refpeft.models.config import RopeConfig
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int, length: int) -> tuple[np.ndarray, float]:
