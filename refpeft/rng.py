@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from .errors import RefpeftError
+
 _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 _32 = np.uint64(32)
@@ -41,7 +43,7 @@ class Stream:
 
     def __init__(self, seed: int, *purpose: str | int, xp: Any = np):
         if seed < 0:
-            raise ValueError(f"seed is {seed}: expected 0 or more")
+            raise RefpeftError(f"seed is {seed}: expected 0 or more")
         self.seed, self.purpose, self.xp = seed, purpose, xp
         text = "\0".join(map(str, purpose)).encode()
         self._purpose = zlib.crc32(text), zlib.adler32(text)

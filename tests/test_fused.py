@@ -1,4 +1,4 @@
-"""What the fused pairs promise beyond values and gradients (those are in test_ops): what they keep, and their blocks."""
+"""What the fused pairs promise beyond values and gradients (test_ops has those): what they keep, and their chunks."""
 
 import math
 
