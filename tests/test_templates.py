@@ -206,7 +206,7 @@ GROW = "{% set ns = namespace(x=START) %}{% for i in range(99) %}{% set ns.x = S
         GROW.replace("START", "[1]").replace("STEP", "[ns.x, ns.x]"),
         GROW.replace("START", "[1]").replace("STEP", "[ns.x, ns.x]").replace("{{ ns.x }}", "{{ ns.x == [1] }}"),
         GROW.replace("START", "[1]").replace("STEP", "[ns.x, ns.x]").replace("{{ ns.x }}", "{{ ns.x | tojson }}"),
-        "{% set ns = namespace(x='ab') %}{% for i in range(99) %}{% set ns.x %}{{ ns.x ~ ns.x }}{% endset %}{% endfor %}",
+        "{% set ns = namespace(x=1) %}{% for i in range(99) %}{% set ns.x %}{{ ns.x ~ ns.x }}{% endset %}{% endfor %}",
         "{{ 'a' | center(10**10) }}",
         "{{ 'a'.ljust(10**10) }}",
         "{{ '\t'.expandtabs(10**10) }}",
