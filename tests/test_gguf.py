@@ -206,6 +206,18 @@ def test_another_architecture_or_a_lacking_tensor_is_refused(tmp_path):
         open_checkpoint(write(tmp_path / "y.gguf", config, tensors))
 
 
+def test_a_version_or_a_block_format_that_is_not_supported_is_no_damage(good):
+    content = good.read_bytes()
+    path = good.with_name("other.gguf")
+    path.write_bytes(b"GGUF" + struct.pack(">I", 3) + content[8:])
+    with pytest.raises(RefpeftError, match=r"other\.gguf: its version is 50331648"):
+        open_checkpoint(path)
+    at = content.index(b"token_embd.weight") + 17 + 4 + 16
+    path.write_bytes(content[:at] + struct.pack("<I", gguf.GGMLQuantizationType.I8) + content[at + 4 :])
+    with pytest.raises(RefpeftError, match=r"tensor 'token_embd\.weight' is of type I8, which"):
+        open_checkpoint(path)
+
+
 def test_without_the_gguf_package_the_error_says_what_to_install(good, monkeypatch):
     real = builtins.__import__
 
@@ -375,7 +387,6 @@ def text(string: str) -> bytes:
         start(1, 0, text("t") + struct.pack("<IQIQ", 1, 4, 9999, 0)),
         start(1, 0, text("t") + struct.pack("<I", 2**31)),
         b"GGML" + bytes(40),
-        b"GGUF" + struct.pack(">I", 3) + bytes(40),
     ],
 )
 def test_false_counts_are_found_at_once_and_allocate_nothing(tmp_path, content):

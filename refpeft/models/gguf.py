@@ -96,6 +96,8 @@ def open_gguf(path: Path) -> Checkpoint:
         fields, entries = _parse(path)
     except OSError as error:
         raise RefpeftError(f"{path}: cannot be read: {error.strerror}") from None
+    except RefpeftError as error:  # nothing is broken, but it is not supported
+        raise RefpeftError(f"{path}: {error}") from None
     except (ValueError, struct.error) as error:
         raise RefpeftError(f"{path}: not a valid GGUF file: {error}; download or copy it again") from None
     try:
@@ -214,7 +216,7 @@ def _parse(path: Path) -> tuple[dict[str, Any], dict[str, _Entry]]:
     if magic != b"GGUF":
         raise ValueError(f"it begins with {magic!r}, not with b'GGUF'")
     if version not in (2, 3):
-        raise ValueError(f"its version is {version}; refpeft reads little-endian files of version 2 and 3")
+        raise RefpeftError(f"its version is {version}; refpeft reads little-endian GGUF files of version 2 and 3")
     tensors, values = cursor.count(0), cursor.count(0)
 
     fields: dict[str, Any] = {}
@@ -248,7 +250,9 @@ def _entry(name: str, shape: tuple[int, ...], kind: int, offset: int, start: int
     try:
         dequantize(np.zeros((1, block_bytes), np.uint8), kind)
     except NotImplementedError:
-        raise ValueError(f"tensor {name!r} is of type {kind.name}, which the gguf package cannot dequantize") from None
+        raise RefpeftError(
+            f"tensor {name!r} is of type {kind.name}, which the gguf package cannot dequantize"
+        ) from None
     rows, row_bytes = math.prod(shape[:-1]), shape[-1] // block * block_bytes
     if shape[-1] % block:
         raise ValueError(f"tensor {name!r} has rows of {shape[-1]}, not a multiple of {kind.name}'s {block}")
