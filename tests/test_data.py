@@ -406,7 +406,8 @@ def test_ids_and_mask_are_those_of_transformers(write, tmp_path):
     marked = CHATML.replace(
         "{{ message['content'] + '<|im_end|>' + '\n' }}",
         "{% if message['role'] == 'assistant' %}{% generation %}"
-        "{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}",
+        "{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
+        "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}",
     )
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "chat_template": marked}
     theirs = transformers.PreTrainedTokenizerFast.from_pretrained(save(tmp_path, byte_level(), tokenizer_config=config))
