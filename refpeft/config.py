@@ -26,6 +26,7 @@ from refpeft.errors import RefpeftError, nearest
 
 FILE = "run.toml"  # in a run directory: the whole configuration of the run
 EMBEDDED = "embedded"  # as a model or as a data file: what ships in the package
+EMBEDDED_RUN = Path(__file__).parent / "embedded" / FILE  # what `refpeft train` does when it is given nothing
 _STRICT = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
 Count = Annotated[int, Field(ge=1)]
@@ -116,7 +117,8 @@ class Problems:
             raise RefpeftError("\n".join(message for _, message in sorted(self._found, key=lambda found: found[0])))
 
 
-Layer = dict[str, Value]  # by key: "lr" of the top level, or "train.lr"
+_UNSET = Value(None, "")
+Layer = dict[str, Value]  # by key: "seed" of the top level, or "train.lr"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,12 +147,15 @@ def resolve(
 
     Raises RefpeftError with one line for every mistake."""
     problems = Problems()
-    base = _read_file(file) if file else {}
+    files = [_read_file(file)] if file else []
     above = {key: Value(value, flag) for flag, key, value in flags} | _read_sets(sets, problems)
-    given = base | above
+    if all(_layered([*files, above]).get(key, _UNSET).value in (EMBEDDED, None) for key in ("model", "data.file")):
+        files.insert(0, _read_file(EMBEDDED_RUN))
+    given = _layered([*files, above])
     chosen = _plugins(given, problems)
-    unused = set(_names(base)) - set(chosen)  # the file's own plugins, which a flag replaced: their tables stay unread
-    given = {key: value for key, value in given.items() if key not in base or key.partition(".")[0] not in unused}
+    for layer in files:  # a file's own plugins that a layer above replaced: their tables stay unread
+        unused = set(_names(layer)) - set(chosen)
+        given = {k: v for k, v in given.items() if v is not layer.get(k) or k.partition(".")[0] not in unused}
 
     tables = _tables(given, chosen, problems)
     run = _validate(RunConfig, tables[""] | {name: tables[name] for name in ("data", "train")}, "", given, problems)
@@ -205,6 +210,11 @@ def _read_file(file: str | Path) -> Layer:
     return layer
 
 
+def _layered(layers: Iterable[Layer]) -> Layer:
+    """All values; those of later layers win."""
+    return {key: value for layer in layers for key, value in layer.items()}
+
+
 def _read_sets(sets: Iterable[str], problems: Problems) -> Layer:
     """The values of `--set key=value`."""
     layer = {}
@@ -240,7 +250,7 @@ def _plugins(given: Layer, problems: Problems) -> dict[str, ModuleType]:
     """The chosen plugins, imported, by name."""
     chosen = {}
     method = given.get("method", Value(RunConfig.model_fields["method"].default, ""))
-    quantizer = given.get("quantizer", Value([], ""))
+    quantizer = given.get("quantizer", _UNSET)
     for kind, given_names in (("method", method), ("quantizer", quantizer)):
         for name in _names({kind: given_names}):
             try:

@@ -66,8 +66,9 @@ def _order(record: str | dict[str, Any]) -> tuple[float, bool]:
 class Progress:
     """A listener that shows a run as it goes: one live line on a terminal, else plain lines, each `log_every` steps."""
 
-    def __init__(self, steps: int, log_every: int = 10, stream: IO[str] | None = None):
-        self.steps, self.log_every = steps, log_every
+    def __init__(self, log_every: int = 10, stream: IO[str] | None = None):
+        self.log_every = log_every
+        self.steps = 0  # in all; to be set before the first record
         self._console = Console(file=stream or sys.stderr, highlight=False, soft_wrap=True)
         self._live: Live | None = None
         self._recent: deque[dict[str, Any]] = deque(maxlen=_WINDOW)

@@ -154,9 +154,21 @@ def test_a_table_that_nothing_reads_is_a_mistake(write):
 
 
 def test_a_flag_replaces_the_file_s_method_and_its_table(write):
-    resolved = config.resolve(write("[rank]\nr = 4\n"), [("--method", "method", ["other"])])
+    file, flag = write("[rank]\nr = 4\n"), ("--method", "method", ["other"])
+    resolved = config.resolve(file, [flag])
     assert resolved.run.methods == ["other"]
     assert list(resolved.options) == ["other"]
+    message = "--set rank.r: plugin 'rank' is not chosen (this run has other)"
+    assert mistakes(file, [flag], ["rank.r=5"]) == [message]
+
+
+def test_the_embedded_run_s_own_file_is_the_lowest_layer_of_such_a_run_alone(write):
+    settings = tomllib.loads(config.EMBEDDED_RUN.read_text())
+    resolved = config.resolve(None, [], ["train.batch=4"])
+    assert resolved.run.train.lr == settings["train"]["lr"]
+    assert resolved.run.train.batch == 4
+    other = config.resolve(write('[data]\nfile = "data.jsonl"\n'))
+    assert other.run.train == config.Train()
 
 
 def test_two_methods_and_a_quantizer_have_a_table_each(write):
@@ -194,7 +206,10 @@ def test_a_set_without_key_or_value_is_refused(write, text):
         ('model = "./nowhere"\n[data]\nfile = "data.jsonl"\n', "run.toml:2: model ./nowhere does not exist"),
         ('model = "some/model"\n', "there is no data: give --data FILE, or [data] file in the configuration"),
         ('[data]\nfile = "."\n', "run.toml:3: data.file . is not a file"),
-        ("[train]\nmicro_batch = 3\n", "run.toml:3: train.micro_batch is 3: it must divide train.batch, which is 8"),
+        (
+            "[train]\nbatch = 8\nmicro_batch = 3\n",
+            "run.toml:4: train.micro_batch is 3: it must divide train.batch, which is 8",
+        ),
         ("[train]\nsteps = 5\nwarmup = 6\n", "run.toml:4: train.warmup is 6 steps, more than the 5 of train.steps"),
         ("[train]\nwarmup = 1.5\n", "run.toml:3: train.warmup is 1.5: expected an integer or a value below 1"),
         ('out = "data.jsonl"\n', "run.toml:2: out data.jsonl cannot be written: data.jsonl is a file"),

@@ -60,7 +60,8 @@ def test_a_run_from_the_start_replaces_an_older_file(tmp_path):
 
 def test_off_a_terminal_there_is_a_plain_line_every_few_steps():
     stream = io.StringIO()
-    progress = report.Progress(25, log_every=10, stream=stream)
+    progress = report.Progress(log_every=10, stream=stream)
+    progress.steps = 25
     for record in (*(step(n) for n in range(1, 26)), evaluation(25)):
         progress(record)
     progress.close()
@@ -82,7 +83,8 @@ def test_on_a_terminal_one_line_is_redrawn_at_most_four_times_a_second(monkeypat
     clock = iter(n * 0.1 for n in range(1000))
     monkeypatch.setattr(report.time, "monotonic", lambda: next(clock))
     stream = Terminal()
-    progress = report.Progress(40, stream=stream)
+    progress = report.Progress(stream=stream)
+    progress.steps = 40
     for number in range(1, 31):
         progress(step(number))
     progress.close()
