@@ -215,8 +215,8 @@ def test_a_set_without_key_or_value_is_refused(write, text):
         ('out = "data.jsonl"\n', "run.toml:2: out data.jsonl cannot be written: data.jsonl is a file"),
         ('out = "data.jsonl/run"\n', "run.toml:2: out data.jsonl/run cannot be written: /"),
         (
-            "[train]\nbest = true\n",
-            "run.toml:3: train.best needs held-out rows (data.eval_file or data.eval_share) and",
+            '[data]\nfile = "data.jsonl"\n[train]\nbest = true\n',
+            "run.toml:5: train.best needs held-out rows (data.eval_file or data.eval_share) and",
         ),
         ("data = 3\n", "run.toml:2: data is 3: expected a table [data]"),
         ("[train\n", "run.toml:2: not valid TOML: Expected ']' at the end of a table declaration"),
