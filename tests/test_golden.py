@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from unittest import mock
 
 import numpy as np
 import pytest
 
-from refpeft import fused, ops
+from refpeft import fused, manager, ops, schedule
+from refpeft.batches import Batch, collate
 from refpeft.conformance.compare import compare
 from refpeft.conformance.vectors import Arrays, Case, cases
+from refpeft.data import Example
+from refpeft.models.base import Model
+from refpeft.models.checkpoint import expected_tensors
+from refpeft.models.config import from_hf
+from refpeft.models.decoder import Decoder
+from refpeft.models.gpt2 import GPT2
+from refpeft.optim import AdamW, Flat
+from refpeft.quant import Dense
 from refpeft.rng import Stream, philox4x32
+from refpeft.sites import Adapter, Train, attach, merge
 from refpeft.tensor import Tensor, parameter
 
-# ---- operations ------------------------------------------------------------------------------------------------
+# ---- operations ------------------------------------------------------------------------------------------------------
 
 
 def gradients(y: Tensor, g: np.ndarray, leaves: dict[str, Tensor]) -> Arrays:
@@ -34,9 +45,8 @@ def run_op(case: Case, given: Arrays, dtype: str) -> Arrays:
 
 def run_fused(case: Case, given: Arrays, dtype: str) -> Arrays:
     g, config = given.pop("g"), case.config
-    constants = {
-        name: given.pop(name) for name in ("weight", "segments", "targets", "ids", "cos", "sin") if name in given
-    }
+    names = ("weight", "segments", "targets", "ids", "cos", "sin")
+    constants = {name: given.pop(name) for name in names if name in given}
     leaves = {name: parameter(array) for name, array in given.items()}
     arguments = list(leaves.values())
     if case.name == "frozen_linear":
@@ -75,11 +85,227 @@ def run_random(case: Case, given: Arrays, dtype: str) -> Arrays:
     }
 
 
-DRIVERS: dict[str, Callable[[Case, Arrays, str], Arrays]] = {"op": run_op, "fused": run_fused, "random": run_random}
+# ---- models ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", ["float64", "float32"])
-@pytest.mark.parametrize("case", cases(), ids=str)
+def frozen(arrays: Arrays, dtype: str, absent: dict[str, tuple[int, ...]] | None = None) -> Callable[..., Dense]:
+    """What a model asks for its weights; those of `absent` are zeros of that shape."""
+
+    def weights(name: str, linear: bool = False, transposed: bool = False) -> Dense:
+        array = arrays[name] if name in arrays else np.zeros(absent[name], dtype)
+        return Dense(np.ascontiguousarray(array.T) if transposed else array, np.dtype(dtype))
+
+    return weights
+
+
+def model_of(config: dict, given: Arrays, dtype: str) -> Model:
+    shape = from_hf(config)
+    kind = GPT2 if shape.family == "gpt2" else Decoder
+    return kind(shape, frozen(given, dtype, expected_tensors(shape)), np.dtype(dtype))
+
+
+def set_values(adapter: Adapter, model: Model, given: Arrays) -> None:
+    """Trained values as the case gives them; what stands in for a weight of a file has the file's layout there."""
+    for name, tensor in adapter.params.items():
+        if name in given:
+            tensor.data[...] = as_in_file(model, name, given[name])
+
+
+def as_in_file(model: Model, name: str, array: np.ndarray) -> np.ndarray:
+    """A Conv1D weight (in, out) as (out, in), and the other way round; anything else unchanged."""
+    site, _, letter = name.rpartition(".")
+    return array.T if letter == "weight" and model.sites[site].transposed else array
+
+
+def batch_of(given: Arrays, rows: slice | list[int] = slice(None)) -> Batch:
+    names = ("ids", "targets", "positions", "segments")
+    return Batch(*(given[name][rows] if name in given else None for name in names))
+
+
+def logits_of(model: Model, given: Arrays) -> np.ndarray:
+    """Logits, 0 at padding."""
+    segments = given.get("segments")
+    logits = model(given["ids"], given.get("positions"), segments).data
+    return logits if segments is None else logits * (segments >= 0)[..., None]
+
+
+def grads(adapter: Adapter, model: Model) -> Arrays:
+    return {f"grad.{name}": as_in_file(model, name, t.grad) for name, t in adapter.params.items()}
+
+
+def run_model(case: Case, given: Arrays, dtype: str) -> Arrays:
+    model = model_of(case.config, given, dtype)
+    adapter = attach(model, "full")
+    loss = model.loss(batch_of(given))
+    loss.backward()
+    return {"logits": logits_of(model, given), "loss": loss.data, **grads(adapter, model)}
+
+
+def run_block(case: Case, given: Arrays, dtype: str) -> Arrays:
+    """One block as a model of one layer: x comes in as the embedding table, and leaves before the last norm."""
+    x = given["x"]
+    table = np.zeros((case.config["vocab_size"], x.shape[-1]), dtype)
+    table[: x[..., 0].size] = x.reshape(-1, x.shape[-1])
+    embed = "transformer.wte" if case.name == "gpt2" else "model.embed_tokens"
+    model = model_of(case.config, given | {f"{embed}.weight": table}, dtype)
+    adapter = attach(model, "full")
+    ids = np.arange(x[..., 0].size).reshape(x.shape[:-1])
+    segments = given.get("segments")
+    y = model.trunk(ids, given.get("positions"), segments, None)
+    y.backward(given["g"])
+    answer = grads(adapter, model)
+    answer["grad.x"] = answer[f"grad.{embed}.weight"][ids]
+    return answer | {"y": y.data if segments is None else y.data * (segments >= 0)[..., None]}
+
+
+def run_loss(case: Case, given: Arrays, dtype: str) -> Arrays:
+    if case.name == "targets":
+        rows = []
+        for ids, learned, segments in zip(given["ids"], given["learned"], given["segments"], strict=True):
+            documents = [segments == n for n in np.unique(segments[segments >= 0])]
+            rows.append([Example(ids[here], learned[here].astype(bool), line=1) for here in documents])
+        targets = np.full(given["ids"].shape, -100, np.int32)
+        made = collate(rows, packed=True).targets
+        targets[:, : made.shape[1]] = made
+        return {"targets": targets}
+    model = model_of(case.config["model"], given, dtype)
+    adapter = attach(model, "full")
+    total = 0.0
+    for rows in case.config["parts"]:
+        loss = model.loss(batch_of(given, rows), denominator=batch_of(given).supervised)
+        loss.backward()
+        total += loss.data
+    return {"loss": total, **grads(adapter, model)}
+
+
+# ---- methods ---------------------------------------------------------------------------------------------------------
+
+
+def run_method(case: Case, given: Arrays, dtype: str) -> Arrays:
+    if case.at not in ("model", "train"):
+        return run_site(case, given, dtype)
+    options = {name: tuple(v) if isinstance(v, list) else v for name, v in case.config.items()}
+    config, train = options.pop("model"), options.pop("optimizer", None)
+    model = model_of(config, given, dtype)
+    adapter = attach(model, case.name, options)
+    set_values(adapter, model, given)
+    if train is None:
+        loss = model.loss(batch_of(given))
+        loss.backward()
+        return {"logits": logits_of(model, given), "loss": loss.data, **grads(adapter, model)}
+    flat = Flat(adapter.params.items())
+    optimizer = AdamW(flat, tuple(train["betas"]), train["eps"], train["weight_decay"])
+    losses = []
+    for _ in range(train["steps"]):
+        loss = model.loss(batch_of(given))
+        loss.backward()
+        optimizer.step(train["lr"])
+        losses.append(loss.data)
+    after = {f"after.{name}": as_in_file(model, name, t.data) for name, t in adapter.params.items()}
+    return {"losses": np.array(losses), **after}
+
+
+def run_site(case: Case, given: Arrays, dtype: str) -> Arrays:
+    """A method on the only site of a model."""
+    options = {name: v for name, v in case.config.items() if name not in ("norm", "eps")} | {"targets": ("site",)}
+    if case.name == "ia3":
+        options["feedforward"] = ("site",) if options["feedforward"] else ()
+    weights = {f"site.{name}": given[name] for name in ("weight", "bias") if name in given}
+    model = Model(None, frozen(weights, dtype), np.dtype(dtype))
+    has_bias = "bias" in given
+    if case.at in ("linear", "conv1d"):
+        site = model.linear("site", "q", bias=has_bias, transposed=case.at == "conv1d")
+    elif case.at == "embedding":
+        site = model.embedding("site", "embed")
+    elif case.at == "norm":
+        site = model.norm("site", case.config["eps"], "norm", bias=has_bias)
+    elif case.at == "attention":
+        shape = given["k"].shape[1], given["k"].shape[3]
+        site = model.place_of("site", "attention", shape, "attend", fused.attention)
+    else:
+        site = model.place_of("site", "block", (given["x"].shape[-1],), "mlp_out", linear_block(given["weight"]))
+    adapter = attach(model, case.name, options)
+    values = {name.removeprefix("site."): t for name, t in adapter.params.items()}
+    for name, tensor in values.items():
+        tensor.data[...] = given[name]
+    leaves = {name: parameter(given[name]) for name in ("x", "q", "k", "v") if name in given}
+    inputs = list(leaves.values()) or [given["ids"]]
+    model.mode.training = "keep" in given
+
+    def dropout(_: Train, x: Tensor, rate: float) -> Tensor:
+        return x * given["keep"] * (1 / (1 - rate))
+
+    keywords = {"mask": fused.Mask(given["q"].shape[2])} if case.at == "attention" else {}
+    with mock.patch.object(Train, "dropout", dropout):
+        answer = gradients(site(*inputs, **keywords), given["g"], leaves | values)
+    if any(name.startswith("merged.") for name in case.checks):
+        merge(model)
+        weight = site.weight()
+        answer |= {"merged.weight": weight.T if case.at == "conv1d" else weight, "merged.bias": site.bias}
+    return answer
+
+
+def linear_block(weight: np.ndarray) -> Callable[[Tensor], Tensor]:
+    return lambda x: fused.frozen_linear(x, weight=lambda: weight)
+
+
+# ---- optimizers and schedules ----------------------------------------------------------------------------------------
+
+
+def run_optimizer(case: Case, given: Arrays, dtype: str) -> Arrays:
+    config = case.config
+    flat = Flat((name, parameter(given[name].copy())) for name in ("p0", "p1"))
+    optimizer = AdamW(flat, tuple(config["betas"]), config["eps"], config["weight_decay"])
+    path: dict[str, list[np.ndarray]] = {"path.p0": [], "path.p1": []}
+    norms = []
+    for step, lr in enumerate(config["lr"]):
+        flat.grads[...] = np.concatenate([given["g0"][step].ravel(), given["g1"][step].ravel()])
+        norms.append(flat.clip(config["clip"]))
+        optimizer.step(lr)
+        for name, tensor in flat.params.items():
+            path[f"path.{name}"].append(tensor.data.copy())
+    return {name: np.stack(steps) for name, steps in path.items()} | {"norms": np.stack(norms)}
+
+
+def run_schedule(case: Case, given: Arrays, dtype: str) -> Arrays:
+    steps, warmup = case.config["steps"], case.config["warmup"]
+    return {"factors": np.array([schedule.factor(case.name, step, steps, warmup) for step in range(steps)])}
+
+
+# ---- quantizers ------------------------------------------------------------------------------------------------------
+
+
+def run_quantizer(case: Case, given: Arrays, dtype: str) -> Arrays:
+    plugin = manager.load(case.name)
+    cfg = plugin.Config(double_quant=case.config["double_quant"])
+    if case.at == "encode":
+        return plugin.quant_pack(given["weight"], cfg)
+    parts = {name: given[name] for name in given if name not in ("codebook", "nested_map")}
+    return {"weight": plugin.quant_unpack(parts, cfg, tuple(case.config["shape"]), np.dtype(dtype))}
+
+
+DRIVERS: dict[str, Callable[[Case, Arrays, str], Arrays]] = {
+    "op": run_op,
+    "fused": run_fused,
+    "random": run_random,
+    "model": run_model,
+    "block": run_block,
+    "loss": run_loss,
+    "method": run_method,
+    "optimizer": run_optimizer,
+    "schedule": run_schedule,
+    "quantizer": run_quantizer,
+}
+
+
+def dtypes(case: Case) -> tuple[str, ...]:
+    """Quantizers are defined in float32."""
+    return ("float32",) if case.kind == "quantizer" else ("float64", "float32")
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"), [pytest.param(case, dtype, id=f"{case}-{dtype}") for case in cases() for dtype in dtypes(case)]
+)
 def test_case(case, dtype):
     answer = DRIVERS[case.kind](case, case.given(dtype), dtype)
     assert not [result.problem for result in compare(case, answer, dtype) if result.problem]

@@ -7,7 +7,7 @@ from fnmatch import fnmatch
 
 import common
 
-SCRIPTS = ("ops", "fused", "random_numbers", "models", "methods")
+SCRIPTS = ("ops", "fused", "random_numbers", "models", "blocks", "methods", "nf4", "optimizers")
 
 
 def main() -> int:

@@ -31,7 +31,7 @@ GOLDEN = Path(__file__).resolve().parents[1]
 Tensors = dict[str, torch.Tensor]
 Compute = Callable[[Tensors], Tensors]
 
-LEAST_LIMIT = 4  # an output that is one correctly rounded operation is off by half an eps; times 8
+LEAST_LIMIT = 8  # one operation is off by at most an eps on any device worth its name; times 8
 MOST_LIMIT = 2**13  # above it a case says nothing: change its inputs
 WITNESS_LIMIT = 1e-10  # of max|expected|, in float64
 
@@ -51,6 +51,7 @@ class Case:
     config: dict = field(default_factory=dict)
     witnesses: dict[str, Compute] = field(default_factory=dict)  # name and version -> the same by somebody else
     oracle: str = f"torch {torch.__version__.split('+')[0]} float64"
+    limits: dict[str, str] | None = None  # where they are not measured
     script: str = ""
 
     @property
@@ -110,7 +111,7 @@ class Float64Throughout(TorchFunctionMode):
 class SummationOrder(TorchDispatchMode):
     """Inside, every sum, mean and matrix product adds its terms in another order, also those of the backward pass."""
 
-    ORDERS = ("halves", "one by one", "shuffled 1", "shuffled 2")
+    ORDERS = ("halves", "one by one", *(f"shuffled {i}" for i in range(5)))
 
     def __init__(self, order: str):
         super().__init__()
@@ -236,7 +237,7 @@ def build(case: Case) -> tuple[dict, dict[str, np.ndarray]]:
         "spec": case.spec,
         "config": case.config,
         "inputs": list(case.inputs),
-        "checks": measure(case, expected),
+        "checks": case.limits or measure(case, expected),
         "tensors": f"{case.id}.safetensors",
         "source": {"oracle": case.oracle, "agrees_with": list(case.witnesses), "script": f"golden/make/{case.script}"},
     }

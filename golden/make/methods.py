@@ -52,10 +52,19 @@ def ia3(f: Callable, x: torch.Tensor, gain: torch.Tensor, feedforward: bool) -> 
     return f(x * gain) if feedforward else f(x) * gain
 
 
-def houlsby(f: Callable, x: torch.Tensor, down, down_bias, up, up_bias) -> torch.Tensor:
+ACTIVATIONS = {
+    "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
+    "gelu": functional.gelu,
+    "relu": torch.relu,
+    "silu": functional.silu,
+    "tanh": torch.tanh,
+}
+
+
+def houlsby(f: Callable, x: torch.Tensor, down, down_bias, up, up_bias, activation: str) -> torch.Tensor:
     """The adapter has its own skip connection, and stands before the residual of the sub-layer is added."""
     h = f(x)
-    return h + functional.gelu(h @ down.mT + down_bias) @ up.mT + up_bias
+    return h + ACTIVATIONS[activation](h @ down.mT + down_bias) @ up.mT + up_bias
 
 
 def prompt(f: Callable, ids: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -283,30 +292,31 @@ def other_sites() -> Iterator[Case]:
             trained = {"bitfit": "bias", "ln_tuning": "weight bias" if norm == "layer" else "weight"}[method]
             config = {"norm": f"{norm}_norm", "eps": 1e-5}
             yield site_case(method, "norm", norm, inputs, forward, f"x {trained}", config=config, flags="NormEps")
-    draw = Draw("houlsby-block-plain")
-    inputs = {
-        "x": draw.normal(2, 3, 6),
-        "weight": draw.normal(6, 6, scale=0.4),
-        "down": draw.normal(3, 6, scale=0.4),
-        "down_bias": draw.normal(3, scale=0.3),
-        "up": draw.normal(6, 3, scale=0.5),
-        "up_bias": draw.normal(6, scale=0.3),
-    }
+    for activation in ACTIVATIONS:
+        draw = Draw(f"houlsby-block-{activation}")
+        inputs = {
+            "x": draw.normal(2, 3, 6),
+            "weight": draw.normal(6, 6, scale=0.4),
+            "down": draw.normal(3, 6, scale=0.4),
+            "down_bias": draw.normal(3, scale=0.3),
+            "up": draw.normal(6, 3, scale=0.5),
+            "up_bias": draw.normal(6, scale=0.3),
+        }
 
-    def adapted(x, weight, down, down_bias, up, up_bias):
-        return houlsby(lambda x: x @ weight.mT, x, down, down_bias, up, up_bias)
+        def adapted(x, weight, activation=activation, **letters):
+            return houlsby(lambda x: x @ weight.mT, x, **letters, activation=activation)
 
-    yield site_case(
-        "houlsby",
-        "block",
-        "plain",
-        inputs,
-        adapted,
-        "x down down_bias up up_bias",
-        config={"size": 3},
-        flags="BottleneckSkip GeluVariant",
-        comment="the sub-layer that it stands behind is x @ weight.T; exact gelu",
-    )
+        yield site_case(
+            "houlsby",
+            "block",
+            activation,
+            inputs,
+            adapted,
+            "x down down_bias up up_bias",
+            config={"size": 3, "activation": activation, "norms": False},
+            flags="BottleneckSkip" + " GeluVariant" * activation.startswith("gelu"),
+            comment="the sub-layer that it stands behind is x @ weight.T",
+        )
     draw = Draw("prompt_tuning-embedding-plain")
     inputs = {"ids": np.int32([[3, 0, 3], [6, 1, 2]]), "weight": draw.normal(7, 5), "prompt": draw.normal(2, 5)}
     yield site_case(
@@ -433,12 +443,17 @@ def _shared(embed: str, attentions: list[str], layers: list[str], kv: tuple[int,
     blocks = [f"{here}.{out}" for here in layers for out in ("attn_out", "mlp_out")]
     letters = {"down": (3, 8), "down_bias": (3,), "up": (8, 3), "up_bias": (8,)}
 
+    options = {"size": 3, "activation": "gelu_tanh", "norms": False}
+
     def bottlenecks(t: Tensors) -> reference.Advice:
-        return {b: lambda f, x, b=b: houlsby(f, x, *(t[f"{b}.{letter}"] for letter in letters)) for b in blocks}
+        def advise(b: str) -> Callable:
+            return lambda f, x: houlsby(f, x, *(t[f"{b}.{letter}"] for letter in letters), options["activation"])
+
+        return {b: advise(b) for b in blocks}
 
     yield Adapted(
         "houlsby",
-        {"size": 3},
+        options,
         {f"{b}.{letter}": s for b in blocks for letter, s in letters.items()},
         bottlenecks,
         flags="BottleneckSkip",

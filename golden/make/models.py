@@ -78,10 +78,10 @@ def weight_shapes(model_type: str, settings: dict) -> dict[str, tuple[int, ...]]
     return {name: tuple(p.shape) for name, p in transformers_model(model_type, settings).named_parameters()}
 
 
-def additive_mask(segments: torch.Tensor) -> torch.Tensor:
+def additive_mask(segments: torch.Tensor, window: int | None = None) -> torch.Tensor:
     """(batch, 1, time, time): 0 where a token sees another, the lowest number where not."""
     time = segments.shape[1]
-    seen = torch.from_numpy(np.stack([visible(time, time, time, None, row) for row in segments.tolist()]))[:, None]
+    seen = torch.from_numpy(np.stack([visible(time, time, time, window, row) for row in segments.tolist()]))[:, None]
     return torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.get_default_dtype()).min)
 
 
