@@ -232,26 +232,30 @@ def encode_plain(item: Plain, tokenizer: Tokenizer, line: int, supervise: str = 
 
 def encode_rendered(rendered: Rendered, tokenizer: Tokenizer, line: int, supervise: str = "answers") -> Example:
     """A rendered conversation, each span encoded alone; the assistant's are learned, with their end of turn."""
-    text, ids, learned = rendered.text, [], []
-    at, end = 0, 0
+    text, pieces, at = rendered.text, [], 0
     for start, stop in rendered.spans:
         end = _end_of_answer(text, start, stop, tokenizer)
-        for piece, mine in (((at, start), False), ((start, end), True)):
-            tokens = tokenizer.encode(text[slice(*piece)], after=text[: piece[0]])
-            ids += tokens
-            learned += [mine] * len(tokens)
+        pieces += [(at, start, False), (start, end, True)]
         at = end
-    rest = tokenizer.encode(text[at:], after=text[:at])
-    if rendered.spans and not text[at:].strip() and not text[:at].endswith(tokenizer.added):
-        rest, ids, learned = [], [*ids, tokenizer.eos_id], [*learned, True]
-    ids, learned = ids + rest, learned + [False] * len(rest)
-    if supervise == "all":
-        learned = [True] * len(ids)
+    unended = bool(pieces) and not text[at:].strip() and not text[:at].endswith(tokenizer.added)
+    if not unended:
+        pieces.append((at, len(text), False))
+    ids: list[int] = []
+    learned: list[bool] = []
+    for start, end, mine in pieces:
+        tokens = tokenizer.encode(text[start:end], after=text[:start])
+        ids += tokens
+        learned += [mine or supervise == "all"] * len(tokens)
+    if unended:
+        ids, learned = [*ids, tokenizer.eos_id], [*learned, True]
     return Example(np.array(ids, np.int32), np.array(learned, bool), line)
 
 
 def _end_of_answer(text: str, start: int, stop: int, tokenizer: Tokenizer) -> int:
-    """Where the learned part of a span ends: behind its last token, if that ends a turn, and not behind white space."""
+    """Where the learned part of a span ends: behind the token at which generation stops, or the end of the turn."""
+    stops = [at + len(end) for end in tokenizer.ends if (at := text.find(end, start, stop)) >= 0]
+    if stops:
+        return min(stops)
     said = text[start:stop].rstrip()
     if said.endswith(tokenizer.added):
         return start + len(said)

@@ -77,7 +77,20 @@ class Template:
         see when it is asked for that turn.
         """
         if self.has_generation:
-            return [_spans_of_marks(self._marked(messages, False, tools, variables))]
+            found = [_spans_of_marks(self._marked(messages, False, tools, variables))]
+        else:
+            found = self._step_by_step(messages, tools, variables)
+        said = "".join(rendered.text[start:stop] for rendered in found for start, stop in rendered.spans)
+        for i, message in enumerate(messages):
+            words = (message.get("content") or "").split() if message.get("role") == "assistant" else []
+            if said and words and words[-1] not in said:
+                raise RefpeftError(
+                    f"the chat template leaves out the text of messages[{i}]: templates of models that see pictures, "
+                    "for example, expect lists instead of texts"
+                )
+        return found
+
+    def _step_by_step(self, messages: Sequence[Message], tools: Any, variables: Any) -> list[Rendered]:
         steps = []
         for i, message in enumerate(messages):
             if message.get("role") == "assistant":
@@ -137,6 +150,8 @@ def _spans_of_marks(marked: str) -> Rendered:
                 raise RefpeftError("the chat template has a {% generation %} inside a {% generation %}")
             start = at
         elif piece == CLOSE and start is not None:
+            if spans and spans[-1][1] == start:  # one answer in two tags
+                start = spans.pop()[0]
             if at > start:
                 spans.append((start, at))
             start = None

@@ -157,6 +157,12 @@ def test_eos_behind_a_generation_tag_is_learned(write):
     assert learned(example, CHAT) == ["hello<|im_end|>", "yes<|im_end|>"]
 
 
+def test_nothing_behind_the_token_that_stops_generation_is_learned(write):
+    template = Template(CHATML.replace("'<|im_end|>'", "'<|im_end|>\\n<|endoftext|>'"))  # like Phi-3
+    (example,) = load_data(write([{"messages": TALK}]), CHAT, template=template).examples
+    assert learned(example, CHAT) == ["yes<|im_end|>"]
+
+
 def test_an_end_at_which_generation_does_not_stop_is_said_aloud(write):
     tokenizer = Tokenizer(byte_level(), {"eos_token": "<|endoftext|>", "chat_template": CHATML})
     summary = load_data(write([{"messages": TALK}]), tokenizer).summary

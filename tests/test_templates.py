@@ -122,6 +122,19 @@ def test_spans_are_found_inside_a_macro_too():
     assert rendered.text == "[Be brief.][hello][yes][why?][no]" and said(rendered) == ["yes", "no"]
 
 
+def test_an_answer_in_two_tags_is_one_span():
+    tagged = "{% generation %}{{ m.content }}{% endgeneration %}{% generation %}.{% endgeneration %}"
+    text = "{% for m in messages %}" + tagged + " {% endfor %}"
+    (rendered,) = Template(text).conversation(TALK[1:3])
+    assert said(rendered) == ["hello.", "yes."]
+
+
+def test_a_template_that_leaves_out_the_answer_is_an_error():
+    pictures = CHATML.replace("message['content']", "(message['content'] | map(attribute='text') | join)")
+    with pytest.raises(RefpeftError, match=r"leaves out the text of messages\[2\]"):
+        Template(pictures).conversation(TALK)
+
+
 def test_tojson_does_not_escape_html_and_takes_transformers_options():
     tools = [{"name": "f<g>", "x": "é'&"}]
     assert Template("{{ tools | tojson }}").render(TALK, tools=tools) == json.dumps(tools, ensure_ascii=False)
