@@ -50,7 +50,8 @@ def module(device: str) -> ModuleType:
 
 def to_host(array: Array) -> np.ndarray:
     """`array` as a NumPy array (itself where it is one)."""
-    return array if isinstance(array, np.ndarray) else xp_of(array).asnumpy(array)
+    xp = xp_of(array)
+    return np.asarray(array) if xp is np else xp.asnumpy(array)
 
 
 def cast(array: Array, dtype: np.dtype) -> Array:

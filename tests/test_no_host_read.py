@@ -1,0 +1,94 @@
+"""A training step is array code alone: no value is read by the host, and host and device arrays never meet.
+
+Both are tried without a GPU, on the arrays of tests/device.py; tests/gpu holds the same code against real ones.
+"""
+
+import device
+import numpy as np
+import pytest
+import tiny
+from cases import FUSED, OPS, Case, Place
+
+from refpeft import manager, sites
+from refpeft.backend import to_host
+from refpeft.batches import Batch
+from refpeft.quant import Quantizer
+from refpeft.rng import Stream
+from refpeft.tensor import parameter
+
+METHODS = sorted(name for name, listing in manager.catalogue().items() if listing.kind == "method")
+QUANTIZERS = sorted(name for name, listing in manager.catalogue().items() if listing.kind == "quantizer")
+
+OPTIONS = {"lora": {"dropout": 0.2}, "bitfit": {"create": True}}
+
+
+@pytest.fixture
+def xp(monkeypatch):
+    return device.install(monkeypatch)
+
+
+@pytest.mark.parametrize("case", OPS + FUSED, ids=str)
+def test_every_op_runs_on_the_device_to_the_same_bits(case: Case, xp):
+    results = []
+    for place in (Place("f4"), Place("f4", xp)):
+        leaves = [parameter(array) for array in case.arrays(place)]
+        with device.capture():
+            out = case(*leaves, place=place)
+            out.backward()
+        results.append([to_host(a) for a in (out.data, *(leaf.grad for leaf in leaves))])
+    for host, there in zip(*results, strict=True):
+        assert np.array_equal(host, there)
+
+
+def test_random_numbers_are_the_same_bits_on_the_device(xp):
+    here, there = Stream(3, "a"), Stream(3, "a", xp=xp)
+    for draw in (
+        lambda stream: stream.bits(7),
+        lambda stream: stream.uniform(-1, 1, (2, 3)),
+        lambda stream: stream.standard_normal(5),
+        lambda stream: stream.permutation(9),
+    ):
+        assert np.array_equal(draw(here), to_host(draw(there)))
+
+
+def step(name: str, method: str, xp, quantizer: Quantizer | None = None, checkpointing: bool = False) -> dict:
+    """Loss and gradients of one training step with dropout, on rows with padding, by name."""
+    model = tiny.model(name, "float32", quantizer, xp=xp)
+    sites.attach(model, method, OPTIONS.get(method))
+    model.mode.training, model.checkpointing = True, checkpointing
+    batch = tiny.batch()
+    segments = np.where(np.arange(9) < [[9], [6]], 0, -1).astype("i4")
+    batch = Batch(batch.ids, np.where(segments < 0, -100, batch.targets), segments=segments)
+    with device.capture():
+        loss = model.loss(batch)
+        loss.backward()
+    return {"loss": to_host(loss.data)} | {key: to_host(tensor.grad) for key, tensor in model.trained()}
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_of_every_method_reads_nothing_and_is_the_hosts(name: str, method: str, xp):
+    there, here = step(name, method, xp), step(name, method, np)
+    assert there.keys() == here.keys()
+    for key, value in here.items():
+        assert np.array_equal(there[key], value), key
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_a_step_on_quantized_weights_reads_nothing_and_is_the_hosts(quantizer: str, xp):
+    plugin = manager.load(quantizer)
+    packer = Quantizer(plugin, plugin.Config())
+    there, here = (step("llama", "lora", module, packer, checkpointing=True) for module in (xp, np))
+    for key, value in here.items():
+        assert np.array_equal(there[key], value), key
+
+
+def test_the_stand_in_catches_reads_and_mixtures(xp):
+    array = xp.asarray(np.arange(3.0))
+    for read in (bool, float, int, list, lambda a: a[0].item(), lambda a: a[a > 1], xp.nonzero, lambda a: a.tolist()):
+        with pytest.raises(device.HostRead), device.capture():
+            read(array)
+    for mix in (lambda a: a + np.ones(3), lambda a: np.ones(3) * a, np.asarray, lambda a: np.concatenate((a, a))):
+        with pytest.raises(TypeError):
+            mix(array)
+    assert isinstance(np.float32(2) * array, device.Array)
