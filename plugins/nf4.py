@@ -2,8 +2,7 @@
 
 Dettmers et al., 2023, arXiv:2305.14314, section 3, in bitsandbytes' format. Blocks run over the flattened weight; the
 last may be short. In float32, a code is the number of midpoints between levels below x (1 / absmax): ties take the
-lower level. The first of two codes is the byte's high half. A block of zeros has code 7, zero (bitsandbytes on CUDA:
-0).
+lower level. The first of two codes is the byte's high half. A block of zeros has code 7: zero.
 `double_quant` keeps absmax - offset in 8 bits: blocks of 256, the signed dynamic map, the nearest level, the lower in
 a tie (bitsandbytes 0.50 on the CPU looks up a coarser table); offset is absmax's float64 mean, rounded to float32.
 """

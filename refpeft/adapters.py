@@ -1,0 +1,202 @@
+"""Adapters as files: directories with `adapter_config.json` and `adapter_model.safetensors`, as Hugging Face PEFT has.
+
+What PEFT can express is written in its form and read from it (`refpeft.peft_formats`). Anything else has the peft_type
+REFPEFT, the method's name and options in the config, and its tensors under refpeft's own names.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import manager
+from .backend import Array, to_host
+from .errors import RefpeftError
+from .files import read_json, read_safetensors, write_json, write_safetensors
+from .models.base import Model
+from .peft_formats import FORMATS, PREFIX, Entry, Format, Settings
+from .sites import Adapter, attach, detach
+from .tensor import Tensor
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+OWN = "REFPEFT"
+PEFT_VERSION = "0.21.2"
+
+_OF_EVERY_METHOD = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "inference_mode",
+    "peft_type",
+    "peft_version",
+    "revision",
+    "task_type",
+}
+_NOTHING = (None, False, 0, "", [], {})  # values of keys that are unknown and say that they are not used
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+
+def save(directory: str | Path, model: Model, adapter: Adapter | None = None) -> None:
+    """Writes one adapter into `directory`, or, without `adapter`, all that are attached to the model.
+
+    Several adapters get a directory each inside of it, in the order of attaching: `1-lora`, `2-prefix_tuning`.
+    """
+    directory = Path(directory)
+    if adapter is None and not model.adapters:
+        raise RefpeftError("there is no adapter to save")
+    if adapter is None and len(model.adapters) > 1:
+        for number, one in enumerate(model.adapters, 1):
+            save(directory / f"{number}-{one.name}", model, one)
+        return
+    adapter = adapter or model.adapters[0]
+    entries, settings = _written(adapter, model)
+    values = {name: to_host(tensor.data) for name, tensor in _values(adapter).items()}
+    tensors = {entry.name: entry.pack(*(values[name] for name in entry.params)) for entry in entries}
+    common = dict.fromkeys(_OF_EVERY_METHOD) | {
+        "base_model_name_or_path": _base_name(model),
+        "inference_mode": True,
+        "peft_version": PEFT_VERSION,
+        "task_type": "CAUSAL_LM",
+    }
+    directory.mkdir(parents=True, exist_ok=True)
+    write_safetensors(directory / TENSORS, tensors, {"format": "pt"})
+    write_json(directory / CONFIG, dict(sorted((common | settings).items())))  # last: with it the adapter is there
+
+
+def _written(adapter: Adapter, model: Model) -> tuple[list[Entry], dict[str, Any]]:
+    """The tensors and the settings of an adapter: in PEFT's form where it has one, else in refpeft's own."""
+    form = FORMATS.get(adapter.parts[0].name)
+    if form is not None and form.fits(adapter, model):
+        return form.entries(adapter), {"peft_type": form.peft_type} | form.settings(adapter, model)
+    return _own_entries(adapter), {
+        "peft_type": OWN,
+        "method": adapter.parts[0].name,
+        "options": asdict(adapter.cfg) if adapter.cfg is not None else {},
+    }
+
+
+def _own_entries(adapter: Adapter) -> list[Entry]:
+    return [Entry(PREFIX + name, (name,)) for name in _values(adapter)]
+
+
+def _values(adapter: Adapter) -> dict[str, Tensor]:
+    """All that a file must hold: what is trained, and the constants that the method drew for all sites."""
+    shared = {f"shared.{name}": value for part in adapter.parts for name, value in vars(part.shared).items()}
+    return shared | adapter.params
+
+
+def _base_name(model: Model) -> str | None:
+    checkpoint = getattr(model, "checkpoint", None)
+    return None if checkpoint is None else str(checkpoint.path)
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+def directories(directory: str | Path) -> list[Path]:
+    """The adapters in a directory, innermost first: itself, or those inside that `save` numbered."""
+    directory = Path(directory)
+    if (directory / CONFIG).is_file():
+        return [directory]
+    numbered = [file.parent for file in directory.glob(f"*-*/{CONFIG}") if file.parent.name.partition("-")[0].isdigit()]
+    if not numbered:
+        raise RefpeftError(f"{directory} holds no adapter: expected {CONFIG} in it")
+    return sorted(numbered, key=lambda inside: int(inside.name.partition("-")[0]))
+
+
+def load(model: Model, directory: str | Path) -> list[Adapter]:
+    """Attaches the adapter, or the adapters, of a directory to the model, innermost first.
+
+    Raises RefpeftError, and leaves the model as it was, for a setting that refpeft does not compute, and for a tensor
+    that is missing, unexpected or of another shape.
+    """
+    loaded: list[Adapter] = []
+    try:
+        for one in directories(directory):
+            loaded.append(_load_one(model, one))
+    except RefpeftError:
+        for adapter in loaded:
+            detach(model, adapter)
+        raise
+    return loaded
+
+
+def _load_one(model: Model, directory: Path) -> Adapter:
+    config, tensors = read_json(directory / CONFIG), read_safetensors(directory / TENSORS)
+    try:
+        method, form, options = _understood(config, model)
+        adapter = attach(model, method, options)
+    except RefpeftError as error:
+        raise RefpeftError(f"{directory / CONFIG}: {error}") from None
+    try:
+        entries = form.entries(adapter) if form else _own_entries(adapter)
+        _fill(_values(adapter), entries, _without_base(tensors, adapter, model), model)
+    except RefpeftError as error:
+        detach(model, adapter)
+        raise RefpeftError(f"{directory / TENSORS}: {error}") from None
+    return adapter
+
+
+def _understood(config: dict[str, Any], model: Model) -> tuple[str, Format | None, dict[str, Any]]:
+    """The method, PEFT's format of it (None for refpeft's own) and the plugin's options that a config means."""
+    kind = config.get("peft_type")
+    if kind == OWN:
+        method, options = config.get("method"), config.get("options")
+        if not isinstance(method, str) or not isinstance(options, dict):
+            raise RefpeftError("expected 'method', a name, and 'options', an object")
+        manager.path_of(method, "method")  # a name that is known: a file of others names no path
+        return method, None, options
+    for method, form in FORMATS.items():
+        if form.peft_type == kind:
+            settings = Settings(config)
+            options = form.options(settings, model)
+            _refuse_unsupported(config, form, settings.read)
+            return method, form, options
+    raise RefpeftError(f"peft_type is {kind!r}; refpeft reads {', '.join(f.peft_type for f in FORMATS.values())}")
+
+
+def _refuse_unsupported(config: dict[str, Any], form: Format, read: set[str]) -> None:
+    """Raises RefpeftError for a key that may change the function and that nothing here has read."""
+    for key, value in config.items():
+        if key in read or key in _OF_EVERY_METHOD or key in form.any_value or value in _NOTHING:
+            continue
+        if key not in form.values:
+            raise RefpeftError(f"{key} = {value!r} is not something that refpeft computes for {form.peft_type}")
+        if value not in form.values[key]:
+            known = ", ".join(map(repr, form.values[key]))
+            raise RefpeftError(f"{key} = {value!r}; for {form.peft_type} refpeft knows {known}")
+
+
+def _without_base(tensors: dict[str, Array], adapter: Adapter, model: Model) -> dict[str, Array]:
+    """`tensors` without the frozen weights that PEFT adds where an embedding is a target, if they are this model's."""
+    kept = dict(tensors)
+    for site in adapter.sites:
+        frozen = kept.pop(f"{PREFIX}{site.name}.base_layer.weight", None)
+        if frozen is None:
+            continue
+        own = to_host(site.weight())
+        own = own.T if site.transposed else own
+        if frozen.shape != own.shape or not np.allclose(frozen.astype(own.dtype), own, rtol=1e-2, atol=1e-5):
+            raise RefpeftError(
+                f"the frozen weight of {site.name} in it is not this model's: it belongs to another model"
+            )
+    return kept
+
+
+def _fill(values: dict[str, Tensor], entries: list[Entry], tensors: dict[str, Array], model: Model) -> None:
+    """Puts the tensors of a file into `values`. Raises RefpeftError unless they are exactly those of `entries`."""
+    expected = {entry.name for entry in entries}
+    for names, what in ((expected - tensors.keys(), "is missing"), (tensors.keys() - expected, "is not expected")):
+        if names:
+            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+            raise RefpeftError(f"tensor {min(names)!r} {what}{more}")
+    for entry in entries:
+        array, shape = tensors[entry.name], entry.pack(*(to_host(values[name].data) for name in entry.params)).shape
+        if array.shape != shape:
+            raise RefpeftError(f"tensor {entry.name!r} has shape {array.shape}: expected {shape}")
+        for name, part in zip(entry.params, entry.unpack(array), strict=True):
+            values[name].data[...] = model.place(part)
