@@ -12,6 +12,7 @@ from cases import FUSED, OPS, Case, Place
 from refpeft import manager, sites
 from refpeft.backend import to_host
 from refpeft.batches import Batch
+from refpeft.optim import AdamW, Flat
 from refpeft.quant import Quantizer
 from refpeft.rng import Stream
 from refpeft.tensor import parameter
@@ -52,17 +53,21 @@ def test_random_numbers_are_the_same_bits_on_the_device(xp):
 
 
 def step(name: str, method: str, xp, quantizer: Quantizer | None = None, checkpointing: bool = False) -> dict:
-    """Loss and gradients of one training step with dropout, on rows with padding, by name."""
+    """Loss and trained values after one training step with dropout and clipping, on rows with padding, by name."""
     model = tiny.model(name, "float32", quantizer, xp=xp)
     sites.attach(model, method, OPTIONS.get(method))
     model.mode.training, model.checkpointing = True, checkpointing
     batch = tiny.batch()
     segments = np.where(np.arange(9) < [[9], [6]], 0, -1).astype("i4")
     batch = Batch(batch.ids, np.where(segments < 0, -100, batch.targets), segments=segments)
+    flat = Flat(model.trained())
+    optimizer = AdamW(flat, weight_decay=0.1)
     with device.capture():
         loss = model.loss(batch)
         loss.backward()
-    return {"loss": to_host(loss.data)} | {key: to_host(tensor.grad) for key, tensor in model.trained()}
+        flat.clip(0.1)
+        optimizer.step(1e-2)
+    return {"loss": to_host(loss.data)} | {key: to_host(tensor.data) for key, tensor in model.trained()}
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2"])
