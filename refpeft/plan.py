@@ -18,7 +18,7 @@ import numpy as np
 
 from refpeft import api, fused, report, run, schedule, sites, toml
 from refpeft.backend import COMPUTE_DTYPES, bfloat16
-from refpeft.batches import Batch
+from refpeft.batches import Batch, Batches
 from refpeft.config import Resolved
 from refpeft.models.base import Model
 from refpeft.models.checkpoint import Checkpoint, open_checkpoint
@@ -26,7 +26,7 @@ from refpeft.models.hub import resolve as resolve_model
 from refpeft.quant import Quantizer
 from refpeft.tensor import Node
 
-_PROBED = (16, 32)  # tokens of the two rows whose tapes are measured
+_PROBED = 16  # tokens of a row whose tape is measured
 _SAMPLED_ROWS = 64  # rows of a weight that are quantized to learn how many bytes it takes
 
 
@@ -95,7 +95,7 @@ def plan(resolved: Resolved, resume: bool = False) -> Plan:
     batches = run.make_batches(config, rows, shape)
     steps = config.train.steps or math.ceil(config.train.epochs * batches.steps_per_epoch)
     quantizer = api.make_quantizer(config.quantizer, resolved.options.get(config.quantizer))
-    memory = _memory(resolved, model, quantizer, batches.longest)
+    memory = _memory(resolved, model, quantizer, batches)
     free = free_memory(config.device)
     return Plan(
         model=config.model,
@@ -147,20 +147,18 @@ def skeleton(checkpoint: Checkpoint) -> Model:
 # ---- memory ----
 
 
-def _memory(resolved: Resolved, model: Model, quantizer: Quantizer | None, longest: int) -> dict[str, int]:
+def _memory(resolved: Resolved, model: Model, quantizer: Quantizer | None, batches: Batches) -> dict[str, int]:
     """Bytes by part while a step of the longest rows is computed."""
     config = resolved.run
     itemsize = COMPUTE_DTYPES[config.dtype].itemsize
     trained = sum(adapter.size for adapter in model.adapters) * itemsize
-    rows = config.train.micro_batch or config.train.batch
+    rows, longest = min(config.train.micro_batch or config.train.batch, len(batches.rows)), batches.longest
     tokens = rows * longest
-    per_token = _tape_per_token(model) * itemsize // 4
     kept = f"activations of {rows} x {longest:,} tokens"
-    if config.train.checkpoint_activations:
+    activations = _tape_of(model, rows, longest) * itemsize // 4
+    if config.train.checkpoint_activations:  # of one layer at a time, beside the inputs of all
         layers = model.config.layers
-        activations = tokens * (per_token // layers + layers * model.config.dim * itemsize)
-    else:
-        activations = tokens * per_token
+        activations = activations // layers + tokens * layers * model.config.dim * itemsize
     widest = max(model.config.ff, model.config.dim)
     return {
         "Python and its libraries": report.resident(),
@@ -201,15 +199,24 @@ def _largest_dense(model: Model, dtype: str, quantizer: Quantizer | None, itemsi
     return max((math.prod(model.frozen[name].shape) * itemsize for name in names), default=0)
 
 
-def _tape_per_token(model: Model) -> int:
-    """Bytes that one more token adds to the tape of a forward pass in float32."""
-    short, long = (_tape_bytes(model, tokens) for tokens in _PROBED)
-    return (long - short) // (_PROBED[1] - _PROBED[0])
+def _tape_of(model: Model, rows: int, longest: int) -> int:
+    """Bytes of the tape of a forward pass in float32 over full rows, all tokens learned: measured on small ones.
+
+    A row costs something for each token, and something for what a method puts before the tokens.
+    """
+
+    def measured(count: int, tokens: int) -> int:
+        ids = np.zeros((count, tokens), np.int32)
+        return tape_bytes(model, Batch(ids=ids, targets=ids))
+
+    once, longer, twice = measured(1, _PROBED), measured(1, 2 * _PROBED), measured(2, _PROBED)
+    per_token = (longer - once) / _PROBED
+    return round(rows * (twice - once - per_token * _PROBED + per_token * longest))
 
 
-def _tape_bytes(model: Model, tokens: int) -> int:
-    ids = np.zeros((1, tokens), np.int32)
-    loss = model.loss(Batch(ids=ids, targets=ids, positions=None, segments=None))
+def tape_bytes(model: Model, batch: Batch) -> int:
+    """Bytes of all arrays that a forward pass keeps for the backward pass; what is trained itself is not counted."""
+    loss = model.loss(batch)
     parameters = {id(tensor.data) for _, tensor in model.trained()}
     owners: dict[int, int] = {}
     nodes, seen = [loss.node], {loss.node}

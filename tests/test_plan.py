@@ -1,0 +1,148 @@
+"""The plan of a run tells, without reading a weight, what the run would then do and hold."""
+
+import json
+
+import numpy as np
+import pytest
+import tiny_files
+
+import refpeft
+from refpeft import config, plan, run
+from refpeft.batches import collate
+from refpeft.data import load_data
+from refpeft.errors import RefpeftError
+from refpeft.models.checkpoint import Checkpoint
+
+
+@pytest.fixture
+def resolve(tmp_path, monkeypatch):
+    """A checked configuration on a tiny model and twelve rows."""
+    monkeypatch.chdir(tmp_path)
+    tiny_files.write_model(tmp_path / "model")
+    tiny_files.write_rows(tmp_path / "rows.jsonl")
+
+    def resolve(*sets: str, method: str | list = "lora") -> config.Resolved:
+        flags = [("--model", "model", "./model"), ("--data", "data.file", "rows.jsonl"), ("--method", "method", method)]
+        return config.resolve(None, flags, sets)
+
+    return resolve
+
+
+def test_it_counts_what_the_loaded_model_has(resolve):
+    resolved = resolve("lora.r=2")
+    made = plan.plan(resolved)
+    model = refpeft.load("model")
+    adapter = refpeft.attach(model, "lora", resolved.options["lora"])
+    assert made.parameters == model.parameters()
+    assert made.trained == adapter.size
+    assert made.methods == {"lora": {"q_proj": 2, "v_proj": 2}}
+    assert made.directory == "runs/model-lora"
+
+
+def test_no_weight_is_read(resolve, monkeypatch):
+    def tensor(self, name):
+        raise AssertionError(f"{name} was read")
+
+    monkeypatch.setattr(Checkpoint, "tensor", tensor)
+    assert plan.plan(resolve(method=["lora", "full"])).trained > 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+@pytest.mark.parametrize("quantizer", [None, "nf4"])
+def test_weights_take_as_much_as_was_planned(resolve, dtype, quantizer):
+    sets = [f"dtype={dtype}"] + ([f"quantizer={quantizer}"] if quantizer else [])
+    planned = plan.plan(resolve(*sets)).memory["weights"]
+    assert planned == pytest.approx(refpeft.load("model", dtype=dtype, quantizer=quantizer).nbytes, rel=0.05)
+
+
+@pytest.mark.parametrize("method", ["lora", "full", "ia3", "prefix_tuning"])
+def test_activations_take_as_much_as_was_planned(resolve, method):
+    made = plan.plan(resolve("train.batch=4", "dtype=float64", method=method))
+    planned = next(count for part, count in made.memory.items() if part.startswith("activations of 4 x "))
+    model = refpeft.load("model", dtype="float64")  # no longer views of the file, whose bytes would count
+    refpeft.attach(model, method)
+    examples = load_data("rows.jsonl", model.tokenizer).examples
+    longest = sorted(examples, key=len)[-4:]
+    for example in longest:
+        example.supervised[:] = True  # the plan takes every token to be learned
+    assert planned == pytest.approx(plan.tape_bytes(model, collate([[example] for example in longest])), rel=0.1)
+
+
+def test_recomputed_activations_take_less(resolve):
+    kept, recomputed = (
+        sum(plan.plan(resolve(f"train.checkpoint_activations={on}")).memory.values()) for on in ("false", "true")
+    )
+    assert recomputed < kept
+
+
+@pytest.mark.parametrize(
+    ("sets", "steps", "formula"),
+    [
+        ([], 2, "1 epochs of 2 batches of 8; learning rate 0.0002, cosine, warm-up 1"),
+        (["train.epochs=2.5", "train.batch=4"], 8, "2.5 epochs of 3 batches of 4"),
+        (
+            ["train.steps=7", "train.warmup=3", "train.schedule=linear"],
+            7,
+            "train.steps; learning rate 0.0002, linear, warm-up 3",
+        ),
+    ],
+)
+def test_steps_come_with_their_formula(resolve, sets, steps, formula):
+    made = plan.plan(resolve(*sets))
+    assert made.steps == steps
+    assert made.formula.startswith(formula)
+
+
+def test_its_text_has_all_parts_and_the_origin_of_what_was_given(resolve):
+    text = plan.plan(resolve("lora.r=2", "data.eval_share=0.25")).text()
+    for part in (
+        "model    ./model: llama, 2 layers of 24",
+        "method   lora at 2 q_proj, 2 v_proj",
+        "trained  ",
+        "steps    2 = ",
+    ):
+        assert part in text
+    for part in (
+        "data     rows.jsonl: 9 rows, format prompt",
+        "weights",
+        "optimizer",
+        "in all",
+        "adapter_model.safetensors",
+    ):
+        assert part in text
+    assert "  lora.r = 2  (--set lora.r)\n" in text
+
+
+def test_as_json_it_has_the_same(resolve):
+    made = plan.plan(resolve())
+    read = json.loads(json.dumps(made.as_dict()))
+    assert read["steps"] == made.steps
+    assert read["memory"] == made.memory
+
+
+def test_too_little_memory_is_said_with_what_helps(resolve, monkeypatch):
+    monkeypatch.setattr(plan, "free_memory", lambda device: 1000)
+    made = plan.plan(resolve())
+    assert "is more than the 1000 B that are free" in made.notes[0]
+    assert "more than" in made.text()
+
+
+def test_wrong_targets_and_a_taken_directory_are_refused_as_in_training(resolve, tmp_path):
+    with pytest.raises(RefpeftError, match="'q_prj' matches no site of this model; did you mean 'q_proj'"):
+        plan.plan(resolve('lora.targets=["q_prj"]'))
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "metrics.jsonl").write_text("")
+    with pytest.raises(RefpeftError, match="old already holds a run"):
+        plan.plan(resolve("out=old"))
+    with pytest.raises(RefpeftError, match=r"data.length is 1,000, but the model was made for 64 positions"):
+        plan.plan(resolve("data.length=1000"))
+
+
+def test_some_memory_is_free():
+    free = plan.free_memory("cpu")
+    assert free is None or 2**20 < free < 2**50
+
+
+def test_zeros_that_stand_for_weights_are_lazy():
+    assert np.zeros((4, 4), order="F").T.flags.c_contiguous  # so a transposed weight is not copied, and stays unwritten
+    assert run.DEFAULT_LENGTH == 1024
