@@ -149,8 +149,9 @@ class Report:
                 ["one held-out row", *(line for name, value in (*named, *said) for line in _quoted(name, value))]
             )
         if self.directory:
-            written = sorted(path for path in self.directory.iterdir() if path.is_file())
-            rows = [(f"  {path.name}", size(path.stat().st_size)) for path in written]
+            written = sorted(path for path in self.directory.rglob("*") if path.is_file())
+            names = {path: path.relative_to(self.directory) for path in written}
+            rows = [(f"  {n}", size(p.stat().st_size)) for p, n in names.items() if n.parts[0] != "checkpoints"]
             parts.append([f"files in {self.directory}", *table(rows)])
         if self.next_commands:
             parts.append(["next", *(f"  {command}" for command in self.next_commands)])

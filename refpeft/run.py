@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shlex
 import time
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from refpeft import adapters, api, config, files, report, sites
+from refpeft import adapters, api, config, files, manager, report, sites
 from refpeft.batches import Batches
 from refpeft.config import EMBEDDED, Resolved, RunConfig
 from refpeft.data import Data, Example, load_data
@@ -29,7 +28,6 @@ DEFAULT_LENGTH = 1024  # tokens of a row, where the model's own limit is not les
 HERE = Path(__file__).parent / "embedded"
 _EXACT_ROWS = 120  # held-out rows whose answers are compared word for word
 _LONGEST_SAMPLE = 200  # tokens
-_EMBEDDED_PROMPT = "Record of the element copper: symbol, state\n"
 
 
 # ---- what is trained on ----
@@ -113,26 +111,16 @@ def _taken(path: Path) -> bool:
 
 def output_files(run: RunConfig) -> list[str]:
     """What a run writes into its directory."""
-    folders = [""] if len(run.methods) == 1 else [f"{method}/" for method in run.methods]
-    adapter = [folder + name for folder in folders for name in ("adapter_config.json", "adapter_model.safetensors")]
+    methods = run.methods
+    folders = [""] if len(methods) == 1 else [f"{number}-{method}/" for number, method in enumerate(methods, 1)]
+    adapter = [folder + name for folder in folders for name in (adapters.CONFIG, adapters.TENSORS)]
     return [*adapter, "metrics.jsonl", config.FILE, "checkpoints/"]
-
-
-def adapter_directories(path: str | Path) -> list[Path]:
-    """The adapters of a run directory, innermost first: itself, or a folder for each where it has several."""
-    path = Path(path)
-    if (path / "adapter_config.json").is_file():
-        return [path]
-    found = sorted(path.glob("*/adapter_config.json"))
-    if not found:
-        raise RefpeftError(f"{path} holds no adapter: expected adapter_config.json in it")
-    return [file.parent for file in found]
 
 
 def base_model(adapter: str | Path) -> str:
     """The model that an adapter belongs to, as its run or its adapter_config.json names it."""
     name = config.written(adapter).get("model") or files.read_json(
-        adapter_directories(adapter)[0] / "adapter_config.json"
+        adapters.directories(adapter)[0] / adapters.CONFIG
     ).get("base_model_name_or_path")
     if not name:
         raise RefpeftError(f"{adapter} does not name its model: give --model")
@@ -179,6 +167,8 @@ def train(resolved: Resolved, directory: Path, resume: bool = False, say: Callab
     quantizer_options = resolved.options.get(run.quantizer)
     model = api.load(run.model, None, run.quantizer, run.dtype, run.device, options=quantizer_options)
     rows, held_out = load_rows(run, model.config, model.tokenizer)
+    resolved = _stated(resolved, rows, directory)
+    run = resolved.run
     for line in rows.summary.lines() + (held_out.summary.lines()[:2] if held_out else []):
         say(line)
     compare = Comparison(model, held_out, exact=data_files(run)[1] == HERE / "held_out.jsonl")
@@ -189,7 +179,7 @@ def train(resolved: Resolved, directory: Path, resume: bool = False, say: Callab
     say(f"{' + '.join(run.methods)} trains {trained:,} numbers, {trained / model.parameters():.2%} of the model's")
 
     directory.mkdir(parents=True, exist_ok=True)
-    files.write_text(directory / config.FILE, config.to_toml(_stated(resolved, rows, directory)))
+    files.write_text(directory / config.FILE, config.to_toml(resolved))
     batches = make_batches(run, rows, model.config)
     evaluation = make_batches(run, held_out, model.config, shuffle=False) if held_out else None
     progress, metrics = report.Progress(run.train.log_every), report.Metrics(directory / "metrics.jsonl", resume)
@@ -201,7 +191,7 @@ def train(resolved: Resolved, directory: Path, resume: bool = False, say: Callab
     finally:
         progress.close()
     seconds = time.monotonic() - started
-    save_adapters(directory, model)
+    adapters.save(directory, model)
     compare.ask()
     return Outcome(directory, model, summary, _report(run, directory, summary, compare, seconds))
 
@@ -253,13 +243,7 @@ def _prompt(example: Example) -> np.ndarray:
     return example.ids[: max(1, int(example.supervised.argmax()))]
 
 
-def save_adapters(out: Path, model: Model) -> None:
-    """Writes what was trained: into `out`, or into a folder of it for each of several methods."""
-    for adapter in model.adapters:
-        adapters.save(out if len(model.adapters) == 1 else out / adapter.name, model, adapter)
-
-
-def _report(run: RunConfig, out: Path, summary: Summary, compare: Comparison, seconds: float) -> report.Report:
+def _report(run: RunConfig, directory: Path, summary: Summary, compare: Comparison, seconds: float) -> report.Report:
     scores, notes = [], []
     if summary.loss_before is not None and summary.loss_after is not None:
         scores.append(("held-out loss", f"{summary.loss_before:.4f}", f"{summary.loss_after:.4f}"))
@@ -275,12 +259,20 @@ def _report(run: RunConfig, out: Path, summary: Summary, compare: Comparison, se
         )
     if run.train.best and summary.best_step != summary.steps:
         notes.append(f"the adapter is that of step {summary.best_step}, the best one")
-    commands = [
-        f"refpeft generate --adapter {out} {json.dumps('Your prompt')}",
-        f"refpeft merge --adapter {out} --out merged",
-    ]
-    if run.model == EMBEDDED:
-        commands[0] = f"refpeft generate --adapter {out} {shlex.quote(_EMBEDDED_PROMPT)}"
-        commands.append("refpeft train --model DIRECTORY|HUB-ID --data your.jsonl")
     title = f"{' + '.join(run.methods)} on {run.model}: {summary.steps:,} steps in {report.duration(seconds)}"
-    return report.Report(title, scores, compare.sample(), out, notes, commands)
+    return report.Report(title, scores, compare.sample(), directory, notes, _next_commands(run, directory, compare))
+
+
+def _next_commands(run: RunConfig, directory: Path, compare: Comparison) -> list[str]:
+    """What to try with the adapter."""
+    sample = compare.sample()
+    plain = sample is not None and run.data.format == "prompt" and len(sample.prompt) < 80
+    prompt = sample.prompt if plain else "Your prompt"
+    asking = f"refpeft generate --adapter {directory}"
+    text = shlex.quote(prompt.removesuffix("\n"))
+    commands = [f"echo {text} | {asking}" if prompt.endswith("\n") else f"{asking} {text}"]
+    if all(manager.hook(manager.load(method), "peft_merge") for method in run.methods):
+        commands.append(f"refpeft merge --adapter {directory} --out merged")
+    if run.model == EMBEDDED:
+        commands.append("refpeft train --model DIRECTORY|HUB-ID --data YOUR.jsonl")
+    return commands

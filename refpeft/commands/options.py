@@ -35,13 +35,13 @@ def model(command: Callable) -> Callable:
     """How a model is loaded."""
     for option in (
         click.option(
-            "--dtype", type=click.Choice(["float32", "bfloat16", "float64"]), default="float32", show_default=True
+            "--dtype", type=click.Choice(["float32", "bfloat16", "float64"]), help="Default: the adapter's run's."
         ),
         click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True),
-        click.option("--quantizer", metavar="NAME", help="Quantize frozen weights with this plugin."),
+        click.option("--quantizer", metavar="NAME", help="Quantize frozen weights. Default: as in the adapter's run."),
         click.option("--adapter", metavar="DIR", help="An adapter directory, such as a run's."),
         click.option(
-            "--model", metavar="PATH|ID", help="A directory, a GGUF file or a hub id; else the adapter's own."
+            "--model", metavar="PATH|ID", help="A directory, a GGUF file or a hub id. Default: the adapter's own."
         ),
     ):
         command = option(command)

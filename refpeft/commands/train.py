@@ -89,7 +89,8 @@ def _train(resolved: Any, resume: bool, as_json: bool) -> None:
     try:
         outcome = run.train(resolved, directory, resume, say=lambda line: click.echo(line, err=True))
     except KeyboardInterrupt:
-        click.echo(f"stopped; go on with: refpeft train --resume --out {directory}", err=True)
+        if (directory / "checkpoints").is_dir():
+            click.echo(f"stopped; go on with: refpeft train --resume --out {directory}", err=True)
         raise
     if as_json:
         options.echo_json(outcome.as_dict())

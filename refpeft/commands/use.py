@@ -11,15 +11,17 @@ import click
 from refpeft.commands import options
 
 
-def _load(model: str | None, adapter: str | None, quantizer: str | None, dtype: str, device: str) -> Any:
-    """The model that the options name; with an adapter alone, the one that it was trained on."""
-    from refpeft import api, run
+def _load(model: str | None, adapter: str | None, quantizer: str | None, dtype: str | None, device: str) -> Any:
+    """The model that the options name; an adapter that comes without one brings the model, as its run had it."""
+    from refpeft import api, config, run
     from refpeft.errors import RefpeftError
 
     if not (model or adapter):
         raise RefpeftError("there is no model: give --model, or --adapter with a run's directory")
-    directories = run.adapter_directories(adapter) if adapter else None
-    return api.load(model or run.base_model(adapter), directories, quantizer, dtype, device)
+    said = {} if model else config.written(adapter)
+    quantizer = quantizer or said.get("quantizer")
+    dtype = dtype or said.get("dtype", "float32")
+    return api.load(model or run.base_model(adapter), adapter, quantizer, dtype, device, options=said.get(quantizer))
 
 
 @click.command("eval")
@@ -73,7 +75,7 @@ def generate(
     prompts: tuple[str, ...], model: str | None, adapter: str | None, quantizer: str | None, dtype: str, device: str,
     chat: bool, system: str | None, raw: bool, as_json: bool, **sampling: Any,
 ) -> None:  # fmt: skip
-    """Writes what the model says after each PROMPT; without one, after standard input."""
+    """Writes what the model says to each PROMPT; without one, to standard input as it stands."""
     from refpeft import config, dialogue
 
     loaded = _load(model, adapter, quantizer, dtype, device)
@@ -83,7 +85,7 @@ def generate(
         speaker.need_template()
         _talk(speaker)
         return
-    texts = list(prompts) or [sys.stdin.read().removesuffix("\n")]
+    texts = list(prompts) or [sys.stdin.read()]
     answers = speaker.answer(texts)
     if as_json:
         options.echo_json([{"prompt": p, "text": a} for p, a in zip(texts, answers, strict=True)])
@@ -116,18 +118,19 @@ def merge(adapter: str, model: str | None, out: str, dtype: str) -> None:
     """Folds an adapter into its model and writes a model directory that needs no adapter."""
     import numpy as np
 
-    from refpeft import run, sites
+    from refpeft import api, run, sites
     from refpeft.errors import RefpeftError
     from refpeft.models import saving
 
     if Path(out).exists():
         raise RefpeftError(f"{out} exists: merged models are not written over anything; choose another --out")
-    loaded = _load(model, adapter, None, "float32", "cpu")
+    base = model or run.base_model(adapter)
+    loaded = api.load(base, adapter)
     probe = np.arange(64)[None] % loaded.config.vocab
     before = loaded(probe).data
     sites.merge(loaded)
     after = loaded(probe).data
     saving.save(loaded, out, dtype)
     difference = np.abs(after - before).max() / np.abs(before).max()
-    click.echo(f"{run.base_model(adapter) if model is None else model} with {adapter} merged, in {out}:")
+    click.echo(f"{base} with {adapter} merged, in {out}:")
     click.echo(f"logits differ from those with the adapter by {difference:.1e} of the largest; weights are {dtype}")
