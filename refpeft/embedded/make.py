@@ -34,7 +34,7 @@ VOCABULARY = 1536
 CONTEXT = 256
 TOKENIZER_DOCUMENTS = 20_000
 TRAIN_ROWS, HELD_OUT_ROWS = 1200, 120
-DOCUMENTS = 400_000  # of the pre-training text: 18 million tokens
+DOCUMENTS = 400_000  # of the pre-training text: 19 million tokens
 HELD_OUT_DOCUMENTS = 500
 PRETRAINING = Train(
     lr=3e-3, batch=64, betas=(0.9, 0.98), weight_decay=0.01, warmup=100, schedule="cosine", log_every=50
