@@ -1,11 +1,19 @@
 """The command line: listings, and mistakes as messages with exit code 2."""
 
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
+import tiny_files
+import tiny_tokenizers
 from click.testing import CliRunner
 
+import refpeft as refpeft_package
 from refpeft import manager
 from refpeft.cli import main
 
@@ -91,3 +99,166 @@ def test_an_unknown_verb_or_method_has_the_nearest_name(refpeft, method):
 
 def test_a_plugin_that_is_not_there_is_one_line(refpeft):
     assert refused(refpeft("methods", "-p", "nowhere.py")) == "plugin nowhere.py does not exist\n"
+
+
+@pytest.fixture
+def model(tmp_path):
+    return tiny_files.write_model(tmp_path / "model")
+
+
+@pytest.fixture
+def rows(tmp_path):
+    return tiny_files.write_rows(tmp_path / "rows.jsonl")
+
+
+TRAIN = ("train", "--model", "./model", "--data", "rows.jsonl", "--eval-data", "rows.jsonl", "--steps", 4, "--batch", 4)
+
+
+def test_train_prints_lines_and_a_report(refpeft, model, rows):
+    result = refpeft(*TRAIN, "--lr", "1e-2", "--set", "lora.r=2", "--out", "out")
+    assert result.exit_code == 0, result.output
+    assert "step 4/4" in result.stderr
+    assert "held-out loss" in result.stdout
+    assert "refpeft generate --adapter out" in result.stdout
+
+
+def test_train_as_json_gives_one_object(refpeft, model, rows):
+    found = json.loads(refpeft(*TRAIN, "--out", "out", "--json").stdout)
+    assert found["directory"] == "out"
+    assert found["steps"] == 4
+
+
+def test_dry_run_trains_nothing(refpeft, model, rows, tmp_path):
+    result = refpeft(*TRAIN, "--dry-run")
+    assert result.stdout.startswith("model    ./model: llama, 2 layers of 24")
+    assert json.loads(refpeft(*TRAIN, "--dry-run", "--json").stdout)["steps"] == 4
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_file_s_values_give_way_to_flags_and_those_to_set(refpeft, model, rows, tmp_path):
+    (tmp_path / "run.toml").write_text('method = "ia3"\n[train]\nbatch = 2\nlr = 0.5\nsteps = 9\n')
+    flags = ("--model", "./model", "--data", "rows.jsonl", "--batch", 3, "--lr", 0.25, "--set", "train.lr=0.125")
+    text = refpeft("train", "run.toml", *flags, "--dry-run").stdout
+    assert 'method = "ia3"  (run.toml:1)' in text
+    assert "train.batch = 3  (--batch)" in text
+    assert "train.lr = 0.125  (--set train.lr)" in text
+    assert "train.steps = 9  (run.toml:5)" in text
+
+
+def test_several_mistakes_at_once(refpeft, tmp_path):
+    (tmp_path / "run.toml").write_text("[trian]\nlr = 1\n[train]\nbatsh = 3\n")
+    flags = (
+        "--epochs",
+        "two",
+        "--data",
+        "nowhere.jsonl",
+        "--method",
+        "lroa",
+        "--set",
+        "train.betas=0.9",
+        "--seed",
+        "-1",
+    )
+    assert refused(refpeft("train", "run.toml", *flags)).splitlines() == [
+        "run.toml:2: unknown table [trian]; did you mean 'train'?",
+        "run.toml:4: unknown key 'train.batsh'; did you mean 'batch'?",
+        "--method: no method is named 'lroa'; did you mean 'lora'? (`refpeft methods` lists them)",
+        "--seed: seed is -1: expected a value of at least 0",
+        '--epochs: train.epochs is "two": expected a number',
+        "--set train.betas: train.betas is 0.9: expected a list",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--out", "rows.jsonl"), "--out: out rows.jsonl cannot be written: rows.jsonl is a file"),
+        (("--set", "lora.targets=q_prj"), "target 'q_prj' matches no site of this model; did you mean 'q_proj'"),
+        (("--length", "4"), "rows.jsonl: 12 of 12 rows are longer than 4 tokens"),
+        (("--model", "./modle"), "--model: model ./modle does not exist"),
+        (("--data", "bad.jsonl"), "bad.jsonl:2: this line is not JSON"),
+        (("--quantizer", "nf5"), "--quantizer: no quantizer is named 'nf5'; did you mean 'nf4'?"),
+        (("--set", "nf4.block=32"), "--set nf4.block: plugin 'nf4' is not chosen (this run has lora)"),
+        (("--batch", "1.5"), "--batch: train.batch is 1.5: expected an integer"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_in_a_line(refpeft, model, rows, tmp_path, flags, message):
+    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\nnot json\n')
+    for extra in ((), ("--dry-run",)):
+        said = refused(refpeft(*TRAIN, *flags, *extra))
+        assert message in said
+        assert len(said.splitlines()) < 8
+
+
+def test_a_flag_that_does_not_exist_has_the_nearest(refpeft):
+    assert "--epochs" in refused(refpeft("train", "--epoch", "3", "--epochss", "3"))
+
+
+def test_a_directory_that_may_not_be_written_is_one_line(refpeft, model, rows, tmp_path):
+    if os.geteuid() == 0:
+        pytest.skip("root may write anywhere")
+    (tmp_path / "locked").mkdir(mode=0o500)
+    assert "no permission in" in refused(refpeft(*TRAIN, "--out", "locked/run"))
+
+
+def test_eval_generate_and_merge_use_what_was_trained(refpeft, model, rows, tmp_path):
+    assert refpeft(*TRAIN, "--out", "out", "--lr", "0.01").exit_code == 0
+    records = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    found = json.loads(refpeft("eval", "--adapter", "out", "--json").stdout)
+    assert found["eval_loss"] == pytest.approx(records[-1]["eval_loss"], rel=1e-5)
+    assert found["rows"] == 12
+    asked = refpeft("generate", "--adapter", "out", "is 3 even?", "is 4 even?", "--max-tokens", "3", "--json")
+    assert [answer["prompt"] for answer in json.loads(asked.stdout)] == ["is 3 even?", "is 4 even?"]
+    assert refpeft("generate", "--adapter", "out", "--max-tokens", "3", input="is 3 even?").stdout.endswith("\n")
+    assert "1e-" in refpeft("merge", "--adapter", "out", "--out", "merged").stdout.replace("e-0", "1e-")
+    merged = json.loads(refpeft("eval", "--model", "merged", "--data", "rows.jsonl", "--json").stdout)
+    assert merged["eval_loss"] == pytest.approx(found["eval_loss"], rel=1e-4)
+    assert refused(refpeft("merge", "--adapter", "out", "--out", "merged")).startswith("merged exists")
+
+
+def test_a_model_must_be_named_and_an_adapter_be_there(refpeft, model):
+    assert refused(refpeft("generate", "hello")).startswith("there is no model: give --model")
+    assert refused(refpeft("eval", "--model", "./model")) == "there is no data: give --data FILE\n"
+    assert refused(refpeft("generate", "--adapter", "model", "hello")).startswith("model holds no adapter")
+
+
+def test_a_conversation_ends_with_an_empty_line(refpeft, tmp_path):
+    tiny_files.write_model(tmp_path / "chat", template=tiny_tokenizers.CHATML)
+    result = refpeft("generate", "--model", "chat", "--chat", "--max-tokens", "2", input="hello\nyes\n\n")
+    assert result.exit_code == 0, result.output
+    assert result.stderr.count("you>") == 3
+    assert len(result.stdout.splitlines()) >= 2
+
+
+def test_sites_folds_layers(refpeft, model):
+    text = refpeft("sites", "model").stdout
+    assert "model.layers.{0-1}.self_attn.q_proj" in text
+    assert "model.layers.1.self_attn.q_proj" in refpeft("sites", "model", "--all").stdout
+    listed = json.loads(refpeft("sites", "model", "--json").stdout)
+    assert {"name": "lm_head", "kind": "linear", "shape": [tiny_files.VOCABULARY, 24]}.items() <= listed[-1].items()
+
+
+def test_data_shows_counts_and_what_is_learned(refpeft, model, rows):
+    text = refpeft("data", "rows.jsonl", "--model", "model").stdout
+    assert text.startswith("rows.jsonl: 12 rows, format prompt\n")
+    assert "is 0 even?[learned] yes<|im_end|>[/learned]" in text
+    found = json.loads(refpeft("data", "rows.jsonl", "--model", "model", "--row", 2, "--json").stdout)
+    assert found["example"]["runs"][1] == {"text": " no<|im_end|>", "tokens": 2, "learned": True}
+    assert refused(refpeft("data", "rows.jsonl", "--model", "model", "--row", "13")).startswith("--row is 13")
+
+
+def test_ctrl_c_saves_a_checkpoint_and_resume_goes_on(refpeft, model, rows, tmp_path):
+    command = [sys.executable, "-m", "refpeft", *map(str, TRAIN), "--steps", "100000", "--out", "out"]
+    environment = os.environ | {"PYTHONPATH": str(Path(refpeft_package.__file__).parents[1])}
+    running = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "out" / "metrics.jsonl"
+    for _ in range(600):
+        if metrics.exists() and metrics.read_text().count('"loss"') > 3:
+            break
+        time.sleep(0.05)
+    running.send_signal(signal.SIGINT)
+    said = running.communicate(timeout=60)[1]
+    assert running.returncode == 130, said
+    assert said.splitlines()[-1] == "stopped; go on with: refpeft train --resume --out out"
+    assert "Traceback" not in said
+    assert next((tmp_path / "out" / "checkpoints").glob("step-*"))

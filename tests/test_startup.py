@@ -4,16 +4,20 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+import refpeft
+
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(refpeft.__file__).parents[1])}
 HEAVY = ("numpy", "ml_dtypes", "safetensors", "tokenizers", "jinja2", "pydantic", "rich", "cupy", "refpeft_plugins")
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
     """`python -X importtime -m refpeft ...`."""
     command = [sys.executable, "-X", "importtime", "-m", "refpeft", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, timeout=60)
+    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT | environment, timeout=60)
 
 
 def imported(done: subprocess.CompletedProcess) -> set[str]:
@@ -58,7 +62,7 @@ def test_a_reader_that_closes_the_pipe_early_is_no_error(tmp_path):
     for number in range(3000):
         (tmp_path / f"p{number}.py").write_text('"""A."""\n@hookimpl\ndef peft_linear(x, base):\n    return base(x)\n')
     command = [sys.executable, "-m", "refpeft", "methods", "--json", "--plugins-dir", str(tmp_path)]
-    writer = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    writer = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT)
     writer.stdout.read(10)
     writer.stdout.close()
     assert writer.stderr.read() == b""
