@@ -7,7 +7,7 @@ from fnmatch import fnmatch
 
 import common
 
-SCRIPTS = ("ops", "fused", "random_numbers", "models", "blocks", "methods", "nf4", "optimizers")
+SCRIPTS = ("ops", "fused", "random_numbers", "models", "blocks", "method_sites", "methods", "nf4", "optimizers")
 
 
 def main() -> int:

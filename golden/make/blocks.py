@@ -47,7 +47,14 @@ def _blocks() -> Iterator[Case]:
         ("llama-block-packed", "llama", LLAMA | one, PACKED, "PackedDocuments", ""),
         ("mistral-block-window", "mistral", LLAMA | one | {"sliding_window": 2}, None, "SlidingWindow", ""),
         ("qwen3-block", "qwen3", LLAMA | one, None, "QueryKeyNorm", "q and k are normed head by head"),
-        ("gpt2-block", "gpt2", GPT2 | {"n_layer": 1}, None, "TransposedWeight GeluVariant", "x already has its positions"),
+        (
+            "gpt2-block",
+            "gpt2",
+            GPT2 | {"n_layer": 1},
+            None,
+            "TransposedWeight GeluVariant",
+            "x already has its positions",
+        ),
         ("gpt2-block-packed", "gpt2", GPT2 | {"n_layer": 1}, PACKED, "PackedDocuments TransposedWeight", ""),
     ]
     for case_id, family, settings, segments, flags, comment in rows:
@@ -110,7 +117,9 @@ def _by_reference_layer(config: dict) -> Compute:
         if config["model_type"] == "gpt2":  # x has its positions: take nothing from the table of positions
             positions = torch.zeros_like(positions)
             table = {"transformer.wpe.weight": torch.zeros(1, x.shape[-1])}
-            return _answer(reference.model(config, weights | table).layers(x, positions, t.get("segments")), x, weights, t)
+            return _answer(
+                reference.model(config, weights | table).layers(x, positions, t.get("segments")), x, weights, t
+            )
         return _answer(reference.model(config, weights).layers(x, positions, t.get("segments")), x, weights, t)
 
     return compute
@@ -121,7 +130,10 @@ def _by_reference_layer(config: dict) -> Compute:
 
 def _accumulation() -> Iterator[Case]:
     """Rows with different numbers of targets, in parts: each part's loss is a sum over the whole batch's count."""
-    family, settings = "llama", LLAMA | {"vocab_size": 16, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1}
+    family, settings = (
+        "llama",
+        LLAMA | {"vocab_size": 16, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1},
+    )
     case_id, parts = "accumulation-ragged", [[0], [1, 2]]
     draw = Draw(case_id)
     inputs = tokens(draw, 16, batch=3)
@@ -170,7 +182,12 @@ def _targets() -> Iterator[Case]:
         return {"targets": torch.tensor(targets, dtype=torch.int32)}
 
     rows = [
-        ("prompt", [[0, 0, 0, 1, 1, 1, 0]], [[0, 0, 0, 0, 0, 0, -1]], "the last prompt token predicts the first of the answer"),
+        (
+            "prompt",
+            [[0, 0, 0, 1, 1, 1, 0]],
+            [[0, 0, 0, 0, 0, 0, -1]],
+            "the last prompt token predicts the first of the answer",
+        ),
         ("packed", [[1, 1, 1, 1, 1, 0, 1]], [[0, 0, 0, 1, 1, 1, 1]], "the last token of a document predicts nothing"),
     ]
     for variant, learned, segments, comment in rows:

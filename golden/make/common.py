@@ -96,7 +96,7 @@ def with_gradients(forward: Callable[..., torch.Tensor], wrt: tuple[str, ...]) -
 class Float64Throughout(TorchFunctionMode):
     """Inside, whoever asks for float32 gets float64.
 
-    transformers rounds to float32 on purpose inside its models (norms, rotary angles, softmax, cross-entropy), also when
+    transformers rounds to float32 inside its models (norms, rotary angles, softmax, cross-entropy), also when
     the weights are float64. Those roundings are an implementation's choice, not part of the model.
     """
 

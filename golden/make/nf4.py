@@ -67,7 +67,9 @@ def decode(t: Tensors, shape: list[int]) -> Tensors:
         absmax = t["absmax"].numpy().astype(f32)
     else:
         nested_absmax, offset = t["nested_absmax"].numpy().astype(f32), f32(t["offset"])
-        absmax = f32([NESTED_MAP[c] * nested_absmax[i // NESTED_BLOCK] + offset for i, c in enumerate(t["nested_codes"])])
+        absmax = f32(
+            [NESTED_MAP[c] * nested_absmax[i // NESTED_BLOCK] + offset for i, c in enumerate(t["nested_codes"])]
+        )
     values = f32([CODEBOOK[c] * absmax[i // BLOCK] for i, c in enumerate(codes)])
     return {"weight": torch.from_numpy(values.reshape(shape))}
 
@@ -82,20 +84,30 @@ def bnb_encode(t: Tensors) -> Tensors:
 
 
 def bnb_decode(shape: list[int]) -> Compute:
-    """The weight is decoded as one long row: with AVX-512, bitsandbytes 0.50.2 takes the wrong absmax for blocks that run
-    over the end of a row (case nf4-decode-rows)."""
+    """The weight is decoded as one long row: with AVX-512, bitsandbytes 0.50.2 takes wrong absmax values where
+    blocks run over the end of a row (nf4-decode-rows).
+    """
 
     def compute(t: Tensors) -> Tensors:
         parts = {"absmax": t["absmax"].float()} if "absmax" in t else {"absmax": t["nested_codes"]}
         nested = None
         if "nested_codes" in t:
             nested = bnb.QuantState(
-                absmax=t["nested_absmax"].float(), blocksize=NESTED_BLOCK, code=torch.from_numpy(NESTED_MAP), dtype=torch.float32
+                absmax=t["nested_absmax"].float(),
+                blocksize=NESTED_BLOCK,
+                code=torch.from_numpy(NESTED_MAP),
+                dtype=torch.float32,
             )
         state = bnb.QuantState(
-            **parts, shape=torch.Size([1, int(np.prod(shape))]), code=torch.from_numpy(CODEBOOK), blocksize=BLOCK, quant_type="nf4",
-            dtype=torch.float32, offset=t["offset"].float() if nested else None, state2=nested,
-        )  # fmt: skip
+            **parts,
+            shape=torch.Size([1, int(np.prod(shape))]),
+            code=torch.from_numpy(CODEBOOK),
+            blocksize=BLOCK,
+            quant_type="nf4",
+            dtype=torch.float32,
+            offset=t["offset"].float() if nested else None,
+            state2=nested,
+        )
         return {"weight": bnb.dequantize_4bit(t["packed"].reshape(-1, 1), state).reshape(shape)}
 
     return compute
@@ -110,7 +122,12 @@ def weights() -> Iterator[tuple[str, np.ndarray, str, str]]:
     comment = "a block runs over the end of a row"
     yield "rows", Draw("nf4-rows").normal(6, 32, scale=0.02), "Nf4NibbleOrder BlocksOverRows", comment
     yield "short", Draw("nf4-short").normal(5, 30), "ShortBlock", "the last block has 22 elements"
-    yield "odd", Draw("nf4-odd").normal(3, 43), "ShortBlock OddCount", "an odd count: the last low nibble is 7, the code of 0"
+    yield (
+        "odd",
+        Draw("nf4-odd").normal(3, 43),
+        "ShortBlock OddCount",
+        "an odd count: the last low nibble is 7, the code of 0",
+    )
     draw = Draw("nf4-zero-block")
     comment = "a block of zeros: absmax 0, code 7, decodes to 0 (bitsandbytes on CUDA takes code 0)"
     zero = np.concatenate([draw.normal(1, 64), np.zeros((1, 64), f32), draw.normal(1, 64)])
@@ -141,13 +158,16 @@ def double_weights() -> Iterator[tuple[str, np.ndarray, str, str]]:
 
 
 def safe(weight: np.ndarray) -> bool:
-    """Whether no code hangs on the last bit of 1 / absmax, or on dividing by absmax instead (devices differ in these)."""
+    """Whether no code hangs on the last bit of 1 / absmax, or on dividing by absmax instead: devices differ there."""
     for at in range(0, weight.size, BLOCK):
         part = weight.reshape(-1)[at : at + BLOCK]
         top = np.abs(part).max()
         if top:
             inverse = f32(1) / top
-            ways = part / top, *(part * i for i in (np.nextafter(inverse, f32(0)), inverse, np.nextafter(inverse, f32(np.inf))))
+            ways = (
+                part / top,
+                *(part * i for i in (np.nextafter(inverse, f32(0)), inverse, np.nextafter(inverse, f32(np.inf)))),
+            )
             if len({np.searchsorted(BOUNDARIES, v).tobytes() for v in ways}) > 1:
                 return False
     return True
@@ -162,8 +182,14 @@ def cases() -> Iterator[Case]:
             weight = np.asarray(weight, f32)
             if variant != "midpoints" and not safe(weight):
                 raise SystemExit(f"nf4 {variant}: a value is too close to a boundary")
-            shared = {"kind": "quantizer", "name": "nf4", "flags": tuple(flags.split()), "comment": comment,
-                      "spec": "arXiv:2305.14314, section 3; golden/README.md, NF4", "oracle": "scalar float32"}  # fmt: skip
+            shared = {
+                "kind": "quantizer",
+                "name": "nf4",
+                "flags": tuple(flags.split()),
+                "comment": comment,
+                "spec": "arXiv:2305.14314, section 3; golden/README.md, NF4",
+                "oracle": "scalar float32",
+            }
             shape = list(weight.shape)
 
             def encoded(t: Tensors, double=double) -> Tensors:
@@ -171,13 +197,24 @@ def cases() -> Iterator[Case]:
 
             parts = encoded({"weight": torch.from_numpy(weight)})
             yield Case(
-                id=f"nf4-{name}encode-{variant}", at="encode", config=config, compute=encoded, limits=dict.fromkeys(parts, "exact"),
-                inputs={"weight": weight, **maps}, witnesses={} if double else {VERSION: bnb_encode}, **shared,
-            )  # fmt: skip
+                id=f"nf4-{name}encode-{variant}",
+                at="encode",
+                config=config,
+                compute=encoded,
+                limits=dict.fromkeys(parts, "exact"),
+                inputs={"weight": weight, **maps},
+                witnesses={} if double else {VERSION: bnb_encode},
+                **shared,
+            )
             if weight.size > 1000 or (double and "nested_codes" not in parts):
                 continue
             yield Case(
-                id=f"nf4-{name}decode-{variant}", at="decode", config=config | {"shape": shape}, limits={"weight": "exact"},
-                inputs={n: p.numpy() for n, p in parts.items()} | maps, witnesses={VERSION: bnb_decode(shape)},
-                compute=lambda t, shape=shape: decode(t, shape), **shared,
-            )  # fmt: skip
+                id=f"nf4-{name}decode-{variant}",
+                at="decode",
+                config=config | {"shape": shape},
+                limits={"weight": "exact"},
+                inputs={n: p.numpy() for n, p in parts.items()} | maps,
+                witnesses={VERSION: bnb_decode(shape)},
+                compute=lambda t, shape=shape: decode(t, shape),
+                **shared,
+            )

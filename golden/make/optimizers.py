@@ -38,14 +38,31 @@ def cases() -> Iterator[Case]:
     plain = {"lr": [0.01] * STEPS, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0, "clip": 0.0}
     rows = [  # id, changes, size of the gradients, flags, comment
         ("adamw-plain", {}, 1.0, "AdamBiasCorrection", ""),
-        ("adamw-weight-decay", {"weight_decay": 0.3}, 1.0, "DecoupledDecay", "decay is lr * weight_decay * p, not in the gradient"),
+        (
+            "adamw-weight-decay",
+            {"weight_decay": 0.3},
+            1.0,
+            "DecoupledDecay",
+            "decay is lr * weight_decay * p, not in the gradient",
+        ),
         ("adamw-betas", {"betas": [0.5, 0.8]}, 1.0, "AdamBiasCorrection", ""),
         ("adamw-eps", {"eps": 0.1}, 0.3, "AdamEpsPlacement", "eps is added to the root after its bias correction"),
         ("adamw-small", {}, 1e-7, "AdamEpsPlacement", "gradients of about eps"),
-        ("adamw-clip", {"clip": 1.0}, 1.0, "ClipNorm", "by the norm of all gradients together; some steps are below the limit"),
-        ("adamw-schedule", {"lr": [0.02 * (1 - i / STEPS) for i in range(STEPS)], "weight_decay": 0.1}, 1.0, "DecoupledDecay",
-         "the rate changes from step to step; decay goes with it"),
-    ]  # fmt: skip
+        (
+            "adamw-clip",
+            {"clip": 1.0},
+            1.0,
+            "ClipNorm",
+            "by the norm of all gradients together; some steps are below the limit",
+        ),
+        (
+            "adamw-schedule",
+            {"lr": [0.02 * (1 - i / STEPS) for i in range(STEPS)], "weight_decay": 0.1},
+            1.0,
+            "DecoupledDecay",
+            "the rate changes from step to step; decay goes with it",
+        ),
+    ]
     for case_id, changes, size, flags, comment in rows:
         draw = Draw(case_id)
         inputs = {"p0": draw.normal(3, 2), "p1": draw.normal(4)}
@@ -54,9 +71,16 @@ def cases() -> Iterator[Case]:
         for i in range(2):
             inputs[f"g{i}"] *= sizes.reshape(-1, *[1] * (inputs[f"g{i}"].ndim - 1))
         yield Case(
-            id=case_id, kind="optimizer", name="adamw", comment=comment, flags=tuple(flags.split()), config=plain | changes,
-            inputs=inputs, compute=adamw(plain | changes), spec="arXiv:1711.05101; torch.optim.AdamW, clip_grad_norm_",
-        )  # fmt: skip
+            id=case_id,
+            kind="optimizer",
+            name="adamw",
+            comment=comment,
+            flags=tuple(flags.split()),
+            config=plain | changes,
+            inputs=inputs,
+            compute=adamw(plain | changes),
+            spec="arXiv:1711.05101; torch.optim.AdamW, clip_grad_norm_",
+        )
     yield from schedules()
 
 
@@ -79,8 +103,14 @@ def schedules() -> Iterator[Case]:
                 return {"factors": torch.tensor(factors, dtype=torch.float64)}
 
             yield Case(
-                id=f"schedule-{name}-warmup-{warmup}", kind="schedule", name=name, flags=("WarmUpStart",) if warmup else (),
-                comment="the first step of a warm-up has rate 0" if warmup else "", config={"warmup": warmup, "steps": steps},
-                inputs={}, compute=compute, oracle=f"transformers {transformers.__version__}",
+                id=f"schedule-{name}-warmup-{warmup}",
+                kind="schedule",
+                name=name,
+                flags=("WarmUpStart",) if warmup else (),
+                comment="the first step of a warm-up has rate 0" if warmup else "",
+                config={"warmup": warmup, "steps": steps},
+                inputs={},
+                compute=compute,
+                oracle=f"transformers {transformers.__version__}",
                 spec="what the peak rate is multiplied by in steps 0 .. steps - 1",
-            )  # fmt: skip
+            )

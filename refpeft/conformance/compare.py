@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..errors import RefpeftError
 from .vectors import Case
 
 
@@ -22,7 +23,13 @@ class Result:
 
 
 def compare(case: Case, answer: Mapping[str, np.ndarray], dtype: str) -> list[Result]:
-    """Every output that the case checks, in the case's order; `dtype` is what the answer was computed in."""
+    """Every output that the case checks, in the case's order; `dtype` is what the answer was computed in.
+
+    Raises RefpeftError where the case has no limit for that dtype.
+    """
+    for name, limit in case.checks.items():
+        if limit != "exact" and dtype not in limit:
+            raise RefpeftError(f"case {case.id} has no limit for {name} in {dtype}, only in {', '.join(limit)}")
     expected = case.expected()
     return [compare_output(name, answer.get(name), expected[name], limit, dtype) for name, limit in case.checks.items()]
 

@@ -1,0 +1,191 @@
+"""The golden vectors are well formed, unaltered and explained; reading and comparing says clearly what is wrong."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+
+import jsonschema
+import numpy as np
+import pytest
+
+from refpeft.conformance import vectors
+from refpeft.conformance.compare import compare, compare_output
+from refpeft.errors import RefpeftError
+
+CASE = next(case for case in vectors.cases() if case.id == "lora-linear-plain")
+
+
+def answer_of(case):
+    """A perfect answer."""
+    return {name: array.copy() for name, array in case.expected().items()}
+
+
+def problems(case, answer, dtype="float32"):
+    return [result.problem for result in compare(case, answer, dtype) if result.problem]
+
+
+def test_every_case_follows_the_schema():
+    schema = json.loads((vectors.root() / "case.schema.json").read_text())
+    validator = jsonschema.Draft202012Validator(schema)
+    validator.check_schema(schema)
+    for case in vectors.cases():
+        for error in validator.iter_errors(json.loads(case.path.read_text())):
+            pytest.fail(f"{case.id}: {error.message}")
+
+
+def test_no_file_differs_from_the_manifest():
+    assert vectors.altered() == []
+
+
+def test_ids_are_unique_and_name_the_files():
+    ids = [case.id for case in vectors.cases()]
+    assert len(set(ids)) == len(ids)
+    assert all(case.path.stem == case.id and case.tensors == f"{case.id}.safetensors" for case in vectors.cases())
+
+
+def test_every_flag_is_explained_and_used():
+    used = {flag for case in vectors.cases() for flag in case.flags}
+    assert used == vectors.notes().keys()
+    assert all({"mistake", "mend"} <= note.keys() for note in vectors.notes().values())
+
+
+def test_every_case_has_what_it_names_and_nothing_else():
+    for case in vectors.cases():
+        assert list(case.given("float32")) == case.inputs
+        assert case.expected().keys() == case.checks.keys(), case.id
+
+
+def test_inputs_are_float32_or_integers_and_outputs_finite():
+    for case in vectors.cases():
+        for array in case.given("float64").values():
+            assert array.dtype.kind in "iub" or np.array_equal(array, array.astype("f4").astype("f8"))
+        for array in case.expected().values():
+            assert np.isfinite(array).all(), case.id
+
+
+def test_the_vectors_stay_small():
+    assert sum(p.stat().st_size for p in (vectors.root() / "v1").rglob("*")) < 4 * 2**20
+
+
+def test_the_readme_names_every_kind_and_name():
+    text = (vectors.root() / "README.md").read_text()
+    for case in vectors.cases():
+        if case.kind not in ("model", "block", "schedule"):
+            assert re.search(rf"[` ]{case.name}[` ,]", text), case.name
+
+
+def test_the_code_in_the_readme_runs_and_passes(capsys, monkeypatch):
+    source = re.search(r"```python\n(.*?)```", (vectors.root() / "README.md").read_text(), re.S).group(1)
+    exec(source.replace('"golden/v1/lora"', repr(str(vectors.root() / "v1" / "lora"))), {})
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) > 4
+    assert all(line.endswith(" pass") for line in lines)
+
+
+# ---- comparing -------------------------------------------------------------------------------------------------------
+
+
+def test_a_perfect_answer_passes_and_uses_nothing_of_the_limit():
+    results = compare(CASE, answer_of(CASE), "float64")
+    assert [r.output for r in results] == list(CASE.checks)
+    assert all(r.problem is None and r.error == 0 for r in results)
+
+
+def test_an_error_is_counted_in_eps_of_the_largest_value():
+    expected = np.array([1.0, -4.0])
+    got = expected + np.array([0.0, 6 * 4 * np.finfo("f4").eps])
+    assert compare_output("y", got, expected, {"float32": 8}, "float32").error == pytest.approx(6)
+    problem = compare_output("y", got, expected, {"float32": 4}, "float32").problem
+    assert problem.startswith("y: 6 of 4 eps, first of 1 at [1]: got -3.99999714, expected -4")
+
+
+def test_the_first_differing_element_is_named():
+    answer = answer_of(CASE)
+    answer["y"][1, 2, 3] += 1
+    assert re.match(r"y: \S+ of 8 eps, first of 1 at \[1, 2, 3\]: got .*, expected ", problems(CASE, answer)[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: a.pop("y"), "y: not in the answer"),
+        (lambda a: a.update(y=a["y"][0]), r"y: shape (3, 6), expected (2, 3, 6)"),
+        (lambda a: a["y"].__setitem__((0, 1, 2), np.nan), "y: 1 of 36 values are not finite, first at [0, 1, 2]: nan"),
+        (lambda a: a.update(y=np.full((2, 3, 6), "x")), "y: dtype <U1, expected numbers"),
+    ],
+)
+def test_what_is_no_answer_at_all_is_said(change, message):
+    answer = answer_of(CASE)
+    change(answer)
+    assert problems(CASE, answer) == [message]
+
+
+def test_where_zero_is_expected_only_zero_passes():
+    zero = np.zeros(3)
+    assert compare_output("y", zero, zero, {"float32": 8}, "float32").problem is None
+    assert "inf of 8 eps" in compare_output("y", zero + 1e-30, zero, {"float32": 8}, "float32").problem
+
+
+def test_a_dtype_without_limits_is_refused():
+    with pytest.raises(RefpeftError, match="lora-linear-plain has no limit for y in float16, only in float32, float64"):
+        compare(CASE, answer_of(CASE), "float16")
+
+
+def test_exact_outputs_allow_nothing():
+    codes = np.array([1, 2], "u1")
+    assert compare_output("codes", codes, codes, "exact", "float32").problem is None
+    other = compare_output("codes", codes + np.uint8(1), codes, "exact", "float32").problem
+    assert other == "codes: differs, first of 2 at [0]: got 2, expected 1"
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def copied(tmp_path):
+    """One case with its tensors, to be damaged."""
+    for path in (CASE.path, CASE.path.with_suffix(".safetensors")):
+        shutil.copy(path, tmp_path)
+    return tmp_path / CASE.path.name
+
+
+def test_a_case_that_is_no_json_is_one_clear_line(copied):
+    copied.write_text("{")
+    with pytest.raises(RefpeftError, match=r"lora-linear-plain.json: expected a case in JSON"):
+        vectors.read(copied)
+
+
+def test_unknown_and_missing_members_are_refused(copied):
+    document = json.loads(copied.read_text())
+    for changed in (document | {"surprise": 1}, {k: v for k, v in document.items() if k != "checks"}, [document]):
+        copied.write_text(json.dumps(changed))
+        with pytest.raises(RefpeftError, match="expected an object with the members"):
+            vectors.read(copied)
+
+
+def test_truncated_or_missing_tensors_are_one_clear_line(copied):
+    case, tensors = vectors.read(copied), copied.with_suffix(".safetensors")
+    tensors.write_bytes(tensors.read_bytes()[:-5])
+    with pytest.raises(RefpeftError, match="the tensors of case lora-linear-plain cannot be read"):
+        case.expected()
+    tensors.unlink()
+    with pytest.raises(RefpeftError, match="the tensors of case lora-linear-plain cannot be read"):
+        case.given("float32")
+
+
+def test_an_altered_file_an_unknown_one_and_a_missing_one_are_found(tmp_path):
+    shutil.copytree(vectors.root() / "v1" / "random", tmp_path / "v1" / "random")
+    listed = json.loads((vectors.root() / "MANIFEST.json").read_text())
+    listed["files"] = {name: sha for name, sha in listed["files"].items() if "/random/" in name}
+    (tmp_path / "MANIFEST.json").write_text(json.dumps(listed))
+    assert vectors.altered(tmp_path) == []
+    (tmp_path / "v1/random/philox-pi.json").write_text("{}")
+    (tmp_path / "v1/random/philox-ones.json").unlink()
+    (tmp_path / "v1/random/new.json").write_text("{}")
+    assert vectors.altered(tmp_path) == [
+        "v1/random/new.json: not in MANIFEST.json",
+        "v1/random/philox-ones.json: missing",
+        "v1/random/philox-pi.json: its sha256 is not the one in MANIFEST.json",
+    ]
