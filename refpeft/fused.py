@@ -223,7 +223,7 @@ class Mask:
     def bias(self, start: int, stop: int, queries: int, keys: int, like: Array) -> Array | None:
         """What to add to the scores of queries start..stop with the first `keys` keys: 0 or -inf, or None for nothing.
 
-        `queries` is how many there are in all. The result has the dtype of `like` and shape (batch or 1, stop - start, keys).
+        `queries` is how many there are in all. The result is (batch or 1, stop - start, keys), in the dtype of `like`.
         """
         xp, total = xp_of(like), keys + (queries - stop)
         extra = total - self.keys  # adapters' keys
@@ -248,9 +248,9 @@ class Mask:
 def attention(needs, q, k, v, *, mask: Mask, scale=None):
     """softmax(scale q k^T + mask) v: q (batch, heads, queries, dim), k and v (batch, kv_heads, keys, dim).
 
-    heads is a multiple of kv_heads; scale is dim**-0.5 where it is None. Causal, with queries right-aligned to the keys.
-    Blocked over queries: backward keeps the output and one number a row, nothing of size queries x keys
-    (Dao et al., 2022, arXiv:2205.14135; blocks over queries need no rescaling, and skip the keys that are still to come).
+    heads is a multiple of kv_heads; scale is dim**-0.5 where it is None. Causal, queries right-aligned to the keys.
+    Blocked over queries: backward keeps the output and one number a row, nothing of size queries x keys (Dao et al.,
+    2022, arXiv:2205.14135; blocks over queries need no rescaling, and skip the keys that are still to come).
     """
     batch, heads, queries, dim = q.shape
     kv_heads, keys = k.shape[1:3]

@@ -1,7 +1,7 @@
 """One counter-based random stream: Philox 4x32-10 (Salmon et al., 2011, "Parallel random numbers: as easy as 1, 2, 3").
 
-A value depends on the seed, on what it is for, and on its index: not on what was drawn before. So the order of calls does
-not matter, a resumed run equals an unbroken one, and NumPy and CuPy give the same bits.
+A value depends on the seed, on what it is for, and on its index: not on what was drawn before. So the order of calls
+does not matter, a resumed run equals an unbroken one, and NumPy and CuPy give the same bits.
 """
 
 from __future__ import annotations

@@ -141,9 +141,9 @@ def parameter(data: Array) -> Tensor:
 class Op:
     """A differentiable operation: a pair of functions on plain arrays.
 
-    `forward(needs, *arrays, **options) -> (array, saved)`, where `needs[i]` says whether input i wants a gradient, so that
-    `saved` holds no more than backward will read; `backward(g, *saved)` returns one gradient, or None, for each input, and
-    never writes into `g`. An input may be None; numbers and plain arrays are constants of the tensors' dtype.
+    `forward(needs, *arrays, **options) -> (array, saved)`, where `needs[i]` says whether input i wants a gradient, so
+    that `saved` holds no more than backward will read; `backward(g, *saved)` returns one gradient, or None, for each
+    input, and never writes into `g`. An input may be None; numbers and plain arrays are constants of the same dtype.
     """
 
     def __init__(self, forward: Callable[..., tuple[Array, tuple]]):

@@ -80,7 +80,9 @@ class Model:
         self.sites[site.name] = site
         return site
 
-    def linear(self, name: str, *roles: str, bias: bool = False, transposed: bool = False, tied: str | None = None) -> Site:
+    def linear(
+        self, name: str, *roles: str, bias: bool = False, transposed: bool = False, tied: str | None = None
+    ) -> Site:
         """A linear site; `transposed` where the checkpoint has it as (in, out); `tied` shares another site's weight."""
         weight = self.weight(f"{tied or name}.weight", linear="head" not in roles, transposed=transposed)
 
@@ -161,9 +163,7 @@ class Model:
         hidden = self.finish(hidden)
         targets = self.xp.asarray(batch.targets.reshape(-1)[rows])
         if not self.head.layers:
-            return fused.linear_cross_entropy(
-                hidden, weight=self.head.weight, targets=targets, denominator=denominator
-            )
+            return fused.linear_cross_entropy(hidden, weight=self.head.weight, targets=targets, denominator=denominator)
         size = max(1, fused.LOGITS_AT_ONCE // self.config.vocab)
         total = None
         for at in range(0, max(rows.size, 1), size):
@@ -188,16 +188,18 @@ class Model:
         past = cache.tokens if cache else 0
         if positions is None:
             positions = self.xp.arange(past, past + ids.shape[1])[None]
-        start = sum(adapter.positions for adapter in self.adapters)
-        added = self._virtual(cache) if past else virtual
-        positions = positions + (start + added)
+        first = self.first_position(virtual, cache)
+        positions = positions + first
         if virtual:
-            before = self.xp.broadcast_to(self.xp.arange(virtual)[None] + start, (positions.shape[0], virtual))
+            before = self.xp.broadcast_to(self.xp.arange(first - virtual, first)[None], (positions.shape[0], virtual))
             positions = self.xp.concatenate((before, positions), axis=1)
         return positions, virtual
 
-    def _virtual(self, cache: Cache) -> int:
-        return cache.layers[0][0].shape[2] - cache.tokens
+    def first_position(self, virtual: int, cache: Cache | None) -> int:
+        """The position of the first real token: `virtual` tokens come before it now, or others did when the cache began."""
+        if cache and cache.tokens:
+            virtual = cache.layers[0][0].shape[2] - cache.tokens
+        return virtual + sum(adapter.positions for adapter in self.adapters)
 
     def embedded(self, ids: Array, cache: Cache | None) -> Tensor:
         """The token embeddings, with virtual tokens before them at the start of a sequence only."""

@@ -32,9 +32,11 @@ class GPT2(Model):
         hidden = self.embedded(ids, cache)
         keys = ids.shape[1] + (cache.tokens if cache else 0)
         positions, virtual = self.positioned(hidden, ids, positions, cache)
-        last = keys + virtual + sum(adapter.positions for adapter in self.adapters)
+        last = keys + self.first_position(virtual, cache)
         if last > self.config.context:
-            raise RefpeftError(f"{last} positions were asked for: this model has {self.config.context}; shorten the rows")
+            raise RefpeftError(
+                f"{last} positions were asked for: this model has {self.config.context}; shorten the rows"
+            )
         hidden = hidden + self.position(positions)
         for layer in self.layers:
             hidden = self.run(partial(layer, mask=fused.Mask(keys, None, segments), cache=cache), hidden)
