@@ -1,0 +1,277 @@
+"""Methods against Hugging Face PEFT on the same tensors in float64, and adapter files in both directions."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+
+from refpeft import adapters, files, sites
+from refpeft.models.base import Model
+
+torch = pytest.importorskip("torch")
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+
+pytestmark = [pytest.mark.real, pytest.mark.filterwarnings("ignore")]
+
+LIMIT = 1e-10
+IDS = tiny.ids(2, 9)
+TARGETS = np.roll(tiny.ids(2, 9, seed=7), 1)
+
+
+def rms_norm(self, x):
+    """transformers' RMSNorm rounds to float32 inside; this does not."""
+    return self.weight * (x / (x.square().mean(-1, keepdim=True) + self.variance_epsilon).sqrt())
+
+
+def rotary(self, x, position_ids):
+    """Likewise its rotary angles."""
+    dim = self.config.hidden_size // self.config.num_attention_heads
+    speeds = 10000.0 ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    angles = (position_ids[..., None] * speeds).repeat(1, 1, 2)
+    return angles.cos(), angles.sin()
+
+
+@pytest.fixture(autouse=True)
+def float64(monkeypatch):
+    for family, name in (("llama", "Llama"), ("qwen2", "Qwen2")):
+        module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+        monkeypatch.setattr(getattr(module, f"{name}RMSNorm"), "forward", rms_norm)
+        monkeypatch.setattr(getattr(module, f"{name}RotaryEmbedding"), "forward", rotary)
+
+
+def peer(name: str, folder: Path):
+    """tiny.model(name) in transformers, float64."""
+    files.write_safetensors(folder / "model.safetensors", tiny.arrays(tiny.CONFIGS[name]), {"format": "pt"})
+    files.write_json(folder / "config.json", tiny.CONFIGS[name])
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="sdpa")
+
+
+def scrambled(model):
+    """Moves what PEFT trains away from its start."""
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn_like(parameter)
+    return model.double().eval()
+
+
+def peer_logits(model, ids: np.ndarray = IDS, mask: np.ndarray | None = None):
+    given = {} if mask is None else {"attention_mask": torch.from_numpy(mask)}
+    return model(input_ids=torch.from_numpy(ids).long(), **given).logits[:, -ids.shape[1] :]
+
+
+def peer_gradients(model) -> dict[str, np.ndarray]:
+    """Gradients of the mean loss, by the names of the tensors in an adapter's file."""
+    loss = torch.nn.functional.cross_entropy(
+        peer_logits(model).flatten(0, 1), torch.from_numpy(TARGETS).long().flatten(), ignore_index=-100
+    )
+    model.zero_grad()
+    loss.backward()
+    found = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            name = name.replace(".modules_to_save", "").replace(".default", "")
+            found["prompt_embeddings" if name.startswith("prompt_encoder") else name] = parameter.grad.numpy()
+    return found
+
+
+def our_gradients(model: Model) -> dict[str, np.ndarray]:
+    """The same from refpeft, packed as the tensors of the file are."""
+    grads = tiny.gradients(model, tiny.Batch(IDS, TARGETS))
+    (adapter,) = model.adapters
+    entries, _ = adapters._written(adapter, model)
+    return {entry.name: entry.pack(*(grads[name] for name in entry.params)) for entry in entries}
+
+
+def error(got: np.ndarray, want: np.ndarray) -> float:
+    assert got.shape == want.shape
+    return abs(got - want).max() / max(abs(want).max(), 1e-300)
+
+
+PEFTS = {
+    "lora": lambda f: peft.LoraConfig(r=4, lora_alpha=6),
+    "lora-all-linear": lambda f: peft.LoraConfig(r=2, lora_alpha=3, target_modules="all-linear", use_rslora=True),
+    "lora-regex": lambda f: peft.LoraConfig(r=2, target_modules=r".*\.[0-9]+\.(self_attn|attn)\.(q_proj|c_attn)"),
+    "lora-patterns": lambda f: peft.LoraConfig(
+        r=2,
+        target_modules="all-linear",
+        # keys that meet would be read in another order than they were trained in: PEFT sorts them when it saves
+        rank_pattern={r"0\.mlp\.(down_proj|c_proj)": 5, r"1\..*": 3},
+        alpha_pattern={r"^.*\.0\..*": 1},
+    ),
+    "lora-exclude-layers": lambda f: peft.LoraConfig(
+        r=2,
+        target_modules="all-linear",
+        exclude_modules=["mlp.c_proj"] if f == "gpt2" else ["down_proj", "self_attn.v_proj"],
+    ),
+    "lora-layers": lambda f: peft.LoraConfig(
+        r=2, target_modules=["c_attn"] if f == "gpt2" else ["q_proj", "o_proj"], layers_to_transform=[1]
+    ),
+    "lora-bias-all": lambda f: peft.LoraConfig(r=2, bias="all"),
+    "lora-bias-only": lambda f: peft.LoraConfig(r=2, bias="lora_only"),
+    "lora-embedding": lambda f: peft.LoraConfig(
+        r=2, target_modules=["wte"] if f == "gpt2" else ["embed_tokens", "v_proj"]
+    ),
+    "lora-saved": lambda f: peft.LoraConfig(
+        r=2,
+        modules_to_save=["ln_f", "h.0.mlp.c_fc"] if f == "gpt2" else ["lm_head", "model.norm", "0.self_attn.k_proj"],
+    ),
+    "ia3": lambda f: peft.IA3Config(),
+    "ln_tuning": lambda f: peft.LNTuningConfig(
+        target_modules=["ln_1", "ln_2", "ln_f"]
+        if f == "gpt2"
+        else ["input_layernorm", "post_attention_layernorm", "norm"]
+    ),
+    "prompt_tuning": lambda f: peft.PromptTuningConfig(num_virtual_tokens=3),
+    "prefix_tuning": lambda f: peft.PrefixTuningConfig(num_virtual_tokens=3),
+}
+FAMILIES = ("llama", "qwen2", "gpt2")
+
+
+def peft_adapter(name: str, family: str, folder: Path):
+    """A PEFT model with random values, saved to `folder`/adapter."""
+    config = dataclasses.replace(PEFTS[name](family), task_type="CAUSAL_LM")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = scrambled(peft.get_peft_model(peer(family, folder), config))
+        model.save_pretrained(folder / "adapter", save_embedding_layers="auto")
+    return model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", PEFTS)
+def test_an_adapter_of_peft_gives_the_same_logits_and_gradients_here(name, family, tmp_path):
+    theirs = peft_adapter(name, family, tmp_path)
+    ours = tiny.model(family)
+    adapters.load(ours, tmp_path / "adapter")
+    assert error(ours(IDS).data, peer_logits(theirs).detach().numpy()) < LIMIT
+
+    want, got = peer_gradients(theirs), our_gradients(ours)
+    assert got.keys() == want.keys()
+    scale = max(abs(g).max() for g in want.values())
+    for key in want:
+        assert got[key].shape == want[key].shape, key
+        assert abs(got[key] - want[key]).max() < LIMIT * scale, key
+
+
+def saved_and_loaded_by_peft(name: str, options: dict, family: str, folder: Path) -> tuple[Model, object]:
+    """The tiny model with a method of ours, and PEFT's after reading what it saved."""
+    ours = tiny.model(family)
+    adapter = sites.attach(ours, name, options)
+    tiny.scramble(adapter)
+    for tensor in adapter.params.values():
+        tensor.data[...] = tensor.data.astype("f4")  # PEFT holds prompts in float32 when it loads them
+    adapters.save(folder / "adapter", ours)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*(missing|unexpected|Unexpected) .*keys.*")
+        return ours, peft.PeftModel.from_pretrained(peer(family, folder), folder / "adapter").double().eval()
+
+
+OURS = {
+    "lora": ("lora", {"r": 3, "alpha": 5.0}),
+    "lora-rslora": ("lora", {"rslora": True, "targets": "all-linear", "init": "gaussian"}),
+    "lora-patterns": (
+        "lora",
+        {"targets": "all-linear", "rank_pattern": {r"1\..*": 3, ".*": 2}, "alpha_pattern": {r".*0\..*": 1}},
+    ),
+    "lora-layers": ("lora", {"layers": [1], "targets": "all-linear", "exclude": ["@o"]}),
+    "lora-embedding": ("lora", {"targets": ["@embed", "@v"]}),
+    "lora-bias": ("lora", {"bias": "lora_only"}),
+    "lora-bias-all": ("lora", {"bias": "all"}),
+    "lora-saved": ("lora", {"targets": ["@q"], "modules_to_save": ["@down", "@norm"]}),
+    "ia3": ("ia3", {}),
+    "ia3-other": ("ia3", {"targets": ["@o", "@up"], "feedforward": ["@up"]}),
+    "ln_tuning": ("ln_tuning", {}),
+    "ln_tuning-layers": ("ln_tuning", {"layers": [0]}),
+    "prompt_tuning": ("prompt_tuning", {"tokens": 4}),
+    "prefix_tuning": ("prefix_tuning", {"tokens": 4}),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", OURS)
+def test_an_adapter_of_ours_gives_the_same_logits_in_peft(name, family, tmp_path):
+    method, options = OURS[name]
+    if family == "llama" and "bias" in options:
+        pytest.skip("this model has no biases")
+    ours, theirs = saved_and_loaded_by_peft(method, options, family, tmp_path)
+    assert error(ours(IDS).data, peer_logits(theirs).detach().numpy()) < LIMIT
+
+
+@pytest.mark.parametrize("method", ["lora", "prompt_tuning", "prefix_tuning"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_rows_with_padding_give_the_logits_of_peft(method, family, tmp_path):
+    ours, theirs = saved_and_loaded_by_peft(method, {}, family, tmp_path)
+    mask = np.ones(IDS.shape, int)
+    mask[0, 5:] = 0
+    got = ours(IDS, segments=mask.astype("i4") - 1).data[mask > 0]
+    assert error(got, peer_logits(theirs, mask=mask).detach().numpy()[mask > 0]) < LIMIT
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", ["full", "bitfit", "ln_tuning"])
+def test_training_the_models_own_tensors_gives_the_gradients_of_torch(method, family, tmp_path):
+    if (method, family) == ("bitfit", "llama"):
+        pytest.skip("this model has no biases")
+    ours, theirs = tiny.model(family), peer(family, tmp_path)
+    sites.attach(ours, method)
+    loss = torch.nn.functional.cross_entropy(
+        peer_logits(theirs).flatten(0, 1), torch.from_numpy(TARGETS).long().flatten(), ignore_index=-100
+    )
+    loss.backward()
+    want = {name: parameter.grad.numpy() for name, parameter in theirs.named_parameters()}
+    got = tiny.gradients(ours, tiny.Batch(IDS, TARGETS))
+    ends = {"bitfit": ".bias", "ln_tuning": ("norm.weight", "ln_1.weight", "ln_2.weight", "ln_f.weight"), "full": ""}[
+        method
+    ]
+    assert {name for name in want if name.endswith(ends)} <= got.keys() <= want.keys()
+    scale = max(abs(g).max() for g in want.values())
+    for name, gradient in got.items():
+        gradient = gradient.T if ours.sites[name.rpartition(".")[0]].transposed and gradient.ndim == 2 else gradient
+        assert abs(gradient - want[name]).max() < LIMIT * scale, name
+
+
+@pytest.mark.parametrize("activation", ["gelu_tanh", "gelu", "relu", "silu", "tanh"])
+def test_bottlenecks_are_hooks_behind_attention_and_mlp_in_torch(activation, tmp_path):
+    ours, theirs = tiny.model("llama"), peer("llama", tmp_path)
+    adapter = sites.attach(ours, "houlsby", {"size": 5, "activation": activation, "norms": False})
+    tiny.scramble(adapter)
+    values = {name: torch.tensor(tensor.data, requires_grad=True) for name, tensor in adapter.params.items()}
+    functional = torch.nn.functional
+    gelu_tanh = lambda x: functional.gelu(x, approximate="tanh")  # noqa: E731
+    f = {
+        "gelu_tanh": gelu_tanh,
+        "gelu": functional.gelu,
+        "relu": torch.relu,
+        "silu": functional.silu,
+        "tanh": torch.tanh,
+    }
+
+    def behind(place):
+        def hook(module, given, out):
+            h = out[0] if isinstance(out, tuple) else out
+            inner = f[activation](h @ values[f"{place}.down"].T + values[f"{place}.down_bias"])
+            h = h + inner @ values[f"{place}.up"].T + values[f"{place}.up_bias"]
+            return (h, *out[1:]) if isinstance(out, tuple) else h
+
+        return hook
+
+    for i, layer in enumerate(theirs.model.layers):
+        layer.self_attn.register_forward_hook(behind(f"model.layers.{i}.attn_out"))
+        layer.mlp.register_forward_hook(behind(f"model.layers.{i}.mlp_out"))
+    logits = peer_logits(theirs)
+    assert error(ours(IDS).data, logits.detach().numpy()) < LIMIT
+    torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), torch.from_numpy(TARGETS).long().flatten(), ignore_index=-100
+    ).backward()
+    got = tiny.gradients(ours, tiny.Batch(IDS, TARGETS))
+    scale = max(abs(v.grad).max() for v in values.values()).item()
+    assert all(abs(got[name] - v.grad.numpy()).max() < LIMIT * scale for name, v in values.items())
