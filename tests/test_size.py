@@ -1,0 +1,57 @@
+"""The budgets of size. A budget is raised only with a reason, which is then written beside it."""
+
+import ast
+import io
+import subprocess
+import tokenize
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+BESIDE_THE_CORE = {"cuda", "conformance", "embedded"}
+"""Folders of the package that are not its core: kernels, the conformance kit, and the recipe of the embedded model."""
+
+CORE = 6500
+"""Lines of code of the core: lines that hold more than a comment or a docstring. The design said about 6,000 lines; files
+of others (GGUF, the hub, PEFT's adapters, templates in a sandbox, four formats of data) took more than was thought."""
+
+TOP = {"LICENSE", "README.md", "golden", "plugins", "pyproject.toml", "refpeft", "tests"}
+
+
+def python_files(*folders: str) -> list[Path]:
+    return [file for folder in folders for file in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def lines_of_code(file: Path) -> int:
+    """How many lines of a file hold code."""
+    text = file.read_text("utf-8")
+    ignored = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+    lines = {n for token in tokens if token.type not in ignored for n in range(token.start[0], token.end[0] + 1)}
+    for node in ast.walk(ast.parse(text)):  # a string that stands alone is a docstring
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            lines -= set(range(node.lineno, node.end_lineno + 1))
+    return len(lines)
+
+
+def test_the_core_is_small():
+    core = [file for file in python_files("refpeft") if file.relative_to(ROOT).parts[1] not in BESIDE_THE_CORE]
+    assert sum(map(lines_of_code, core)) <= CORE
+
+
+@pytest.mark.parametrize("folders, most", [(("refpeft", "tests", "golden"), 500), (("plugins",), 80)])
+def test_no_file_is_long(folders, most):
+    lengths = {
+        str(file.relative_to(ROOT)): len(file.read_text("utf-8").splitlines()) for file in python_files(*folders)
+    }
+    assert {name: n for name, n in lengths.items() if n > most} == {}
+
+
+def test_the_top_level_is_fixed():
+    try:
+        run = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("not a git checkout")
+    names = {name.partition("/")[0] for name in run.stdout.splitlines()}
+    assert {name for name in names if not name.startswith(".")} <= TOP
