@@ -13,8 +13,8 @@ BESIDE_THE_CORE = {"cuda", "conformance", "embedded"}
 """Folders of the package that are not its core: kernels, the conformance kit, and the recipe of the embedded model."""
 
 CORE = 6500
-"""Lines of code of the core: lines that hold more than a comment or a docstring. The design said about 6,000 lines; what
-others wrote (GGUF, the hub, PEFT's adapters, templates in a sandbox, formats of data) took more than was thought."""
+"""Lines of code of the core: lines that hold more than a comment or a docstring. The design said about 6,000; reading
+what others wrote (GGUF, hub, PEFT's adapters, templates in a sandbox, formats of data) took more than was thought."""
 
 TOP = {"LICENSE", "README.md", "golden", "plugins", "pyproject.toml", "refpeft", "tests"}
 
