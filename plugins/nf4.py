@@ -49,7 +49,7 @@ def encode(flat, block, levels):
     xp = xp_of(flat)
     blocks = xp.pad(flat, (0, -flat.size % block)).reshape(-1, block)
     absmax = xp.abs(blocks).max(axis=1)
-    scaled = blocks * (1 / xp.maximum(absmax, np.float32(1e-38)))[:, None]
+    scaled = blocks * (1 / xp.maximum(absmax, np.finfo("f4").tiny))[:, None]  # smaller ones are 0 on the GPU
     return xp.searchsorted((levels[1:] + levels[:-1]) / 2, scaled.reshape(-1)).astype("u1"), absmax
 
 
