@@ -210,7 +210,7 @@ def visible(queries: int, keys: int, tokens: int, window: int | None, segments: 
         for j in range(keys):
             token = j - extra
             if token < 0:
-                seen[i, j] = True
+                seen[i, j] = token <= at  # virtual tokens, which are queries too, come one after another
             else:
                 near = window is None or at - token < window
                 same = segments is None or segments[at] == segments[token]

@@ -121,28 +121,29 @@ def lora_sites() -> Iterator[Case]:
             witness=None if rate else peft_witness.lora(config),
         )
 
-    draw = Draw("lora-conv1d-plain")
-    inputs = {
-        "x": draw.normal(2, 3, 5),
-        "weight": draw.normal(5, 6),
-        "bias": draw.normal(6),
-        "A": draw.normal(2, 5, scale=0.5),
-        "B": draw.normal(6, 2, scale=0.5),
-    }
     config = {"r": 2, "alpha": 6.0, "rslora": False, "dropout": 0.0}
-    yield site_case(
-        "lora",
-        "conv1d",
-        "plain",
-        inputs,
-        lambda x, weight, bias, A, B: lora(lambda x: x @ weight + bias, x, A, B, 3.0),
-        "x A B",
-        config=config,
-        merged=lambda t: {"merged.weight": t["weight"] + 3.0 * (t["B"] @ t["A"]).mT},
-        flags="TransposedWeight Scaling",
-        comment="GPT-2's layer: weight is stored (in, out); A and B are as ever",
-        witness=peft_witness.lora(config),
-    )
+    for variant, out in (("plain", 6), ("square", 5)):
+        draw = Draw(f"lora-conv1d-{variant}")
+        inputs = {
+            "x": draw.normal(2, 3, 5),
+            "weight": draw.normal(5, out),
+            "bias": draw.normal(out),
+            "A": draw.normal(2, 5, scale=0.5),
+            "B": draw.normal(out, 2, scale=0.5),
+        }
+        yield site_case(
+            "lora",
+            "conv1d",
+            variant,
+            inputs,
+            lambda x, weight, bias, A, B: lora(lambda x: x @ weight + bias, x, A, B, 3.0),
+            "x A B",
+            config=config,
+            merged=lambda t: {"merged.weight": t["weight"] + 3.0 * (t["B"] @ t["A"]).mT},
+            flags="TransposedWeight Scaling",
+            comment="GPT-2's layer: weight is stored (in, out); A and B are as ever",
+            witness=peft_witness.lora(config, conv1d=True),
+        )
 
     draw = Draw("lora-embedding-plain")
     inputs = {
@@ -167,14 +168,16 @@ def lora_sites() -> Iterator[Case]:
 
 
 def ia3_sites() -> Iterator[Case]:
-    for variant, feedforward, bias in (
-        ("output", False, False),
-        ("output-bias", False, True),
-        ("input", True, False),
-        ("input-bias", True, True),
+    for variant, feedforward, bias, out in (
+        ("output", False, False, 6),
+        ("output-bias", False, True, 6),
+        ("output-square", False, True, 5),
+        ("input", True, False, 6),
+        ("input-bias", True, True, 6),
+        ("input-square", True, True, 5),
     ):
-        draw, inputs = linear_inputs(f"ia3-linear-{variant}", bias=bias)
-        inputs["gain"] = draw.normal(5 if feedforward else 6, scale=0.4) + np.float32(1)
+        draw, inputs = linear_inputs(f"ia3-linear-{variant}", out=out, bias=bias)
+        inputs["gain"] = draw.normal(5 if feedforward else out, scale=0.4) + np.float32(1)
 
         def forward(x, weight, gain, bias=None, feedforward=feedforward):
             return ia3(lambda x: functional.linear(x, weight, bias), x, gain, feedforward)

@@ -9,9 +9,21 @@ import numpy as np
 import peft_witness
 import reference
 import torch
-from common import Case, Draw, Tensors
+from common import Case, Compute, Draw, Tensors
 from equations import PAPERS, houlsby, ia3, lora, lora_scale, prefix, prompt
-from models import GPT2, LLAMA, config_of, draw_weights, tokens, weight_shapes
+from models import (
+    GPT2,
+    LLAMA,
+    PACKED,
+    PADDED,
+    config_of,
+    draw_weights,
+    one_document_at_a_time,
+    real_only,
+    tokens,
+    weight_shapes,
+    with_segments,
+)
 
 SMALL = {"vocab_size": 16}
 SMALL_LLAMA = (
@@ -156,60 +168,88 @@ TRAIN = {"steps": 3, "lr": 0.01, "betas": [0.9, 0.999], "eps": 1e-3, "weight_dec
 """eps is large: the gradient of a key's bias is rounding noise, which a small eps would blow up to whole steps."""
 
 
-def adapted_loss(case_config: dict, adapted: Adapted, tensors: Tensors, trained: Tensors):
-    weights = {n: t for n, t in tensors.items() if n not in ("ids", "targets")} | trained
-    run = reference.model(case_config["model"], weights, adapted.advice(trained))
-    logits = run(tensors["ids"], first_position=adapted.first_position)
-    return logits, reference.mean_loss(logits, tensors["targets"])
+def forward(config: dict, adapted: Adapted) -> Callable:
+    """logits(weights with the trained tensors among them, ids, positions, segments)"""
+
+    def logits(weights: Tensors, ids, positions=None, segments=None) -> torch.Tensor:
+        run = reference.model(config["model"], weights, adapted.advice(weights))
+        return run(ids, positions, segments, first_position=adapted.first_position)
+
+    return logits
+
+
+def loss_of(config: dict, adapted: Adapted, t: Tensors, trained: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
+    segments = t.get("segments")
+    logits = forward(config, adapted)(t | trained, t["ids"], t.get("positions"), segments)
+    return real_only(logits, segments), reference.mean_loss(logits, t["targets"])
+
+
+def gradients(config: dict, adapted: Adapted) -> Compute:
+    def compute(t: Tensors) -> Tensors:
+        trained = {n: t[n].clone().requires_grad_() for n in adapted.trained}
+        logits, loss = loss_of(config, adapted, t, trained)
+        loss.backward()
+        return {"logits": logits, "loss": loss, **{f"grad.{n}": p.grad for n, p in trained.items()}}
+
+    return compute
+
+
+def three_steps(config: dict, adapted: Adapted) -> Compute:
+    def compute(t: Tensors) -> Tensors:
+        trained = {n: t[n].clone().requires_grad_() for n in adapted.trained}
+        options = {name: TRAIN[name] for name in ("lr", "betas", "eps", "weight_decay")}
+        optimizer = torch.optim.AdamW(trained.values(), foreach=False, **options)
+        losses = []
+        for _ in range(TRAIN["steps"]):
+            optimizer.zero_grad()
+            _, loss = loss_of(config, adapted, t, trained)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+        return {"losses": torch.stack(losses), **{f"after.{n}": p for n, p in trained.items()}}
+
+    return compute
 
 
 def model_cases(family: str, settings: dict, methods: Iterator[Adapted]) -> Iterator[Case]:
     for adapted in methods:
         settings_here = settings | adapted.settings
         config = adapted.options | {"model": config_of(family, settings_here)}
-        shared = {"kind": "method", "name": adapted.method, "spec": PAPERS[adapted.method]}
-        for at in ("model", "train"):
-            case_id = f"{adapted.method}-{family}-{at}"
+        peft = peft_witness.model(family, settings_here, adapted.method, adapted.options)
+        alone = one_document_at_a_time(forward(config, adapted), settings_here["vocab_size"], list(adapted.trained))
+        witnesses = {
+            "model": {peft_witness.VERSION: peft} if adapted.peft else {},
+            "padded": {peft_witness.VERSION: peft},
+            "packed": {"each document alone": alone},
+            "train": {},
+        }
+        comments = {
+            "padded": "padding on the right. ",
+            "packed": "every document of a row sees the virtual tokens, none another. ",
+            "train": "three steps of AdamW. ",
+        }
+        virtual = adapted.method in ("prompt_tuning", "prefix_tuning")
+        for variant in ("model", "train", "padded", "packed") if virtual else ("model", "train"):
+            case_id = f"{adapted.method}-{family}-{variant}"
             draw = Draw(case_id)
-            inputs = tokens(draw, settings_here["vocab_size"], time=6)
+            inputs = tokens(draw, settings_here["vocab_size"])
+            if variant in ("padded", "packed"):
+                inputs = with_segments(inputs, PADDED if variant == "padded" else PACKED, variant == "packed")
             base = draw_weights(draw, weight_shapes(family, settings_here))
             extra = {n: shape for n, shape in adapted.trained.items() if n not in base}
             inputs |= base | {n: draw.normal(*s, scale=0.4) + np.float32(n.endswith("gain")) for n, s in extra.items()}
-
-            def gradients(t: Tensors, config=config, adapted=adapted) -> Tensors:
-                trained = {n: t[n].clone().requires_grad_() for n in adapted.trained}
-                logits, loss = adapted_loss(config, adapted, t, trained)
-                loss.backward()
-                return {"logits": logits, "loss": loss, **{f"grad.{n}": p.grad for n, p in trained.items()}}
-
-            def steps(t: Tensors, config=config, adapted=adapted) -> Tensors:
-                trained = {n: t[n].clone().requires_grad_() for n in adapted.trained}
-                options = {"lr": TRAIN["lr"], "betas": TRAIN["betas"], "eps": TRAIN["eps"]}
-                optimizer = torch.optim.AdamW(
-                    trained.values(), weight_decay=TRAIN["weight_decay"], foreach=False, **options
-                )
-                losses = []
-                for _ in range(TRAIN["steps"]):
-                    optimizer.zero_grad()
-                    _, loss = adapted_loss(config, adapted, t, trained)
-                    loss.backward()
-                    optimizer.step()
-                    losses.append(loss.detach())
-                return {"losses": torch.stack(losses), **{f"after.{n}": p for n, p in trained.items()}}
-
-            witnesses = {}
-            if at == "model" and adapted.peft:
-                witnesses[peft_witness.VERSION] = peft_witness.model(
-                    family, settings_here, adapted.method, adapted.options
-                )
+            flags = {"padded": " Padding", "packed": " PackedDocuments"}.get(variant, "")
+            train = variant == "train"
             yield Case(
                 id=case_id,
-                at=at,
+                kind="method",
+                name=adapted.method,
+                at="train" if train else "model",
+                comment=(comments.get(variant, "") + adapted.comment).strip(),
+                flags=tuple((adapted.flags + flags).split()),
+                spec=PAPERS[adapted.method],
+                config=config | ({"optimizer": TRAIN} if train else {}),
                 inputs=inputs,
-                flags=tuple(adapted.flags.split()),
-                witnesses=witnesses,
-                comment=adapted.comment if at == "model" else f"three steps of AdamW. {adapted.comment}".strip(),
-                config=config if at == "model" else config | {"optimizer": TRAIN},
-                compute=gradients if at == "model" else steps,
-                **shared,
+                compute=three_steps(config, adapted) if train else gradients(config, adapted),
+                witnesses=witnesses[variant],
             )

@@ -7,13 +7,13 @@ roundings to float32); the witness is reference.py.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import reference
 import torch
 import transformers
-from common import Case, Draw, Float64Throughout, Tensors, default_dtype
+from common import Case, Compute, Draw, Float64Throughout, Tensors, default_dtype
 from fused import visible
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -90,7 +90,7 @@ def precision():
     return Float64Throughout() if torch.get_default_dtype() == torch.float64 else default_dtype(torch.float32)
 
 
-def by_transformers(model_type: str, settings: dict):
+def by_transformers(model_type: str, settings: dict) -> Compute:
     def compute(tensors: Tensors) -> Tensors:
         with precision():
             model = transformers_model(model_type, settings)
@@ -113,7 +113,7 @@ def by_transformers(model_type: str, settings: dict):
     return compute
 
 
-def by_reference(config: dict):
+def by_reference(config: dict) -> Compute:
     def compute(tensors: Tensors) -> Tensors:
         weights = {n: t.clone().requires_grad_() for n, t in tensors.items() if n not in NOT_WEIGHTS}
         segments = tensors.get("segments")
@@ -129,26 +129,30 @@ def by_reference(config: dict):
     return compute
 
 
-def one_document_at_a_time(config: dict):
-    """Packed rows again, each document alone: the loss of the pack is the sum of theirs over all its targets."""
+def one_document_at_a_time(forward: Callable, vocab: int, trained: list[str] | None = None) -> Compute:
+    """Packed rows again, each document alone: the loss of the pack is the sum of theirs over all its targets.
+
+    forward(weights, ids) gives logits; `trained` are the weights to differentiate by (default: all).
+    """
 
     def compute(tensors: Tensors) -> Tensors:
-        weights = {n: t.clone().requires_grad_() for n, t in tensors.items() if n not in NOT_WEIGHTS}
+        weights = {n: t for n, t in tensors.items() if n not in NOT_WEIGHTS}
+        leaves = {n: weights[n].clone().requires_grad_() for n in trained or weights}
         ids, targets, segments = tensors["ids"], tensors["targets"], tensors["segments"]
-        logits, loss = torch.zeros(*ids.shape, config["vocab_size"]), torch.zeros(())
+        logits, loss = torch.zeros(*ids.shape, vocab), torch.zeros(())
         supervised = (targets >= 0).sum()
         for row in range(len(ids)):
             for document in segments[row].unique().tolist():
                 if document < 0:
                     continue
                 here = segments[row] == document
-                part = reference.model(config, weights)(ids[row, here][None])[0]
+                part = forward(weights | leaves, ids[row, here][None])[0]
                 logits[row, here] = part.detach()
                 count = (targets[row, here] >= 0).sum()
                 if count:
                     loss = loss + reference.mean_loss(part, targets[row, here]) * count / supervised
         loss.backward()
-        return {"logits": logits, "loss": loss, **{f"grad.{n}": w.grad for n, w in weights.items()}}
+        return {"logits": logits, "loss": loss, **{f"grad.{n}": w.grad for n, w in leaves.items()}}
 
     return compute
 
@@ -336,7 +340,9 @@ def cases() -> Iterator[Case]:
             inputs = with_segments(inputs, segments, packed)
         witnesses = {"golden/make/reference.py": by_reference(config)}
         if packed:
-            witnesses["each document alone"] = one_document_at_a_time(config)
+            witnesses["each document alone"] = one_document_at_a_time(
+                lambda weights, ids, config=config: reference.model(config, weights)(ids), settings["vocab_size"]
+            )
         yield Case(
             id=case_id,
             kind="model",

@@ -223,9 +223,10 @@ def _algebra() -> Iterator[Case]:
         ("bias", (3, 4), True),
         ("3d-bias", (2, 3, 4), True),
         ("vector", (4,), True),
+        ("square", (3, 6), True),
     ):
         draw = Draw(f"linear-{variant}")
-        inputs = {"x": draw.normal(*x), "w": draw.normal(6, 4)} | ({"b": draw.normal(6)} if bias else {})
+        inputs = {"x": draw.normal(*x), "w": draw.normal(6, x[-1])} | ({"b": draw.normal(6)} if bias else {})
         yield _case(variant, inputs, name="linear", flags=("TransposedWeight",), comment="w is (out, in)")
     for variant, a, b in (("plain", (4, 4), (4, 3)), ("stack", (2, 3, 3), (2, 3, 2)), ("broadcast", (3, 3), (2, 3, 2))):
         draw = Draw(f"solve-{variant}")

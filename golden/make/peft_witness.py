@@ -7,7 +7,7 @@ from collections.abc import Callable
 import peft
 import torch
 from common import Compute, Tensors
-from models import precision, transformers_model
+from models import precision, real_only, transformers_model
 from reference import mean_loss
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -26,12 +26,12 @@ class OneSite(nn.Module):
         return self.site(x)
 
 
-def base_layer(t: Tensors) -> nn.Module:
-    """The frozen layer that the inputs of a case describe."""
+def base_layer(t: Tensors, conv1d: bool) -> nn.Module:
+    """The frozen layer that the inputs of a case describe; `conv1d` where its weight is (in, out)."""
     weight, bias = t["weight"], t.get("bias")
     if "ids" in t:
         return nn.Embedding.from_pretrained(weight.clone())
-    if weight.shape[0] == t["x"].shape[-1] and weight.shape[1] == t["g"].shape[-1]:  # (in, out); no case is square
+    if conv1d:
         layer = Conv1D(weight.shape[1], weight.shape[0])
     else:
         layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
@@ -39,11 +39,11 @@ def base_layer(t: Tensors) -> nn.Module:
     return layer
 
 
-def site(config: peft.PeftConfig, names: Callable[[str], str], letters: str) -> Compute:
+def site(config: peft.PeftConfig, names: Callable[[str], str], letters: str, conv1d: bool = False) -> Compute:
     """Outputs of a case at one site: y, gradients of x and of the letters, and the merged weight."""
 
     def compute(t: Tensors) -> Tensors:
-        model = peft.get_peft_model(OneSite(base_layer(t)), config)
+        model = peft.get_peft_model(OneSite(base_layer(t, conv1d)), config)
         parameters = {
             letter: model.get_parameter(f"base_model.model.site.{names(letter)}") for letter in letters.split()
         }
@@ -68,10 +68,10 @@ def lora_config(config: dict, targets: list[str]) -> peft.LoraConfig:
     )
 
 
-def lora(config: dict) -> Compute:
+def lora(config: dict, conv1d: bool = False) -> Compute:
     def compute(t: Tensors) -> Tensors:
         names = "lora_embedding_{}.default" if "ids" in t else "lora_{}.default.weight"
-        return site(lora_config(config, ["site"]), names.format, "A B")(t)
+        return site(lora_config(config, ["site"]), names.format, "A B", conv1d)(t)
 
     return compute
 
@@ -143,7 +143,9 @@ def _virtual_tokens(adapted: nn.Module, t: Tensors, method: str, count: int):
 
     parameter.data.copy_(flat([t[n] for n in names]))
     ids = t["ids"].long()
-    logits = adapted(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, -ids.shape[1] :]
+    segments = t.get("segments")
+    mask = torch.ones_like(ids) if segments is None else (segments >= 0).long()
+    logits = real_only(adapted(input_ids=ids, attention_mask=mask).logits[:, -ids.shape[1] :], segments)
     loss = mean_loss(logits, t["targets"])
     loss.backward()
     parts = parameter.grad.split([t[n].numel() // count for n in names], dim=1)

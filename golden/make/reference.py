@@ -49,8 +49,9 @@ class _Model:
     def attention(self, name: str, q, k, v, segments, scale=None, window=None) -> torch.Tensor:
         def f(q, k, v):
             queries, keys = q.shape[2], k.shape[2]
+            tokens = queries if segments is None else segments.shape[1]
             rows = segments.tolist() if segments is not None else [None]
-            seen = [visible(queries, keys, queries, window, row) for row in rows]
+            seen = [visible(queries, keys, tokens, window, row) for row in rows]
             return attend(q, k, v, torch.from_numpy(np.stack(seen)[:, None]), scale)
 
         y = self.at(f"{name}.attend", f, q, k, v)
@@ -63,9 +64,12 @@ class _Model:
         """Logits (batch, time, vocab). Rows that advice puts before the tokens' embeddings are dropped at the end."""
         time = ids.shape[1]
         x = self.at(self.embed, lambda ids: self.weights[f"{self.embed}.weight"][ids], ids.long())
+        virtual = x.shape[1] - time
         if positions is None:
-            positions = torch.arange(x.shape[1])[None] + first_position
-        x = self.layers(x, positions.long(), segments)
+            positions = torch.arange(time)[None]
+        before = torch.arange(virtual).expand(len(positions), virtual)
+        positions = torch.cat((before, positions.long() + virtual), dim=1) + first_position
+        x = self.layers(x, positions, segments)
         x = self.norm(self.last_norm, x[:, -time:])
         table = self.weights.get("lm_head.weight", self.weights[f"{self.embed}.weight"])
         return self.at("lm_head", lambda x: x @ table.mT, x)
