@@ -150,7 +150,7 @@ def resolve(
     files = [_read_file(file)] if file else []
     above = {key: Value(value, flag) for flag, key, value in flags} | _read_sets(sets, problems)
     if all(_layered([*files, above]).get(key, _UNSET).value in (EMBEDDED, None) for key in ("model", "data.file")):
-        files.insert(0, _read_file(EMBEDDED_RUN))
+        files.insert(0, _read_file(EMBEDDED_RUN, "embedded/run.toml"))
     given = _layered([*files, above])
     chosen = _plugins(given, problems)
     for layer in files:  # a file's own plugins that a layer above replaced: their tables stay unread
@@ -198,15 +198,15 @@ def to_toml(resolved: Resolved) -> str:
 # ---- reading the layers ----
 
 
-def _read_file(file: str | Path) -> Layer:
-    """The values of a TOML file, with their lines."""
+def _read_file(file: str | Path, called: str = "") -> Layer:
+    """The values of a TOML file, with their lines; messages name it as it is `called`."""
     tree, lines = toml.read(file)
     layer = {}
     for name, value in tree.items():
         is_table = isinstance(value, dict) and value
         for key, inner in ((f"{name}.{k}", v) for k, v in value.items()) if is_table else [(name, value)]:
             line = lines.get(key) or lines.get(name, 1)
-            layer[key] = Value(inner, f"{file}:{line}", line)
+            layer[key] = Value(inner, f"{called or file}:{line}", line)
     return layer
 
 
