@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from . import manager
-from .backend import Array, to_host
+from .backend import Array, bfloat16, to_host
 from .errors import RefpeftError
 from .files import read_json, read_safetensors, write_json, write_safetensors
 from .models.base import Model
@@ -198,5 +198,7 @@ def _fill(values: dict[str, Tensor], entries: list[Entry], tensors: dict[str, Ar
         array, shape = tensors[entry.name], entry.pack(*(to_host(values[name].data) for name in entry.params)).shape
         if array.shape != shape:
             raise RefpeftError(f"tensor {entry.name!r} has shape {array.shape}: expected {shape}")
+        if array.dtype.kind != "f" and array.dtype != bfloat16:
+            raise RefpeftError(f"tensor {entry.name!r} is of {array.dtype}: expected floating-point numbers")
         for name, part in zip(entry.params, entry.unpack(array), strict=True):
             values[name].data[...] = model.place(part)

@@ -58,6 +58,13 @@ class Settings:
         value = self._values.get(key)
         return default if value in (None, [], {}, "") else value
 
+    def names(self, key: str) -> str | list[str]:
+        """Names of modules, or one regular expression; an empty list where the key is missing or null."""
+        value = self.get(key, [])
+        if isinstance(value, str) or (isinstance(value, list) and all(isinstance(name, str) for name in value)):
+            return value
+        raise RefpeftError(f"{key} is {value!r}: expected a list of names")
+
     def need(self, key: str) -> Any:
         """The value of a key that must be there."""
         value = self.get(key)
@@ -79,11 +86,16 @@ def module_names(sites: Iterable[Site], model: Any) -> list[str]:
     return sorted(names)
 
 
-def present(targets: Any, model: Any) -> Any:
-    """target_modules without the names that the model does not have, which PEFT ignores without a word."""
+def present(targets: str | list[str], model: Any) -> str | list[str]:
+    """The targets without the names that the model does not have, which PEFT ignores without a word."""
     if isinstance(targets, str):
         return targets
     return [t for t, hits in matcher(targets).items() if any(map(hits, model.sites.values()))] or targets
+
+
+def _targets(config: Settings, model: Any) -> str | list[str]:
+    config.need("target_modules")
+    return present(config.names("target_modules"), model)
 
 
 def _transposed(name: str, key: str) -> Entry:
@@ -147,7 +159,7 @@ def _lora_settings(adapter: Adapter, model: Any) -> dict[str, Any]:
 
 
 def _lora_options(config: Settings, model: Any) -> dict[str, Any]:
-    targets, layers = present(config.need("target_modules"), model), config.get("layers_to_transform")
+    targets, layers = _targets(config, model), config.get("layers_to_transform")
     bias = config.get("bias", "none")
     wanted = model.sites.values() if bias == "all" else _hit(targets, model)
     if bias in ("all", "lora_only") and all(site.bias is None for site in wanted):
@@ -160,15 +172,16 @@ def _lora_options(config: Settings, model: Any) -> dict[str, Any]:
         "bias": bias,
         "rank_pattern": config.get("rank_pattern", {}),
         "alpha_pattern": config.get("alpha_pattern", {}),
-        "modules_to_save": _saved(config.get("modules_to_save", ()), model),
+        "modules_to_save": _saved(config.names("modules_to_save"), model),
         "targets": targets,
-        "exclude": present(config.get("exclude_modules", ()), model),
+        "exclude": present(config.names("exclude_modules"), model),
         "layers": [layers] if isinstance(layers, int) else layers,
     }
 
 
-def _saved(names: list[str], model: Any) -> list[str]:
+def _saved(names: str | list[str], model: Any) -> list[str]:
     """The sites that modules_to_save means: PEFT takes every module whose name ends so, also within a word."""
+    names = [names] if isinstance(names, str) else names
     return [site.name for site in model.sites.values() if site.weight and site.name.endswith(tuple(names))] or names
 
 
@@ -212,16 +225,16 @@ def _ia3_settings(adapter: Adapter, model: Any) -> dict[str, Any]:
 
 def _ia3_options(config: Settings, model: Any) -> dict[str, Any]:
     return {
-        "targets": present(config.need("target_modules"), model),
-        "feedforward": present(config.get("feedforward_modules", ()), model),
-        "exclude": present(config.get("exclude_modules", ()), model),
+        "targets": _targets(config, model),
+        "feedforward": present(config.names("feedforward_modules"), model),
+        "exclude": present(config.names("exclude_modules"), model),
     }
 
 
 def _norm_options(config: Settings, model: Any) -> dict[str, Any]:
     return {
-        "targets": present(config.need("target_modules"), model),
-        "exclude": present(config.get("exclude_modules", ()), model),
+        "targets": _targets(config, model),
+        "exclude": present(config.names("exclude_modules"), model),
     }
 
 

@@ -299,7 +299,11 @@ def patterned(patterns: Mapping[str, Any], site: Site, default: Any) -> Any:
 def _check_patterns(part: Part, sites: list[Site]) -> None:
     for name, patterns in vars(part.cfg).items():
         for key in patterns if name.endswith("_pattern") else ():
-            if not any(patterned({key: True}, site, False) for site in sites):
+            try:
+                hit = any(patterned({key: True}, site, False) for site in sites)
+            except re.error as error:
+                raise RefpeftError(f"{part.name}.{name}: {key!r} is not a regular expression: {error}") from None
+            if not hit:
                 raise RefpeftError(f"{part.name}.{name} has the key {key!r}, which matches none of the targets")
 
 

@@ -1,0 +1,97 @@
+"""Merging: the model with dense weights computes what it computed with the adapter."""
+
+import numpy as np
+import pytest
+import tiny
+from variants import CASES, VARIANTS, WITH_BIASES, attached, quantizer
+
+from refpeft import sites
+from refpeft.errors import RefpeftError
+
+UNMERGED = ("houlsby", "prompt_tuning", "prefix_tuning")
+
+
+@pytest.mark.parametrize(
+    ("family", "name"), [case for case in CASES if (VARIANTS | WITH_BIASES)[case[1]][0] not in UNMERGED]
+)
+def test_the_merged_model_says_the_same_without_an_adapter(family, name):
+    model, _ = attached(family, name)
+    before = model(tiny.ids()).data
+    assert abs(before - tiny.model(family)(tiny.ids()).data).max() > 1e-6
+    sites.merge(model)
+    assert not model.adapters and not any(site.layers for site in model.sites.values())
+    assert abs(model(tiny.ids()).data - before).max() < 1e-12
+
+
+@pytest.mark.parametrize("name", ["lora", "ia3", "ln_tuning"])
+def test_quantized_weights_become_dense(name):
+    model, _ = attached("llama", name, quantizer=quantizer())
+    before = model(tiny.ids()).data
+    sites.merge(model)
+    assert abs(model(tiny.ids()).data - before).max() < 1e-12
+
+
+def test_several_adapters_merge_in_the_order_of_attaching():
+    model, _ = attached("qwen2", "lora-bias")
+    for method in ("ia3", "lora", "ln_tuning"):
+        tiny.scramble(sites.attach(model, method))
+    before = model(tiny.ids()).data
+    sites.merge(model)
+    assert abs(model(tiny.ids()).data - before).max() < 1e-12
+
+
+def test_a_method_without_a_merged_form_is_an_error_and_changes_nothing():
+    model, _ = attached("llama", "lora")
+    tiny.scramble(sites.attach(model, "prefix_tuning"))
+    before = model(tiny.ids()).data
+    with pytest.raises(RefpeftError, match=r"'prefix_tuning' cannot be merged into weights \(at model.layers.0"):
+        sites.merge(model)
+    assert len(model.adapters) == 2
+    assert np.array_equal(model(tiny.ids()).data, before)
+
+
+def test_without_an_adapter_there_is_nothing_to_merge():
+    with pytest.raises(RefpeftError, match="no adapter to merge"):
+        sites.merge(tiny.model())
+
+
+def test_tied_weights_that_were_trained_as_one_stay_one():
+    model, _ = attached("tied", "full")
+    count = model.parameters()
+    sites.merge(model)
+    assert model.head.tied == "model.embed_tokens"
+    assert model.head.weight is model.embed.weight
+    assert model.parameters() == count
+
+
+def test_tied_weights_that_became_two_are_no_longer_tied():
+    model, _ = attached("tied", "lora-everywhere")
+    count = model.parameters()
+    sites.merge(model)
+    assert model.head.tied is None
+    assert model.parameters() == count + model.head.weight().size
+    assert np.array_equal(model.frozen["lm_head.weight"](), model.head.weight())
+
+
+def test_frozen_weights_by_name_are_the_merged_ones():
+    model, _ = attached("qwen2", "lora-bias")
+    sites.merge(model)
+    for site in model.sites.values():
+        if site.weight and not site.tied:
+            assert np.array_equal(model.frozen[f"{site.name}.weight"](), site.weight()), site.name
+        if site.bias is not None:
+            assert np.array_equal(model.frozen[f"{site.name}.bias"](), site.bias), site.name
+
+
+def test_a_bias_that_was_added_is_there_after_merging():
+    model, _ = attached("llama", "bitfit-created")
+    sites.merge(model)
+    assert model.sites["model.layers.0.mlp.up_proj"].bias.shape == (32,)
+
+
+def test_a_merged_model_takes_another_adapter():
+    model, _ = attached("llama", "lora")
+    sites.merge(model)
+    before = model(tiny.ids()).data
+    sites.attach(model, "lora")
+    assert np.array_equal(model(tiny.ids()).data, before)

@@ -1,0 +1,323 @@
+"""Every method on every family: gradients, first values, sizes, nesting, detaching, quantized weights."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+from variants import CASES, FAMILIES, VARIANTS, WITH_BIASES, attached, quantizer
+
+from refpeft import manager, sites
+from refpeft.errors import RefpeftError
+
+CHANGE_AT_THE_START = {"prompt_tuning", "prefix_tuning", "houlsby"}
+
+
+def slope(model, name: str, direction: np.ndarray, step: float = 1e-5) -> float:
+    """The derivative of the loss along `direction` of one parameter, by finite differences."""
+    tensor = dict(model.trained())[name]
+    here, losses = tensor.data, []
+    for sign in (1, -1):
+        tensor.data = here + sign * step * direction
+        losses.append(float(model.loss(tiny.batch()).data))
+    tensor.data = here
+    return (losses[0] - losses[1]) / (2 * step)
+
+
+def check_gradients(model) -> None:
+    """Every parameter's gradient against finite differences along a random direction of its own."""
+    gradients = tiny.gradients(model, tiny.batch())
+    rng = np.random.default_rng(5)
+    worst = max(np.sqrt((g * g).sum()) for g in gradients.values())
+    for name, gradient in gradients.items():
+        direction = rng.standard_normal(gradient.shape)
+        direction /= np.sqrt((direction * direction).sum())
+        assert slope(model, name, direction) == pytest.approx(
+            (gradient * direction).sum(), rel=1e-6, abs=1e-8 * worst
+        ), name
+
+
+@pytest.mark.parametrize(("family", "name"), CASES)
+def test_gradients_are_finite_differences_of_the_loss(family, name):
+    model, _ = attached(family, name)
+    check_gradients(model)
+
+
+@pytest.mark.parametrize(("family", "name"), CASES)
+def test_first_values_leave_the_model_as_it_was(family, name):
+    before = tiny.model(family)(tiny.ids()).data
+    model, adapter = attached(family, name, scramble=False)
+    change = abs(model(tiny.ids()).data - before).max()
+    if adapter.name not in CHANGE_AT_THE_START:
+        assert change == 0
+    elif adapter.name == "houlsby":
+        assert 0 < change < 1e-3
+    else:
+        assert change > 1e-3
+
+
+@pytest.mark.parametrize(("family", "name"), CASES)
+def test_detaching_restores_every_bit_and_training_leaves_the_frozen_weights_alone(family, name):
+    plain = tiny.model(family)
+    model, adapter = attached(family, name)
+    changed = model(tiny.ids()).data
+    tiny.gradients(model, tiny.batch())
+    assert abs(changed - plain(tiny.ids()).data).max() > 1e-6
+    for key, frozen in plain.frozen.items():
+        assert np.array_equal(frozen(), model.frozen[key]()), key
+    sites.detach(model, adapter)
+    assert not model.adapters
+    assert np.array_equal(model(tiny.ids()).data, plain(tiny.ids()).data)
+
+
+@pytest.mark.parametrize("name", [*VARIANTS, *WITH_BIASES])
+def test_the_seed_decides_the_first_values(name):
+    method, options = (VARIANTS | WITH_BIASES)[name]
+    values = []
+    for seed in (3, 3, 4):
+        model = tiny.model("qwen2")
+        values.append({k: t.data for k, t in sites.attach(model, method, options, seed=seed).params.items()})
+    first, again, other = values
+    assert all(np.array_equal(first[key], again[key]) for key in first)
+    if method in ("lora", "houlsby", "prompt_tuning", "prefix_tuning"):
+        assert any(not np.array_equal(first[key], other[key]) for key in first)
+
+
+# ---- how many numbers are trained: the formulas of the docstrings ----------------------------------------------------
+
+DIM, FF, KV, VOCAB, LAYERS = 24, 32, 12, 40, 2
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "options", "count"),
+    [
+        ("llama", "lora", {"r": 3}, LAYERS * 3 * ((DIM + DIM) + (DIM + KV))),
+        ("gpt2", "lora", {"r": 3}, LAYERS * 3 * (DIM + 3 * DIM)),
+        ("llama", "lora", {"r": 3, "targets": ["@embed"]}, 3 * (VOCAB + DIM)),
+        ("llama", "ia3", {}, LAYERS * (2 * KV + FF)),
+        ("gpt2", "ia3", {}, LAYERS * (3 * DIM + 4 * DIM)),
+        ("qwen2", "bitfit", {}, LAYERS * (DIM + 2 * KV)),
+        ("llama", "ln_tuning", {}, (2 * LAYERS + 1) * DIM),
+        ("gpt2", "ln_tuning", {}, (2 * LAYERS + 1) * 2 * DIM),
+        ("llama", "houlsby", {"size": 5, "norms": False}, LAYERS * 2 * (2 * 5 * DIM + 5 + DIM)),
+        ("llama", "prompt_tuning", {"tokens": 3}, 3 * DIM),
+        ("llama", "prefix_tuning", {"tokens": 3}, LAYERS * 2 * 3 * KV),
+    ],
+)
+def test_the_number_of_parameters_is_the_formula(family, method, options, count):
+    assert sites.attach(tiny.model(family), method, options).size == count
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_full_trains_as_many_numbers_as_the_model_has(family):
+    model = tiny.model(family)
+    assert sites.attach(model, "full").size == model.parameters()
+
+
+# ---- each method's own points ----------------------------------------------------------------------------------------
+
+
+def test_tied_weights_stay_one_parameter_with_both_gradients():
+    model = tiny.model("tied")
+    sites.attach(model, "full")
+    both = tiny.gradients(model, tiny.batch())
+    assert "lm_head.weight" not in both
+    apart = tiny.model("tied")
+    sites.attach(apart, "full", {"tie": False})
+    two = tiny.gradients(apart, tiny.batch())
+    together = two["model.embed_tokens.weight"] + two["lm_head.weight"]
+    assert np.allclose(both["model.embed_tokens.weight"], together, rtol=1e-12, atol=1e-15)
+
+
+def test_full_of_a_tied_head_alone_says_what_to_do():
+    with pytest.raises(
+        RefpeftError, match=r"lm_head shares its weight with model.embed_tokens: target both, or set tie"
+    ):
+        sites.attach(tiny.model("tied"), "full", {"targets": ["lm_head"]})
+
+
+def test_bitfit_without_a_bias_in_the_model_says_so():
+    with pytest.raises(RefpeftError, match=r"none of the 20 layers .* has one .*create = true"):
+        sites.attach(tiny.model("llama"), "bitfit")
+
+
+def test_lora_patterns_choose_rank_and_scale():
+    model = tiny.model("llama")
+    options = {"targets": "all-linear", "r": 4, "alpha": 8, "rank_pattern": {"q_proj": 2, r"1\.mlp\..*": 5}}
+    adapter = sites.attach(model, "lora", options | {"alpha_pattern": {"down_proj": 20}})
+    assert adapter.params["model.layers.0.self_attn.q_proj.A"].shape == (2, 24)
+    assert adapter.params["model.layers.1.mlp.down_proj.B"].shape == (24, 5)
+    scales = {site.name: adapter.cfg.scale(site) for site in adapter.sites}
+    assert scales["model.layers.0.self_attn.q_proj"] == 8 / 2
+    assert scales["model.layers.0.self_attn.k_proj"] == 8 / 4
+    assert scales["model.layers.1.mlp.down_proj"] == 20 / 5
+
+
+@pytest.mark.parametrize("name", ["rank_pattern", "alpha_pattern"])
+def test_a_pattern_that_matches_no_target_is_an_error(name):
+    with pytest.raises(RefpeftError, match=rf"lora.{name} has the key 'k_proj', which matches none of the targets"):
+        sites.attach(tiny.model(), "lora", {name: {"k_proj": 2}})
+
+
+def test_lora_first_values_have_the_distribution_that_is_said():
+    model = tiny.model()
+    kaiming = sites.attach(model, "lora", {"r": 64, "targets": ["@down"]}).params["model.layers.0.mlp.down_proj.A"].data
+    assert abs(kaiming).max() <= 32**-0.5 < abs(kaiming).max() * 1.01
+    sites.detach(model)
+    gaussian = sites.attach(model, "lora", {"r": 64, "targets": ["@down"], "init": "gaussian"})
+    assert gaussian.params["model.layers.0.mlp.down_proj.A"].data.std() == pytest.approx(1 / 64, rel=0.05)
+
+
+def test_lora_drops_what_A_reads_in_training_alone():
+    model = tiny.model()
+    adapter = sites.attach(model, "lora", {"dropout": 0.5})
+    tiny.scramble(adapter)
+    evaluated = model(tiny.ids()).data
+    assert np.array_equal(model(tiny.ids()).data, evaluated)
+    model.mode.training = True
+    first = model(tiny.ids()).data
+    assert abs(first - evaluated).max() > 1e-3
+    assert np.array_equal(model(tiny.ids()).data, first)  # seed and step decide
+    model.mode.step = 1
+    assert abs(model(tiny.ids()).data - first).max() > 1e-3
+    check_gradients(model)
+
+
+def test_a_feedforward_name_that_is_no_target_is_an_error():
+    with pytest.raises(RefpeftError, match="ia3: feedforward names '@down', which is none of the targets"):
+        sites.attach(tiny.model(), "ia3", {"targets": ["@k", "@v"]})
+
+
+def test_prompts_start_from_the_rows_of_tokens():
+    model = tiny.model()
+    table = model.embed.weight()
+    prompt = sites.attach(model, "prompt_tuning", {"tokens": 5, "init": "ids", "ids": [7, 3]}).params
+    assert np.array_equal(prompt["model.embed_tokens.prompt"].data, table[[7, 3, 7, 3, 7]])
+    sites.detach(model)
+    prompt = sites.attach(model, "prompt_tuning", {"tokens": 5}).params["model.embed_tokens.prompt"].data
+    assert all(any(np.array_equal(row, known) for known in table) for row in prompt)
+
+
+def test_a_prefix_of_the_models_own_keys_is_the_text_itself():
+    """Keys and values of earlier tokens as the prefix give what the model says of the whole text."""
+    model, ids = tiny.model(), tiny.ids(1, 8)
+    whole = model(ids).data
+    kept = {}
+    for site in model.sites.values():
+        if site.kind == "attention":
+            inner = site.base
+
+            def spy(q, k, v, name=site.name, inner=inner, **rest):
+                kept[name] = k.data[0, :, :3], v.data[0, :, :3]
+                return inner(q, k, v, **rest)
+
+            site.base = spy
+            site.compose()
+    model(ids)
+    fresh = tiny.model()
+    adapter = sites.attach(fresh, "prefix_tuning", {"tokens": 3})
+    for name, (keys, values) in kept.items():
+        adapter.params[f"{name}.keys"].data[...] = keys
+        adapter.params[f"{name}.values"].data[...] = values
+    assert abs(fresh(ids[:, 3:]).data - whole[:, 3:]).max() < 1e-12
+
+
+@pytest.mark.parametrize("method", ["prompt_tuning", "prefix_tuning", "houlsby", "lora"])
+def test_a_token_sees_no_later_one(method):
+    model = tiny.model()
+    tiny.scramble(sites.attach(model, method))
+    ids = tiny.ids(1, 8)
+    before = model(ids).data
+    ids[0, 5] = (ids[0, 5] + 1) % 40
+    after = model(ids).data
+    assert np.array_equal(before[:, :5], after[:, :5])
+    assert (before[:, 5:] != after[:, 5:]).any(axis=(0, 2)).all()
+
+
+# ---- several on one model --------------------------------------------------------------------------------------------
+
+PAIRS = [
+    ("lora", "prefix_tuning"),
+    ("lora", "ia3"),
+    ("ia3", "lora"),
+    ("full", "lora"),
+    ("lora", "lora"),
+    ("houlsby", "lora"),
+    ("prompt_tuning", "prefix_tuning"),
+    ("bitfit", "lora"),
+    ("lora", "bitfit"),
+]
+
+
+@pytest.mark.parametrize(("inner", "outer"), PAIRS)
+def test_two_methods_at_once_have_right_gradients_and_come_off_in_any_order(inner, outer):
+    model = tiny.model("qwen2")
+    plain = model(tiny.ids()).data
+    first, second = sites.attach(model, inner), sites.attach(model, outer)
+    tiny.scramble(first, 1)
+    tiny.scramble(second, 2)
+    check_gradients(model)
+    sites.detach(model, first)
+    alone = tiny.model("qwen2")
+    tiny.scramble(sites.attach(alone, outer), 2)
+    if inner != outer:  # the second of two of a kind is called lora2, and has first values of its own
+        assert np.array_equal(model(tiny.ids()).data, alone(tiny.ids()).data)
+    sites.detach(model, second)
+    assert np.array_equal(model(tiny.ids()).data, plain)
+
+
+def test_gains_around_lora_scale_its_update_too():
+    model = tiny.model()
+    site = model.sites["model.layers.0.self_attn.v_proj"]
+    lora = sites.attach(model, "lora", {"targets": [site.name]})
+    tiny.scramble(lora)
+    ia3 = sites.attach(model, "ia3", {"targets": [site.name], "feedforward": []})
+    tiny.scramble(ia3, 4)
+    A, B, gain = (t.data for a in (lora, ia3) for t in a.params.values())
+    x = np.random.default_rng(0).standard_normal((1, 2, 24))
+    expected = gain * (x @ (site.weight() + 2.0 * B @ A).T)
+    assert np.allclose(site(sites.Tensor(x)).data, expected, rtol=1e-13)
+
+
+def test_two_methods_that_replace_one_bias_are_an_error():
+    model = tiny.model("qwen2")
+    sites.attach(model, "bitfit")
+    sites.attach(model, "full", {"targets": ["@q"]})
+    with pytest.raises(RefpeftError, match=r"two methods replace the bias of model.layers.0.self_attn.q_proj"):
+        model(tiny.ids())
+
+
+# ---- on quantized weights --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*VARIANTS])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_on_nf4_weights_a_method_is_what_it_is_on_their_dense_values(family, name):
+    packed, _ = attached(family, name, quantizer=quantizer())
+    dense, _ = attached(family, name)
+    for site in dense.sites.values():
+        if site.kind == "linear" and "head" not in site.roles:
+            site.weight.array = packed.sites[site.name].weight()
+    if name in ("full", "lora-saved"):  # what is trained in full starts from the values before packing
+        for key, tensor in packed.trained():
+            dict(dense.trained())[key].data[...] = tensor.data
+    assert np.allclose(packed(tiny.ids()).data, dense(tiny.ids()).data, rtol=0, atol=1e-12)
+    ours, theirs = tiny.gradients(packed, tiny.batch()), tiny.gradients(dense, tiny.batch())
+    assert all(np.allclose(ours[key], theirs[key], rtol=1e-9, atol=1e-12) for key in theirs)
+
+
+def test_every_plugin_is_small_and_says_what_it_is():
+    for name, listing in manager.catalogue().items():
+        lines = Path(listing.path).read_text(encoding="utf-8").splitlines()
+        assert len(lines) <= 80, name
+        assert listing.summary.endswith("."), name
+        assert name == "full" or "arXiv:" in "\n".join(lines), name
+
+
+def test_every_config_is_frozen_and_has_defaults():
+    for name in manager.catalogue():
+        config = manager.load(name).Config()
+        field = dataclasses.fields(config)[0].name
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(config, field, None)

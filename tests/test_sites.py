@@ -1,0 +1,221 @@
+"""Choosing sites, attaching and detaching; every mistake in an option is one clear sentence."""
+
+from dataclasses import dataclass
+from types import ModuleType
+
+import numpy as np
+import pytest
+import tiny
+from hypothesis import given
+from hypothesis import strategies as st
+
+from refpeft import hookimpl, manager, sites
+from refpeft.errors import RefpeftError
+from refpeft.tensor import parameter
+
+
+def chosen(targets, family: str = "llama", **more) -> list[str]:
+    model = tiny.model(family)
+    cfg = manager.load("lora").Config(targets=targets, **more)
+    usable = {"linear", "embedding"}
+    return [site.name for site in sites.select(model.sites.values(), cfg, lambda site: site.kind in usable)]
+
+
+Q = ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"]
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        (("@q",), Q),
+        (("q_proj",), Q),
+        (("self_attn.q_proj",), Q),
+        ((Q[1],), Q[1:]),
+        (("*.q_proj",), Q),
+        (("*.0.*q_proj", "model.layers.1.self_attn.q_proj"), Q),
+        ("@q", Q),
+        ("q_proj", Q),
+        (r".*\.q_proj", Q),
+        (r"model\.layers\.1\.self_attn\.[q]_proj", Q[1:]),
+        (("lm_head",), ["lm_head"]),
+        (("embed_tokens",), ["model.embed_tokens"]),
+    ],
+)
+def test_targets_are_roles_names_globs_and_in_one_string_a_regular_expression(targets, expected):
+    assert chosen(targets) == expected
+
+
+def test_a_regular_expression_matches_whole_names():
+    with pytest.raises(RefpeftError, match="matches no site"):
+        chosen(r"self_attn\.q_proj$")
+
+
+def test_a_name_is_no_end_of_a_word():
+    with pytest.raises(RefpeftError, match=r"target 'proj' matches no site of this model"):
+        chosen(("proj",))
+
+
+@pytest.mark.parametrize("family", tiny.CONFIGS)
+def test_all_linear_is_every_linear_layer_but_the_head(family):
+    model = tiny.model(family)
+    linear = [site.name for site in model.sites.values() if site.kind == "linear" and site.name != "lm_head"]
+    assert chosen(("all-linear",), family) == chosen("all-linear", family) == linear
+
+
+def test_one_layer_may_have_several_roles():
+    assert (
+        chosen(("@k",), "gpt2")
+        == chosen(("c_attn",), "gpt2")
+        == ["transformer.h.0.attn.c_attn", "transformer.h.1.attn.c_attn"]
+    )
+
+
+def test_exclude_and_layers_take_away():
+    assert chosen(("@q", "@k"), exclude=("@k",)) == Q
+    assert chosen(("@q", "@k"), exclude=r".*k_proj", layers=(1,)) == Q[1:]
+    assert chosen(("@q", "lm_head"), layers=(0,)) == Q[:1]
+
+
+@pytest.mark.parametrize(
+    ("targets", "more", "message"),
+    [
+        (
+            ("q_porj",),
+            {},
+            r"target 'q_porj' matches no site of this model; did you mean 'q_proj'\?; there are .*k_proj",
+        ),
+        (("@Q",), {}, r"target '@Q' matches no site of this model; did you mean '@q'\?; there are @attend"),
+        (("@q", "nonsense"), {}, "target 'nonsense' matches no site"),
+        (("@norm",), {}, "target '@norm' matches 5 sites of kind norm, where this method has nothing to do"),
+        ((r"*.layers.9.*",), {}, "matches no site"),
+        ("(q", {}, r"'\(q' is not a regular expression: .*; a glob goes into a list"),
+        (("@q",), {"exclude": ("nonsense",)}, "target 'nonsense' matches no site"),
+        (("@q",), {"layers": (2,)}, "layers names 2: the model has layers 0 to 1"),
+        (("@q",), {"exclude": ("@q",)}, "after 'exclude' and 'layers' no site is left"),
+        ((), {}, "after 'exclude' and 'layers' no site is left"),
+    ],
+)
+def test_a_mistake_in_targets_is_said(targets, more, message):
+    with pytest.raises(RefpeftError, match=message):
+        chosen(targets, **more)
+
+
+@given(st.text(max_size=12))
+def test_any_text_as_a_target_is_sites_or_one_sentence(text):
+    for targets in (text, (text,)):
+        try:
+            assert chosen(targets)
+        except RefpeftError as error:
+            assert "\n" not in str(error) or "\n" in text
+
+
+def test_names_of_sites_are_the_checkpoints():
+    model = tiny.model("gpt2")
+    names = {f"{site.name}.weight" for site in model.sites.values() if site.weight and not site.tied}
+    assert names == {name for name in tiny.arrays(tiny.GPT2_SMALL) if name.endswith("weight")}
+    assert {site.index for site in model.sites.values()} == {None, 0, 1}
+
+
+# ---- attaching -------------------------------------------------------------------------------------------------------
+
+
+def test_several_of_a_kind_are_numbered():
+    model = tiny.model()
+    assert [sites.attach(model, "lora").name for _ in range(3)] == ["lora", "lora2", "lora3"]
+    assert len(dict(model.trained())) == 3 * 8
+
+
+def test_a_mistake_leaves_the_model_as_it_was():
+    model = tiny.model()
+    for options in ({"targets": ["nonsense"]}, {"rank": 4}, {"r": 0}, {"modules_to_save": ["nonsense"]}):
+        with pytest.raises(RefpeftError):
+            sites.attach(model, "lora", options)
+    assert not model.adapters and not any(site.layers for site in model.sites.values())
+
+
+def test_detaching_what_is_not_attached_is_an_error():
+    model = tiny.model()
+    adapter = sites.attach(model, "lora")
+    sites.detach(model, adapter)
+    with pytest.raises(RefpeftError, match="adapter 'lora' is not attached"):
+        sites.detach(model, adapter)
+
+
+def plugin(**hooks) -> ModuleType:
+    """A plugin module with these hooks and a Config that has targets only."""
+    module = ModuleType("refpeft_plugins.made_here")
+    module.Config = dataclass(frozen=True)(
+        type("Config", (), {"__annotations__": {"targets": tuple[str, ...]}, "targets": ("@q",)})
+    )
+    for name, function in hooks.items():
+        setattr(module, name, hookimpl(function))
+    return module
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    made = []
+
+    def register(**hooks):
+        made.append(plugin(**hooks))
+        manager._pm.register(made[-1])
+        return made[-1]
+
+    yield register
+    for module in made:
+        manager._pm.unregister(module)
+
+
+def test_a_hook_gets_what_it_names(registered):
+    seen = {}
+
+    def peft_params(site, cfg, rng, bias):
+        seen.update(name=site.name, bias=bias, targets=cfg.targets, draw=rng.uniform(0, 1, 2))
+        return {"s": np.ones(site.shape[0])}
+
+    def peft_shared(sites, rng):
+        return {"c": np.full(len(sites), 3.0), "t": parameter(np.ones(1))}
+
+    def peft_linear(x, base, p, shared, train):
+        seen.update(train=train, weight=base.weight.shape, bias_of_base=base.bias)
+        return base(x) * p.s * shared.c[:1] * shared.t
+
+    model = tiny.model("qwen2")
+    module = registered(peft_params=peft_params, peft_shared=peft_shared, peft_linear=peft_linear)
+    adapter = sites.attach(model, module)
+    model(tiny.ids())
+    assert seen["name"] == Q[1] and seen["bias"].shape == (24,) and seen["targets"] == ("@q",) and seen["train"] is None
+    assert seen["weight"] == (24, 24) and seen["bias_of_base"].shape == (24,)
+    assert list(adapter.params) == ["shared.t", *(f"{name}.s" for name in Q)]
+    model.mode.training, model.mode.step = True, 4
+    model(tiny.ids())
+    assert seen["train"].step == 4
+
+
+def test_a_weight_that_no_hook_names_is_not_computed(registered):
+    def peft_params(site):
+        return {"s": np.ones(site.shape[0])}
+
+    model = tiny.model()
+    for site in model.sites.values():
+        if "q" in site.roles:
+            site.weight = None  # asking it would raise
+    sites.attach(model, registered(peft_params=peft_params, peft_linear=lambda x, base, p: base(x) * p.s))
+
+
+def test_a_method_that_finds_nothing_to_train_is_an_error(registered):
+    module = registered(peft_params=lambda site: None, peft_linear=lambda x, base: base(x))
+    with pytest.raises(RefpeftError, match="'made_here' trains nothing on this model"):
+        sites.attach(tiny.model(), module)
+
+
+def test_a_reference_to_what_is_not_trained_is_an_error(registered):
+    module = registered(peft_params=lambda site: {"s": "lm_head.s"}, peft_linear=lambda x, base, p: base(x) * p.s)
+    with pytest.raises(RefpeftError, match=r"q_proj.s refers to lm_head.s, which is not trained"):
+        sites.attach(tiny.model(), module)
+
+
+def test_a_hook_without_its_input_is_an_error(registered):
+    module = registered(peft_params=lambda site: {"s": np.ones(1)}, peft_linear=lambda base, p: None)
+    with pytest.raises(RefpeftError, match="'made_here': peft_linear does not take x"):
+        sites.attach(tiny.model(), module)

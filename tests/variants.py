@@ -1,0 +1,50 @@
+"""Every method in several variants, attached to tiny models: what the tests of methods share."""
+
+import tiny
+
+from refpeft import manager, sites
+from refpeft.quant import Quantizer
+
+# name: (method, options)
+VARIANTS = {
+    "full": ("full", {}),
+    "lora": ("lora", {"r": 3}),
+    "lora-everywhere": ("lora", {"targets": ["all-linear", "@embed", "@head"], "rslora": True, "init": "gaussian"}),
+    "lora-patterns": ("lora", {"targets": "all-linear", "rank_pattern": {"mlp.*": 2}, "alpha_pattern": {".*1.*": 3}}),
+    "lora-saved": ("lora", {"targets": "all-linear", "modules_to_save": ["@norm", "@head", "@down"]}),
+    "ia3": ("ia3", {}),
+    "ia3-other": ("ia3", {"targets": ["@q", "@up"], "feedforward": ["@up"]}),
+    "bitfit-created": ("bitfit", {"create": True}),
+    "ln_tuning": ("ln_tuning", {}),
+    "houlsby": ("houlsby", {"size": 5}),
+    "houlsby-relu": ("houlsby", {"size": 5, "activation": "relu", "norms": False, "layers": [1]}),
+    "prompt_tuning": ("prompt_tuning", {"tokens": 3}),
+    "prefix_tuning": ("prefix_tuning", {"tokens": 3, "init_std": 0.5}),
+    "prefix_tuning-zero": ("prefix_tuning", {"tokens": 3, "positions": "zero"}),
+}
+WITH_BIASES = {
+    "bitfit": ("bitfit", {}),
+    "lora-bias": ("lora", {"bias": "lora_only"}),
+    "lora-all-biases": ("lora", {"bias": "all", "modules_to_save": ["@k"], "targets": ["@q", "@o"]}),
+}
+FAMILIES = ("llama", "tied", "qwen2", "gpt2")
+CASES = [(family, name) for family in FAMILIES for name in VARIANTS] + [
+    (family, name)
+    for family in ("qwen2", "gpt2")
+    for name in WITH_BIASES
+    if (family, name) != ("gpt2", "lora-all-biases")
+]
+
+
+def attached(family: str, name: str, scramble: bool = True, **model):
+    method, options = (VARIANTS | WITH_BIASES)[name]
+    built = tiny.model(family, **model)
+    adapter = sites.attach(built, method, options)
+    if scramble:
+        tiny.scramble(adapter)
+    return built, adapter
+
+
+def quantizer(**options) -> Quantizer:
+    plugin = manager.load("nf4")
+    return Quantizer(plugin, plugin.Config(**options))
