@@ -176,6 +176,8 @@ def minimum(a: Tensor, b: Tensor) -> Tensor:
 @op
 def where(needs, a, b, *, condition):
     """a where `condition` (a boolean array) holds, b elsewhere."""
+    if condition.dtype != bool:
+        raise TypeError(f"condition is {condition.dtype}: expected booleans")
     return xp_of(a, b).where(condition, a, b), (a.shape if needs[0] else None, b.shape if needs[1] else None, condition)
 
 

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 
 from refpeft import fused, ops
+from refpeft.conformance.gradcheck import gradcheck
 from refpeft.rng import Stream
 from refpeft.tensor import Tensor, parameter
 
@@ -65,6 +67,16 @@ def test_embedding_adds_up_the_rows_of_repeated_ids():
     table = parameter(normal((4, 2)))
     fused.embedding(table, ids=np.array([[1, 1], [3, 1]])).backward()
     assert np.array_equal(table.grad, [[0, 0], [3, 3], [0, 0], [1, 1]])
+
+
+@given(hnp.array_shapes(min_dims=0, max_dims=3, max_side=3))
+def test_layers_take_any_leading_axes(lead):
+    x, y, w, A, b = normal((*lead, 4)), normal((*lead, 5)), normal((5, 4)), normal((5, 4), 1), normal(5)
+    assert gradcheck(lambda x, b: fused.frozen_linear(x, b, weight=lambda: w), x, b) < 1e-7
+    assert gradcheck(lambda x, A, b: ops.linear(x, A, b), x, A, b) < 1e-7
+    assert gradcheck(lambda y, u, B: fused.addmm(y, u, B, alpha=0.5), y, x, A) < 1e-7
+    assert gradcheck(lambda y, b: fused.rms_norm(y, b, eps=1e-5), y, b) < 1e-7
+    assert gradcheck(lambda y, w, b: fused.layer_norm(y, w, b, eps=1e-5), y, b + 1, b) < 1e-7
 
 
 # ---- norms and activations -------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from cases import FUSED, OPS, Case, Place
+from cases import FUSED, HOST, OPS, Case, Place
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -55,6 +55,18 @@ def test_the_dtype_stays_forward_and_backward(case: Case, dtype: str):
     out.backward(np.ones(out.shape, dtype))
     assert [leaf.grad.dtype for leaf in leaves] == [dtype] * len(leaves)
     assert [leaf.grad.shape for leaf in leaves] == [leaf.shape for leaf in leaves]
+
+
+@pytest.mark.parametrize("case", ALL, ids=str)
+def test_single_precision_is_right_to_its_last_places(case: Case):
+    results = []
+    for place in (HOST, Place("f4")):
+        leaves = [parameter(array) for array in case.arrays(place)]
+        out = case(*leaves, place=place)
+        out.backward(place(normal(out.shape)))
+        results.append([out.data, *(leaf.grad for leaf in leaves)])
+    for double, single in zip(*results, strict=True):
+        assert np.abs(single - double).max() <= 64 * np.finfo("f4").eps * np.abs(double).max()
 
 
 @pytest.mark.parametrize("case", [case for case in ALL if len(case.arrays()) > 1], ids=str)
@@ -239,6 +251,14 @@ def test_solve_broadcasts_stacks(pair):
     a = a + 5 * np.eye(a.shape[-1])
     assert ops.solve(Tensor(a), Tensor(b)).shape == pair.result_shape
     assert gradcheck(ops.solve, a, b) < 1e-7
+
+
+def test_where_refuses_a_condition_that_is_not_boolean():
+    for condition in (np.ones(3), x(3)):
+        with pytest.raises(
+            RefpeftError, match=r"^where\(float64\[3\], 1\.0\): condition is float64: expected booleans"
+        ):
+            ops.where(x(3), 1.0, condition=condition)
 
 
 # ---- reductions ------------------------------------------------------------------------------------------------------
