@@ -122,6 +122,8 @@ _LORA_NAMES = {
     "embedding": {"A": "lora_embedding_A", "B": "lora_embedding_B"},
 }
 
+_LORA_INITS = (True, False, "gaussian", "eva", "orthogonal")  # those that leave the frozen weights alone
+
 
 def _lora_entries(adapter: Adapter) -> list[Entry]:
     wrapped = {site.name for site in adapter.sites}
@@ -162,6 +164,10 @@ def _lora_options(config: Settings, model: Any) -> dict[str, Any]:
     targets, layers = _targets(config, model), config.get("layers_to_transform")
     bias = config.get("bias", "none")
     wanted = model.sites.values() if bias == "all" else _hit(targets, model)
+    init = config.get("init_lora_weights", True)
+    if init not in _LORA_INITS:
+        known = ", ".join(map(repr, _LORA_INITS))
+        raise RefpeftError(f"init_lora_weights = {init!r} changes frozen weights too; refpeft knows {known}")
     if bias in ("all", "lora_only") and all(site.bias is None for site in wanted):
         bias = "none"  # PEFT trains the biases that there are, and is content with none
     return {
@@ -169,6 +175,7 @@ def _lora_options(config: Settings, model: Any) -> dict[str, Any]:
         "alpha": config.need("lora_alpha"),
         "dropout": config.get("lora_dropout", 0.0),
         "rslora": config.get("use_rslora", False),
+        "init": "gaussian" if init == "gaussian" else "kaiming",
         "bias": bias,
         "rank_pattern": config.get("rank_pattern", {}),
         "alpha_pattern": config.get("alpha_pattern", {}),
@@ -195,8 +202,7 @@ _LORA = Format(
     _lora_settings,
     _lora_options,
     any_value=("fan_in_fan_out", "megatron_core", "qalora_group_size", "runtime_config"),
-    # The other schemes (pissa, olora, corda, loftq ...) change the frozen weights too.
-    values={"init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"), "layers_pattern": ("layers", "h")},
+    values={"layers_pattern": ("layers", "h")},
 )
 
 

@@ -157,7 +157,10 @@ def test_a_tensor_of_integers_is_refused(saved):
         ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens"),
         ({"trainable_token_indices": [3]}, "trainable_token_indices"),
         ({"something_new": 3}, "something_new = 3 is not"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa'; for LORA refpeft knows True, False, 'gaussian'"),
+        (
+            {"init_lora_weights": "pissa"},
+            "init_lora_weights = 'pissa' changes frozen weights too; refpeft knows True, False, 'gaussian'",
+        ),
         ({"r": None}, "r is missing, which LORA needs"),
         ({"r": "eight"}, 'r is "eight": expected an integer'),
         ({"target_modules": None}, "target_modules is missing"),
