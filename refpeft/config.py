@@ -294,9 +294,8 @@ def _tables(given: Layer, chosen: Mapping[str, Any], problems: Problems) -> dict
 def _validate(model: type[BaseModel], values: dict, table: str, given: Layer, problems: Problems) -> BaseModel | None:
     """An instance of `model`, or None and a problem for every key that is wrong."""
     try:
-        return model.model_validate_json(
-            json.dumps(values, default=str)
-        )  # JSON mode: a list is a tuple, an integer is a number
+        # JSON, because TOML has JSON's types: in pydantic's JSON mode a list is a tuple, too, however strict it is.
+        return model.model_validate_json(json.dumps(values, default=str))
     except ValidationError as error:
         wrong: dict[str, list[Any]] = {}
         for detail in error.errors(include_url=False):
@@ -344,7 +343,7 @@ _EXPECTED = {
     "tuple_type": "a list",
     "finite_number": "a finite number",
     "dict_type": "a table",
-    "none_required": "nothing",
+    "missing": "a value",
 }
 _BOUNDS = {
     "greater_than": "above {gt}",

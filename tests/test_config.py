@@ -287,6 +287,21 @@ values = st.recursive(
 )
 
 
+KEYS = ("model", "method", "quantizer", "out", "seed", "data", "train", "rank", "lora", "zzz", "a.b", "")
+INNER = ("file", "eval_share", "lr", "betas", "warmup", "steps", "r", "targets", "pattern", "zzz", "a.b", "")
+documents = st.dictionaries(st.sampled_from(KEYS), values | st.dictionaries(st.sampled_from(INNER), values), max_size=4)
+
+
+@given(documents, st.lists(st.tuples(st.sampled_from(("train.lr", "rank.r", "x.y", "seed")), st.text(max_size=5))))
+def test_no_configuration_is_a_crash(tmp_path_factory, document, sets):
+    file = tmp_path_factory.mktemp("any") / "run.toml"
+    file.write_text("\n".join(f"{toml.text(key)} = {toml.text(value)}" for key, value in document.items()))
+    try:
+        config.resolve(file, sets=[f"{key}={value}" for key, value in sets])
+    except RefpeftError as error:
+        assert str(error)
+
+
 @given(values)
 def test_what_is_written_as_toml_reads_back(value):
     assert tomllib.loads(f"value = {toml.text(value)}")["value"] == value
