@@ -113,7 +113,7 @@ def _accumulate(node: Node, g: Array) -> None:
 
 class _State(threading.local):
     recording = True
-    touched = False  # whether an op met an input that wants a gradient, recorded or not
+    touched = False  # whether an op met an input that wants a gradient, recorded or not, since checkpoint() cleared it
 
 
 _state = _State()
@@ -217,13 +217,12 @@ def checkpoint(fn: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
 
     What `fn` reads beside its inputs must be constants and parameters, and it must compute the same again.
     """
-    if not _state.recording:
+    if not _state.recording:  # also within another checkpoint, whose `touched` then goes on
         return fn(*inputs)
-    before, _state.touched = _state.touched, False
+    _state.touched = False
     with no_grad():
         out = fn(*inputs)
-    trained, _state.touched = _state.touched, before or _state.touched
-    if not trained:
+    if not _state.touched:
         return out
     nodes = tuple(x.node for x in inputs)
     return Tensor(out.data, Node(_recompute, nodes, (fn, tuple(x.data for x in inputs), tuple(map(bool, nodes)))))
