@@ -34,6 +34,7 @@ _OF_EVERY_METHOD = {
     "revision",
     "task_type",
 }
+_SIZES = ("r", "tokens", "size")  # options that say how large trained tensors are
 _NOTHING = (None, False, 0, "", [], {})  # values of keys that are unknown and say that they are not used
 
 
@@ -129,6 +130,7 @@ def _load_one(model: Model, directory: Path) -> Adapter:
     config, tensors = read_json(directory / CONFIG), read_safetensors(directory / TENSORS)
     try:
         method, form, options = _understood(config, model)
+        _refuse_sizes(options, tensors)
         adapter = attach(model, method, options)
     except RefpeftError as error:
         raise RefpeftError(f"{directory / CONFIG}: {error}") from None
@@ -169,6 +171,16 @@ def _refuse_unsupported(config: dict[str, Any], form: Format, read: set[str]) ->
         if value not in form.values[key]:
             known = ", ".join(map(repr, form.values[key]))
             raise RefpeftError(f"{key} = {value!r}; for {form.peft_type} refpeft knows {known}")
+
+
+def _refuse_sizes(options: dict[str, Any], tensors: dict[str, Array]) -> None:
+    """Raises RefpeftError for a rank or a length beyond any tensor of the file, before anything of its size is made."""
+    patterns = options.get("rank_pattern")
+    asked = {name: options.get(name) for name in _SIZES} | (patterns if isinstance(patterns, dict) else {})
+    largest = max((side for array in tensors.values() for side in array.shape), default=0)
+    for name, size in asked.items():
+        if isinstance(size, int) and size > largest:
+            raise RefpeftError(f"{name} = {size}, but no tensor in {TENSORS} has a side of more than {largest}")
 
 
 def _without_base(tensors: dict[str, Array], adapter: Adapter, model: Model) -> dict[str, Array]:

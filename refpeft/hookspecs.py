@@ -5,6 +5,10 @@ A plugin is one file: a docstring, a frozen dataclass `Config` with defaults, an
 of a quantized layer would be dequantized). Which hooks it has is what it can do: without `peft_merge`, `refpeft merge`
 refuses it by name.
 
+A method's Config must have `targets`, and may have `exclude` and `layers`: these choose its sites
+(refpeft.sites.select). Fields that end in `_pattern` map regular expressions to values for the sites that match
+(refpeft.sites.patterned). A ValueError from `__post_init__` reaches the user as a mistake in the options.
+
 The arguments:
     site    refpeft.sites.Site: .name, .kind, .shape, .roles, .tied; sites: the list of those that were chosen
     cfg     the plugin's Config
@@ -14,7 +18,7 @@ The arguments:
     x       Tensor (batch, time, in); ids: integer array (batch, time)
     base    the layer below, to be called once: base(x). Keywords stand in for its frozen parts: base(x, bias=p.bias).
             base.weight and base.bias are those parts as constants
-    p       the site's trained values by name: p.A
+    p       the site's trained values by name, p.A: Tensors; in peft_merge their arrays
     shared  the values of `peft_shared` by name
     train   None outside of training; otherwise refpeft.sites.Train: .dropout(x, rate), .step
 """

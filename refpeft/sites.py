@@ -332,6 +332,10 @@ def attach(model: Any, method: str | ModuleType, config: Any = None, *, seed: in
     plugin = method if isinstance(method, ModuleType) else manager.load(method)
     cfg = plugin_options(plugin, config or {}) if config is None or isinstance(config, dict) else config
     part = Part(plugin, cfg)
+    if not hasattr(cfg, "targets"):
+        raise RefpeftError(
+            f"plugin '{part.name}' needs a dataclass Config with a field 'targets', the sites it acts on"
+        )
     taken = {adapter.name for adapter in model.adapters}
     name = next(n for n in (part.name, *(f"{part.name}{i}" for i in range(2, 1000))) if n not in taken)
     adapter = Adapter(name, [], [], {}, part.call("peft_positions") or 0)

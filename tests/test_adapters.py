@@ -6,18 +6,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from variants import CASES, attached
 
 from refpeft import adapters, files, manager, sites
 from refpeft.errors import RefpeftError
 
 
-def settings(folder: Path) -> dict:
+def config(folder: Path) -> dict:
     return json.loads((folder / "adapter_config.json").read_text())
 
 
 def change(folder: Path, **entries) -> None:
-    files.write_json(folder / "adapter_config.json", settings(folder) | entries)
+    files.write_json(folder / "adapter_config.json", config(folder) | entries)
 
 
 def tensors(folder: Path) -> dict[str, np.ndarray]:
@@ -65,7 +67,7 @@ def test_one_of_several_is_saved_alone(tmp_path):
     model, first = attached("llama", "lora")
     sites.attach(model, "ia3")
     adapters.save(tmp_path, model, first)
-    assert settings(tmp_path)["peft_type"] == "LORA"
+    assert config(tmp_path)["peft_type"] == "LORA"
 
 
 def test_a_loss_of_precision_is_that_of_the_type_alone(tmp_path):
@@ -81,8 +83,8 @@ def test_what_peft_cannot_express_is_in_a_form_of_our_own(tmp_path):
     for name in ("houlsby", "bitfit-created", "full", "prefix_tuning-zero"):
         model, adapter = attached("llama", name)
         adapters.save(tmp_path, model)
-        assert settings(tmp_path)["peft_type"] == "REFPEFT"
-        assert settings(tmp_path)["method"] == adapter.name
+        assert config(tmp_path)["peft_type"] == "REFPEFT"
+        assert config(tmp_path)["method"] == adapter.name
         assert set(tensors(tmp_path)) == {f"base_model.model.{key}" for key in adapter.params}
 
 
@@ -100,9 +102,9 @@ def test_target_modules_are_as_short_as_is_exact(family, options, expected, tmp_
     model = tiny.model(family)
     sites.attach(model, "lora", options)
     adapters.save(tmp_path, model)
-    assert settings(tmp_path)["target_modules"] == expected
-    assert settings(tmp_path)["fan_in_fan_out"] == (family == "gpt2")
-    assert settings(tmp_path)["task_type"] == "CAUSAL_LM"
+    assert config(tmp_path)["target_modules"] == expected
+    assert config(tmp_path)["fan_in_fan_out"] == (family == "gpt2")
+    assert config(tmp_path)["task_type"] == "CAUSAL_LM"
 
 
 # ---- refused ---------------------------------------------------------------------------------------------------------
@@ -162,6 +164,8 @@ def test_a_tensor_of_integers_is_refused(saved):
             "init_lora_weights = 'pissa' changes frozen weights too; refpeft knows True, False, 'gaussian'",
         ),
         ({"r": None}, "r is missing, which LORA needs"),
+        ({"r": 10**9}, r"r = 1000000000, but no tensor in adapter_model.safetensors has a side of more than 24"),
+        ({"rank_pattern": {"q_proj": 10**9}}, "q_proj = 1000000000, but no tensor"),
         ({"r": "eight"}, 'r is "eight": expected an integer'),
         ({"target_modules": None}, "target_modules is missing"),
         ({"target_modules": ["nonsense"]}, "target 'nonsense' matches no site"),
@@ -197,6 +201,32 @@ def test_a_setting_that_is_not_understood_is_refused(saved, entries, message):
 def test_settings_that_change_nothing_are_read(saved, entries):
     change(saved, **entries)
     adapters.load(tiny.model(), saved)
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 10**12) | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    max_leaves=3,
+)
+KEYS = """
+r lora_alpha lora_dropout use_rslora bias rank_pattern alpha_pattern modules_to_save target_modules exclude_modules
+layers_to_transform layers_pattern init_lora_weights feedforward_modules num_virtual_tokens peft_type method options
+use_dora other
+"""
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150)
+@given(
+    st.dictionaries(st.sampled_from(KEYS.split()), VALUES, min_size=1, max_size=3),
+    st.sampled_from(["LORA", "IA3", "PREFIX_TUNING", "REFPEFT"]),
+)
+def test_any_config_is_read_or_refused_in_a_sentence(saved, entries, kind):
+    change(saved, **({"peft_type": kind, "num_virtual_tokens": 3, "method": "lora", "options": {}} | entries))
+    model = tiny.model()
+    try:
+        adapters.load(model, saved)
+    except RefpeftError:
+        assert not model.adapters
 
 
 def test_an_adapter_of_another_model_is_refused(saved):

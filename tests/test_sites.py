@@ -219,3 +219,10 @@ def test_a_hook_without_its_input_is_an_error(registered):
     module = registered(peft_params=lambda site: {"s": np.ones(1)}, peft_linear=lambda base, p: None)
     with pytest.raises(RefpeftError, match="'made_here': peft_linear does not take x"):
         sites.attach(tiny.model(), module)
+
+
+def test_a_plugin_without_targets_is_an_error(registered):
+    module = registered(peft_params=lambda site: {"s": np.ones(1)}, peft_linear=lambda x, base, p: base(x))
+    module.Config = dataclass(frozen=True)(type("Config", (), {}))
+    with pytest.raises(RefpeftError, match="'made_here' needs a dataclass Config with a field 'targets'"):
+        sites.attach(tiny.model(), module)
