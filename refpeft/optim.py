@@ -51,7 +51,9 @@ class Flat:
 class AdamW:
     """AdamW (Loshchilov & Hutter, 2017, arXiv:1711.05101), as torch.optim.AdamW computes it."""
 
-    def __init__(self, flat: Flat, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0):
+    def __init__(
+        self, flat: Flat, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0
+    ):
         self.flat, self.betas, self.eps, self.weight_decay = flat, betas, eps, weight_decay
         xp = xp_of(flat.values)
         self.m, self.v = xp.zeros_like(flat.values), xp.zeros_like(flat.values)

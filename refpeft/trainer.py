@@ -77,7 +77,9 @@ class Trainer:
         self.optimizer = AdamW(self.flat, s.betas, s.eps, s.weight_decay)
         self.summary = Summary()
         if s.best and (evaluation is None or out is None):
-            raise RefpeftError("'best' keeps the adapter of the best evaluation: it needs held-out rows and a run directory")
+            raise RefpeftError(
+                "'best' keeps the adapter of the best evaluation: it needs held-out rows and a run directory"
+            )
 
     # ---- the run ----
 
@@ -226,7 +228,9 @@ class Trainer:
             state = json.loads((newest / "state.json").read_text())
             saved, summary = state["run"], Summary(**state["summary"])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise RefpeftError(f"checkpoint {newest} cannot be read: {error}; remove it to go on from an older one") from None
+            raise RefpeftError(
+                f"checkpoint {newest} cannot be read: {error}; remove it to go on from an older one"
+            ) from None
         now = self._fingerprint()
         other = [f"{key} was {saved.get(key)}, now {now[key]}" for key in now if saved.get(key) != now[key]]
         if other:
