@@ -28,21 +28,18 @@ class Verbs(click.Group):
         try:
             return super().invoke(ctx)
         except RefpeftError as error:
-            click.echo(str(error), err=True)
-            ctx.exit(2)
+            message = str(error)
         except BrokenPipeError:
             raise  # click ends quietly: whoever read the output has had enough
         except OSError as error:
-            click.echo(f"{error.filename or 'a file'}: {error.strerror or error}", err=True)
-            ctx.exit(2)
+            message = f"{error.filename or 'a file'}: {error.strerror or error}"
         except MemoryError as error:
-            click.echo(
-                f"out of memory: {error}; `refpeft train --dry-run` shows what takes how much".replace(": ;", ";"),
-                err=True,
-            )
-            ctx.exit(2)
+            what = f": {error}" if str(error) else ""
+            message = f"out of memory{what}; `refpeft train --dry-run` shows what takes how much"
         except KeyboardInterrupt:
             ctx.exit(130)
+        click.echo(message, err=True)
+        ctx.exit(2)
 
 
 @click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

@@ -26,7 +26,7 @@ from refpeft.models.hub import resolve as resolve_model
 from refpeft.quant import Quantizer
 from refpeft.tensor import Node
 
-_PROBED = 16  # tokens of a row whose tape is measured
+_PROBED = 4  # tokens of a row whose tape is measured
 _SAMPLED_ROWS = 64  # rows of a weight that are quantized to learn how many bytes it takes
 
 

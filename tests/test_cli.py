@@ -21,6 +21,7 @@ METHOD = '''"""Scales outputs (Someone, 2000): y = g W x."""
 
 from dataclasses import dataclass
 
+import numpy as np
 from refpeft import hookimpl
 
 
@@ -32,12 +33,12 @@ class Config:
 
 @hookimpl
 def peft_params(site):
-    return {"g": [1.0]}
+    return {"g": np.ones(site.shape[:1])}
 
 
 @hookimpl
 def peft_linear(x, base, p):
-    return base(x)
+    return base(x) * p.g
 '''
 
 
@@ -120,6 +121,34 @@ def test_train_prints_lines_and_a_report(refpeft, model, rows):
     assert "step 4/4" in result.stderr
     assert "held-out loss" in result.stdout
     assert "refpeft generate --adapter out" in result.stdout
+
+
+def test_a_method_in_a_file_of_one_s_own_trains(refpeft, model, rows, method):
+    result = refpeft(*TRAIN, "-p", method, "--method", "gain", "--out", "out", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(refpeft("eval", "--adapter", "out", "-p", method, "--json").stdout)["rows"] == 12
+    manager._added.clear()
+    assert "no method is named 'gain'" in refused(refpeft("eval", "--adapter", "out", "--data", "rows.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (PermissionError(13, "Permission denied", "some/file"), 2, "some/file: Permission denied\n"),
+        (MemoryError("Unable to allocate 9 TiB"), 2, "out of memory: Unable to allocate 9 TiB; "),
+        (MemoryError(), 2, "out of memory; "),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+)
+def test_what_goes_wrong_in_a_verb_is_no_traceback(refpeft, monkeypatch, error, code, message):
+    def fail(*arguments):
+        raise error
+
+    monkeypatch.setattr("refpeft.config.resolve", fail)
+    result = refpeft("train")
+    assert result.exit_code == code
+    assert result.stderr.startswith(message)
+    assert "Traceback" not in result.output
 
 
 def test_train_as_json_gives_one_object(refpeft, model, rows):
