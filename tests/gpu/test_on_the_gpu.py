@@ -1,16 +1,20 @@
 """The GPU computes what the host computes: every op, whole models under every method, quantized weights, training."""
 
+import json
+
 import cupy
 import numpy as np
 import pytest
 import tiny
 import tiny_files
 from cases import FUSED, OPS, Case, Place
+from click.testing import CliRunner
 
 import refpeft
 from refpeft import fused, manager, sites
 from refpeft.backend import bfloat16, module, to_host
 from refpeft.batches import Batch, Batches
+from refpeft.cli import main
 from refpeft.config import Train
 from refpeft.data import Example
 from refpeft.generate import generate
@@ -262,3 +266,23 @@ def test_the_same_seed_gives_the_same_bits_and_resuming_continues_them(tmp_path)
     train(third, tmp_path / "b", resume=True)
     for name, value in values(first).items():
         assert np.array_equal(value, values(second)[name]) and np.array_equal(value, values(third)[name])
+
+
+def test_the_commands_take_the_device(tmp_path):
+    model, rows = tiny_files.write_model(tmp_path / "model"), tiny_files.write_rows(tmp_path / "rows.jsonl")
+    common = ["--model", model, "--data", rows, "--device", "cuda"]
+    out = tmp_path / "out"
+
+    def run(*arguments) -> str:
+        result = CliRunner().invoke(main, list(map(str, arguments)))
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    train = ["train", *common, "--eval-data", rows, "--steps", "4", "--batch", "4", "--lr", "0.01"]
+    assert "lora" in run(*train, "--method", "lora", "--quantizer", "nf4", "--dry-run")
+    run(*train, "--method", "lora", "--method", "prefix_tuning", "--quantizer", "nf4", "--out", out)
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    held_out = [record["eval_loss"] for record in records if "eval_loss" in record]
+    assert held_out[-1] < held_out[0]
+    assert "loss" in run("eval", *common, "--adapter", out)
+    run("generate", "--model", model, "--adapter", out, "--device", "cuda", "is 3 even?")
