@@ -42,7 +42,9 @@ def ours(model, train: Batches, valid: Batches, steps: int) -> dict:
     return out | {"seconds": float(np.median(seconds))}
 
 
-def peer(model_directory: str, adapter_directory: str, train: Batches, valid: Batches, steps: int, threads: int) -> dict:
+def peer(
+    model_directory: str, adapter_directory: str, train: Batches, valid: Batches, steps: int, threads: int
+) -> dict:
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -90,7 +92,9 @@ def main() -> None:
     given = arguments.parse_args()
     with tempfile.TemporaryDirectory() as folder, threadpoolctl.threadpool_limits(given.threads):
         model = refpeft.load(given.model)
-        rows = {name: load_data(given.data / f"{name}.jsonl", model.tokenizer, length=LENGTH) for name in ("train", "valid")}
+        rows = {
+            name: load_data(given.data / f"{name}.jsonl", model.tokenizer, length=LENGTH) for name in ("train", "valid")
+        }
         train = Batches(rows["train"].examples, BATCH, LENGTH, seed=0)
         valid = Batches(rows["valid"].examples, BATCH, LENGTH, shuffle=False)
         adapter = refpeft.attach(model, "lora", {"r": 8, "alpha": 16.0}, seed=0)
@@ -110,7 +114,9 @@ def main() -> None:
                     {"format": "pt"},
                 )
             adapters.save(Path(folder, "adapter"), model, adapter)
-            results["peft"] = peer(str(directory), str(Path(folder, "adapter")), train, valid, given.steps, given.threads)
+            results["peft"] = peer(
+                str(directory), str(Path(folder, "adapter")), train, valid, given.steps, given.threads
+            )
         if given.which != "peft":
             results["refpeft"] = ours(model, train, valid, given.steps)
         print(json.dumps(results, indent=1))
