@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import math
 import re
 import shutil
 import sys
@@ -46,10 +47,10 @@ def _list(kind: str, name: str | None, as_json: bool) -> None:
         click.echo("\n".join(_details(chosen[0])))
     else:
         width = max((len(listing.name) for listing in chosen), default=0)
-        room = max(shutil.get_terminal_size().columns, 60) - width - 2
+        room = shutil.get_terminal_size().columns - width - 2 if sys.stdout.isatty() else math.inf
         for listing in chosen:
-            text = listing.summary
-            click.echo(f"{listing.name:<{width}}  {text if len(text) <= room else text[: room - 3] + '...'}")
+            text = listing.summary if len(listing.summary) <= room else listing.summary[: int(room) - 3] + "..."
+            click.echo(f"{listing.name:<{width}}  {text}")
 
 
 def _details(listing: Any) -> list[str]:
