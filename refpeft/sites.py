@@ -115,6 +115,7 @@ class Mode:
     training: bool = False
     seed: int = 0
     step: int = 0
+    chunk: int = 0  # of the rows, where the loss gives them to the head in chunks
 
 
 class Train:
@@ -122,7 +123,7 @@ class Train:
 
     def __init__(self, mode: Mode, purpose: tuple[str, ...]):
         self.step = mode.step
-        self._key = (mode.seed, "dropout", *purpose, mode.step)
+        self._key = (mode.seed, "dropout", *purpose, mode.step, mode.chunk)
         self._stream: Stream | None = None
 
     def dropout(self, x: Tensor, rate: float) -> Tensor:
@@ -425,10 +426,12 @@ def merge(model: Any) -> None:
         site.weight, site.bias = Dense(now["weight"], model.dtype), now["bias"]
         parts = {part: Dense(array, model.dtype) for part, array in now.items() if array is not None}
         model.frozen |= {f"{name}.{part}": frozen for part, frozen in parts.items()}
-    for site in model.sites.values():
-        if site.tied and bool((site.weight() == model.sites[site.tied].weight()).all()):
-            site.weight = model.sites[site.tied].weight
-            model.frozen.pop(f"{site.name}.weight", None)
-        else:
-            site.tied = None  # the two are no longer one; saving writes both
+    for site in (site for site in model.sites.values() if site.tied):
+        name, other = f"{site.name}.weight", model.sites[site.tied].weight
+        if bool((site.weight() == other()).all()):
+            site.weight = other
+            model.frozen.pop(name, None)
+        else:  # the two are no longer one
+            site.tied = None
+            model.frozen[name] = site.weight
     detach(model)

@@ -10,8 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+import tiny_files
 
+import refpeft
 from refpeft import adapters, files, sites
+from refpeft.models import saving
 from refpeft.models.base import Model
 
 torch = pytest.importorskip("torch")
@@ -275,3 +278,16 @@ def test_bottlenecks_are_hooks_behind_attention_and_mlp_in_torch(activation, tmp
     got = tiny.gradients(ours, tiny.Batch(IDS, TARGETS))
     scale = max(abs(v.grad).max() for v in values.values()).item()
     assert all(abs(got[name] - v.grad.numpy()).max() < LIMIT * scale for name, v in values.items())
+
+
+@pytest.mark.parametrize(
+    ("family", "options"), [("tied", {"targets": ["@embed", "@down"]}), ("gpt2", {"targets": "all-linear"})]
+)
+def test_a_merged_model_gives_the_same_logits_in_transformers(family, options, tmp_path):
+    ours = refpeft.load(tiny_files.write_model(tmp_path / "model", family), dtype="float64")
+    tiny.scramble(sites.attach(ours, "lora", options))
+    before = ours(IDS).data
+    sites.merge(ours)
+    saving.save(ours, tmp_path / "merged")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float64)
+    assert error(before, peer_logits(theirs).detach().numpy()) < 1e-5  # the file is float32
