@@ -1,4 +1,4 @@
-"""Training: exact accumulation, evaluation, stopping, checkpoints that belong to their run, and runs killed at any point."""
+"""Training: exact accumulation, evaluation, stopping, checkpoints of one run only, and runs killed at any point."""
 
 import os
 import random
@@ -217,7 +217,7 @@ def test_a_run_killed_at_random_moments_and_inside_the_writing_of_checkpoints_en
     expected = runs.finish("whole")
     seconds = time.perf_counter() - started
     rng, killed = random.Random(0), 0
-    for attempt in range(12):  # at random moments
+    for _ in range(12):  # at random moments
         process = runs.start("cut")
         try:
             process.wait(timeout=rng.uniform(0.3, 1.0) * min(seconds, 3.0))

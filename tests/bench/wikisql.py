@@ -2,9 +2,9 @@
 
     python tests/bench/wikisql.py MODEL DATA refpeft|peft|both [--steps N] [--threads N]
 
-MODEL is a Hugging Face directory or a GGUF file, DATA holds train.jsonl and valid.jsonl. LoRA r = 8, alpha = 16 on q and v,
-AdamW, constant learning rate 1e-3, batch 8, gradient norm at most 1, float32. Prints the loss over the response tokens of
-valid.jsonl (EOS included) before, after half of the steps and after all of them, and seconds a step.
+MODEL is a Hugging Face directory or a GGUF file, DATA holds train.jsonl and valid.jsonl. LoRA r = 8, alpha = 16 on q
+and v, AdamW, constant learning rate 1e-3, batch 8, gradient norm at most 1, float32. Prints the loss over the response
+tokens of valid.jsonl (EOS included) before, after half of the steps and after all of them, and seconds a step.
 Needs the extra `oracle` for the peer.
 """
 
