@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tiny
 
-from refpeft import sites
+from refpeft import fused, sites
 from refpeft.batches import Batch
 from refpeft.errors import RefpeftError
 from refpeft.models.base import Cache
@@ -81,6 +81,24 @@ def test_a_trained_head_gives_the_same_loss_in_chunks(name, monkeypatch):
     assert abs(float(model.loss(tiny.batch()).data) / plain - 1) < CLOSE
     chunked = tiny.gradients(model, tiny.batch())
     assert max(far(chunked[key], value) for key, value in whole.items()) < CLOSE
+
+
+def test_dropout_in_a_head_that_is_given_chunks_differs_between_them_and_is_the_same_again_in_backward(monkeypatch):
+    model, masks, dropout = tiny.model(), [], fused.dropout
+
+    def watched(x, **options):
+        y = dropout(x, **options)
+        masks.append(tuple((y.data == 0).reshape(-1).tolist()))
+        return y
+
+    monkeypatch.setattr(fused, "dropout", watched)
+    monkeypatch.setattr(fused, "LOGITS_AT_ONCE", 3 * 40)
+    sites.attach(model, "lora", {"targets": ["lm_head"], "dropout": 0.5})
+    model.mode.training = True
+    model.loss(tiny.batch()).backward()
+    forward, backward = masks[: len(masks) // 2], masks[len(masks) // 2 :]
+    assert len(set(forward)) == len(forward) > 2
+    assert set(backward) == set(forward)
 
 
 def test_a_batch_without_a_target_has_no_loss_and_no_gradient():

@@ -143,15 +143,15 @@ class Model:
     ) -> Tensor:
         """Logits (batch, time, vocab) for integer ids (batch, time); of the last position alone if `last`.
 
-        positions (batch, time) default to 0, 1, ...; segments (batch, cached + time) number the documents of a packed row,
-        -1 for padding: a token sees earlier tokens of its own document only.
+        positions (batch, time) default to 0, 1, ...; segments (batch, cached + time) number the documents of a packed
+        row, -1 for padding: a token sees earlier tokens of its own document only.
         """
         ids, positions, segments = (a if a is None else self.xp.asarray(a) for a in (ids, positions, segments))
         hidden = self.trunk(ids, positions, segments, cache)
         return self.head(self.finish(hidden[:, -1:] if last else hidden))
 
     def loss(self, batch: Any, denominator: float | None = None) -> Tensor:
-        """The sum of -log p(target) over the supervised positions of a Batch, over `denominator` (default: their number).
+        """The sum of -log p(target) over the supervised positions of a Batch, over `denominator` (None: their number).
 
         Only supervised positions go through the last norm and the head, and logits never exist as a whole.
         """
@@ -167,10 +167,12 @@ class Model:
         size = max(1, fused.LOGITS_AT_ONCE // self.config.vocab)
         total = None
         for at in range(0, max(rows.size, 1), size):
-            here = targets[at : at + size]
 
-            def part(h: Tensor, here: Array = here) -> Tensor:
-                return fused.cross_entropy(self.head(h), targets=here, denominator=denominator)
+            def part(h: Tensor, at: int = at) -> Tensor:
+                self.mode.chunk = at  # dropout in the head: another mask for each chunk, the same one when recomputed
+                logits = self.head(h)
+                self.mode.chunk = 0
+                return fused.cross_entropy(logits, targets=targets[at : at + size], denominator=denominator)
 
             chunk = checkpoint(part, hidden[at : at + size])
             total = chunk if total is None else total + chunk
@@ -181,8 +183,8 @@ class Model:
     def positioned(self, hidden: Tensor, ids: Array, positions: Array | None, cache: Cache | None) -> tuple[Array, int]:
         """(positions of all rows of `hidden` (batch or 1, rows), number of virtual tokens among them).
 
-        Virtual tokens, which an adapter put before the real ones, are at 0, 1, ... and the real ones after them; methods
-        that add keys instead (prefix tuning) say with `peft_positions` where the real ones start.
+        Virtual tokens, which an adapter put before the real ones, are at 0, 1, ... and the real ones after them;
+        methods that add keys instead (prefix tuning) say with `peft_positions` where the real ones start.
         """
         virtual = hidden.shape[1] - ids.shape[1]
         past = cache.tokens if cache else 0
@@ -196,7 +198,7 @@ class Model:
         return positions, virtual
 
     def first_position(self, virtual: int, cache: Cache | None) -> int:
-        """The position of the first real token: `virtual` tokens come before it now, or others did when the cache began."""
+        """The position of the first real token; `virtual` tokens come before it now, or did when the cache began."""
         if cache and cache.tokens:
             virtual = cache.layers[0][0].shape[2] - cache.tokens
         return virtual + sum(adapter.positions for adapter in self.adapters)
