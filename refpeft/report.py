@@ -110,9 +110,9 @@ class Progress:
         speed = {key: sum(r[key] for r in self._recent) / seconds for key in ("tokens", "supervised")}
         left = (self.steps - record["step"]) * seconds / len(self._recent)
         return (
-            f"step {record['step']}/{self.steps}  loss {record['loss']:.4f}  lr {record['lr']:.2e}  "
-            f"grad {record['grad_norm']:.3g}  {speed['tokens']:,.0f} tokens/s ({speed['supervised']:,.0f} supervised)  "
-            f"{size(resident())}  {duration(left)} left"
+            f"step {record['step']}/{self.steps}  {duration(left)} left  loss {record['loss']:.4f}  "
+            f"lr {record['lr']:.2e}  grad {record['grad_norm']:.3g}  {speed['tokens']:,.0f} tokens/s ({speed['supervised']:,.0f} supervised)  "
+            f"{size(resident())}"
         )
 
 
