@@ -375,6 +375,15 @@ def keeps(tensor: Tensor, *arrays) -> bool:
     return {id(a) for a in kept(tensor)} == {id(a) for a in arrays}
 
 
+@pytest.mark.parametrize("case", [case for case in ALL if len(case.arrays()) > 1], ids=str)
+def test_one_trained_input_keeps_no_more_than_all(case: Case):
+    arrays = case.arrays()
+    everything = sum(a.nbytes for a in kept(case(*map(parameter, arrays))))
+    for i, array in enumerate(arrays):
+        alone = case(*(parameter(array) if j == i else Tensor(other) for j, other in enumerate(arrays)))
+        assert sum(a.nbytes for a in kept(alone)) <= everything
+
+
 def test_products_keep_only_the_other_factor():
     a, b = normal((3, 3)), normal((3, 3), 1)
     for op in (ops.mul, ops.matmul):
