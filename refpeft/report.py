@@ -111,8 +111,8 @@ class Progress:
         left = (self.steps - record["step"]) * seconds / len(self._recent)
         return (
             f"step {record['step']}/{self.steps}  {duration(left)} left  loss {record['loss']:.4f}  "
-            f"lr {record['lr']:.2e}  grad {record['grad_norm']:.3g}  {speed['tokens']:,.0f} tokens/s ({speed['supervised']:,.0f} supervised)  "
-            f"{size(resident())}"
+            f"lr {record['lr']:.2e}  grad {record['grad_norm']:.3g}  "
+            f"{speed['tokens']:,.0f} tokens/s ({speed['supervised']:,.0f} supervised)  {size(resident())}"
         )
 
 
