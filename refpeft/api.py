@@ -39,8 +39,8 @@ def load(
     device     "cpu" or "cuda"
     plugins    plugin files, folders or module names to make known first
 
-    The model has `.tokenizer` and `.checkpoint` besides what Model says. Raises RefpeftError for everything that is wrong
-    with the files or the arguments.
+    The model has `.tokenizer` and `.checkpoint` besides what Model says. Raises RefpeftError for everything that is
+    wrong with the files or the arguments.
     """
     if dtype not in COMPUTE_DTYPES:
         raise RefpeftError(f"dtype is {dtype!r}: expected one of {', '.join(COMPUTE_DTYPES)}")

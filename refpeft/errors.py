@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 
 class RefpeftError(ValueError):
-    """A mistake in what was asked for: what was found, what was expected, what to do. The CLI prints it as it is."""
+    """A mistake in what was asked for: what was found, what was expected, what to do. The CLI prints it as one line."""
 
 
 def nearest(word: str, names: Iterable[str]) -> str:

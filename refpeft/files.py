@@ -78,7 +78,10 @@ def write_safetensors(path: str | Path, tensors: dict[str, np.ndarray], metadata
     # The library takes the bytes as they lie in memory. (np.ascontiguousarray would make a scalar one-dimensional.)
     contiguous = {name: np.asarray(array, order="C") for name, array in tensors.items()}
     with atomic_write(path) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # what the umask gives; the library makes its files private
         save_file(contiguous, temporary, metadata=metadata)
+        temporary.chmod(mode)
 
 
 @contextmanager

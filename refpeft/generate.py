@@ -26,8 +26,8 @@ def generate(
 ) -> list[list[int]]:
     """The tokens that follow each prompt, at most `max_tokens` each, up to and without the first of `stop`.
 
-    Prompts may differ in length: shorter ones are padded on the left, which changes no result. `temperature` 0 takes the most
-    probable token; otherwise one is drawn from the `top_k` most probable whose probabilities sum to `top_p`.
+    Prompts may differ in length: shorter ones are padded on the left, which changes no result. `temperature` 0 takes
+    the most probable token; otherwise one is drawn from the `top_k` most probable whose probabilities sum to `top_p`.
     The same seed draws the same tokens for a row, whatever rows are beside it in the batch.
     """
     if not prompts or not all(len(p) for p in prompts):

@@ -37,7 +37,7 @@ class Flat:
         return {name: list(tensor.shape) for name, tensor in self.params.items()}
 
     def clip(self, limit: float) -> Array:
-        """Scales the gradients so that their norm is at most `limit` (0: leaves them); returns the norm before, as an array.
+        """Scales the gradients so that their norm is at most `limit` (0: leaves them); returns the norm before.
 
         As torch.nn.utils.clip_grad_norm_: the factor is limit / (norm + 1e-6), and at most 1.
         """

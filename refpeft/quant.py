@@ -1,8 +1,7 @@
-"""How frozen weights are kept: dense, dense in a narrower type, or quantized. Each is a callable that gives the array."""
+"""How frozen weights are kept: dense, dense in a narrower type, or quantized; each a callable that gives the array."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np

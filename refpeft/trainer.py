@@ -1,7 +1,7 @@
 """Training: optimizer steps over batches, evaluation, checkpoints, and resuming from them bit for bit.
 
-Every random choice is a function of (seed, purpose, step), so a checkpoint is the trained values, the optimizer's moments
-and the number of the step.
+Every random choice is a function of (seed, purpose, step), so a checkpoint is the trained values, the optimizer's
+moments and the number of the step.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ class Summary:
 class Trainer:
     """Trains what is attached to `model`.
 
-    `settings` is config.Train; `out` the run directory, for checkpoints (none without it); each of `listeners` is called
-    with a dict for every step ({"step", "loss", "lr", "grad_norm", "tokens", "supervised", "seconds"}) and every evaluation
-    ({"step", "eval_loss"}).
+    `settings` is config.Train; `out` the run directory, for checkpoints (none without it); each of `listeners` is
+    called with a dict for every step ({"step", "loss", "lr", "grad_norm", "tokens", "supervised", "seconds"}) and every
+    evaluation ({"step", "eval_loss"}).
     """
 
     def __init__(
@@ -86,8 +86,8 @@ class Trainer:
     def run(self, resume: bool = False) -> Summary:
         """Trains to the last step. With `resume` it goes on from the newest checkpoint, if there is one.
 
-        Raises RefpeftError where the loss is not finite, or a checkpoint belongs to another run; KeyboardInterrupt, after
-        saving a checkpoint, on Ctrl-C.
+        Raises RefpeftError where the loss is not finite, or a checkpoint belongs to another run; KeyboardInterrupt,
+        after saving a checkpoint, on Ctrl-C.
         """
         if resume:
             self._restore()
