@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from contextlib import AbstractContextManager
 from types import ModuleType
 from typing import Any
 
@@ -17,6 +18,9 @@ Array = Any  # numpy.ndarray or cupy.ndarray
 bfloat16 = np.dtype(ml_dtypes.bfloat16)
 COMPUTE_DTYPES = {"float32": np.dtype("f4"), "bfloat16": np.dtype("f4"), "float64": np.dtype("f8")}
 """What is computed in for each `--dtype`; bfloat16 is a way to store frozen weights (see quant.Dense)."""
+
+SMALL_MODEL = 20_000_000
+"""Parameters below which BLAS is given one thread."""
 
 
 def xp_of(*arrays: Array) -> ModuleType:
@@ -46,6 +50,16 @@ def module(device: str) -> ModuleType:
     if not found:
         raise RefpeftError("device 'cuda' was asked for, but no GPU was found; use --device cpu")
     return cupy
+
+
+def blas_threads(parameters: int) -> AbstractContextManager:
+    """Within it, BLAS uses one thread for a model of so few parameters that a second one would mostly wait.
+
+    On small matrices OpenBLAS's threads spin while they wait: on a machine with other work they are many times slower.
+    """
+    import threadpoolctl
+
+    return threadpoolctl.threadpool_limits(1 if parameters < SMALL_MODEL else None, user_api="blas")
 
 
 def to_host(array: Array) -> np.ndarray:

@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 
-from .backend import to_host
+from .backend import blas_threads, to_host
 from .errors import RefpeftError
 from .models.base import Cache, Model
 from .rng import Stream
@@ -45,7 +45,7 @@ def generate(
     streams = [Stream(seed, "sample", tuple(prompt).__repr__()) for prompt in prompts]
     cache, out = Cache(model.config.layers), [[] for _ in prompts]
     live, now = np.ones(len(prompts), bool), ids
-    with no_grad():
+    with no_grad(), blas_threads(model.parameters()):
         for _ in range(max_tokens):
             positions = np.maximum(np.arange(cache.tokens, cache.tokens + now.shape[1])[None] - before, 0)
             logits = model(now, positions if padded else None, segments if padded else None, cache, last=True)

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from . import files, schedule
+from . import backend, files, schedule
 from .backend import to_host
 from .batches import Batch, Batches, split
 from .config import Train as Settings
@@ -89,6 +89,10 @@ class Trainer:
         Raises RefpeftError where the loss is not finite, or a checkpoint belongs to another run; KeyboardInterrupt,
         after saving a checkpoint, on Ctrl-C.
         """
+        with backend.blas_threads(self.model.parameters()):
+            return self._run(resume)
+
+    def _run(self, resume: bool) -> Summary:
         if resume:
             self._restore()
         if self.evaluation is not None and self.summary.loss_before is None:
@@ -105,6 +109,7 @@ class Trainer:
                     raise KeyboardInterrupt
                 if self._due(self.settings.save_every):
                     self._save()
+        self._save()
         return self._finish()
 
     def _due(self, every: int | None) -> bool:

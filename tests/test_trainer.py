@@ -123,13 +123,21 @@ def test_the_best_adapter_needs_held_out_rows_and_a_place():
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path):
     trainer(Train(steps=9, batch=4, save_every=2, keep=2), out=tmp_path).run()
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-00000006", "step-00000008"]
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-00000008", "step-00000009"]
 
 
 def test_a_checkpoint_of_another_run_is_refused_with_what_differs(tmp_path):
-    trainer(Train(steps=4, batch=4, save_every=2), out=tmp_path).run()
+    trainer(Train(steps=4, batch=4), out=tmp_path).run()
     with pytest.raises(RefpeftError, match=r"is of another run: lr was 0\.0002, now 0\.5; use another --out"):
         trainer(Train(steps=4, batch=4, lr=0.5), out=tmp_path).run(resume=True)
+
+
+def test_a_finished_run_that_is_resumed_trains_no_more(tmp_path):
+    first = trainer(Train(steps=4, batch=4), out=tmp_path)
+    first.run()
+    again = trainer(Train(steps=4, batch=4), out=tmp_path, seed=0)
+    assert again.run(resume=True).loss_after == first.summary.loss_after
+    assert np.array_equal(again.flat.values, first.flat.values)
 
 
 def test_a_damaged_checkpoint_is_one_sentence(tmp_path):
