@@ -1,0 +1,67 @@
+"""The README stays true: its file tree, its table of methods, its plugin and its Python."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import refpeft
+from refpeft import adapters, manager, sites
+from refpeft.peft_formats import FORMATS
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text("utf-8")
+
+
+def code(language: str) -> list[str]:
+    """The fenced blocks of a language, "" for those without one."""
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.M | re.S)
+    return [text for name, text in blocks if name == language]
+
+
+def tree() -> set[str]:
+    """The files that the README's tree names, as paths."""
+    text = next(block for block in code("") if block.startswith("refpeft/\n"))
+    folders, found = [], set()
+    for line in text.splitlines():
+        depth, name = (len(line) - len(line.lstrip())) // 2, line.split()[0]
+        folders[depth:] = [name] if name.endswith("/") else []
+        if not name.endswith("/") and name != "...":
+            found.add("".join(folders[:depth]) + name)
+    return found
+
+
+def test_the_tree_names_every_module_and_nothing_else():
+    modules = {str(p.relative_to(ROOT)) for p in (ROOT / "refpeft").rglob("*.py") if p.name != "__init__.py"}
+    named = tree()
+    assert modules - named == set()
+    assert {name for name in named if not (ROOT / name).is_file()} == set()
+
+
+def test_the_table_of_methods_is_that_of_the_plugins():
+    rows = re.findall(r"^\| `(\w+)` \| .+? \| (.+?) \| (yes|no) \| (PEFT's|own) \|$", README, re.M)
+    listed = {name: listing for name, listing in manager.catalogue().items() if listing.kind == "method"}
+    assert {row[0] for row in rows} == set(listed)
+    for name, kinds, merges, file in rows:
+        hooks = listed[name].hooks
+        assert kinds.split(", ") == [kind for kind in sites.INPUTS if f"peft_{kind}" in hooks], name
+        assert (merges == "yes") == ("peft_merge" in hooks), name
+        assert (file == "PEFT's") == (name in FORMATS), name
+
+
+def test_the_plugin_of_the_readme_trains_and_its_adapter_loads(tmp_path):
+    (tmp_path / "readme_gains.py").write_text(code("python")[0])
+    model = refpeft.load("embedded")
+    adapter = refpeft.attach(model, str(tmp_path / "readme_gains.py"), {"first": 0.5})
+    assert adapter.size == 2 * model.config.layers
+    ids = [model.tokenizer.encode("Record of the element iron: symbol\n")]
+    logits = model(ids)
+    logits.sum().backward()
+    assert all(tensor.grad.any() for tensor in adapter.params.values())
+    adapters.save(tmp_path / "saved", model)
+    again = refpeft.load("embedded", tmp_path / "saved")
+    assert again(ids).data == pytest.approx(logits.data)
+
+
+def test_the_python_of_the_readme_runs():
+    exec(code("python")[1], {})
