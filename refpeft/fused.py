@@ -30,11 +30,12 @@ LOGITS_AT_ONCE = 2**22
 @op
 def frozen_linear(needs, x, bias=None, *, weight):
     """x @ weight().T + bias: x (..., in), weight() (out, in), bias (out,) or None. Keeps nothing of `x`."""
-    y = x @ weight().T
+    dense = weight()
+    y = x.reshape(-1, x.shape[-1]) @ dense.T  # as rows: one product for the whole batch
     if bias is not None:
         expect("bias", bias, y.shape[-1])
         y += bias
-    return y, (weight if needs[0] else None, needs)
+    return y.reshape(*x.shape[:-1], dense.shape[0]), (weight if needs[0] else None, needs)
 
 
 @frozen_linear.backward
@@ -127,7 +128,10 @@ def _(g, n, r, w, needs):
 def silu_mul(needs, gate, up):
     """gate sigmoid(gate) up: the gated unit of Llama's MLP (Shazeer, 2020, arXiv:2002.05202, SwiGLU)."""
     expect("up", up, *gate.shape)
-    return gate * logistic(gate) * up, (gate, up if needs[0] else None, needs[1])
+    y = logistic(gate)
+    y *= gate
+    y *= up
+    return y, (gate, up if needs[0] else None, needs[1])
 
 
 @silu_mul.backward
@@ -266,7 +270,8 @@ def attention(needs, q, k, v, *, mask: Mask, scale=None):
     lse = xp.empty(q.shape[:-1], q.dtype)  # log of the sum of exponentials, a row
     for block, hi, s in _score_blocks(q, k, mask, scale):
         top = s.max(axis=-1, keepdims=True)
-        s = xp.exp(s - top)
+        s -= top
+        xp.exp(s, out=s)
         total = s.sum(axis=-1, keepdims=True)
         y[:, :, block] = _ungroup(s @ v[:, :, :hi] / total, heads)
         lse[:, :, block] = _ungroup(top + xp.log(total), heads)[..., 0]
@@ -282,13 +287,17 @@ def _(g, needs, q, k, v, y, lse, mask, scale):
     dv = xp.zeros(k.shape[:-1] + g.shape[-1:], k.dtype) if needs[2] else None
     delta = None if y is None else (g * y).sum(axis=-1, keepdims=True)
     for block, hi, s in _score_blocks(q, k, mask, scale):
-        p = xp.exp(s - _group(lse[:, :, block, None], kv))
+        s -= _group(lse[:, :, block, None], kv)
+        p = xp.exp(s, out=s)
         gb = _group(g[:, :, block], kv)
         if dv is not None:
             dv[:, :, :hi] += p.swapaxes(-1, -2) @ gb
         if y is None:
             continue
-        ds = p * (gb @ v[:, :, :hi].swapaxes(-1, -2) - _group(delta[:, :, block], kv)) * scale
+        ds = gb @ v[:, :, :hi].swapaxes(-1, -2)
+        ds -= _group(delta[:, :, block], kv)
+        ds *= p
+        ds *= scale
         if dq is not None:
             dq[:, :, block] = _ungroup(ds @ k[:, :, :hi], q.shape[1])
         if dk is not None:

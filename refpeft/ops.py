@@ -219,7 +219,12 @@ def _(g, y):
 
 def logistic(x: Array) -> Array:
     """1 / (1 + e**-x) of an array, without overflow."""
-    return (xp_of(x).tanh(x * x.dtype.type(0.5)) + 1) * x.dtype.type(0.5)
+    half = x.dtype.type(0.5)
+    y = x * half
+    xp_of(x).tanh(y, out=y)
+    y += 1
+    y *= half
+    return y
 
 
 @op
@@ -435,11 +440,16 @@ def linear(needs, x, w, b=None):
 
     With `w` constant nothing of `x` is kept: its gradient needs only `w`.
     """
-    y = x @ w.T
+    y = x.reshape(-1, x.shape[-1]) @ w.T  # as rows: one product for the whole batch
     if b is not None:
         expect("b", b, w.shape[0])
         y += b
-    return y, (w if needs[0] else None, x if needs[1] else None, len(needs) > 2 and needs[2], len(needs))
+    return y.reshape(*x.shape[:-1], w.shape[0]), (
+        w if needs[0] else None,
+        x if needs[1] else None,
+        len(needs) > 2 and needs[2],
+        len(needs),
+    )
 
 
 @linear.backward
