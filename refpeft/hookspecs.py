@@ -95,7 +95,10 @@ def peft_block(x, base, p, cfg, site, shared, train):
 
 @hookspec
 def peft_merge(weight, bias, p, cfg, site, shared):
-    """The dense weight with the adapter folded in, or those of {"weight": ..., "bias": ...} that change."""
+    """The dense weight with the adapter folded in, or those of {"weight": ..., "bias": ...} that change.
+
+    A hook that names neither weight nor bias gives what stands in for them, and is folded in before all others.
+    """
 
 
 # ---- a quantizer -----------------------------------------------------------------------------------------------------

@@ -39,8 +39,8 @@ class Site:
     name    the checkpoint's module path ("model.layers.0.self_attn.q_proj"), or a place beside them ("....mlp_out")
     kind    linear, embedding, norm, attention or block
     shape   linear (out, in), embedding (vocab, dim), norm and block (dim,), attention (kv_heads, head_dim)
-    roles   what it does, in words that all models share: q k v o gate up down head embed norm attend attn_out mlp_out
-            block_out
+    roles   what it does, in words that all models share: q k v o gate up down head embed position norm qk_norm attend
+            attn_out mlp_out block_out
     weight  () -> frozen dense array, or None
     bias    frozen array, or None
     tied    the name of the site whose weight this one shares, or None
@@ -114,16 +114,17 @@ class Mode:
 
     training: bool = False
     seed: int = 0
-    step: int = 0
+    step: int = 0  # of the optimizer, from 0
+    part: int = 0  # of the step's batch, where its gradients are accumulated
     chunk: int = 0  # of the rows, where the loss gives them to the head in chunks
 
 
 class Train:
-    """What a hook knows of training: the step, and dropout whose mask depends on seed, site and step alone."""
+    """What a hook knows of training: the optimizer's step, and dropout that is the same in every run of a seed."""
 
     def __init__(self, mode: Mode, purpose: tuple[str, ...]):
         self.step = mode.step
-        self._key = (mode.seed, "dropout", *purpose, mode.step, mode.chunk)
+        self._key = (mode.seed, "dropout", *purpose, mode.step, mode.part, mode.chunk)
         self._stream: Stream | None = None
 
     def dropout(self, x: Tensor, rate: float) -> Tensor:
@@ -190,6 +191,12 @@ class Layer:
             return self._function(*(have[name] for name in self._names))
 
         return call
+
+    @property
+    def stands_in(self) -> bool:
+        """Whether its merged form takes the place of frozen parts, whatever they are, as base(x, weight=...) does."""
+        merge = manager.hook(self.part.plugin, "peft_merge")
+        return merge is not None and not {"weight", "bias"} & set(merge[1])
 
     def merged(self, weight: Array, bias: Array | None) -> dict[str, Array]:
         """{"weight": ..., "bias": ...} with this layer folded in. Raises RefpeftError where the method cannot."""
@@ -417,7 +424,8 @@ def merge(model: Any) -> None:
     merged: dict[str, dict[str, Array]] = {}
     for site in model.sites.values():
         now = {"weight": site.weight() if site.weight else None, "bias": site.bias}
-        for layer in site.layers:
+        # What stands in for a frozen part reaches the frozen layer through all the others, so it comes first.
+        for layer in sorted(site.layers, key=lambda layer: not layer.stands_in):
             now = layer.merged(**now)
         if site.layers:
             merged[site.name] = now

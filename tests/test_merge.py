@@ -40,6 +40,16 @@ def test_several_adapters_merge_in_the_order_of_attaching():
     assert abs(model(tiny.ids()).data - before).max() < 1e-12
 
 
+@pytest.mark.parametrize("outer", ["bitfit", "full"])
+@pytest.mark.parametrize("inner", ["lora", "ia3"])
+def test_what_stands_in_for_frozen_parts_is_folded_in_first(inner, outer):
+    model, _ = attached("qwen2", inner)
+    tiny.scramble(sites.attach(model, outer, {"targets": ["@q", "@k", "@v"]}))
+    before = model(tiny.ids()).data
+    sites.merge(model)
+    assert abs(model(tiny.ids()).data - before).max() < 1e-12
+
+
 def test_a_method_without_a_merged_form_is_an_error_and_changes_nothing():
     model, _ = attached("llama", "lora")
     tiny.scramble(sites.attach(model, "prefix_tuning"))
