@@ -31,11 +31,11 @@ LOGITS_AT_ONCE = 2**22
 def frozen_linear(needs, x, bias=None, *, weight):
     """x @ weight().T + bias: x (..., in), weight() (out, in), bias (out,) or None. Keeps nothing of `x`."""
     dense = weight()
-    y = x.reshape(-1, x.shape[-1]) @ dense.T  # as rows: one product for the whole batch
+    y = (x.reshape(-1, x.shape[-1]) @ dense.T).reshape(*x.shape[:-1], dense.shape[0])  # one product for the batch
     if bias is not None:
         expect("bias", bias, y.shape[-1])
         y += bias
-    return y.reshape(*x.shape[:-1], dense.shape[0]), (weight if needs[0] else None, needs)
+    return y, (weight if needs[0] else None, needs)
 
 
 @frozen_linear.backward

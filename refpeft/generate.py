@@ -28,13 +28,17 @@ def generate(
 
     Prompts may differ in length: shorter ones are padded on the left, which changes no result. `temperature` 0 takes
     the most probable token; otherwise one is drawn from the `top_k` most probable whose probabilities sum to `top_p`.
-    The same seed draws the same tokens for a row, whatever rows are beside it in the batch.
+    The same seed draws the same tokens for a row, whatever rows are beside it in the batch. A model whose positions are
+    learned (GPT-2) says no more than it has positions for.
     """
     if not prompts or not all(len(p) for p in prompts):
         raise RefpeftError("a prompt is empty: expected at least one token (give the model's BOS token for no prompt)")
     if temperature < 0:
         raise RefpeftError(f"temperature is {temperature}: expected 0 (greedy) or more")
     longest = max(map(len, prompts))
+    if longest > model.room:
+        raise RefpeftError(f"a prompt has {longest:,} tokens, but the model has room for {model.room:,}")
+    steps = int(min(max_tokens, model.room - longest + 1))  # the last token is not read again
     ids = np.zeros((len(prompts), longest), np.int32)
     segments = np.full(ids.shape, -1, np.int32)
     for row, prompt in enumerate(prompts):
@@ -42,11 +46,11 @@ def generate(
         segments[row, longest - len(prompt) :] = 0
     padded = bool((segments < 0).any())
     before = np.asarray([longest - len(p) for p in prompts])[:, None]  # padding of each row
-    streams = [Stream(seed, "sample", tuple(prompt).__repr__()) for prompt in prompts]
+    streams = [Stream(seed, "sample", *map(int, prompt)) for prompt in prompts]
     cache, out = Cache(model.config.layers), [[] for _ in prompts]
     live, now = np.ones(len(prompts), bool), ids
     with no_grad(), blas_threads(model.parameters()):
-        for _ in range(max_tokens):
+        for _ in range(steps):
             positions = np.maximum(np.arange(cache.tokens, cache.tokens + now.shape[1])[None] - before, 0)
             logits = model(now, positions if padded else None, segments if padded else None, cache, last=True)
             picked = _pick(to_host(logits.data)[:, -1], temperature, top_k, top_p, streams)

@@ -220,8 +220,7 @@ def _(g, y):
 def logistic(x: Array) -> Array:
     """1 / (1 + e**-x) of an array, without overflow."""
     half = x.dtype.type(0.5)
-    y = x * half
-    xp_of(x).tanh(y, out=y)
+    y = xp_of(x).tanh(x * half)
     y += 1
     y *= half
     return y
@@ -440,16 +439,11 @@ def linear(needs, x, w, b=None):
 
     With `w` constant nothing of `x` is kept: its gradient needs only `w`.
     """
-    y = x.reshape(-1, x.shape[-1]) @ w.T  # as rows: one product for the whole batch
+    y = (x.reshape(-1, x.shape[-1]) @ w.T).reshape(*x.shape[:-1], w.shape[0])  # one product for the whole batch
     if b is not None:
         expect("b", b, w.shape[0])
         y += b
-    return y.reshape(*x.shape[:-1], w.shape[0]), (
-        w if needs[0] else None,
-        x if needs[1] else None,
-        len(needs) > 2 and needs[2],
-        len(needs),
-    )
+    return y, (w if needs[0] else None, x if needs[1] else None, len(needs) > 2 and needs[2], len(needs))
 
 
 @linear.backward

@@ -45,6 +45,19 @@ def test_sampled_tokens_of_a_row_depend_on_the_seed_and_not_on_its_neighbours():
     assert together != generate(model, PROMPTS, 6, temperature=1.0, seed=5)
 
 
+@pytest.mark.parametrize("method", [None, "prefix_tuning", "prompt_tuning"])
+def test_learned_positions_end_the_text(method):
+    model = tiny.model("gpt2")
+    if method:
+        sites.attach(model, method, {"tokens": 3})
+    room = 61 if method else 64
+    assert model.room == room
+    assert [len(row) for row in generate(model, [[1] * (room - 2), [2]], 9)] == [3, 3]
+    assert len(generate(model, [[1] * room], 9)[0]) == 1
+    with pytest.raises(RefpeftError, match=rf"^a prompt has {room + 1} tokens, but the model has room for {room}$"):
+        generate(model, [[1] * (room + 1)], 9)
+
+
 def drawn(count: int = 4000, **options) -> np.ndarray:
     """How often each of four tokens with probabilities 0.5, 0.3, 0.15, 0.05 is drawn."""
     logits = np.log(np.array([[0.15, 0.5, 0.05, 0.3]]))

@@ -9,6 +9,7 @@ import tiny
 from refpeft import fused, sites
 from refpeft.batches import Batch
 from refpeft.errors import RefpeftError
+from refpeft.models import rope
 from refpeft.models.base import Cache
 from refpeft.tensor import no_grad
 
@@ -213,14 +214,26 @@ def test_the_last_position_alone_is_the_last_of_all():
     assert far(model(ids, last=True).data, model(ids).data[:, -1:]) < CLOSE
 
 
-def test_a_cache_keeps_the_rows_that_are_picked():
-    model, ids = built("llama"), tiny.ids(3, 6)
-    cache = Cache(model.config.layers)
+@pytest.mark.parametrize("method", ["prompt_tuning", "prefix_tuning"])
+def test_dynamic_rope_scaling_counts_what_stands_before_the_text(method, monkeypatch):
+    scaling = {"max_position_embeddings": 8, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}
+    monkeypatch.setitem(CONFIGS, "dynamic", tiny.LLAMA | scaling)
+    lengths, plain = [], rope.inverse_frequencies
+    monkeypatch.setattr(rope, "inverse_frequencies", lambda *args: lengths.append(args[-1]) or plain(*args))
+    model, cache = built("dynamic", method), Cache(2)
     with no_grad():
-        model(ids[:, :5], cache=cache)
-        cache.pick(np.array([2, 0]))
-        after = model(ids[[2, 0], 5:], cache=cache).data
-    assert far(after, model(ids[[2, 0]]).data[:, -1:]) < CLOSE
+        model(tiny.ids(1, 6))
+        model(tiny.ids(1, 6), cache=cache)
+        model(tiny.ids(1, 1), cache=cache)
+    assert lengths == [9, 9, 10]
+
+
+@pytest.mark.parametrize("ids", [[[40]], [[-1]], [[0.5]], [3], np.zeros((1, 0), int)])
+def test_ids_that_are_not_the_models_are_an_error(ids):
+    with pytest.raises(
+        RefpeftError, match=r"^token (40|-1) is not among the model's 40|^ids are .*: expected integers"
+    ):
+        built("llama")(ids)
 
 
 # ---- limits ----------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
@@ -10,11 +11,13 @@ import numpy as np
 
 from refpeft import fused, ops
 from refpeft.backend import Array, xp_of
+from refpeft.errors import RefpeftError
 from refpeft.models.config import ModelConfig
+from refpeft.quant import Dense, Quantized
 from refpeft.sites import Adapter, Mode, Site
-from refpeft.tensor import Tensor, checkpoint
+from refpeft.tensor import Tensor, checkpoint, no_grad
 
-Frozen = Callable[[], Array]
+Frozen = Dense | Quantized
 
 
 class Cache:
@@ -33,10 +36,6 @@ class Cache:
             k, v = (Tensor(xp.concatenate((old, new.data), axis=2)) for old, new in zip(before, (k, v), strict=True))
         self.layers[layer] = (k.data, v.data)
         return k, v
-
-    def pick(self, rows: Array) -> None:
-        """Keeps these rows of the batch."""
-        self.layers = [pair and (pair[0][rows], pair[1][rows]) for pair in self.layers]
 
 
 class Model:
@@ -146,8 +145,7 @@ class Model:
         positions (batch, time) default to 0, 1, ...; segments (batch, cached + time) number the documents of a packed
         row, -1 for padding: a token sees earlier tokens of its own document only.
         """
-        ids, positions, segments = (a if a is None else self.xp.asarray(a) for a in (ids, positions, segments))
-        hidden = self.trunk(ids, positions, segments, cache)
+        hidden = self._hidden(ids, positions, segments, cache)
         return self.head(self.finish(hidden[:, -1:] if last else hidden))
 
     def loss(self, batch: Any, denominator: float | None = None) -> Tensor:
@@ -157,8 +155,7 @@ class Model:
         """
         rows = np.flatnonzero(batch.targets >= 0)  # on the host: a device could not say how many there are
         denominator = max(rows.size, 1) if denominator is None else denominator
-        arrays = (batch.ids, batch.positions, batch.segments)
-        hidden = self.trunk(*(a if a is None else self.xp.asarray(a) for a in arrays), None)
+        hidden = self._hidden(batch.ids, batch.positions, batch.segments)
         hidden = ops.take(hidden.reshape(-1, hidden.shape[-1]), indices=self.xp.asarray(rows))
         hidden = self.finish(hidden)
         targets = self.xp.asarray(batch.targets.reshape(-1)[rows])
@@ -177,6 +174,32 @@ class Model:
             chunk = checkpoint(part, hidden[at : at + size])
             total = chunk if total is None else total + chunk
         return total
+
+    def _hidden(
+        self, ids: Array, positions: Array | None, segments: Array | None, cache: Cache | None = None
+    ) -> Tensor:
+        """trunk() of host or device arrays. Raises RefpeftError for ids that are none of this model's."""
+        if xp_of(ids) is np:  # a device is not asked within a step
+            ids = np.asarray(ids)
+            if ids.ndim != 2 or not ids.size or ids.dtype.kind not in "iu":
+                raise RefpeftError(f"ids are {ids.dtype}{list(ids.shape)}: expected integers (batch, time)")
+            low, high = int(ids.min()), int(ids.max())
+            if low < 0 or high >= self.config.vocab:
+                raise RefpeftError(
+                    f"token {low if low < 0 else high} is not among the model's {self.config.vocab:,}: the "
+                    "tokenizer is another model's, or got tokens that this model has no embedding for"
+                )
+        arrays = (a if a is None else self.xp.asarray(a) for a in (ids, positions, segments))
+        return self.trunk(*arrays, cache)
+
+    @property
+    def room(self) -> float:
+        """The most tokens that a row may have beside those that adapters add; infinite with rotary positions."""
+        if self.config.rope is not None:
+            return math.inf
+        with no_grad():
+            virtual = self.embed(self.xp.zeros((1, 1), np.int32)).shape[1] - 1
+        return self.config.context - self.first_position(virtual, None)
 
     # ---- what subclasses share ----
 

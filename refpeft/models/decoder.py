@@ -30,8 +30,8 @@ class Decoder(Model):
     def trunk(self, ids: Array, positions: Array | None, segments: Array | None, cache: Cache | None) -> Tensor:
         hidden = self.embedded(ids, cache)
         positions, virtual = self.positioned(hidden, ids, positions, cache)
-        cos, sin = self._tables(positions, (cache.tokens if cache else 0) + hidden.shape[1])
         keys = ids.shape[1] + (cache.tokens if cache else 0)
+        cos, sin = self._tables(positions, keys + self.first_position(virtual, cache))
         for i, layer in enumerate(self.layers):
             mask = fused.Mask(keys, self.config.windows[i], segments)
             hidden = self.run(partial(layer, cos=cos, sin=sin, mask=mask, cache=cache), hidden)
