@@ -179,7 +179,8 @@ def train(resolved: Resolved, directory: Path, resume: bool = False, say: Callab
     say(f"{' + '.join(run.methods)} trains {trained:,} numbers, {trained / model.parameters():.2%} of the model's")
 
     directory.mkdir(parents=True, exist_ok=True)
-    files.write_text(directory / config.FILE, config.to_toml(resolved))
+    if not (resume and (directory / config.FILE).is_file()):  # the run that goes on may refuse other options
+        files.write_text(directory / config.FILE, config.to_toml(resolved))
     batches = make_batches(run, rows, model.config)
     evaluation = make_batches(run, held_out, model.config, shuffle=False) if held_out else None
     progress, metrics = report.Progress(run.train.log_every), report.Metrics(directory / "metrics.jsonl", resume)

@@ -73,6 +73,12 @@ class Trainer:
         self.total = s.steps if s.steps is not None else math.ceil(s.epochs * train.steps_per_epoch)
         self.warmup = schedule.warmup_steps(s.warmup, self.total)
         self.micro = s.micro_batch or s.batch
+        longest = max(batches.longest for batches in (train, evaluation) if batches is not None)
+        if longest > model.room:
+            raise RefpeftError(
+                f"the longest row has {longest:,} tokens, but beside what is attached the model has room for "
+                f"{model.room:,}: set a smaller length"
+            )
         self.flat = Flat(model.trained())
         self.optimizer = AdamW(self.flat, s.betas, s.eps, s.weight_decay)
         self.summary = Summary()
@@ -95,6 +101,10 @@ class Trainer:
     def _run(self, resume: bool) -> Summary:
         if resume:
             self._restore()
+        elif self._newest():
+            raise RefpeftError(
+                f"{self.checkpoints} holds another run's checkpoints: resume it, or choose another --out"
+            )
         if self.evaluation is not None and self.summary.loss_before is None:
             self.summary.loss_before = self._evaluate()
         self.model.checkpointing = self.settings.checkpoint_activations
@@ -133,7 +143,7 @@ class Trainer:
         model.mode.training, model.mode.seed = True, self.seed
         try:
             for i, part in enumerate(parts):
-                model.mode.step = step * math.ceil(self.settings.batch / self.micro) + i
+                model.mode.step, model.mode.part = step, i
                 part_loss = model.loss(part, batch.supervised)  # the whole batch's count: exact for any split
                 part_loss.backward()
                 loss = loss + part_loss.data
@@ -142,7 +152,8 @@ class Trainer:
         norm = self.flat.clip(self.settings.clip)
         loss = float(loss)
         if not math.isfinite(loss) or not math.isfinite(float(norm)):
-            raise RefpeftError(self._not_finite(loss, step))
+            what = "the gradient is not finite" if math.isfinite(loss) else f"loss is {loss}"
+            raise RefpeftError(self._not_finite(f"{what} at step {step + 1}"))
         lr = self.settings.lr * schedule.factor(self.settings.schedule, step, self.total, self.warmup)
         self.optimizer.step(lr)
         self.summary.steps = step + 1
@@ -157,11 +168,10 @@ class Trainer:
             seconds=time.perf_counter() - started,
         )
 
-    def _not_finite(self, loss: float, step: int) -> str:
+    def _not_finite(self, what: str) -> str:
         saved = self._newest()
         kept = f"the last good checkpoint is {saved}" if saved else "no checkpoint had been saved yet"
-        what = f"loss is {loss}" if not math.isfinite(loss) else "the gradient is not finite"
-        return f"{what} at step {step + 1} (learning rate {self.settings.lr:g}); {kept}; lower the learning rate"
+        return f"{what} (learning rate {self.settings.lr:g}); {kept}; lower the learning rate"
 
     def _tell(self, **record: Any) -> None:
         for listener in self.listeners:
@@ -171,6 +181,8 @@ class Trainer:
 
     def _evaluate(self) -> float:
         loss = mean_loss(self.model, self.evaluation)
+        if not math.isfinite(loss):
+            raise RefpeftError(self._not_finite(f"held-out loss is {loss} after step {self.summary.steps}"))
         self._tell(step=self.summary.steps, eval_loss=loss)
         return loss
 
@@ -199,7 +211,9 @@ class Trainer:
                 crc = zlib.crc32(np.packbits(example.supervised).tobytes(), crc)
         return {
             "seed": self.seed,
+            "methods": [[adapter.name, repr(adapter.cfg)] for adapter in self.model.adapters],
             "total steps": self.total,
+            "warm-up steps": self.warmup,
             "rows": len(self.train.rows),
             "rows' checksum": crc,
             "parameters": self.flat.shapes,

@@ -35,10 +35,10 @@ def examples(count: int = 8, seed: int = 0) -> list[Example]:
 
 
 def trainer(
-    settings: Train, method: str = "lora", held_out: bool = True, out=None, listeners=(), seed: int = 0
+    settings: Train, method: str = "lora", held_out: bool = True, out=None, listeners=(), seed: int = 0, **options
 ) -> Trainer:
     model = tiny.model("llama")
-    tiny.scramble(sites.attach(model, method, {}, seed=seed))
+    tiny.scramble(sites.attach(model, method, options, seed=seed))
     evaluation = Batches(examples(4, seed=9), 4, 32, shuffle=False) if held_out else None
     return Trainer(
         model, Batches(examples(), settings.batch, 32, seed=seed), evaluation, settings, out, listeners, seed
@@ -105,6 +105,22 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_its_step_and_keeps_the_las
     assert np.isfinite(read_safetensors(tmp_path / "checkpoints/step-00000002/state.safetensors")["values"]).all()
 
 
+def test_a_held_out_loss_that_is_not_finite_stops_the_run():
+    built = trainer(Train(steps=2, batch=4))
+    next(iter(built.flat.params.values())).data[...] = np.nan
+    with pytest.raises(RefpeftError, match=r"^held-out loss is nan after step 0 .*no checkpoint had been saved yet"):
+        built.run()
+
+
+def test_rows_that_the_model_has_no_positions_for_are_refused_before_the_first_step():
+    model = tiny.model("gpt2")
+    sites.attach(model, "prompt_tuning", {"tokens": 60})
+    with pytest.raises(
+        RefpeftError, match=r"^the longest row has 13 tokens, .* the model has room for 4: set a smaller"
+    ):
+        Trainer(model, Batches(examples(), 4, 32), settings=Train(steps=1, batch=4))
+
+
 def test_early_stopping_counts_evaluations_without_a_better_loss(tmp_path):
     built = trainer(
         Train(steps=50, batch=4, lr=0.5, schedule="constant", eval_every=1, early_stop=3, best=True), out=tmp_path
@@ -130,6 +146,12 @@ def test_a_checkpoint_of_another_run_is_refused_with_what_differs(tmp_path):
     trainer(Train(steps=4, batch=4), out=tmp_path).run()
     with pytest.raises(RefpeftError, match=r"is of another run: lr was 0\.0002, now 0\.5; use another --out"):
         trainer(Train(steps=4, batch=4, lr=0.5), out=tmp_path).run(resume=True)
+    with pytest.raises(RefpeftError, match=r"another run: methods was .*alpha=16\.0.*, now .*alpha=4\.0"):
+        trainer(Train(steps=4, batch=4), out=tmp_path, alpha=4.0).run(resume=True)
+    with pytest.raises(RefpeftError, match=r"another run: warm-up steps was 1, now 2;"):
+        trainer(Train(steps=4, batch=4, warmup=2), out=tmp_path).run(resume=True)
+    with pytest.raises(RefpeftError, match=r"holds another run's checkpoints: resume it"):
+        trainer(Train(steps=4, batch=4), out=tmp_path).run()
 
 
 def test_a_finished_run_that_is_resumed_trains_no_more(tmp_path):
