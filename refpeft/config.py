@@ -45,7 +45,7 @@ class Data(BaseModel):
     length: Count | None = None  # tokens of a row; none: 1024, or the model's limit where that is less
     overlong: Literal["error", "drop", "truncate", "split"] = "error"
     pack: bool = False
-    supervise: Literal["answers", "all"] = "answers"
+    supervise: Literal["response", "all"] = "response"
 
 
 class Train(BaseModel):

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 OVERLONG = ("error", "drop", "truncate", "split")
-SUPERVISE = ("answers", "all")
+SUPERVISE = ("response", "all")
 SHOWN_LINES = 10
 
 
@@ -135,7 +135,7 @@ def load_data(
     template: Template | None = None,
     length: int | None = None,
     overlong: str = "error",
-    supervise: str = "answers",
+    supervise: str = "response",
 ) -> Data:
     """The examples of a file and their summary.
 
@@ -149,7 +149,7 @@ def load_data(
                           must not learn to stop there. A row that loses all of its answer is dropped
                 split     windows of `length` tokens, each with the prompt (not learned) in front. Every token of the
                           answer is learned once, in sight of at least the token before it
-    supervise   "answers", or "all" for the loss on every token
+    supervise   "response", or "all" for the loss on every token
 
     Raises RefpeftError with every mistake in the file; for rows in which nothing is learned, with their line numbers.
     """
@@ -218,7 +218,7 @@ def _encode(
     return examples, rewritten
 
 
-def encode_plain(item: Plain, tokenizer: Tokenizer, line: int, supervise: str = "answers") -> Example:
+def encode_plain(item: Plain, tokenizer: Tokenizer, line: int, supervise: str = "response") -> Example:
     """BOS (where the model has it), prompt, completion, EOS; the last two are learned."""
     prompt = tokenizer.encode(item.prompt, specials=True)
     answer = tokenizer.encode(item.completion, after=item.prompt)
@@ -230,7 +230,7 @@ def encode_plain(item: Plain, tokenizer: Tokenizer, line: int, supervise: str = 
     return Example(np.array(prompt + answer, np.int32), np.array(learned, bool), line)
 
 
-def encode_rendered(rendered: Rendered, tokenizer: Tokenizer, line: int, supervise: str = "answers") -> Example:
+def encode_rendered(rendered: Rendered, tokenizer: Tokenizer, line: int, supervise: str = "response") -> Example:
     """A rendered conversation, each span encoded alone; the assistant's are learned, with their end of turn."""
     text, pieces, at = rendered.text, [], 0
     for start, stop in rendered.spans:
