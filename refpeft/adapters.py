@@ -58,7 +58,7 @@ def save(directory: str | Path, model: Model, adapter: Adapter | None = None) ->
     values = {name: to_host(tensor.data) for name, tensor in _values(adapter).items()}
     tensors = {entry.name: entry.pack(*(values[name] for name in entry.params)) for entry in entries}
     common = dict.fromkeys(_OF_EVERY_METHOD) | {
-        "base_model_name_or_path": _base_name(model),
+        "base_model_name_or_path": model.name,
         "inference_mode": True,
         "peft_version": PEFT_VERSION,
         "task_type": "CAUSAL_LM",
@@ -88,11 +88,6 @@ def _values(adapter: Adapter) -> dict[str, Tensor]:
     """All that a file must hold: what is trained, and the constants that the method drew for all sites."""
     shared = {f"shared.{name}": value for part in adapter.parts for name, value in vars(part.shared).items()}
     return shared | adapter.params
-
-
-def _base_name(model: Model) -> str | None:
-    checkpoint = getattr(model, "checkpoint", None)
-    return None if checkpoint is None else str(checkpoint.path)
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------

@@ -39,8 +39,8 @@ def load(
     device     "cpu" or "cuda"
     plugins    plugin files, folders or module names to make known first
 
-    The model has `.tokenizer` and `.checkpoint` besides what Model says. Raises RefpeftError for everything that is
-    wrong with the files or the arguments.
+    The model has `.name`, `.tokenizer` and `.checkpoint` besides what Model says. Raises RefpeftError for everything
+    that is wrong with the files or the arguments.
     """
     if dtype not in COMPUTE_DTYPES:
         raise RefpeftError(f"dtype is {dtype!r}: expected one of {', '.join(COMPUTE_DTYPES)}")
@@ -49,6 +49,7 @@ def load(
     chosen = make_quantizer(quantizer, options)
     checkpoint = open_checkpoint(resolve(str(model)))
     built = build(checkpoint, dtype, xp, chosen)
+    built.name = str(model)
     if adapter is not None:
         from . import adapters
 

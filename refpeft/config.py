@@ -23,9 +23,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from refpeft import manager, toml
 from refpeft.errors import RefpeftError, nearest
+from refpeft.models.hub import EMBEDDED
 
 FILE = "run.toml"  # in a run directory: the whole configuration of the run
-EMBEDDED = "embedded"  # as a model or as a data file: what ships in the package
 EMBEDDED_RUN = Path(__file__).parent / "embedded" / FILE  # what `refpeft train` does when it is given nothing
 _STRICT = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 

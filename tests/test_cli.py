@@ -14,7 +14,7 @@ import tiny_tokenizers
 from click.testing import CliRunner
 
 import refpeft as refpeft_package
-from refpeft import manager
+from refpeft import api, manager
 from refpeft.cli import main
 
 METHOD = '''"""Scales outputs (Someone, 2000): y = g W x."""
@@ -243,6 +243,27 @@ def test_eval_generate_and_merge_use_what_was_trained(refpeft, model, rows, tmp_
     merged = json.loads(refpeft("eval", "--model", "merged", "--data", "rows.jsonl", "--json").stdout)
     assert merged["eval_loss"] == pytest.approx(found["eval_loss"], rel=1e-4)
     assert refused(refpeft("merge", "--adapter", "out", "--out", "merged")).startswith("merged exists")
+
+
+def test_a_run_on_quantized_weights_is_evaluated_and_merged_as_it_was_trained(refpeft, model, rows, tmp_path):
+    options = ("--quantizer", "nf4", "--length", "8", "--overlong", "truncate", "--set", "data.supervise=all")
+    assert refpeft(*TRAIN, "--out", "out", *options).exit_code == 0
+    records = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    found = json.loads(refpeft("eval", "--adapter", "out", "--json").stdout)
+    assert found["eval_loss"] == pytest.approx(records[-1]["eval_loss"], rel=1e-5)
+    said = refpeft("merge", "--adapter", "out", "--out", "merged").stdout
+    assert said.startswith("./model, its weights those of nf4, dequantized, with out merged, in merged:")
+    with_adapter, merged = (api.load(*source) for source in (("model", "out", "nf4"), ("merged",)))
+    expected = with_adapter([[1, 2, 3]]).data
+    assert abs(merged([[1, 2, 3]]).data - expected).max() < 1e-5 * abs(expected).max()
+
+
+def test_a_merge_that_computes_something_else_writes_nothing(refpeft, model, rows, method, tmp_path):
+    merge = "\n\n@hookimpl\ndef peft_merge(weight, p):\n    return weight * (2 - p.g[:, None])\n"
+    method.write_text(METHOD + merge)
+    assert refpeft(*TRAIN, "-p", method, "--method", "gain", "--lr", "0.1", "--out", "out").exit_code == 0
+    assert "nothing was written" in refused(refpeft("merge", "-p", method, "--adapter", "out", "--out", "merged"))
+    assert not (tmp_path / "merged").exists()
 
 
 def test_a_model_must_be_named_and_an_adapter_be_there(refpeft, model):

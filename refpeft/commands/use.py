@@ -24,11 +24,14 @@ def _load(model: str | None, adapter: str | None, quantizer: str | None, dtype: 
     return api.load(model or run.base_model(adapter), adapter, quantizer, dtype, device, options=said.get(quantizer))
 
 
+_MERGED_DIFFERENCE = 1e-3  # of the largest logit: more than float32's rounding explains
+
+
 @click.command("eval")
 @options.model
 @click.option("--data", metavar="FILE", help="Rows to evaluate on; else the adapter's run's held-out rows.")
 @click.option("--format", "kind", metavar="NAME", help="The format of the rows; else it is told from their columns.")
-@click.option("--length", type=int, metavar="N", help="The most tokens of a row.")
+@click.option("--length", type=click.IntRange(min=2), metavar="N", help="The most tokens of a row.")
 @click.option("--batch", type=click.IntRange(min=1), default=8, show_default=True, metavar="N")
 @options.as_json
 @options.plugins
@@ -36,16 +39,19 @@ def evaluate(
     model: str | None, adapter: str | None, data: str | None, kind: str | None, length: int | None, batch: int,
     as_json: bool, **how: Any,
 ) -> None:  # fmt: skip
-    """Gives the loss on the answers of a data file."""
+    """Gives the loss on the answers of a data file; rows become tokens as they did in the adapter's run."""
     import math
 
-    from refpeft import run, trainer
+    from refpeft import config, run, trainer
     from refpeft.batches import Batches
     from refpeft.data import load_data
 
     loaded = _load(model, adapter, **how)
-    length = length or min(run.DEFAULT_LENGTH, loaded.config.context)
-    rows = load_data(data or run.held_out_file(adapter), loaded.tokenizer, format=kind, length=length)
+    said = config.written(adapter).get("data", {})
+    length = length or said.get("length") or min(run.DEFAULT_LENGTH, loaded.config.context)
+    kept = {key: said[key] for key in ("overlong", "supervise") if key in said}
+    file, kind = (data, kind) if data else (run.held_out_file(adapter), kind or said.get("format"))
+    rows = load_data(file, loaded.tokenizer, format=kind, length=length, **kept)
     loss = trainer.mean_loss(loaded, Batches(rows.examples, batch, length, shuffle=False))
     found = {"eval_loss": loss, "perplexity": math.exp(min(loss, 700)), "rows": rows.summary.rows}
     found |= {"tokens": rows.summary.tokens, "supervised_tokens": rows.summary.supervised_tokens}
@@ -110,27 +116,35 @@ def _talk(speaker: Any) -> None:
 
 @click.command()
 @click.option("--adapter", required=True, metavar="DIR", help="An adapter directory, such as a run's.")
-@click.option("--model", metavar="PATH|ID", help="The model to merge into; else the adapter's own.")
+@click.option("--model", metavar="PATH|ID", help="The model to merge into; else the adapter's own, as its run had it.")
 @click.option("--out", required=True, metavar="DIR", help="Where the merged model goes; must not exist.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
 @options.plugins
 def merge(adapter: str, model: str | None, out: str, dtype: str) -> None:
-    """Folds an adapter into its model and writes a model directory that needs no adapter."""
+    """Folds an adapter into its model and writes a model directory that needs no adapter.
+
+    Weights that the adapter's run had quantized are those that it trained on: they are dequantized, not read again.
+    """
     import numpy as np
 
-    from refpeft import api, run, sites
+    from refpeft import config, run, sites
     from refpeft.errors import RefpeftError
     from refpeft.models import saving
 
     if Path(out).exists():
         raise RefpeftError(f"{out} exists: merged models are not written over anything; choose another --out")
-    base = model or run.base_model(adapter)
-    loaded = api.load(base, adapter)
+    loaded = _load(model, adapter, None, "float32", "cpu")
     probe = np.arange(64)[None] % loaded.config.vocab
     before = loaded(probe).data
     sites.merge(loaded)
-    after = loaded(probe).data
+    difference = np.abs(loaded(probe).data - before).max() / np.abs(before).max()
+    if not difference < _MERGED_DIFFERENCE:
+        raise RefpeftError(
+            f"merging changes the logits by {difference:.1e} of the largest, so a plugin's peft_merge is not what its "
+            "forward pass computes; nothing was written"
+        )
     saving.save(loaded, out, dtype)
-    difference = np.abs(after - before).max() / np.abs(before).max()
-    click.echo(f"{base} with {adapter} merged, in {out}:")
+    quantizer = None if model else config.written(adapter).get("quantizer")
+    stated = f", its weights those of {quantizer}, dequantized" if quantizer else ""
+    click.echo(f"{model or run.base_model(adapter)}{stated}, with {adapter} merged, in {out}:")
     click.echo(f"logits differ from those with the adapter by {difference:.1e} of the largest; weights are {dtype}")

@@ -48,8 +48,9 @@ class Model:
 
     head: Site
     embed: Site
-    checkpoint: Any = None  # where it came from, and its tokenizer: set by refpeft.load
-    tokenizer: Any = None
+    name: str | None = None  # this and the following are set by refpeft.load: what it was called there (a hub id, ...),
+    checkpoint: Any = None  # its files,
+    tokenizer: Any = None  # and its tokenizer
 
     def __init__(self, config: ModelConfig, weights: Callable[..., Frozen], dtype: np.dtype, xp: ModuleType = np):
         self.config, self.dtype, self.xp = config, np.dtype(dtype), xp

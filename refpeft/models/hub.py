@@ -9,7 +9,7 @@ from pathlib import Path
 from refpeft.errors import RefpeftError
 from refpeft.files import read_json
 
-EMBEDDED = "embedded"
+EMBEDDED = "embedded"  # as a model or as a data file: what ships in the package
 
 _HUB_ID = re.compile(r"(?!.*(\.\.|--))[\w][\w.-]*(/[\w][\w.-]*)?", re.ASCII)
 # Nothing pickled, no files of other frameworks, and not Mistral's second copy of its weights.
