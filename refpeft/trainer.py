@@ -203,22 +203,26 @@ class Trainer:
     def _fingerprint(self) -> dict[str, Any]:
         """What must be equal for a checkpoint to be continued."""
         s = self.settings
+        options = {f"{a.name}.{name}": value for a in self.model.adapters for name, value in vars(a.cfg).items()}
         same = ("lr", "batch", "micro_batch", "weight_decay", "betas", "eps", "clip", "schedule")
         crc = 0
         for row in self.train.rows:
             for example in row:
                 crc = zlib.crc32(np.ascontiguousarray(example.ids).tobytes(), crc)
                 crc = zlib.crc32(np.packbits(example.supervised).tobytes(), crc)
-        return {
+        found = {
             "seed": self.seed,
-            "methods": [[adapter.name, repr(adapter.cfg)] for adapter in self.model.adapters],
+            "methods": [adapter.name for adapter in self.model.adapters],
             "total steps": self.total,
             "warm-up steps": self.warmup,
             "rows": len(self.train.rows),
             "rows' checksum": crc,
             "parameters": self.flat.shapes,
             "dtype": self.flat.values.dtype.name,
-        } | {name: json.loads(json.dumps(getattr(s, name))) for name in same}
+            "bytes of frozen weights": self.model.nbytes,
+        }
+        found |= {name: getattr(s, name) for name in same}
+        return json.loads(json.dumps(found | options, default=str))  # as it will be read: tuples are lists then
 
     def _save(self, name: str | None = None) -> None:
         if self.checkpoints is None:
