@@ -69,7 +69,10 @@ def peft_linear(x, base, p, cfg, site, shared, train):
 
 @hookspec
 def peft_embedding(ids, base, p, cfg, site, shared, train):
-    """At the token embedding: ids (batch, time), gives (batch, time, dim). Extra leading rows are virtual tokens."""
+    """At the token embedding: ids (batch, time), gives (batch, time, dim).
+
+    Extra leading rows are virtual tokens. A method that adds them is attached after those that change the rows of text.
+    """
 
 
 @hookspec
