@@ -32,7 +32,7 @@ class Verbs(click.Group):
         except BrokenPipeError:
             raise  # click ends quietly: whoever read the output has had enough
         except OSError as error:
-            message = f"{error.filename or 'a file'}: {error.strerror or error}"
+            message = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
         except MemoryError as error:
             what = f": {error}" if str(error) else ""
             message = f"out of memory{what}; `refpeft train --dry-run` shows what takes how much"

@@ -191,23 +191,24 @@ def _encode(
     examples: list[Example] = []
     rewritten, problems = 0, Problems(file)
     for row, item in items:
-        if isinstance(item, Plain):
-            examples.append(encode_plain(item, tokenizer, row.line, supervise))
-            continue
-        if template is None:
+        if isinstance(item, Chat) and template is None:
             raise RefpeftError(
                 f"{file} holds conversations, but {tokenizer.name} has no chat template: give one, "
                 "or use rows of prompt and completion"
             )
         try:
-            texts = template.conversation(item.messages, tools=item.tools)
+            if isinstance(item, Plain):
+                found = [encode_plain(item, tokenizer, row.line, supervise)]
+            else:
+                texts = template.conversation(item.messages, tools=item.tools)
+                found = [encode_rendered(text, tokenizer, row.line, supervise) for text in texts]
         except RefpeftError as error:
             problems.add(row.line, str(error))
             if len(problems.found) == SHOWN_PROBLEMS:
                 break  # each failure of a bad template may take seconds
             continue
-        examples += [encode_rendered(text, tokenizer, row.line, supervise) for text in texts]
-        rewritten += len(texts) > 1
+        examples += found
+        rewritten += len(found) > 1
     problems.stop()
     nothing = sorted({example.line for example in examples if not example.targets})
     if nothing:

@@ -106,7 +106,7 @@ def read_rows(path: str | Path) -> list[Row]:
     path = Path(path)
     readers = {".jsonl": _json_lines, ".ndjson": _json_lines, ".json": _json, ".csv": _csv, ".tsv": _tsv}
     reader = readers.get(path.suffix.lower())
-    if reader is None:
+    if reader is None and path.exists() and not path.is_dir():
         raise RefpeftError(f"{path}: expected a file whose name ends in {', '.join(readers)}")
     try:
         text = path.read_bytes().decode("utf-8-sig")

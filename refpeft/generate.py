@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 
 import numpy as np
@@ -33,8 +34,10 @@ def generate(
     """
     if not prompts or not all(len(p) for p in prompts):
         raise RefpeftError("a prompt is empty: expected at least one token (give the model's BOS token for no prompt)")
-    if temperature < 0:
-        raise RefpeftError(f"temperature is {temperature}: expected 0 (greedy) or more")
+    if not 0 <= temperature < math.inf:
+        raise RefpeftError(f"temperature is {temperature}: expected 0 (greedy) or a number above it")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise RefpeftError(f"top_p is {top_p}: expected a probability above 0")
     longest = max(map(len, prompts))
     if longest > model.room:
         raise RefpeftError(f"a prompt has {longest:,} tokens, but the model has room for {model.room:,}")

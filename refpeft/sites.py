@@ -318,7 +318,8 @@ def _check_patterns(part: Part, sites: list[Site]) -> None:
 def _no_match(target: str, hit: list[Site], sites: list[Site]) -> str:
     if hit:
         kinds = ", ".join(sorted({s.kind for s in hit}))
-        return f"target {target!r} matches {len(hit)} sites of kind {kinds}, where this method has nothing to do"
+        count = "1 site" if len(hit) == 1 else f"{len(hit)} sites"
+        return f"target {target!r} matches {count} of kind {kinds}, where this method has nothing to do"
     if target.startswith("@"):
         names = sorted({"@" + role for s in sites for role in s.roles})
     else:

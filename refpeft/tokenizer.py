@@ -96,7 +96,11 @@ class Tokenizer:
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_specials)
 
     def _encode(self, text: str) -> list[int]:
-        return self.backend.encode(text, add_special_tokens=False).ids
+        try:
+            return self.backend.encode(text, add_special_tokens=False).ids
+        except TypeError:  # half of a surrogate pair: of a JSON escape, or a byte of the command line that is not UTF-8
+            at = next(i for i, character in enumerate(text) if "\ud800" <= character <= "\udfff")
+            raise RefpeftError(f"the text is not valid Unicode: character {at + 1} is {text[at]!r}") from None
 
     def _after(self, text: str, before: str) -> list[int]:
         """`text` as it is encoded behind `before`: behind the added token that ends it, or a neutral character."""
