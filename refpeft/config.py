@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from refpeft import manager, toml
 from refpeft.errors import RefpeftError, nearest
+from refpeft.files import expanded
 from refpeft.models.hub import EMBEDDED
 
 FILE = "run.toml"  # in a run directory: the whole configuration of the run
@@ -157,9 +158,9 @@ def resolve(
         unused = set(_names(layer)) - set(chosen)
         given = {k: v for k, v in given.items() if v is not layer.get(k) or k.partition(".")[0] not in unused}
 
-    tables = _tables(given, chosen, problems)
-    run = _validate(RunConfig, tables[""] | {name: tables[name] for name in ("data", "train")}, "", given, problems)
+    run, tables = _run(given, chosen, problems)
     options = {name: _options(name, plugin, tables[name], given, problems) for name, plugin in chosen.items()}
+    _check_paths(given, problems)
     if run:
         _cross_checks(run, given, problems)
     problems.finish()
@@ -177,9 +178,19 @@ def plugin_options(plugin: ModuleType, values: Mapping[str, Any]) -> Any:
 
 
 def written(directory: str | Path | None) -> dict[str, Any]:
-    """What the run.toml of a run directory says, unchecked (its files may have gone since); {} where there is none."""
+    """What the run.toml of a run directory says; {} where there is none. Its files may have gone since.
+
+    It may be a stranger's, so the quantizer in it must be one that is known, not a file beside it.
+    """
     file = Path(directory) / FILE if directory else None
-    return toml.read(file)[0] if file and file.is_file() else {}
+    if not file or not file.is_file():
+        return {}
+    given, problems = _read_file(file), Problems()
+    run, _ = _run(given, dict.fromkeys(_names(given)), problems)
+    problems.finish()
+    if run.quantizer:
+        manager.path_of(run.quantizer, "quantizer")
+    return toml.read(file)[0]
 
 
 def to_toml(resolved: Resolved) -> str:
@@ -261,6 +272,15 @@ def _plugins(given: Layer, problems: Problems) -> dict[str, ModuleType]:
             except RefpeftError as error:
                 problems.add(given_names, str(error))
     return chosen
+
+
+def _run(
+    given: Layer, chosen: Mapping[str, Any], problems: Problems
+) -> tuple[RunConfig | None, dict[str, dict[str, Any]]]:
+    """(the run, None where a value is wrong; the given values by table)."""
+    tables = _tables(given, chosen, problems)
+    values = tables[""] | {name: tables[name] for name in ("data", "train")}
+    return _validate(RunConfig, values, "", given, problems), tables
 
 
 def _tables(given: Layer, chosen: Mapping[str, Any], problems: Problems) -> dict[str, dict[str, Any]]:
@@ -392,8 +412,23 @@ def _model(config: type) -> type[BaseModel]:
     return create_model(config.__qualname__, __config__=_STRICT, **fields)
 
 
+def _check_paths(given: Layer, problems: Problems) -> None:
+    """Files that are missing and directories that cannot be written, whatever else is wrong."""
+    paths = {key: value.value for key, value in given.items() if isinstance(value.value, str)}
+    model, out = paths.get("model", ""), paths.get("out")
+    if model.startswith((".", "/", "~")) and not os.path.exists(expanded(model)):
+        problems.add(given["model"], f"model {model} does not exist")
+    for key in ("data.file", "data.eval_file"):
+        file = paths.get(key, EMBEDDED)
+        if file != EMBEDDED and not os.path.isfile(expanded(file)):
+            what = "is not a file" if os.path.exists(expanded(file)) else "does not exist"
+            problems.add(given[key], f"{key} {file} {what}")
+    if out and (why := _unwritable(expanded(out))):
+        problems.add(given["out"], f"out {out} cannot be written: {why}")
+
+
 def _cross_checks(run: RunConfig, given: Layer, problems: Problems) -> None:
-    """What no single value shows: files that are missing, options that exclude one another."""
+    """What no single value shows: options that need or exclude one another."""
 
     def problem(key: str, message: str) -> None:
         problems.add(given.get(key), message)
@@ -401,11 +436,6 @@ def _cross_checks(run: RunConfig, given: Layer, problems: Problems) -> None:
     data, train = run.data, run.train
     if not run.methods:
         problem("method", "method is []: expected at least one name")
-    if run.model.startswith((".", "/", "~")) and not Path(run.model).expanduser().exists():
-        problem("model", f"model {run.model} does not exist")
-    for key, file in (("data.file", data.file), ("data.eval_file", data.eval_file)):
-        if file not in (None, EMBEDDED) and not Path(file).expanduser().is_file():
-            problem(key, f"{key} {file} is not a file")
     if data.file is None and run.model != EMBEDDED:
         problem("data.file", "there is no data: give --data FILE, or [data] file in the configuration")
     if data.eval_file and data.eval_share:
@@ -426,8 +456,6 @@ def _cross_checks(run: RunConfig, given: Layer, problems: Problems) -> None:
                 f"train.{key}",
                 f"train.{key} needs held-out rows (data.eval_file or data.eval_share) and train.eval_every",
             )
-    if run.out and (why := _unwritable(Path(run.out).expanduser())):
-        problem("out", f"out {run.out} cannot be written: {why}")
 
 
 def _unwritable(directory: Path) -> str:

@@ -126,6 +126,11 @@ def _fsync(path: Path) -> None:
 # Reading --------------------------------------------------------------------------------------------------------------
 
 
+def expanded(path: str) -> Path:
+    """`path` with ~ as the home directory, where there is one: Path.expanduser raises where there is none."""
+    return Path(os.path.expanduser(path))
+
+
 def read_json(path: str | Path) -> dict:
     """The JSON object in a file. RefpeftError if there is no such file or it holds anything else."""
     try:

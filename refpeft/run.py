@@ -33,13 +33,11 @@ _LONGEST_SAMPLE = 200  # tokens
 # ---- what is trained on ----
 
 
-def row_length(run: RunConfig, model: ModelConfig) -> int:
-    """The most tokens of a row."""
-    if run.data.length and run.data.length > model.context:
-        raise RefpeftError(
-            f"data.length is {run.data.length:,}, but the model was made for {model.context:,} positions"
-        )
-    return run.data.length or min(DEFAULT_LENGTH, model.context)
+def row_length(asked: int | None, model: ModelConfig) -> int:
+    """The most tokens of a row: what was asked for, where the model can do it."""
+    if asked and asked > model.context:
+        raise RefpeftError(f"length is {asked:,}, but the model was made for {model.context:,} positions")
+    return asked or min(DEFAULT_LENGTH, model.context)
 
 
 def data_files(run: RunConfig) -> tuple[Path, Path | None]:
@@ -47,14 +45,14 @@ def data_files(run: RunConfig) -> tuple[Path, Path | None]:
     file, held_out = run.data.file, run.data.eval_file
     if file in (None, EMBEDDED):
         return HERE / "train.jsonl", Path(held_out) if held_out else HERE / "held_out.jsonl"
-    return Path(file).expanduser(), Path(held_out).expanduser() if held_out else None
+    return files.expanded(file), files.expanded(held_out) if held_out else None
 
 
 def load_rows(run: RunConfig, model: ModelConfig, tokenizer: Tokenizer) -> tuple[Data, Data | None]:
     """The training rows and the held-out rows as tokens; None where nothing is held out."""
     options = {
         "format": None if run.data.format == "auto" else run.data.format,
-        "length": row_length(run, model),
+        "length": row_length(run.data.length, model),
         "overlong": run.data.overlong,
         "supervise": run.data.supervise,
     }
@@ -84,7 +82,7 @@ def _part(rows: Data, examples: list[Example]) -> Data:
 def make_batches(run: RunConfig, rows: Data, model: ModelConfig, shuffle: bool = True) -> Batches:
     """The batches of training rows; without `shuffle` those of held-out rows, as large as fits where a step fits."""
     size = run.train.batch if shuffle else run.train.micro_batch or run.train.batch
-    return Batches(rows.examples, size, row_length(run, model), run.data.pack, run.seed, shuffle)
+    return Batches(rows.examples, size, row_length(run.data.length, model), run.data.pack, run.seed, shuffle)
 
 
 # ---- where it goes ----
@@ -95,7 +93,7 @@ def run_directory(run: RunConfig, resume: bool) -> Path:
 
     Raises RefpeftError where another run's files would be overwritten."""
     if run.out:
-        path = Path(run.out).expanduser()
+        path = files.expanded(run.out)
         if not resume and _taken(path):
             raise RefpeftError(f"{path} already holds a run: go on with it (--resume), or choose another --out")
         return path
@@ -178,6 +176,8 @@ def train(resolved: Resolved, directory: Path, resume: bool = False, say: Callab
     trained = sum(adapter.size for adapter in model.adapters)
     say(f"{' + '.join(run.methods)} trains {trained:,} numbers, {trained / model.parameters():.2%} of the model's")
 
+    if resume and not any((directory / "checkpoints").glob("step-*")):
+        say(f"there is no checkpoint in {directory}: the run begins at its first step")
     directory.mkdir(parents=True, exist_ok=True)
     if not (resume and (directory / config.FILE).is_file()):  # the run that goes on may refuse other options
         files.write_text(directory / config.FILE, config.to_toml(resolved))

@@ -137,6 +137,7 @@ def test_a_method_in_a_file_of_one_s_own_trains(refpeft, model, rows, method):
         (PermissionError(13, "Permission denied", "some/file"), 2, "some/file: Permission denied\n"),
         (MemoryError("Unable to allocate 9 TiB"), 2, "out of memory: Unable to allocate 9 TiB; "),
         (MemoryError(), 2, "out of memory; "),
+        (OSError(28, "No space left on device"), 2, "No space left on device\n"),
         (KeyboardInterrupt(), 130, ""),
     ],
 )
@@ -195,6 +196,7 @@ def test_several_mistakes_at_once(refpeft, tmp_path):
         "--seed: seed is -1: expected a value of at least 0",
         '--epochs: train.epochs is "two": expected a number',
         "--set train.betas: train.betas is 0.9: expected a list",
+        "--data: data.file nowhere.jsonl does not exist",
     ]
 
 
@@ -264,6 +266,49 @@ def test_a_merge_that_computes_something_else_writes_nothing(refpeft, model, row
     assert refpeft(*TRAIN, "-p", method, "--method", "gain", "--lr", "0.1", "--out", "out").exit_code == 0
     assert "nothing was written" in refused(refpeft("merge", "-p", method, "--adapter", "out", "--out", "merged"))
     assert not (tmp_path / "merged").exists()
+
+
+def test_a_run_s_own_file_is_checked_before_an_adapter_is_used(refpeft, model, rows, tmp_path):
+    assert refpeft(*TRAIN, "--out", "out").exit_code == 0
+    written = (tmp_path / "out" / "run.toml").read_text()
+    (tmp_path / "evil.py").write_text("raise SystemExit('it ran')\n")
+    for change, message in (
+        (("[data]", "data = 3\n[train]\n[data_]"), "data is 3: expected a table [data]"),
+        (('eval_file = "rows.jsonl"', "eval_file = 3"), "data.eval_file is 3: expected a string"),
+        (('device = "cpu"', 'device = "cpu"\nquantizer = 4'), "quantizer is 4: expected a string"),
+        (('device = "cpu"', 'device = "cpu"\nquantizer = "evil.py"'), "no quantizer is named 'evil.py'"),
+    ):
+        assert change[0] in written
+        text = written.replace("[train]", "[train_]", 1) if "[train]" in change[1] else written
+        (tmp_path / "out" / "run.toml").write_text(text.replace(*change))
+        for verb in (("eval", "--data", "rows.jsonl"), ("generate", "hi")):
+            assert message in refused(refpeft(*verb, "--adapter", "out"))
+
+
+def test_eval_says_what_it_does_with_long_rows(refpeft, model, rows):
+    evaluate = ("eval", "--model", "./model", "--data", "rows.jsonl")
+    assert refused(refpeft(*evaluate, "--length", 100)).startswith("length is 100, but the model was made for 64")
+    assert "2 of 12 rows are longer" in refused(refpeft(*evaluate, "--length", 12))
+    assert json.loads(refpeft(*evaluate, "--length", 12, "--overlong", "drop", "--json").stdout)["tokens"] == 120
+
+
+def test_text_that_is_not_unicode_is_one_line(refpeft, model, tmp_path):
+    (tmp_path / "half.jsonl").write_text('{"text": "a"}\n{"text": "\\ud800"}\n')
+    message = "the text is not valid Unicode: character 1 is '\\ud800'\n"
+    assert refused(refpeft("data", "half.jsonl", "--model", "model")) == "half.jsonl:2: " + message
+    assert refused(refpeft("generate", "--model", "model", "\ud800")) == message
+
+
+def test_sampling_needs_numbers_and_a_conversation_no_prompts(refpeft, model):
+    generate = ("generate", "--model", "model", "hi")
+    assert refused(refpeft(*generate, "--temperature", "nan")).startswith("temperature is nan")
+    assert refused(refpeft(*generate, "--temperature", "1", "--top-p", "nan")).startswith("top_p is nan")
+    assert refused(refpeft(*generate, "--chat")).startswith("--chat asks for what you say")
+
+
+def test_resuming_without_a_checkpoint_says_that_it_begins(refpeft, model, rows):
+    assert "there is no checkpoint in out: the run begins" in refpeft(*TRAIN, "--resume", "--out", "out").stderr
+    assert "the run begins" not in refpeft(*TRAIN, "--resume", "--out", "out").stderr
 
 
 def test_a_model_must_be_named_and_an_adapter_be_there(refpeft, model):

@@ -114,6 +114,7 @@ lr = 1
         "run.toml:7: unknown key 'train.epohcs'; did you mean 'epochs'?",
         "run.toml:8: train.batch is 0: expected a value of at least 1",
         "run.toml:9: train.schedule is \"cosin\": expected 'constant', 'linear' or 'cosine'; did you mean 'cosine'?",
+        "run.toml:11: data.file missing.jsonl does not exist",
         "run.toml:13: unknown table [tarin]; did you mean 'train'?",
         "--dtype: dtype is \"f64\": expected 'float32', 'bfloat16' or 'float64'; did you mean 'float64'?",
         "--set train.clip: train.clip is -1: expected a value of at least 0",

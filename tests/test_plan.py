@@ -134,7 +134,7 @@ def test_wrong_targets_and_a_taken_directory_are_refused_as_in_training(resolve,
     (tmp_path / "old" / "metrics.jsonl").write_text("")
     with pytest.raises(RefpeftError, match="old already holds a run"):
         plan.plan(resolve("out=old"))
-    with pytest.raises(RefpeftError, match=r"data.length is 1,000, but the model was made for 64 positions"):
+    with pytest.raises(RefpeftError, match=r"length is 1,000, but the model was made for 64 positions"):
         plan.plan(resolve("data.length=1000"))
 
 

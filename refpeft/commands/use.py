@@ -32,12 +32,17 @@ _MERGED_DIFFERENCE = 1e-3  # of the largest logit: more than float32's rounding 
 @click.option("--data", metavar="FILE", help="Rows to evaluate on; else the adapter's run's held-out rows.")
 @click.option("--format", "kind", metavar="NAME", help="The format of the rows; else it is told from their columns.")
 @click.option("--length", type=click.IntRange(min=2), metavar="N", help="The most tokens of a row.")
+@click.option(
+    "--overlong",
+    type=click.Choice(["error", "drop", "truncate", "split"]),
+    help="What becomes of longer rows. Default: as in the adapter's run, or error.",
+)
 @click.option("--batch", type=click.IntRange(min=1), default=8, show_default=True, metavar="N")
 @options.as_json
 @options.plugins
 def evaluate(
-    model: str | None, adapter: str | None, data: str | None, kind: str | None, length: int | None, batch: int,
-    as_json: bool, **how: Any,
+    model: str | None, adapter: str | None, data: str | None, kind: str | None, length: int | None,
+    overlong: str | None, batch: int, as_json: bool, **how: Any,
 ) -> None:  # fmt: skip
     """Gives the loss on the answers of a data file; rows become tokens as they did in the adapter's run."""
     import math
@@ -48,8 +53,10 @@ def evaluate(
 
     loaded = _load(model, adapter, **how)
     said = config.written(adapter).get("data", {})
-    length = length or said.get("length") or min(run.DEFAULT_LENGTH, loaded.config.context)
+    length = run.row_length(length or said.get("length"), loaded.config)
     kept = {key: said[key] for key in ("overlong", "supervise") if key in said}
+    if overlong:
+        kept["overlong"] = overlong
     file, kind = (data, kind) if data else (run.held_out_file(adapter), kind or said.get("format"))
     rows = load_data(file, loaded.tokenizer, format=kind, length=length, **kept)
     loss = trainer.mean_loss(loaded, Batches(rows.examples, batch, length, shuffle=False))
@@ -83,11 +90,14 @@ def generate(
 ) -> None:  # fmt: skip
     """Writes what the model says to each PROMPT; without one, to standard input as it stands."""
     from refpeft import config, dialogue
+    from refpeft.errors import RefpeftError
 
     loaded = _load(model, adapter, quantizer, dtype, device)
     form = "text" if raw else config.written(adapter).get("data", {}).get("format")
     speaker = dialogue.Speaker(loaded, form, system, **sampling)
     if chat:
+        if prompts:
+            raise RefpeftError("--chat asks for what you say line by line: leave the prompts out")
         speaker.need_template()
         _talk(speaker)
         return

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from refpeft.errors import RefpeftError
-from refpeft.files import read_json
+from refpeft.files import expanded, read_json
 
 EMBEDDED = "embedded"  # as a model or as a data file: what ships in the package
 
@@ -24,7 +24,7 @@ def resolve(model: str, revision: str | None = None) -> Path:
     looked for in the local cache and then downloaded; `revision` is a branch, tag or commit of a hub id. Raises
     RefpeftError, with the nearest names that exist here, if there is no such model.
     """
-    path = Path(os.path.expanduser(model))
+    path = expanded(model)
     if model == EMBEDDED:
         path = Path(str(importlib.resources.files("refpeft") / "embedded"))
     if model and os.path.exists(path):  # not path.exists(), which raises for names that are too long
@@ -43,10 +43,10 @@ def resolve(model: str, revision: str | None = None) -> Path:
 def _cache() -> Path:
     """Where huggingface_hub keeps its downloads, by its own environment variables."""
     if "HF_HUB_CACHE" in os.environ:
-        return Path(os.environ["HF_HUB_CACHE"]).expanduser()
+        return expanded(os.environ["HF_HUB_CACHE"])
     if "HF_HOME" in os.environ:
-        return Path(os.environ["HF_HOME"]).expanduser() / "hub"
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "huggingface" / "hub"
+        return expanded(os.environ["HF_HOME"]) / "hub"
+    return expanded(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "huggingface" / "hub"
 
 
 def _cached(model: str, revision: str | None) -> Path | None:
@@ -92,7 +92,7 @@ def _downloaded(model: str, revision: str | None) -> Path:
 
 def _nearest(model: str) -> str:
     """A question with names like this one: neighbours of the path, models in the cache, the embedded one."""
-    path = Path(os.path.expanduser(model))
+    path = expanded(model)
     names = {EMBEDDED: EMBEDDED, **{_id(home): _id(home) for home in _cache().glob("models--*")}}
     if os.path.isdir(path.parent) and os.access(path.parent, os.R_OK):
         for entry in path.parent.iterdir():
