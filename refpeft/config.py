@@ -236,7 +236,7 @@ def _read_sets(sets: Iterable[str], problems: Problems) -> Layer:
             continue
         try:
             parsed = tomllib.loads(f"value = {value}")["value"]
-        except tomllib.TOMLDecodeError:
+        except (ValueError, RecursionError):
             parsed = value  # a bare word
         layer[key] = Value(parsed, f"--set {key}")
     return layer
@@ -265,9 +265,9 @@ def _plugins(given: Layer, problems: Problems) -> dict[str, ModuleType]:
     for kind, given_names in (("method", method), ("quantizer", quantizer)):
         for name in _names({kind: given_names}):
             try:
+                manager.path_of(name, kind)
                 if name in chosen:
                     raise RefpeftError(f"{kind} {name!r} is named twice")
-                manager.path_of(name, kind)
                 chosen[name] = manager.load(name)
             except RefpeftError as error:
                 problems.add(given_names, str(error))
@@ -356,6 +356,7 @@ def _unknown(key: str, model: type[BaseModel]) -> str:
 _EXPECTED = {
     "int_type": "an integer",
     "int_from_float": "an integer",
+    "int_parsing_size": "a smaller integer",
     "float_type": "a number",
     "bool_type": "true or false",
     "string_type": "a string",
@@ -419,8 +420,10 @@ def _check_paths(given: Layer, problems: Problems) -> None:
     if model.startswith((".", "/", "~")) and not os.path.exists(expanded(model)):
         problems.add(given["model"], f"model {model} does not exist")
     for key in ("data.file", "data.eval_file"):
-        file = paths.get(key, EMBEDDED)
-        if file != EMBEDDED and not os.path.isfile(expanded(file)):
+        file = paths.get(key)
+        if file is None or (key, file) == ("data.file", EMBEDDED):
+            continue
+        if not os.path.isfile(expanded(file)):
             what = "is not a file" if os.path.exists(expanded(file)) else "does not exist"
             problems.add(given[key], f"{key} {file} {what}")
     if out and (why := _unwritable(expanded(out))):

@@ -145,6 +145,8 @@ def _files(source: str | Path) -> dict[Path, str | None]:
     if path.is_dir():
         return {file.resolve(): None for file in sorted(path.glob("*.py")) if not file.name.startswith("_")}
     if path.is_file():
+        if path.suffix != ".py":
+            raise RefpeftError(f"plugin {path} is not a Python file: its name must end in .py")
         return {path.resolve(): None}
     text = str(source)
     if path.suffix != ".py" and all(part.isidentifier() for part in text.split(".")):

@@ -52,6 +52,8 @@ class Stream:
     def bits(self, n: int) -> Any:
         """The next `n` uint32."""
         xp, blocks = self.xp, -(-n // 4)
+        if n >= 2**60:  # where NumPy has another exception
+            raise MemoryError(f"{n:,} random numbers are wanted at once")
         index = xp.arange(self._next, self._next + blocks, dtype="u8")
         self._next += blocks
         zero = xp.zeros(blocks, "u4")

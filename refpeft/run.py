@@ -188,7 +188,8 @@ def train(resolved: Resolved, directory: Path, resume: bool = False, say: Callab
     progress.steps = trainer.total
     started = time.monotonic()
     try:
-        summary = trainer.run(resume)
+        with np.errstate(all="ignore"):  # the trainer itself says where a loss is not finite
+            summary = trainer.run(resume)
     finally:
         progress.close()
     seconds = time.monotonic() - started

@@ -29,6 +29,8 @@ def read(file: str | Path) -> tuple[dict[str, Any], dict[str, int]]:
         message, _, place = str(error).partition(" (at ")
         line = re.match(r"line (\d+)", place)
         raise RefpeftError(f"{file}:{line[1] if line else 'end'}: not valid TOML: {message}") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets in brackets
+        raise RefpeftError(f"{file} cannot be read: {error}") from None
 
 
 def lines(document: str) -> dict[str, int]:

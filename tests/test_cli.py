@@ -102,6 +102,10 @@ def test_a_plugin_that_is_not_there_is_one_line(refpeft):
     assert refused(refpeft("methods", "-p", "nowhere.py")) == "plugin nowhere.py does not exist\n"
 
 
+def test_a_file_that_is_not_python_is_no_plugin(refpeft, rows):
+    assert refused(refpeft("methods", "-p", "rows.jsonl")).startswith("plugin rows.jsonl is not a Python file")
+
+
 @pytest.fixture
 def model(tmp_path):
     return tiny_files.write_model(tmp_path / "model")
@@ -150,6 +154,13 @@ def test_what_goes_wrong_in_a_verb_is_no_traceback(refpeft, monkeypatch, error, 
     assert result.exit_code == code
     assert result.stderr.startswith(message)
     assert "Traceback" not in result.output
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_in_one_line(refpeft, model, rows):
+    result = refpeft(*TRAIN, "--method", "full", "--lr", "1e30", "--set", "train.clip=0", "--out", "out")
+    assert result.exit_code == 2
+    assert result.stderr.splitlines()[-1].endswith("lower the learning rate")
+    assert "Warning" not in result.stderr
 
 
 def test_train_as_json_gives_one_object(refpeft, model, rows):
@@ -209,6 +220,10 @@ def test_several_mistakes_at_once(refpeft, tmp_path):
         (("--model", "./modle"), "--model: model ./modle does not exist"),
         (("--data", "bad.jsonl"), "bad.jsonl:2: this line is not JSON"),
         (("--quantizer", "nf5"), "--quantizer: no quantizer is named 'nf5'; did you mean 'nf4'?"),
+        (("--set", f"lora.r={10**20}"), "out of memory"),
+        (("--set", f"nf4.block={10**20}", "--quantizer", "nf4"), "expected a smaller integer"),
+        (("--set", f"lora.r={'9' * 5000}"), '": expected an integer'),
+        (("--quantizer", "lora"), "--quantizer: 'lora' is not a quantizer"),
         (("--set", "nf4.block=32"), "--set nf4.block: plugin 'nf4' is not chosen (this run has lora)"),
         (("--batch", "1.5"), "--batch: train.batch is 1.5: expected an integer"),
     ],

@@ -220,6 +220,8 @@ def test_a_set_without_key_or_value_is_refused(write, text):
             "run.toml:5: train.best needs held-out rows (data.eval_file or data.eval_share) and",
         ),
         ("data = 3\n", "run.toml:2: data is 3: expected a table [data]"),
+        (f"seed = {'9' * 5000}\n", "run.toml cannot be read: Exceeds the limit"),
+        (f"seed = {'[' * 5000}\n", "run.toml cannot be read: maximum recursion depth exceeded"),
         ("[train\n", "run.toml:2: not valid TOML: Expected ']' at the end of a table declaration"),
         ("seed = 1\nseed = 2\n", "run.toml:3: not valid TOML: Cannot overwrite a value"),
     ],
