@@ -11,6 +11,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from .choices import DEVICES
 from .errors import RefpeftError
 
 Array = Any  # numpy.ndarray or cupy.ndarray
@@ -35,7 +36,7 @@ def module(device: str) -> ModuleType:
     if device == "cpu":
         return np
     if device != "cuda":
-        raise RefpeftError(f"device is {device!r}: expected 'cpu' or 'cuda'")
+        raise RefpeftError(f"device is {device!r}: expected one of {', '.join(DEVICES)}")
     try:
         import cupy
     except ImportError:

@@ -22,6 +22,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from refpeft import manager, toml
+from refpeft.choices import Device, Dtype, Overlong, Supervise
 from refpeft.errors import RefpeftError, nearest
 from refpeft.files import expanded
 from refpeft.models.hub import EMBEDDED
@@ -44,9 +45,9 @@ class Data(BaseModel):
     eval_share: Share = 0.0  # held-out share of `file` where there is no eval_file
     format: Literal["auto", "messages", "conversations", "instruction", "prompt", "text"] = "auto"
     length: Count | None = None  # tokens of a row; none: 1024, or the model's limit where that is less
-    overlong: Literal["error", "drop", "truncate", "split"] = "error"
+    overlong: Overlong = "error"
     pack: bool = False
-    supervise: Literal["response", "all"] = "response"
+    supervise: Supervise = "response"
 
 
 class Train(BaseModel):
@@ -73,6 +74,15 @@ class Train(BaseModel):
     early_stop: Count | None = None  # evaluations in a row without a better loss
     log_every: Count = 10
 
+    @property
+    def rows_at_a_time(self) -> int:
+        """The rows of one forward and backward pass."""
+        return self.micro_batch or self.batch
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """The optimizer steps of the whole run."""
+        return self.steps if self.steps is not None else math.ceil(self.epochs * steps_per_epoch)
+
 
 class RunConfig(BaseModel):
     """The top level of run.toml. Tables named after a method or the quantizer hold that plugin's own options."""
@@ -83,8 +93,8 @@ class RunConfig(BaseModel):
     method: str | list[str] = "lora"
     quantizer: str | None = None
     out: str | None = None  # the run directory; none: runs/<model>-<method>
-    device: Literal["cpu", "cuda"] = "cpu"
-    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    device: Device = "cpu"
+    dtype: Dtype = "float32"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     data: Data = Data()
     train: Train = Train()

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from refpeft.choices import OVERLONG, SUPERVISE
 from refpeft.errors import RefpeftError
 from refpeft.formats import (
     SHOWN_PROBLEMS,
@@ -36,8 +37,6 @@ from refpeft.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from rich.text import Text
 
-OVERLONG = ("error", "drop", "truncate", "split")
-SUPERVISE = ("response", "all")
 SHOWN_LINES = 10
 
 

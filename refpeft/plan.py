@@ -93,7 +93,7 @@ def plan(resolved: Resolved, resume: bool = False) -> Plan:
     for method in config.methods:
         sites.attach(model, method, resolved.options[method], seed=config.seed)
     batches = run.make_batches(config, rows, shape)
-    steps = config.train.steps or math.ceil(config.train.epochs * batches.steps_per_epoch)
+    steps = config.train.total_steps(batches.steps_per_epoch)
     quantizer = api.make_quantizer(config.quantizer, resolved.options.get(config.quantizer))
     memory = _memory(resolved, model, quantizer, batches)
     free = free_memory(config.device)
@@ -152,7 +152,7 @@ def _memory(resolved: Resolved, model: Model, quantizer: Quantizer | None, batch
     config = resolved.run
     itemsize = COMPUTE_DTYPES[config.dtype].itemsize
     trained = sum(adapter.size for adapter in model.adapters) * itemsize
-    rows, longest = min(config.train.micro_batch or config.train.batch, len(batches.rows)), batches.longest
+    rows, longest = min(config.train.rows_at_a_time, len(batches.rows)), batches.longest
     tokens = rows * longest
     kept = f"activations of {rows} x {longest:,} tokens"
     activations = _tape_of(model, rows, longest) * itemsize // 4
@@ -173,15 +173,9 @@ def _memory(resolved: Resolved, model: Model, quantizer: Quantizer | None, batch
     }
 
 
-def _quantized_names(model: Model) -> set[str]:
-    return {
-        f"{site.name}.weight" for site in model.sites.values() if site.kind == "linear" and "head" not in site.roles
-    }
-
-
 def _frozen_bytes(model: Model, dtype: str, quantizer: Quantizer | None) -> Iterator[int]:
     """Bytes of each frozen weight as it will be kept."""
-    quantized = _quantized_names(model) if quantizer else set()
+    quantized = model.quantizable if quantizer else set()
     for name, weight in model.frozen.items():
         count = math.prod(weight.shape)
         if name in quantized:
@@ -195,7 +189,7 @@ def _frozen_bytes(model: Model, dtype: str, quantizer: Quantizer | None) -> Iter
 
 def _largest_dense(model: Model, dtype: str, quantizer: Quantizer | None, itemsize: int) -> int:
     """Bytes of the largest weight that is made dense for a moment; 0 where all are dense anyway."""
-    names = set(model.frozen) if dtype == "bfloat16" else _quantized_names(model) if quantizer else set()
+    names = set(model.frozen) if dtype == "bfloat16" else model.quantizable if quantizer else set()
     return max((math.prod(model.frozen[name].shape) * itemsize for name in names), default=0)
 
 
@@ -295,7 +289,7 @@ def _advice(resolved: Resolved, memory: dict[str, int], free: int | None) -> lis
     if largest.startswith("activations"):
         if not train.checkpoint_activations:
             notes.append("--set train.checkpoint_activations=true keeps only the inputs of layers")
-        if (train.micro_batch or train.batch) > 1:
+        if train.rows_at_a_time > 1:
             notes.append("--set train.micro_batch=1 computes the same step one row at a time")
     elif largest == "weights" and not resolved.run.quantizer:
         notes.append("--quantizer nf4 keeps weights in about half a byte each, --dtype bfloat16 in two bytes")

@@ -81,7 +81,7 @@ def _part(rows: Data, examples: list[Example]) -> Data:
 
 def make_batches(run: RunConfig, rows: Data, model: ModelConfig, shuffle: bool = True) -> Batches:
     """The batches of training rows; without `shuffle` those of held-out rows, as large as fits where a step fits."""
-    size = run.train.batch if shuffle else run.train.micro_batch or run.train.batch
+    size = run.train.batch if shuffle else run.train.rows_at_a_time
     return Batches(rows.examples, size, row_length(run.data.length, model), run.data.pack, run.seed, shuffle)
 
 

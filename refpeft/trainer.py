@@ -70,9 +70,8 @@ class Trainer:
         self.checkpoints = Path(out) / "checkpoints" if out is not None else None
         self.listeners, self.seed = listeners, seed
         s = self.settings
-        self.total = s.steps if s.steps is not None else math.ceil(s.epochs * train.steps_per_epoch)
+        self.total = s.total_steps(train.steps_per_epoch)
         self.warmup = schedule.warmup_steps(s.warmup, self.total)
-        self.micro = s.micro_batch or s.batch
         longest = max(batches.longest for batches in (train, evaluation) if batches is not None)
         if longest > model.room:
             raise RefpeftError(
@@ -138,7 +137,7 @@ class Trainer:
     def _step(self) -> None:
         started, step, model = time.perf_counter(), self.summary.steps, self.model
         batch = self.train.at(step)
-        parts = split(batch, self.micro)
+        parts = split(batch, self.settings.rows_at_a_time)
         loss = 0.0
         model.mode.training, model.mode.seed = True, self.seed
         try:

@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from refpeft import choices
 from refpeft.commands import options
 
 
@@ -130,8 +131,8 @@ def _spans(numbers: list[int]) -> str:
 @click.option("--model", default="embedded", metavar="PATH|ID", help="Whose tokenizer and chat template read the rows.")
 @click.option("--format", "kind", metavar="NAME", help="The format of the rows; else it is told from their columns.")
 @click.option("--length", type=click.IntRange(min=2), metavar="N", help="The most tokens of a row.")
-@click.option("--overlong", type=click.Choice(["error", "drop", "truncate", "split"]), default="error")
-@click.option("--supervise", type=click.Choice(["response", "all"]), default="response")
+@click.option("--overlong", type=click.Choice(choices.OVERLONG), default="error")
+@click.option("--supervise", type=click.Choice(choices.SUPERVISE), default="response")
 @click.option(
     "--row", type=click.IntRange(min=1), default=1, metavar="N", help="Which example is shown. Default: the first."
 )

@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from refpeft import choices
+
 
 def plugins(command: Callable) -> Callable:
     """`-p` and `--plugins-dir`: plugins beside the shipped ones, known before the verb runs."""
@@ -34,10 +36,8 @@ as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def model(command: Callable) -> Callable:
     """How a model is loaded."""
     for option in (
-        click.option(
-            "--dtype", type=click.Choice(["float32", "bfloat16", "float64"]), help="Default: the adapter's run's."
-        ),
-        click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True),
+        click.option("--dtype", type=click.Choice(choices.DTYPES), help="Default: the adapter's run's."),
+        click.option("--device", type=click.Choice(choices.DEVICES), default="cpu", show_default=True),
         click.option("--quantizer", metavar="NAME", help="Quantize frozen weights. Default: as in the adapter's run."),
         click.option("--adapter", metavar="DIR", help="An adapter directory, such as a run's."),
         click.option(

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from refpeft import choices
 from refpeft.commands import options
 
 # flag, key of the configuration, metavar, help. Values are checked with the configuration, all at once, not by click.
@@ -22,15 +23,15 @@ _FLAGS = (
     ("--quantizer", "quantizer", "NAME", "Quantize frozen weights; `refpeft quantizers` lists them."),
     ("--data", "data.file", "FILE", "Rows to train on: JSONL, JSON, CSV or TSV."),
     ("--eval-data", "data.eval_file", "FILE", "Held-out rows."),
-    ("--overlong", "data.overlong", "error|drop|truncate|split", "What becomes of rows that are too long."),
+    ("--overlong", "data.overlong", "|".join(choices.OVERLONG), "What becomes of rows that are too long."),
     ("--epochs", "train.epochs", "N", "How often all rows are seen. Default: 1."),
     ("--steps", "train.steps", "N", "Train for so many steps instead."),
     ("--lr", "train.lr", "X", "Peak learning rate."),
     ("--batch", "train.batch", "N", "Rows of a step. Default: 8."),
     ("--length", "data.length", "N", "The most tokens of a row."),
     ("--out", "out", "DIR", "The run directory. Default: runs/<model>-<method>."),
-    ("--device", "device", "cpu|cuda", "Where to compute."),
-    ("--dtype", "dtype", "float32|bfloat16|float64", "bfloat16 keeps frozen weights in two bytes each."),
+    ("--device", "device", "|".join(choices.DEVICES), "Where to compute."),
+    ("--dtype", "dtype", "|".join(choices.DTYPES), "bfloat16 keeps frozen weights in two bytes each."),
     ("--seed", "seed", "N", "The same seed gives the same bits."),
 )
 _TEXTS = ("model", "quantizer", "out", "data.file", "data.eval_file")  # never read as numbers

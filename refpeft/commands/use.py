@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from refpeft import choices
 from refpeft.commands import options
 
 
@@ -34,7 +35,7 @@ _MERGED_DIFFERENCE = 1e-3  # of the largest logit: more than float32's rounding 
 @click.option("--length", type=click.IntRange(min=2), metavar="N", help="The most tokens of a row.")
 @click.option(
     "--overlong",
-    type=click.Choice(["error", "drop", "truncate", "split"]),
+    type=click.Choice(choices.OVERLONG),
     help="What becomes of longer rows. Default: as in the adapter's run, or error.",
 )
 @click.option("--batch", type=click.IntRange(min=1), default=8, show_default=True, metavar="N")

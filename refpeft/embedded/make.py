@@ -19,6 +19,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from refpeft import api, files, sites
 from refpeft.backend import bfloat16, to_host
 from refpeft.batches import Batches
+from refpeft.choices import DEVICES
 from refpeft.config import Train
 from refpeft.data import load_data
 from refpeft.embedded.corpus import Writer
@@ -157,7 +158,7 @@ def pretrain(out: Path, documents: int, device: str) -> Model:
 
 @click.command()
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option("--device", type=click.Choice(DEVICES), default="cpu", show_default=True)
 @click.option("--documents", default=DOCUMENTS, show_default=True, help="Documents of the pre-training text.")
 def main(out: Path, device: str, documents: int) -> None:
     """Makes the embedded model and its fine-tuning set in the directory OUT."""

@@ -57,6 +57,8 @@ class Model:
         self.sites: dict[str, Site] = {}
         self.frozen: dict[str, Frozen] = {}
         """Checkpoint name -> frozen weight, each stored once."""
+        self.quantizable: set[str] = set()
+        """The names of those that a quantizer takes: all linear layers but the head."""
         self.adapters: list[Adapter] = []
         self.mode = Mode()
         self.checkpointing = False
@@ -73,6 +75,8 @@ class Model:
         """The frozen weight of this checkpoint name, made once."""
         if name not in self.frozen:
             self.frozen[name] = self._weights(name, linear, transposed)
+            if linear:
+                self.quantizable.add(name)
         return self.frozen[name]
 
     def _site(self, *args: Any, **keywords: Any) -> Site:

@@ -1,0 +1,13 @@
+"""The words that some options take, known once for the configuration, the library and the commands. Nothing heavy."""
+
+from typing import Literal, get_args
+
+Device = Literal["cpu", "cuda"]
+Dtype = Literal["float32", "bfloat16", "float64"]
+Overlong = Literal["error", "drop", "truncate", "split"]
+Supervise = Literal["response", "all"]
+
+DEVICES: tuple[str, ...] = get_args(Device)
+DTYPES: tuple[str, ...] = get_args(Dtype)
+OVERLONG: tuple[str, ...] = get_args(Overlong)
+SUPERVISE: tuple[str, ...] = get_args(Supervise)
