@@ -228,10 +228,12 @@ def detect_format(rows: list[Row], file: str = "the data") -> str:
         wanted = " | ".join(", ".join(f.required) for f in FORMATS.values())
         problems.add(rows[0].line, f"its columns ({columns}) fit no format: expected {wanted}")
         problems.stop()
-    usual = Counter(kinds).most_common(1)[0][0]
+    usual = Counter(kind for kind in kinds if kind).most_common(1)[0][0]
     for row, kind in zip(rows, kinds, strict=True):
-        if kind != usual:
-            columns = ", ".join(row.fields) or "none"
+        columns = ", ".join(row.fields) or "none"
+        if kind is None:
+            problems.add(row.line, f"its columns ({columns}) differ from those of format {usual!r} and fit no other")
+        elif kind != usual:
             problems.add(row.line, f"its columns ({columns}) differ from most rows, which have the format {usual!r}")
     problems.stop()
     return usual

@@ -293,6 +293,12 @@ def test_mixed_columns_are_errors_with_their_lines(write):
     assert "rows.jsonl:4: its columns (x) differ" in problem
 
 
+def test_rows_of_no_format_are_the_ones_that_are_named_even_where_they_are_the_most(write):
+    problem = problems(write([{"prompt": "a"}, {"prompt": "b"}, {"prompt": "c", "completion": "d"}]))
+    assert "rows.jsonl:1: its columns (prompt) differ from those of format 'prompt' and fit no other" in problem
+    assert "rows.jsonl:2: " in problem and "rows.jsonl:3: " not in problem
+
+
 def test_the_format_can_be_chosen(write):
     path = write([{"instruction": "a", "output": "b", "text": "hello"}])
     assert load_data(path, PLAIN).summary.format == "instruction"
