@@ -19,6 +19,8 @@ from .models.gpt2 import GPT2
 from .models.hub import resolve
 from .quant import Dense, Quantizer
 
+CONSTANTS = "dynamic8"  # the quantizer of another's constants
+
 
 def load(
     model: str | Path,
@@ -27,6 +29,7 @@ def load(
     dtype: str = "float32",
     device: str = "cpu",
     *,
+    double_quant: bool = False,
     options: dict[str, Any] | None = None,
     plugins: Sequence[str | Path] = (),
 ) -> Model:
@@ -35,6 +38,7 @@ def load(
     model      a Hugging Face directory, a GGUF file, a hub id, or "embedded"
     adapter    an adapter directory (PEFT's form), or several, innermost first
     quantizer  a quantizer plugin for the frozen linear weights; `options` are its Config's fields
+    double_quant  quantize the quantizer's float32 constants, too
     dtype      "float32", "float64", or "bfloat16": weights kept in bfloat16, computed with in float32
     device     "cpu" or "cuda"
     plugins    plugin files, folders or module names to make known first
@@ -46,7 +50,7 @@ def load(
         raise RefpeftError(f"dtype is {dtype!r}: expected one of {', '.join(COMPUTE_DTYPES)}")
     manager.add(*plugins)
     xp = backend.module(device)
-    chosen = make_quantizer(quantizer, options)
+    chosen = make_quantizer(quantizer, options, double_quant)
     checkpoint = open_checkpoint(resolve(str(model)))
     built = build(checkpoint, dtype, xp, chosen)
     built.name = str(model)
@@ -58,15 +62,23 @@ def load(
     return built
 
 
-def make_quantizer(name: str | None, options: Any = None) -> Quantizer | None:
-    """The quantizer plugin of this name with its options (a dict or a Config); None for None."""
+def make_quantizer(name: str | None, options: Any = None, double_quant: bool = False) -> Quantizer | None:
+    """The quantizer plugin of this name with its options (a dict or a Config); None for None.
+
+    With `double_quant` its float32 constants are kept in 8 bits, as QLoRA does: by the plugin dynamic8, in the same
+    `compat` mode where the quantizer has one. Raises RefpeftError for an unknown name or option.
+    """
     from .config import plugin_options
 
     if name is None:
+        if double_quant:
+            raise RefpeftError("double_quant quantizes a quantizer's constants, but no quantizer is given")
         return None
     plugin = manager.load(str(manager.path_of(name, "quantizer")) if not name.endswith(".py") else name)
     cfg = plugin_options(plugin, options or {}) if options is None or isinstance(options, dict) else options
-    return Quantizer(plugin, cfg)
+    compat = {"compat": cfg.compat} if hasattr(cfg, "compat") else {}
+    constants = make_quantizer(CONSTANTS, {"offset": True} | compat) if double_quant else None
+    return Quantizer(plugin, cfg, constants)
 
 
 def build(checkpoint: Checkpoint, dtype: str, xp: ModuleType = np, quantizer: Quantizer | None = None) -> Model:

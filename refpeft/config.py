@@ -92,6 +92,8 @@ class RunConfig(BaseModel):
     model: str = EMBEDDED  # a directory, a GGUF file or a hub id
     method: str | list[str] = "lora"
     quantizer: str | None = None
+    double_quant: bool = False  # quantize the quantizer's constants, too
+    adapter_quantizer: str | None = None  # the trained adapter is saved in this quantizer's format
     out: str | None = None  # the run directory; none: runs/<model>-<method>
     device: Device = "cpu"
     dtype: Dtype = "float32"
@@ -257,26 +259,21 @@ def _read_sets(sets: Iterable[str], problems: Problems) -> Layer:
 
 def _names(layer: Layer) -> list[str]:
     """The plugins that a layer chooses, in its own words: nothing is checked yet."""
-    method = layer["method"].value if "method" in layer else []
-    quantizer = layer["quantizer"].value if "quantizer" in layer else []
-    return [
-        name
-        for value in (method, quantizer)
-        for name in (value if isinstance(value, list) else [value])
-        if isinstance(name, str)
-    ]
+    values = [layer[key].value for key in ("method", "quantizer", "adapter_quantizer") if key in layer]
+    names = [name for value in values for name in (value if isinstance(value, list) else [value])]
+    return [name for name in names if isinstance(name, str)]
 
 
 def _plugins(given: Layer, problems: Problems) -> dict[str, ModuleType]:
     """The chosen plugins, imported, by name."""
     chosen = {}
     method = given.get("method", Value(RunConfig.model_fields["method"].default, ""))
-    quantizer = given.get("quantizer", _UNSET)
-    for kind, given_names in (("method", method), ("quantizer", quantizer)):
+    quantizer, of_adapter = (given.get(key, _UNSET) for key in ("quantizer", "adapter_quantizer"))
+    for kind, given_names in (("method", method), ("quantizer", quantizer), ("quantizer", of_adapter)):
         for name in _names({kind: given_names}):
             try:
                 manager.path_of(name, kind)
-                if name in chosen:
+                if name in chosen and given_names is not of_adapter:
                     raise RefpeftError(f"{kind} {name!r} is named twice")
                 chosen[name] = manager.load(name)
             except RefpeftError as error:
@@ -447,6 +444,8 @@ def _cross_checks(run: RunConfig, given: Layer, problems: Problems) -> None:
         problems.add(given.get(key), message)
 
     data, train = run.data, run.train
+    if run.double_quant and not run.quantizer:
+        problem("double_quant", "double_quant quantizes a quantizer's constants: give a quantizer, such as nf4")
     if not run.methods:
         problem("method", "method is []: expected at least one name")
     if data.file is None and run.model != EMBEDDED:

@@ -94,7 +94,7 @@ def plan(resolved: Resolved, resume: bool = False) -> Plan:
         sites.attach(model, method, resolved.options[method], seed=config.seed)
     batches = run.make_batches(config, rows, shape)
     steps = config.train.total_steps(batches.steps_per_epoch)
-    quantizer = api.make_quantizer(config.quantizer, resolved.options.get(config.quantizer))
+    quantizer = api.make_quantizer(config.quantizer, resolved.options.get(config.quantizer), config.double_quant)
     memory = _memory(resolved, model, quantizer, batches)
     free = free_memory(config.device)
     return Plan(
@@ -292,5 +292,7 @@ def _advice(resolved: Resolved, memory: dict[str, int], free: int | None) -> lis
         if train.rows_at_a_time > 1:
             notes.append("--set train.micro_batch=1 computes the same step one row at a time")
     elif largest == "weights" and not resolved.run.quantizer:
-        notes.append("--quantizer nf4 keeps weights in about half a byte each, --dtype bfloat16 in two bytes")
+        notes.append(
+            "--quantizer nf4 --double-quant keeps weights in half a byte each, --dtype bfloat16 in two"
+        )
     return notes

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from . import manager
-from .backend import Array, cast
+from .backend import Array, cast, xp_of
 from .errors import RefpeftError
 
 
@@ -30,10 +30,15 @@ class Dense:
 
 
 class Quantizer:
-    """A quantizer plugin with its Config: makes Quantized weights."""
+    """A quantizer plugin with its Config: makes Quantized weights.
 
-    def __init__(self, plugin: Any, cfg: Any):
-        self.cfg = cfg
+    With `constants`, another Quantizer, the float32 arrays among its parts are themselves quantized: double
+    quantization (arXiv:2305.14314, section 3), of any quantizer that has such arrays. The parts of "absmax" are then
+    "absmax.codes", "absmax.absmax" and so on. Single float32 numbers stay as they are.
+    """
+
+    def __init__(self, plugin: Any, cfg: Any, constants: Quantizer | None = None):
+        self.plugin, self.cfg, self.constants = plugin, cfg, constants
         self.name = plugin.__name__.rpartition(".")[2]
         pack, unpack = (manager.hook(plugin, hook) for hook in ("quant_pack", "quant_unpack"))
         if pack is None or unpack is None:
@@ -41,18 +46,43 @@ class Quantizer:
         self._pack, self._unpack = pack, unpack
 
     def __call__(self, array: Array, dtype: np.dtype, name: str = "") -> Quantized:
-        """`array` in this quantizer's format; `name` is for error messages."""
-        if not np.isfinite(array.astype(np.float32)).all():
-            raise RefpeftError(f"{name or 'a weight'} holds NaN or infinity and cannot be quantized")
+        """`array` in this quantizer's format, to be computed with in `dtype`; `name` is for error messages.
+
+        Raises RefpeftError for NaN and infinity, with their place.
+        """
+        array = cast(array, np.dtype("f4"))
+        _refuse_what_is_not_finite(array, name)
+        return Quantized(self, self.pack(array), array.shape, dtype)
+
+    def pack(self, array: Array) -> dict[str, Array]:
+        """The parts of a finite float32 array."""
         function, names = self._pack
         parts = function(*({"weight": array, "cfg": self.cfg}[n] for n in names))
-        return Quantized(self, parts, array.shape, dtype)
+        if self.constants is None:
+            return parts
+        found = {}
+        for name, part in parts.items():
+            if part.dtype == np.float32 and part.ndim:
+                found |= {f"{name}.{inner}": array for inner, array in self.constants.pack(part).items()}
+            else:
+                found[name] = part
+        return found
 
     def dense(self, parts: dict[str, Array], shape: tuple[int, ...], dtype: np.dtype) -> Array:
         """The array that `parts` stand for."""
         function, names = self._unpack
-        have = {"parts": parts, "cfg": self.cfg, "shape": shape, "dtype": dtype}
+        have = {"parts": self._whole(parts), "cfg": self.cfg, "shape": shape, "dtype": dtype}
         return function(*(have[n] for n in names))
+
+    def _whole(self, parts: dict[str, Array]) -> dict[str, Array]:
+        """`parts` with the constants that were quantized themselves as float32 arrays again."""
+        if self.constants is None:
+            return parts
+        found = {name: part for name, part in parts.items() if "." not in name}
+        for name in {name.partition(".")[0] for name in parts if "." in name}:
+            inner = {key.removeprefix(f"{name}."): part for key, part in parts.items() if key.startswith(f"{name}.")}
+            found[name] = self.constants.dense(inner, inner["codes"].shape, np.dtype("f4"))
+        return found
 
 
 class Quantized:
@@ -67,3 +97,14 @@ class Quantized:
     @property
     def nbytes(self) -> int:
         return sum(part.nbytes for part in self.parts.values())
+
+
+def _refuse_what_is_not_finite(array: Array, name: str) -> None:
+    finite = xp_of(array).isfinite(array)
+    if not finite.all():
+        place = np.unravel_index(int(finite.argmin()), array.shape)
+        at = ", ".join(map(str, place))
+        raise RefpeftError(
+            f"{name or 'a weight'} holds {array[place]} at [{at}] and cannot be quantized: mend the weight, or train "
+            "without a quantizer"
+        )

@@ -162,8 +162,8 @@ def train(resolved: Resolved, directory: Path, resume: bool = False, say: Callab
     Raises RefpeftError for what is wrong with the files or the run; KeyboardInterrupt after a checkpoint was saved.
     """
     run = resolved.run
-    quantizer_options = resolved.options.get(run.quantizer)
-    model = api.load(run.model, None, run.quantizer, run.dtype, run.device, options=quantizer_options)
+    quantizer_options = {"double_quant": run.double_quant, "options": resolved.options.get(run.quantizer)}
+    model = api.load(run.model, None, run.quantizer, run.dtype, run.device, **quantizer_options)
     rows, held_out = load_rows(run, model.config, model.tokenizer)
     resolved = _stated(resolved, rows, directory)
     run = resolved.run

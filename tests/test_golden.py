@@ -8,7 +8,8 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from refpeft import fused, manager, ops, schedule
+from refpeft import fused, ops, schedule
+from refpeft.api import make_quantizer
 from refpeft.batches import Batch, collate
 from refpeft.conformance.compare import compare
 from refpeft.conformance.vectors import Arrays, Case, cases
@@ -275,13 +276,22 @@ def run_schedule(case: Case, given: Arrays, dtype: str) -> Arrays:
 # ---- quantizers ------------------------------------------------------------------------------------------------------
 
 
+NESTED = {"nested_codes": "absmax.codes", "nested_absmax": "absmax.absmax", "offset": "absmax.offset"}
+"""The cases' names of a quantized absmax -> refpeft's."""
+
+
 def run_quantizer(case: Case, given: Arrays, dtype: str) -> Arrays:
-    plugin = manager.load(case.name)
-    cfg = plugin.Config(double_quant=case.config["double_quant"])
+    options = {name: value for name, value in case.config.items() if name not in NOT_OPTIONS}
+    quantizer = make_quantizer(case.name, options, case.config["double_quant"])
     if case.at == "encode":
-        return plugin.quant_pack(given["weight"], cfg)
-    parts = {name: given[name] for name in given if name not in ("codebook", "nested_map")}
-    return {"weight": plugin.quant_unpack(parts, cfg, tuple(case.config["shape"]), np.dtype(dtype))}
+        parts = quantizer.pack(given["weight"])
+        return {name: parts[NESTED.get(name, name)] for name in case.checks}
+    parts = {NESTED.get(name, name): given[name] for name in given if name not in ("codebook", "nested_map")}
+    return {"weight": quantizer.dense(parts, tuple(case.config["shape"]), np.dtype(dtype))}
+
+
+NOT_OPTIONS = ("double_quant", "nested_block", "shape")
+"""Members of a quantizer's config that are no options of its plugin."""
 
 
 DRIVERS: dict[str, Callable[[Case, Arrays, str], Arrays]] = {

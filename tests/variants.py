@@ -2,7 +2,8 @@
 
 import tiny
 
-from refpeft import manager, sites
+from refpeft import sites
+from refpeft.api import make_quantizer
 from refpeft.quant import Quantizer
 
 # name: (method, options)
@@ -45,6 +46,5 @@ def attached(family: str, name: str, scramble: bool = True, **model):
     return built, adapter
 
 
-def quantizer(**options) -> Quantizer:
-    plugin = manager.load("nf4")
-    return Quantizer(plugin, plugin.Config(**options))
+def quantizer(name: str = "nf4", double_quant: bool = True, **options) -> Quantizer:
+    return make_quantizer(name, options, double_quant)

@@ -21,6 +21,8 @@ _FLAGS = (
     ),
     ("--method", "method", "NAME", "What is trained; `refpeft methods` lists them. Repeatable. Default: lora."),
     ("--quantizer", "quantizer", "NAME", "Quantize frozen weights; `refpeft quantizers` lists them."),
+    ("--double-quant", "double_quant", "", "Quantize the quantizer's constants, too, as QLoRA does."),
+    ("--adapter-quantizer", "adapter_quantizer", "NAME", "Save the adapter itself in this quantizer's format."),
     ("--data", "data.file", "FILE", "Rows to train on: JSONL, JSON, CSV or TSV."),
     ("--eval-data", "data.eval_file", "FILE", "Held-out rows."),
     ("--overlong", "data.overlong", "|".join(choices.OVERLONG), "What becomes of rows that are too long."),
@@ -34,14 +36,13 @@ _FLAGS = (
     ("--dtype", "dtype", "|".join(choices.DTYPES), "bfloat16 keeps frozen weights in two bytes each."),
     ("--seed", "seed", "N", "The same seed gives the same bits."),
 )
-_TEXTS = ("model", "quantizer", "out", "data.file", "data.eval_file")  # never read as numbers
+_TEXTS = ("model", "quantizer", "adapter_quantizer", "out", "data.file", "data.eval_file")  # never read as numbers
 
 
 def _flags(command: Callable) -> Callable:
     for flag, key, metavar, text in reversed(_FLAGS):
-        command = click.option(flag, key.replace(".", "_"), metavar=metavar, multiple=key == "method", help=text)(
-            command
-        )
+        how = {"metavar": metavar, "multiple": key == "method"} if metavar else {"is_flag": True}
+        command = click.option(flag, key.replace(".", "_"), help=text, **how)(command)
     return command
 
 
@@ -103,6 +104,8 @@ def _value(key: str, text: Any) -> Any:
     """A flag's text as the number that it is, where it is one; what else it should be, the configuration tells."""
     if isinstance(text, tuple):
         return list(text)
+    if isinstance(text, bool):
+        return text
     for number in () if key in _TEXTS else (int, float):
         try:
             return number(text)

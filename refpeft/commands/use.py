@@ -12,7 +12,9 @@ from refpeft import choices
 from refpeft.commands import options
 
 
-def _load(model: str | None, adapter: str | None, quantizer: str | None, dtype: str | None, device: str) -> Any:
+def _load(
+    model: str | None, adapter: str | None, quantizer: str | None, double_quant: bool, dtype: str | None, device: str
+) -> Any:
     """The model that the options name; an adapter that comes without one brings the model, as its run had it."""
     from refpeft import api, config, run
     from refpeft.errors import RefpeftError
@@ -20,9 +22,11 @@ def _load(model: str | None, adapter: str | None, quantizer: str | None, dtype: 
     if not (model or adapter):
         raise RefpeftError("there is no model: give --model, or --adapter with a run's directory")
     said = {} if model else config.written(adapter)
+    double_quant = double_quant or (quantizer in (None, said.get("quantizer")) and said.get("double_quant", False))
     quantizer = quantizer or said.get("quantizer")
     dtype = dtype or said.get("dtype", "float32")
-    return api.load(model or run.base_model(adapter), adapter, quantizer, dtype, device, options=said.get(quantizer))
+    how = {"double_quant": double_quant, "options": said.get(quantizer)}
+    return api.load(model or run.base_model(adapter), adapter, quantizer, dtype, device, **how)
 
 
 _MERGED_DIFFERENCE = 1e-3  # of the largest logit: more than float32's rounding explains
@@ -86,14 +90,14 @@ def evaluate(
 @options.as_json
 @options.plugins
 def generate(
-    prompts: tuple[str, ...], model: str | None, adapter: str | None, quantizer: str | None, dtype: str, device: str,
-    chat: bool, system: str | None, raw: bool, as_json: bool, **sampling: Any,
+    prompts: tuple[str, ...], model: str | None, adapter: str | None, quantizer: str | None, double_quant: bool,
+    dtype: str, device: str, chat: bool, system: str | None, raw: bool, as_json: bool, **sampling: Any,
 ) -> None:  # fmt: skip
     """Writes what the model says to each PROMPT; without one, to standard input as it stands."""
     from refpeft import config, dialogue
     from refpeft.errors import RefpeftError
 
-    loaded = _load(model, adapter, quantizer, dtype, device)
+    loaded = _load(model, adapter, quantizer, double_quant, dtype, device)
     form = "text" if raw else config.written(adapter).get("data", {}).get("format")
     speaker = dialogue.Speaker(loaded, form, system, **sampling)
     if chat:
@@ -144,7 +148,7 @@ def merge(adapter: str, model: str | None, out: str, dtype: str) -> None:
 
     if Path(out).exists():
         raise RefpeftError(f"{out} exists: merged models are not written over anything; choose another --out")
-    loaded = _load(model, adapter, None, "float32", "cpu")
+    loaded = _load(model, adapter, None, False, "float32", "cpu")
     probe = np.arange(64)[None] % loaded.config.vocab
     before = loaded(probe).data
     sites.merge(loaded)

@@ -12,6 +12,7 @@ from click.testing import CliRunner
 
 import refpeft
 from refpeft import fused, manager, sites
+from refpeft.api import make_quantizer
 from refpeft.backend import bfloat16, module, to_host
 from refpeft.batches import Batch, Batches
 from refpeft.cli import main
@@ -114,16 +115,15 @@ def test_dropout_is_the_hosts_bit_for_bit(dtype: str):
 # ---- weights ---------------------------------------------------------------------------------------------------------
 
 
-def nf4(**options) -> Quantizer:
-    plugin = manager.load("nf4")
-    return Quantizer(plugin, plugin.Config(**options))
+def nf4(double_quant: bool = True) -> Quantizer:
+    return make_quantizer("nf4", None, double_quant)
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
 def test_nf4_packs_and_unpacks_to_the_hosts_bits(double_quant: bool):
     weight = np.random.default_rng(0).standard_normal((65, 67)).astype("f4")
     weight[:4] = 0  # whole blocks of zeros
-    quantizer = nf4(double_quant=double_quant)
+    quantizer = nf4(double_quant)
     here, there = (quantizer(xp.asarray(weight), np.dtype("f4")) for xp in (np, cupy))
     assert here.parts.keys() == there.parts.keys() and here.nbytes == there.nbytes
     for name in here.parts:
