@@ -1,0 +1,93 @@
+"""QLoRA beside LoRA: loss, bytes of frozen weights, and peak memory, each in a process of its own.
+
+    python tests/bench/qlora.py MODEL DATA [--steps N] [--threads N] [--only NAME ...]
+
+MODEL is a Hugging Face directory or a GGUF file, DATA holds train.jsonl and valid.jsonl. LoRA r = 8, alpha = 16 on q
+and v, AdamW, constant learning rate 1e-3, batch 8, gradient norm at most 1. Prints a row for each way to keep the
+frozen weights: bits of a quantized weight, MiB of all frozen weights, the peak of resident memory (VmHWM; MiB) when the
+model is loaded and when it has been trained, the loss over the response tokens of valid.jsonl before and after, and
+seconds a step.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+LENGTH, BATCH, LR = 512, 8, 1e-3
+WAYS = {
+    "LoRA, float32": {},
+    "LoRA, bfloat16": {"dtype": "bfloat16"},
+    "QLoRA, NF4": {"quantizer": "nf4"},
+    "QLoRA, NF4 + DQ": {"quantizer": "nf4", "double_quant": True},
+    "QLoRA, NF4 + DQ, rest bfloat16": {"quantizer": "nf4", "double_quant": True, "dtype": "bfloat16"},
+}
+COLUMNS = ("bits", "frozen MiB", "loaded MiB", "trained MiB", "before", "after", "s a step")
+
+
+def peak() -> float:
+    """The most memory that this process has had, in MiB."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
+
+
+def measure(model_path: str, data: Path, way: dict, steps: int, threads: int) -> dict:
+    import threadpoolctl
+
+    import refpeft
+    from refpeft.batches import Batches
+    from refpeft.config import Train
+    from refpeft.data import load_data
+    from refpeft.trainer import Trainer, mean_loss
+
+    with threadpoolctl.threadpool_limits(threads):
+        model = refpeft.load(model_path, **way)
+        found = {"frozen MiB": model.nbytes / 2**20, "loaded MiB": peak()}
+        weights = [model.frozen[name] for name in model.quantizable]
+        found["bits"] = 8 * sum(w.nbytes for w in weights) / sum(w.shape[0] * w.shape[1] for w in weights)
+        rows = {name: load_data(data / f"{name}.jsonl", model.tokenizer, length=LENGTH) for name in ("train", "valid")}
+        train = Batches(rows["train"].examples, BATCH, LENGTH, seed=0)
+        valid = Batches(rows["valid"].examples, BATCH, LENGTH, shuffle=False)
+        refpeft.attach(model, "lora", {"r": 8, "alpha": 16.0}, seed=0)
+        settings = Train(lr=LR, batch=BATCH, steps=steps, schedule="constant", warmup=0, clip=1.0)
+        seconds, started = [], time.perf_counter()
+
+        def watch(record: dict) -> None:
+            nonlocal started
+            if "loss" in record:
+                seconds.append(time.perf_counter() - started)
+            started = time.perf_counter()
+
+        found["before"] = mean_loss(model, valid)
+        started = time.perf_counter()
+        Trainer(model, train, None, settings, listeners=[watch]).run()
+        found["trained MiB"] = peak()
+        found["after"] = mean_loss(model, valid)
+    return found | {"s a step": statistics.median(seconds)}
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    arguments.add_argument("model")
+    arguments.add_argument("data", type=Path)
+    arguments.add_argument("--steps", type=int, default=62)
+    arguments.add_argument("--threads", type=int, default=2)
+    arguments.add_argument("--only", action="append", choices=WAYS, help="one of the ways; repeatable")
+    arguments.add_argument("--here", choices=WAYS, help=argparse.SUPPRESS)  # measured in this process
+    given = arguments.parse_args()
+    if given.here:
+        print(json.dumps(measure(given.model, given.data, WAYS[given.here], given.steps, given.threads)))
+        return
+    print("| | " + " | ".join(COLUMNS) + " |\n|" + " --- |" * (len(COLUMNS) + 1), flush=True)
+    for way in given.only or WAYS:
+        command = [sys.executable, __file__, given.model, str(given.data), "--here", way]
+        command += ["--steps", str(given.steps), "--threads", str(given.threads)]
+        found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        print(f"| {way} | " + " | ".join(f"{found[column]:.5g}" for column in COLUMNS) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
