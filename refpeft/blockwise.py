@@ -50,9 +50,7 @@ def unpack_nibbles(packed: Array, count: int) -> Array:
 def dynamic_map(xp: ModuleType = np, signed: bool = True) -> Array:
     """The dynamic map of arXiv:2110.02861, section 1.3: 256 sorted levels in [-1, 1] ([0, 1] unsigned), dense near 0."""
     low, parts = np.float32(0.1), [np.array([0, 1], "f4")]
-    for i in range(
-        7
-    ):  # the middles of n intervals of [0.1, 1], times 10^(i - 6), with either sign
+    for i in range(7):  # the middles of n intervals of [0.1, 1], times 10^(i - 6), with either sign
         n = 2**i if signed else 2 ** (i + 1)
         at = np.arange(n + 1)
         step = np.float64((1 - low) / np.float32(n))  # torch.linspace: a float32 step, counted from the nearer end
