@@ -2,10 +2,11 @@
 
 import json
 import math
+import mmap
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,23 +15,26 @@ import numpy as np
 
 from refpeft.errors import RefpeftError
 
-# The names that the safetensors format gives to what NumPy can hold.
+# The names that the safetensors format gives to what NumPy can hold, in the order of the library: it writes tensors of
+# later ones first, so that each lies at a multiple of its size.
 _DTYPES = {
     "BOOL": np.dtype(np.bool_),
     "U8": np.dtype(np.uint8),
     "I8": np.dtype(np.int8),
-    "U16": np.dtype(np.uint16),
     "I16": np.dtype(np.int16),
-    "U32": np.dtype(np.uint32),
-    "I32": np.dtype(np.int32),
-    "U64": np.dtype(np.uint64),
-    "I64": np.dtype(np.int64),
+    "U16": np.dtype(np.uint16),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I32": np.dtype(np.int32),
+    "U32": np.dtype(np.uint32),
     "F32": np.dtype(np.float32),
     "F64": np.dtype(np.float64),
+    "I64": np.dtype(np.int64),
+    "U64": np.dtype(np.uint64),
 }
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
+_PIECE = 1 << 20  # bytes that are copied at a time
 
 
 # Writing --------------------------------------------------------------------------------------------------------------
@@ -70,11 +74,7 @@ def write_safetensors(path: str | Path, tensors: dict[str, np.ndarray], metadata
     from safetensors.numpy import save_file
 
     for name, array in tensors.items():
-        if array.dtype not in _DTYPES.values():
-            raise RefpeftError(
-                f"{path}: tensor {name!r} has dtype {array.dtype}, which refpeft does not write; "
-                "convert it to float32, float16 or bfloat16"
-            )
+        _name_of_dtype(path, name, array)
     # The library takes the bytes as they lie in memory. (np.ascontiguousarray would make a scalar one-dimensional.)
     contiguous = {name: np.asarray(array, order="C") for name, array in tensors.items()}
     with atomic_write(path) as temporary:
@@ -82,6 +82,54 @@ def write_safetensors(path: str | Path, tensors: dict[str, np.ndarray], metadata
         mode = temporary.stat().st_mode  # what the umask gives; the library makes its files private
         save_file(contiguous, temporary, metadata=metadata)
         temporary.chmod(mode)
+
+
+@contextmanager
+def safetensors_writer(
+    path: str | Path, metadata: dict[str, str] | None = None
+) -> Iterator[Callable[[str, np.ndarray], None]]:
+    """A function (name, array) that adds a tensor to a safetensors file, which is there, atomically, after the body.
+
+    Only one tensor at a time need be in memory. The file is, byte for byte, what write_safetensors makes of all of
+    them: they wait in a second temporary file until their places are known.
+    """
+    path = Path(path)
+    waiting, places = _sibling(path), {}
+    try:
+        with open(waiting, "w+b") as spool:
+
+            def write(name: str, array: np.ndarray) -> None:
+                kind, at = _name_of_dtype(path, name, array), spool.tell()
+                spool.write(np.asarray(array, order="C").reshape(-1).view(np.uint8).data)
+                places[name] = kind, list(array.shape), at, spool.tell() - at
+
+            yield write
+            with atomic_write(path) as temporary, open(temporary, "wb") as file:
+                ranks = list(_DTYPES)
+                order = sorted(places, key=lambda name: (-ranks.index(places[name][0]), name))
+                header, end = {"__metadata__": metadata} if metadata else {}, 0
+                for name in order:
+                    kind, shape, _, size = places[name]
+                    header[name] = {"dtype": kind, "shape": shape, "data_offsets": [end, end := end + size]}
+                text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+                text += b" " * (-len(text) % 8)
+                file.write(len(text).to_bytes(8, "little") + text)
+                for name in order:
+                    _, _, at, size = places[name]
+                    spool.seek(at)
+                    for piece in range(0, size, _PIECE):
+                        file.write(spool.read(min(_PIECE, size - piece)))
+    finally:
+        waiting.unlink(missing_ok=True)
+
+
+def _name_of_dtype(path: str | Path, name: str, array: np.ndarray) -> str:
+    if array.dtype not in _NAMES:
+        raise RefpeftError(
+            f"{path}: tensor {name!r} has dtype {array.dtype}, which refpeft does not write; "
+            "convert it to float32, float16 or bfloat16"
+        )
+    return _NAMES[array.dtype]
 
 
 @contextmanager
@@ -169,6 +217,22 @@ def read_safetensors(path: str | Path) -> dict[str, np.ndarray]:
         begin, end = entry["data_offsets"]
         tensors[name] = data[start + begin : start + end].view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
     return tensors
+
+
+def let_go(array: np.ndarray) -> None:
+    """Gives up the memory that holds what was read of a mapped array; it is read from the file again when it is used.
+
+    Nothing happens to an array that is not mapped from a file.
+    """
+    base = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if not isinstance(base, mmap.mmap) or not array.size or not hasattr(mmap, "MADV_DONTNEED"):
+        return
+    low, high = np.lib.array_utils.byte_bounds(array)
+    start = np.frombuffer(base, np.uint8).ctypes.data
+    begin = (low - start) // mmap.PAGESIZE * mmap.PAGESIZE
+    base.madvise(mmap.MADV_DONTNEED, begin, high - start - begin)
 
 
 def _read_header(path: Path) -> tuple[dict[str, dict], int, int]:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from safetensors.numpy import load_file
 
-from refpeft import files
+from refpeft import files, report
 from refpeft.errors import RefpeftError
 
 DTYPES = [np.float32, np.float16, np.float64, ml_dtypes.bfloat16, np.int8, np.uint8, np.int32, np.int64, np.bool_]
@@ -117,6 +117,39 @@ def test_read_tensors_are_read_only_views_of_the_file_that_allocate_nothing(tmp_
     tracemalloc.stop()
     assert peak < 1 << 20
     assert not tensor.flags.writeable and type(tensor) is np.ndarray
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(st.text(min_size=1, max_size=4), st.sampled_from(DTYPES), hnp.array_shapes(min_dims=0))))
+def test_a_file_written_tensor_by_tensor_is_that_of_the_library(folder, drawn):
+    tensors = {name: np.ones(shape, dtype) for name, dtype, shape in drawn}
+    files.write_safetensors(folder / "at_once", tensors, {"format": "pt"})
+    with files.safetensors_writer(folder / "one_by_one", {"format": "pt"}) as write:
+        for name, array in tensors.items():
+            write(name, array)
+    assert (folder / "one_by_one").read_bytes() == (folder / "at_once").read_bytes()
+
+
+def test_a_file_that_fails_on_the_way_leaves_nothing(tmp_path):
+    with pytest.raises(KeyError), files.safetensors_writer(tmp_path / "x") as write:
+        write("t", np.ones(3))
+        raise KeyError
+    with pytest.raises(RefpeftError, match="tensor 't'"), files.safetensors_writer(tmp_path / "x") as write:
+        write("t", np.ones(3, complex))
+    assert not os.listdir(tmp_path)
+
+
+def test_a_mapped_tensor_that_was_let_go_takes_no_memory_and_is_the_same(tmp_path):
+    files.write_safetensors(tmp_path / "x", {"a": np.arange(1 << 21), "b": np.arange(1000)})
+    tensors = files.read_safetensors(tmp_path / "x")
+    before = report.resident()
+    assert tensors["a"].sum() and report.resident() - before > 12 << 20
+    files.let_go(tensors["a"][2:].reshape(-1, 2).T)
+    assert report.resident() - before < 4 << 20
+    assert np.array_equal(tensors["a"], np.arange(1 << 21)) and np.array_equal(tensors["b"], np.arange(1000))
+    mine = np.arange(3)
+    files.let_go(mine)
+    assert mine.sum() == 3
 
 
 def test_writing_a_dtype_that_the_format_lacks_names_the_tensor(tmp_path):
