@@ -6,8 +6,10 @@ Device = Literal["cpu", "cuda"]
 Dtype = Literal["float32", "bfloat16", "float64"]
 Overlong = Literal["error", "drop", "truncate", "split"]
 Supervise = Literal["response", "all"]
+Into = Literal["original", "dequantized", "requantized"]
 
 DEVICES: tuple[str, ...] = get_args(Device)
 DTYPES: tuple[str, ...] = get_args(Dtype)
 OVERLONG: tuple[str, ...] = get_args(Overlong)
 SUPERVISE: tuple[str, ...] = get_args(Supervise)
+INTO: tuple[str, ...] = get_args(Into)

@@ -190,19 +190,24 @@ def plugin_options(plugin: ModuleType, values: Mapping[str, Any]) -> Any:
 
 
 def written(directory: str | Path | None) -> dict[str, Any]:
-    """What the run.toml of a run directory says; {} where there is none. Its files may have gone since.
+    """What the run.toml of a run directory says; {} where there is none."""
+    return toml.read(Path(directory) / FILE)[0] if run_of(directory) else {}
+
+
+def run_of(directory: str | Path | None) -> RunConfig | None:
+    """The run that a directory is of, from its run.toml; None where there is none. Its files may have gone since.
 
     It may be a stranger's, so the quantizer in it must be one that is known, not a file beside it.
     """
     file = Path(directory) / FILE if directory else None
     if not file or not file.is_file():
-        return {}
+        return None
     given, problems = _read_file(file), Problems()
     run, _ = _run(given, dict.fromkeys(_names(given)), problems)
     problems.finish()
     if run.quantizer:
         manager.path_of(run.quantizer, "quantizer")
-    return toml.read(file)[0]
+    return run
 
 
 def to_toml(resolved: Resolved) -> str:

@@ -6,8 +6,9 @@ that several adapters nest on one site and detaching restores the base exactly.
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
@@ -75,6 +76,10 @@ class Site:
         """The number of the layer that this site is in, or None."""
         numbers = [part for part in self.name.split(".") if part.isdigit()]
         return int(numbers[0]) if numbers else None
+
+    def bypass(self) -> None:
+        """Makes calls go to the frozen function alone, until the next compose()."""
+        self._call = self.base
 
     def compose(self) -> None:
         """Makes calls go through `layers`, the last outermost."""
@@ -413,6 +418,23 @@ def detach(model: Any, adapter: Adapter | None = None) -> None:
         for layer in one.layers:
             layer.site.layers.remove(layer)
             layer.site.compose()
+
+
+@contextlib.contextmanager
+def bypassed(model: Any) -> Iterator[None]:
+    """Within it the model computes without what is attached to it."""
+    attached = model.adapters
+    for adapter in attached:
+        for layer in adapter.layers:
+            layer.site.bypass()
+    model.adapters = []
+    try:
+        yield
+    finally:
+        model.adapters = attached
+        for adapter in attached:
+            for layer in adapter.layers:
+                layer.site.compose()
 
 
 def merge(model: Any) -> None:

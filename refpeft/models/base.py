@@ -160,9 +160,7 @@ class Model:
         """
         rows = np.flatnonzero(batch.targets >= 0)  # on the host: a device could not say how many there are
         denominator = max(rows.size, 1) if denominator is None else denominator
-        hidden = self._hidden(batch.ids, batch.positions, batch.segments)
-        hidden = ops.take(hidden.reshape(-1, hidden.shape[-1]), indices=self.xp.asarray(rows))
-        hidden = self.finish(hidden)
+        hidden = self.states(batch, rows)
         targets = self.xp.asarray(batch.targets.reshape(-1)[rows])
         if not self.head.layers:
             return fused.linear_cross_entropy(hidden, weight=self.head.weight, targets=targets, denominator=denominator)
@@ -179,6 +177,11 @@ class Model:
             chunk = checkpoint(part, hidden[at : at + size])
             total = chunk if total is None else total + chunk
         return total
+
+    def states(self, batch: Any, rows: np.ndarray) -> Tensor:
+        """What the head reads at `rows`, positions of the flattened (batch, time) of a Batch: (len(rows), dim)."""
+        hidden = self._hidden(batch.ids, batch.positions, batch.segments)
+        return self.finish(ops.take(hidden.reshape(-1, hidden.shape[-1]), indices=self.xp.asarray(rows)))
 
     def _hidden(
         self, ids: Array, positions: Array | None, segments: Array | None, cache: Cache | None = None
