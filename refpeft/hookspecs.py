@@ -14,6 +14,8 @@ The arguments:
     cfg     the plugin's Config
     rng     refpeft.rng.Stream of this site: .uniform(low, high, shape), .standard_normal(shape), .permutation(n)
     weight  the frozen dense array: linear (out, in), embedding (vocab, dim), norm (dim,)
+    original  `weight` before it was quantized, read from the checkpoint again; of a dense layer `weight` itself
+    requantize  dense array -> a frozen weight in the form that this site's has: quantized, or dense
     bias    the frozen bias (out,), or None
     x       Tensor (batch, time, in); ids: integer array (batch, time)
     base    the layer below, to be called once: base(x). Keywords stand in for its frozen parts: base(x, bias=p.bias).
@@ -36,6 +38,15 @@ def peft_params(site, cfg, rng, weight, bias):
     """First values of what is trained at `site`: {name: array}; None leaves the site alone.
 
     In place of an array, the name of another parameter of this adapter ("model.embed_tokens.weight") makes the two one.
+    """
+
+
+@hookspec
+def peft_base(site, cfg, rng, weight, original, requantize):
+    """(the frozen weight that `site` has while this method is attached, the first values that belong to it).
+
+    The weight is what `requantize` gave; the values, {name: array}, take the place of those of `peft_params`, which is
+    called before. None leaves both as they are. It is not called for `refpeft train --dry-run`, which has no weights.
     """
 
 

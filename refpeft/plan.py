@@ -140,7 +140,7 @@ class _Zeros:
 def skeleton(checkpoint: Checkpoint) -> Model:
     """The model of a checkpoint in float32, all its weights (and what is attached to it later) being zeros."""
     model = api.build(_Zeros(checkpoint), "float32")
-    model.place = lambda array: np.zeros(array.shape, model.dtype)
+    model.weightless, model.place = True, lambda array: np.zeros(array.shape, model.dtype)
     return model
 
 
@@ -292,7 +292,5 @@ def _advice(resolved: Resolved, memory: dict[str, int], free: int | None) -> lis
         if train.rows_at_a_time > 1:
             notes.append("--set train.micro_batch=1 computes the same step one row at a time")
     elif largest == "weights" and not resolved.run.quantizer:
-        notes.append(
-            "--quantizer nf4 --double-quant keeps weights in half a byte each, --dtype bfloat16 in two"
-        )
+        notes.append("--quantizer nf4 --double-quant keeps weights in half a byte each, --dtype bfloat16 in two")
     return notes

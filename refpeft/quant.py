@@ -11,6 +11,9 @@ from .backend import Array, cast, xp_of
 from .errors import RefpeftError
 
 
+CONSTANTS = "dynamic8"  # the quantizer of another's constants
+
+
 class Dense:
     """A frozen array; bfloat16 is cast to the compute dtype whenever it is asked for."""
 
@@ -23,6 +26,10 @@ class Dense:
     def rows(self, ids: Array) -> Array:
         """Some rows of it: only these are cast."""
         return cast(self.array[ids], self.dtype)
+
+    def like(self, array: Array, name: str = "") -> Dense:
+        """Another array, kept as this one is."""
+        return Dense(cast(array, self.array.dtype), self.dtype)
 
     @property
     def nbytes(self) -> int:
@@ -53,6 +60,10 @@ class Quantizer:
         array = cast(array, np.dtype("f4"))
         _refuse_what_is_not_finite(array, name)
         return Quantized(self, self.pack(array), array.shape, dtype)
+
+    def __str__(self) -> str:
+        options = ", ".join(f"{key} = {value}" for key, value in vars(self.cfg).items())
+        return f"{self.name} ({options})" + (" with double quantization" if self.constants else "")
 
     def pack(self, array: Array) -> dict[str, Array]:
         """The parts of a finite float32 array."""
@@ -94,9 +105,32 @@ class Quantized:
     def __call__(self) -> Array:
         return self.quantizer.dense(self.parts, self.shape, self.dtype)
 
+    def like(self, array: Array, name: str = "") -> Quantized:
+        """Another array in the same format; `name` is for error messages."""
+        return self.quantizer(array, self.dtype, name)
+
     @property
     def nbytes(self) -> int:
         return sum(part.nbytes for part in self.parts.values())
+
+
+def make_quantizer(name: str | None, options: Any = None, double_quant: bool = False) -> Quantizer | None:
+    """The quantizer plugin of this name with its options (a dict or a Config); None for None.
+
+    With `double_quant` its float32 constants are kept in 8 bits, as QLoRA does: by the plugin dynamic8, in the same
+    `compat` mode where the quantizer has one. Raises RefpeftError for an unknown name or option.
+    """
+    from .config import plugin_options
+
+    if name is None:
+        if double_quant:
+            raise RefpeftError("double_quant quantizes a quantizer's constants, but no quantizer is given")
+        return None
+    plugin = manager.load(str(manager.path_of(name, "quantizer")) if not name.endswith(".py") else name)
+    cfg = plugin_options(plugin, options or {}) if options is None or isinstance(options, dict) else options
+    compat = {"compat": cfg.compat} if hasattr(cfg, "compat") else {}
+    constants = make_quantizer(CONSTANTS, {"offset": True} | compat) if double_quant else None
+    return Quantizer(plugin, cfg, constants)
 
 
 def _refuse_what_is_not_finite(array: Array, name: str) -> None:

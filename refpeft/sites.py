@@ -173,10 +173,11 @@ class _Lazy:
 
 
 class Layer:
-    """One part at one site, with its trained values."""
+    """One part at one site, with its trained values and, where its method has `peft_base`, the site's frozen weight."""
 
-    def __init__(self, part: Part, site: Site, values: dict[str, Tensor], mode: Mode, adapter: str):
+    def __init__(self, part: Part, site: Site, values: dict[str, Tensor], mode: Mode, adapter: str, frozen: Any = None):
         self.part, self.site, self.values, self.mode = part, site, values, mode
+        self._frozen = frozen  # and, while it is on the site, the weight that the site had before
         self.p = SimpleNamespace(**values)
         self._purpose = (adapter, part.name, site.name)
         self._function, self._names = manager.hook(part.plugin, f"peft_{site.kind}")
@@ -196,6 +197,27 @@ class Layer:
             return self._function(*(have[name] for name in self._names))
 
         return call
+
+    def put_on(self, model: Any) -> None:
+        """Puts it on its site, outermost, with the frozen weight that it brings."""
+        self.site.layers.append(self)
+        self._exchange(model)
+
+    def take_off(self, model: Any) -> None:
+        """Takes it off its site, which has its own frozen weight again."""
+        self.site.layers.remove(self)
+        self._exchange(model)
+
+    def _exchange(self, model: Any) -> None:
+        if self._frozen is not None:
+            self.site.weight, self._frozen = self._frozen, self.site.weight
+            model.frozen[f"{self.site.name}.weight"] = self.site.weight
+        self.site.compose()
+
+    @property
+    def changes_base(self) -> bool:
+        """Whether the site has another frozen weight while this is on it."""
+        return self._frozen is not None
 
     @property
     def stands_in(self) -> bool:
@@ -336,7 +358,7 @@ def _no_match(target: str, hit: list[Site], sites: list[Site]) -> str:
 
 
 def attach(model: Any, method: str | ModuleType, config: Any = None, *, seed: int = 0) -> Adapter:
-    """Puts a method on a model and returns its Adapter; base weights stay as they are.
+    """Puts a method on a model and returns its Adapter; base weights stay as they are, but for `peft_base`.
 
     `method` is a plugin's name, file or module; `config` its Config, or a dict of options that are not the defaults.
     Raises RefpeftError for an unknown method or option, and for targets that match nothing.
@@ -360,8 +382,7 @@ def attach(model: Any, method: str | ModuleType, config: Any = None, *, seed: in
     if not adapter.params:
         raise RefpeftError(f"method '{name}' trains nothing on this model: no matched site has what it changes")
     for layer in adapter.layers:
-        layer.site.layers.append(layer)
-        layer.site.compose()
+        layer.put_on(model)
     model.adapters.append(adapter)
     return adapter
 
@@ -385,20 +406,21 @@ def _add_part(model: Any, adapter: Adapter, part: Part, seed: int) -> None:
             adapter.params[f"shared.{key}"] = tensor
     references: list[tuple[Layer, str, str]] = []
     for site in sites:
-        first = part.call(
-            "peft_params",
-            site=site,
-            rng=Stream(seed, "init", adapter.name, site.name),
-            weight=_Lazy(lambda site=site: site.weight() if site.weight else None),
-            bias=site.bias,
-        )
+        have = {
+            "site": site,
+            "rng": Stream(seed, "init", adapter.name, site.name),
+            "weight": _Lazy(lambda site=site: site.weight() if site.weight else None),
+        }
+        first = part.call("peft_params", bias=site.bias, **have)
         if first is None:
             continue
+        frozen, of_base = _changed_base(model, part, have)
+        first = first | of_base
         values = {k: parameter(model.place(xp_of(v).array(v))) for k, v in first.items() if not isinstance(v, str)}
         for key, value in values.items():
             if adapter.params.setdefault(f"{site.name}.{key}", value) is not value:
                 raise RefpeftError(f"two parts of method '{adapter.name}' train {key!r} at {site.name}")
-        layer = Layer(part, site, values, model.mode, adapter.name)
+        layer = Layer(part, site, values, model.mode, adapter.name, frozen)
         adapter.layers.append(layer)
         references += [(layer, key, v) for key, v in first.items() if isinstance(v, str)]
     for layer, key, other in references:
@@ -406,6 +428,27 @@ def _add_part(model: Any, adapter: Adapter, part: Part, seed: int) -> None:
             raise RefpeftError(f"plugin '{part.name}': {layer.site.name}.{key} refers to {other}, which is not trained")
         layer.values[key] = adapter.params[other]
         setattr(layer.p, key, adapter.params[other])
+
+
+def _changed_base(model: Any, part: Part, have: dict[str, Any]) -> tuple[Any, dict[str, Array]]:
+    """What the plugin's `peft_base` gives; (None, {}) where it leaves the frozen weight alone.
+
+    Raises RefpeftError where something else relies on that weight: what is attached already, or a tied layer.
+    """
+    site = have["site"]
+    original = _Lazy(lambda: model.original(site))
+    requantize = _Lazy(lambda: partial(site.weight.like, name=f"{site.name}.weight"))
+    changed = None if model.weightless else part.call("peft_base", original=original, requantize=requantize, **have)
+    if changed is None:
+        return None, {}
+    what = f"method '{part.name}' changes the frozen weight of {site.name}"
+    if site.layers:
+        others = ", ".join(layer.part.name for layer in site.layers)
+        raise RefpeftError(f"{what}, which {others} is on already: attach {part.name} before any other there")
+    tied = [other.name for other in model.sites.values() if site.name == other.tied or other.name == site.tied]
+    if tied:
+        raise RefpeftError(f"{what}, which is that of {tied[0]} too: leave it out of the targets")
+    return changed
 
 
 def detach(model: Any, adapter: Adapter | None = None) -> None:
@@ -416,8 +459,7 @@ def detach(model: Any, adapter: Adapter | None = None) -> None:
             raise RefpeftError(f"adapter '{one.name}' is not attached to this model")
         model.adapters.remove(one)
         for layer in one.layers:
-            layer.site.layers.remove(layer)
-            layer.site.compose()
+            layer.take_off(model)
 
 
 @contextlib.contextmanager
@@ -452,6 +494,7 @@ def merge(model: Any) -> None:
             now = layer.merged(**now)
         if site.layers:
             merged[site.name] = now
+    detach(model)  # which gives weights back that peft_base had changed
     for name, now in merged.items():
         site = model.sites[name]
         site.weight, site.bias = Dense(now["weight"], model.dtype), now["bias"]
@@ -465,4 +508,3 @@ def merge(model: Any) -> None:
         else:  # the two are no longer one
             site.tied = None
             model.frozen[name] = site.weight
-    detach(model)

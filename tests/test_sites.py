@@ -8,6 +8,7 @@ import pytest
 import tiny
 from hypothesis import given
 from hypothesis import strategies as st
+from variants import quantizer
 
 from refpeft import hookimpl, manager, sites
 from refpeft.errors import RefpeftError
@@ -226,3 +227,95 @@ def test_a_plugin_without_targets_is_an_error(registered):
     module.Config = dataclass(frozen=True)(type("Config", (), {}))
     with pytest.raises(RefpeftError, match="'made_here' needs a dataclass Config with a field 'targets'"):
         sites.attach(tiny.model(), module)
+
+
+# ---- methods that change the frozen weight ---------------------------------------------------------------------------
+
+
+def pissa(site, original, requantize):
+    """PiSSA (arXiv:2404.02948) of rank 2: the largest part of the weight is trained, the rest is frozen."""
+    U, S, Vt = np.linalg.svd(original)
+    A, B = Vt[:2], U[:, :2] * S[:2]
+    return requantize(original - B @ A), {"A": A, "B": B}
+
+
+PISSA = {
+    "peft_params": lambda site: {"A": np.zeros((2, site.shape[1])), "B": np.zeros((site.shape[0], 2))},
+    "peft_base": pissa,
+    "peft_linear": lambda x, base, p: base(x) + sites.Tensor(x.data @ p.A.data.T @ p.B.data.T),
+    "peft_merge": lambda weight, p: weight + p.B @ p.A,
+}
+
+
+@pytest.mark.parametrize("packer", [None, quantizer()])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_changed_weight_is_the_frozen_one_while_the_method_is_attached(family, packer, registered):
+    model, plain = (tiny.model(family, quantizer=packer) for _ in range(2))
+    kept = dict(model.frozen)
+    adapter = sites.attach(model, registered(**PISSA))
+    for site in adapter.sites:
+        A, B = (adapter.params[f"{site.name}.{name}"].data for name in "AB")
+        residual = tiny.model(family).sites[site.name].weight() - B @ A
+        expected = residual if packer is None else packer(residual, np.dtype("f8"))()
+        assert np.array_equal(site.weight(), expected)
+        assert type(site.weight) is type(kept[f"{site.name}.weight"]) is type(model.frozen[f"{site.name}.weight"])
+    if packer is None:
+        assert abs(model(tiny.ids()).data - plain(tiny.ids()).data).max() < 1e-12
+    assert model.nbytes == plain.nbytes
+    sites.detach(model)
+    assert all(model.frozen[name] is weight for name, weight in kept.items())
+    assert all(site.weight is kept.get(f"{site.name}.weight") for site in model.sites.values() if not site.tied)
+    assert np.array_equal(model(tiny.ids()).data, plain(tiny.ids()).data)
+
+
+@pytest.mark.parametrize("packer", [None, quantizer()])
+def test_merging_keeps_a_changed_weight(packer, registered):
+    model, plugin = tiny.model(quantizer=packer), registered(**PISSA)
+    tiny.scramble(sites.attach(model, plugin))
+    tiny.scramble(sites.attach(model, "lora", {"targets": ["@q", "@k"]}))
+    before = model(tiny.ids()).data
+    sites.merge(model)
+    assert abs(model(tiny.ids()).data - before).max() < 1e-12
+    again = sites.attach(model, plugin)  # of the merged weight, not of the checkpoint's
+    assert abs(model(tiny.ids()).data - before).max() < 1e-12
+    sites.detach(model, again)
+    assert abs(model(tiny.ids()).data - before).max() < 1e-12
+
+
+def test_what_is_around_a_changed_weight_comes_off_in_any_order(registered):
+    model, plugin = tiny.model(), registered(**PISSA)
+    first = sites.attach(model, plugin)
+    tiny.scramble(sites.attach(model, "lora"))
+    sites.detach(model, first)
+    alone = tiny.model()
+    tiny.scramble(sites.attach(alone, "lora"))
+    assert np.array_equal(model(tiny.ids()).data, alone(tiny.ids()).data)
+
+
+@pytest.mark.parametrize("method", ["lora", "full", None])
+def test_a_weight_that_something_attached_relies_on_is_not_changed(method, registered):
+    model, plugin = tiny.model(), registered(**PISSA)
+    sites.attach(model, method or plugin, {"targets": ["@q"]} if method else None)
+    before = dict(model.frozen)
+    with pytest.raises(
+        RefpeftError,
+        match=rf"'made_here' changes the frozen weight of {Q[0]}, which {method or 'made_here'} is on already: attach",
+    ):
+        sites.attach(model, plugin)
+    assert len(model.adapters) == 1 and all(model.frozen[name] is weight for name, weight in before.items())
+
+
+def test_a_tied_weight_is_not_changed(registered):
+    plugin = registered(**PISSA)
+    options = plugin.Config(targets=("lm_head",))
+    with pytest.raises(RefpeftError, match=r"frozen weight of lm_head, which is that of model.embed_tokens too"):
+        sites.attach(tiny.model("tied"), plugin, options)
+    sites.attach(tiny.model("llama"), plugin, options)
+
+
+def test_a_method_may_leave_the_weight_alone(registered):
+    model = tiny.model()
+    kept = dict(model.frozen)
+    adapter = sites.attach(model, registered(**PISSA | {"peft_base": lambda site: None}))
+    assert all(model.frozen[name] is weight for name, weight in kept.items())
+    assert not any(tensor.data.any() for tensor in adapter.params.values())

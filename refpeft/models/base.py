@@ -51,6 +51,7 @@ class Model:
     name: str | None = None  # this and the following are set by refpeft.load: what it was called there (a hub id, ...),
     checkpoint: Any = None  # its files,
     tokenizer: Any = None  # and its tokenizer
+    weightless = False  # of a plan's model, whose weights are zeros
 
     def __init__(self, config: ModelConfig, weights: Callable[..., Frozen], dtype: np.dtype, xp: ModuleType = np):
         self.config, self.dtype, self.xp = config, np.dtype(dtype), xp
@@ -126,6 +127,12 @@ class Model:
     def place_of(self, name: str, kind: str, shape: tuple[int, ...], role: str, base: Callable[..., Tensor]) -> Site:
         """A site that is a place in the computation and has no weight of its own."""
         return self._site(name, kind, shape, (role,), base)
+
+    def original(self, site: Site) -> Array:
+        """The site's weight before it was quantized, read again: dense and (out, in), in the compute dtype."""
+        if isinstance(site.weight, Dense):
+            return site.weight()
+        return self._weights(f"{site.name}.weight", False, site.transposed)()
 
     # ---- computing ----
 
