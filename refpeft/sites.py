@@ -77,10 +77,6 @@ class Site:
         numbers = [part for part in self.name.split(".") if part.isdigit()]
         return int(numbers[0]) if numbers else None
 
-    def bypass(self) -> None:
-        """Makes calls go to the frozen function alone, until the next compose()."""
-        self._call = self.base
-
     def compose(self) -> None:
         """Makes calls go through `layers`, the last outermost."""
         self._call = self.base
@@ -177,7 +173,7 @@ class Layer:
 
     def __init__(self, part: Part, site: Site, values: dict[str, Tensor], mode: Mode, adapter: str, frozen: Any = None):
         self.part, self.site, self.values, self.mode = part, site, values, mode
-        self._frozen = frozen  # and, while it is on the site, the weight that the site had before
+        self.frozen = frozen  # while it is on the site: the weight that the site had before
         self.p = SimpleNamespace(**values)
         self._purpose = (adapter, part.name, site.name)
         self._function, self._names = manager.hook(part.plugin, f"peft_{site.kind}")
@@ -209,15 +205,10 @@ class Layer:
         self._exchange(model)
 
     def _exchange(self, model: Any) -> None:
-        if self._frozen is not None:
-            self.site.weight, self._frozen = self._frozen, self.site.weight
+        if self.frozen is not None:
+            self.site.weight, self.frozen = self.frozen, self.site.weight
             model.frozen[f"{self.site.name}.weight"] = self.site.weight
         self.site.compose()
-
-    @property
-    def changes_base(self) -> bool:
-        """Whether the site has another frozen weight while this is on it."""
-        return self._frozen is not None
 
     @property
     def stands_in(self) -> bool:
@@ -381,10 +372,14 @@ def attach(model: Any, method: str | ModuleType, config: Any = None, *, seed: in
         _add_part(model, adapter, Part(other, plugin_options(other, options)), seed)
     if not adapter.params:
         raise RefpeftError(f"method '{name}' trains nothing on this model: no matched site has what it changes")
+    _put_on(model, adapter)
+    return adapter
+
+
+def _put_on(model: Any, adapter: Adapter) -> None:
     for layer in adapter.layers:
         layer.put_on(model)
     model.adapters.append(adapter)
-    return adapter
 
 
 def _has_hook(plugin: ModuleType) -> Callable[[Site], bool]:
@@ -465,18 +460,13 @@ def detach(model: Any, adapter: Adapter | None = None) -> None:
 @contextlib.contextmanager
 def bypassed(model: Any) -> Iterator[None]:
     """Within it the model computes without what is attached to it."""
-    attached = model.adapters
-    for adapter in attached:
-        for layer in adapter.layers:
-            layer.site.bypass()
-    model.adapters = []
+    attached = list(model.adapters)
+    detach(model)
     try:
         yield
     finally:
-        model.adapters = attached
         for adapter in attached:
-            for layer in adapter.layers:
-                layer.site.compose()
+            _put_on(model, adapter)
 
 
 def merge(model: Any) -> None:

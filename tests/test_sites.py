@@ -262,6 +262,9 @@ def test_a_changed_weight_is_the_frozen_one_while_the_method_is_attached(family,
     if packer is None:
         assert abs(model(tiny.ids()).data - plain(tiny.ids()).data).max() < 1e-12
     assert model.nbytes == plain.nbytes
+    with sites.bypassed(model):
+        assert np.array_equal(model(tiny.ids()).data, plain(tiny.ids()).data)
+    assert not np.array_equal(model(tiny.ids()).data, plain(tiny.ids()).data)
     sites.detach(model)
     assert all(model.frozen[name] is weight for name, weight in kept.items())
     assert all(site.weight is kept.get(f"{site.name}.weight") for site in model.sites.values() if not site.tied)
