@@ -10,6 +10,7 @@ import tiny
 from cases import FUSED, OPS, Case, Place
 
 from refpeft import manager, sites
+from refpeft.api import make_quantizer
 from refpeft.backend import to_host
 from refpeft.batches import Batch
 from refpeft.optim import AdamW, Flat
@@ -81,9 +82,8 @@ def test_a_step_of_every_method_reads_nothing_and_is_the_hosts(name: str, method
 
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
 def test_a_step_on_quantized_weights_reads_nothing_and_is_the_hosts(quantizer: str, xp):
-    plugin = manager.load(quantizer)
-    packer = Quantizer(plugin, plugin.Config())
-    there, here = (step("llama", "lora", module, packer, checkpointing=True) for module in (xp, np))
+    packer = make_quantizer(quantizer)
+    there, here = (step("wide", "lora", module, packer, checkpointing=True) for module in (xp, np))
     for key, value in here.items():
         assert np.array_equal(there[key], value), key
 

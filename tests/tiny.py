@@ -36,7 +36,8 @@ GPT2_SMALL = {
     "n_head": 4,
     "layer_norm_epsilon": 1e-5,
 }
-CONFIGS = {"llama": LLAMA, "tied": TIED_LLAMA, "qwen2": QWEN2, "gpt2": GPT2_SMALL}
+WIDE = LLAMA | {"hidden_size": 32, "intermediate_size": 64}  # rows of whole blocks of 32, as GGUF's formats want them
+CONFIGS = {"llama": LLAMA, "wide": WIDE, "tied": TIED_LLAMA, "qwen2": QWEN2, "gpt2": GPT2_SMALL}
 
 
 def arrays(config: dict, seed: int = 0) -> dict[str, np.ndarray]:

@@ -1,0 +1,46 @@
+"""Symmetric 4-bit integers: weight = (code - 8) * scale, codes 1 ... 15, a scale for each group along the row.
+
+scale = max |weight| / 7, code = round(weight / scale) + 8, in float32, ties to even (the integer quantization of
+Jacob et al., 2017, arXiv:1712.05877, with the zero point in the middle). Groups of zeros are zeros. Two codes lie in a
+byte, the first in the high half; an unused half is the code of 0.
+"""
+
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+
+from refpeft import hookimpl
+from refpeft.backend import xp_of
+from refpeft.blockwise import pack_nibbles, unpack_nibbles
+from refpeft.rowwise import blocks_of, rows_of
+
+ZERO = 8
+
+
+@dataclass(frozen=True)
+class Config:
+    group: int = 64  # weights that share a scale; the last group of a row may be short
+
+    def __post_init__(self):
+        if self.group < 1:
+            raise ValueError("group must be at least 1")
+
+
+@hookimpl
+def quant_pack(weight, cfg):
+    xp = xp_of(weight)
+    groups = blocks_of(weight, cfg.group)
+    scale = xp.abs(groups).max(axis=2) / 7
+    step = xp.maximum(scale, np.finfo("f4").tiny)  # smaller numbers are 0 on a GPU
+    codes = (xp.rint(groups / step[..., None]) + ZERO).astype("u1")
+    return {"packed": pack_nibbles(rows_of(codes, weight.shape).reshape(-1), unused=ZERO), "scale": scale}
+
+
+@hookimpl
+def quant_unpack(parts, cfg, shape, dtype):
+    codes = unpack_nibbles(parts["packed"], prod(shape)).reshape(shape)
+    values = blocks_of(codes, cfg.group).astype("f4")
+    values -= ZERO
+    values *= parts["scale"][..., None]
+    return rows_of(values, shape).astype(dtype, copy=False)
