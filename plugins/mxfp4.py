@@ -1,0 +1,38 @@
+"""MXFP4: 4-bit floats (E2M1: 0, .5, 1, 1.5, 2, 3, 4, 6, with a sign) times a power of two for every 32 along the row.
+
+OCP Microscaling Formats (MX) v1.0. By its section 6.3 the scale is 2^(floor(log2(max |weight|)) - 2), kept as an
+exponent + 127 in a byte (E8M0; never above 252, and 255, its NaN, does not occur). weight / scale is rounded to the
+nearest E2M1, a tie to the even code; above 6 it saturates, which is what this rule costs: the largest weight of a block
+may lose a quarter. Blocks of zeros have the scale 2^-127 and are zeros.
+
+The layout is that of gpt-oss: `blocks` (..., blocks of a row, 16), the even of two codes in the low half of a byte, and
+`scales` (..., blocks of a row). A short last block of a row is filled up with zeros.
+"""
+
+import numpy as np
+
+from refpeft import hookimpl
+from refpeft.backend import xp_of
+from refpeft.rowwise import blocks_of, decode_e2m1, encode_e2m1, rows_of
+
+BLOCK, BIAS = 32, 127
+
+
+@hookimpl
+def quant_pack(weight):
+    xp = xp_of(weight)
+    blocks = blocks_of(weight, BLOCK)
+    largest = xp.maximum(xp.abs(blocks).max(axis=2), np.finfo("f4").tiny)
+    exponent = xp.maximum(xp.frexp(largest)[1] - 3, -BIAS)  # frexp counts from 1/2, so floor(log2) is one less
+    packed = encode_e2m1(xp.ldexp(blocks, -exponent[..., None]))
+    return {
+        "blocks": packed.reshape(*weight.shape[:-1], -1, BLOCK // 2),
+        "scales": (exponent + BIAS).astype("u1").reshape(*weight.shape[:-1], -1),
+    }
+
+
+@hookimpl
+def quant_unpack(parts, shape, dtype):
+    exponent = parts["scales"].astype("i4") - BIAS
+    values = xp_of(exponent).ldexp(decode_e2m1(parts["blocks"]), exponent[..., None])
+    return rows_of(values, shape).astype(dtype, copy=False)

@@ -1,0 +1,45 @@
+"""NVFP4: 4-bit floats (E2M1) times an 8-bit float (E4M3) for every 16 along the row times one float32.
+
+NVIDIA's format, in the layout of ModelOpt's files: `weight` (..., in / 2), the even of two codes in the low half of a
+byte; `weight_scale` (..., in / 16), E4M3; `weight_scale_2`. With the block's and the tensor's largest magnitudes,
+weight_scale_2 = tensor / (6 * 448), weight_scale = block / (6 * weight_scale_2) rounded to the nearest E4M3, at least
+its smallest, 2^-9, and a code is weight / (weight_scale * weight_scale_2) rounded to the nearest E2M1; ties take the
+even code, above 6 it saturates. Zeros are zeros, in a block and in a tensor of them.
+
+The E4M3 scales are kept as bytes and decoded by table. A short last block of a row is filled up with zeros.
+"""
+
+import numpy as np
+
+from refpeft import hookimpl
+from refpeft.backend import xp_of
+from refpeft.rowwise import E4M3, blocks_of, decode_e2m1, encode_e2m1, magnitudes, round_to, rows_of
+
+BLOCK, LARGEST, LARGEST_SCALE = 16, 6, 448
+
+
+@hookimpl
+def quant_pack(weight):
+    xp = xp_of(weight)
+    blocks = blocks_of(weight, BLOCK)
+    largest = xp.abs(blocks).max(axis=2)
+    over_all = xp.maximum(largest.max() / (LARGEST * LARGEST_SCALE), np.finfo("f4").tiny)
+    codes = xp.maximum(round_to(E4M3, largest / (LARGEST * over_all)), 1)
+    packed = encode_e2m1(blocks / _scale(codes, over_all))
+    return {
+        "weight": packed.reshape(*weight.shape[:-1], -1),
+        "weight_scale": codes.reshape(*weight.shape[:-1], -1),
+        "weight_scale_2": over_all,
+    }
+
+
+@hookimpl
+def quant_unpack(parts, shape, dtype):
+    scales = parts["weight_scale"]
+    blocks = decode_e2m1(parts["weight"].reshape(*scales.shape, BLOCK // 2))
+    blocks *= _scale(scales, parts["weight_scale_2"])
+    return rows_of(blocks, shape).astype(dtype, copy=False)
+
+
+def _scale(codes, over_all):
+    return (magnitudes(E4M3, xp_of(codes))[codes] * over_all)[..., None]
