@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from refpeft import RefpeftError, hookimpl
-from refpeft.sites import matcher
+from refpeft.targets import matcher
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 
 from refpeft import fused, hookimpl, ops
-from refpeft.sites import matches, patterned
+from refpeft.targets import matches, patterned
 
 
 @dataclass(frozen=True)

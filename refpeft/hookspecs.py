@@ -6,8 +6,8 @@ of a quantized layer would be dequantized). Which hooks it has is what it can do
 refuses it by name.
 
 A method's Config must have `targets`, and may have `exclude` and `layers`: these choose its sites
-(refpeft.sites.select). Fields that end in `_pattern` map regular expressions to values for the sites that match
-(refpeft.sites.patterned). A ValueError from `__post_init__` reaches the user as a mistake in the options.
+(refpeft.targets.select). Fields that end in `_pattern` map regular expressions to values for the sites that match
+(refpeft.targets.patterned). A ValueError from `__post_init__` reaches the user as a mistake in the options.
 
 The arguments:
     site    refpeft.sites.Site: .name, .kind, .shape, .roles, .tied; sites: the list of those that were chosen

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from .errors import RefpeftError
-from .sites import Adapter, Site, matcher
+from .sites import Adapter, Site
+from .targets import matcher
 
 PREFIX = "base_model.model."
 

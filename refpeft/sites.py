@@ -7,19 +7,18 @@ that several adapters nest on one site and detaching restores the base exactly.
 from __future__ import annotations
 
 import contextlib
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from functools import partial
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from . import fused, manager
 from .backend import Array, xp_of
-from .errors import RefpeftError, nearest
+from .errors import RefpeftError
 from .quant import Dense
 from .rng import Stream
+from .targets import check_patterns, select
 from .tensor import Tensor, parameter
 
 INPUTS = {
@@ -30,8 +29,6 @@ INPUTS = {
     "block": ("x",),
 }
 """The kinds of site, and what a hook of each kind is given first."""
-
-_PLAIN = re.compile(r"@?[\w.-]+")
 
 
 class Site:
@@ -254,97 +251,6 @@ class Adapter:
         return sum(t.data.size for t in self.params.values())
 
 
-# ---- choosing sites --------------------------------------------------------------------------------------------------
-
-
-def matches(target: str, site: Site) -> bool:
-    """Whether one target names the site: "@role", "all-linear", a glob, a full name or the end of one."""
-    if target.startswith("@"):
-        return target[1:] in site.roles
-    if target == "all-linear":
-        return site.kind == "linear" and "head" not in site.roles
-    if any(c in target for c in "*?["):
-        return fnmatchcase(site.name, target)
-    return site.name == target or site.name.endswith("." + target)
-
-
-def matcher(targets: str | Sequence[str]) -> dict[str, Callable[[Site], bool]]:
-    """For each target, what tells its sites. One string that is no plain target is a regular expression, as in PEFT."""
-    if not isinstance(targets, str):
-        return {target: partial(matches, target) for target in targets}
-    if _PLAIN.fullmatch(targets):
-        return {targets: partial(matches, targets)}
-    try:
-        pattern = re.compile(targets)
-    except re.error as error:
-        raise RefpeftError(f"{targets!r} is not a regular expression: {error}; a glob goes into a list") from None
-    return {targets: lambda site: pattern.fullmatch(site.name) is not None}
-
-
-def select(sites: Iterable[Site], cfg: Any, usable: Callable[[Site], bool]) -> list[Site]:
-    """The sites that cfg.targets names, less cfg.exclude, in cfg.layers (both optional fields).
-
-    `targets` and `exclude` are lists of names, or one string: a regular expression over full names, as in PEFT. Each
-    must match at least one usable site; raises RefpeftError with the nearest names otherwise.
-    """
-    sites = list(sites)
-    chosen: set[str] = set()
-    for target, hits in matcher(cfg.targets).items():
-        chosen |= _hit(target, hits, sites, usable)
-    for target, hits in matcher(getattr(cfg, "exclude", ())).items():
-        chosen -= _hit(target, hits, sites, lambda site: True)
-    layers = getattr(cfg, "layers", None)
-    if layers is not None:
-        last = max(site.index or 0 for site in sites)
-        for number in layers:
-            if not 0 <= number <= last:
-                raise RefpeftError(f"layers names {number}: the model has layers 0 to {last}")
-        chosen = {site.name for site in sites if site.name in chosen and site.index in layers}
-    if not chosen:
-        raise RefpeftError("after 'exclude' and 'layers' no site is left")
-    return [site for site in sites if site.name in chosen]
-
-
-def _hit(target: str, hits: Callable[[Site], bool], sites: list[Site], usable: Callable[[Site], bool]) -> set[str]:
-    """Names of the usable sites that one target matches; an error if there are none."""
-    found = [site for site in sites if hits(site)]
-    fit = {site.name for site in found if usable(site)}
-    if not fit:
-        raise RefpeftError(_no_match(target, found, sites))
-    return fit
-
-
-def patterned(patterns: Mapping[str, Any], site: Site, default: Any) -> Any:
-    """The value of the first key, a regular expression, that ends the site's name from a dot on; else `default`.
-
-    This is PEFT's rank_pattern. Fields of a Config that are named so are checked: each key must match a site.
-    """
-    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", site.name)), default)
-
-
-def _check_patterns(part: Part, sites: list[Site]) -> None:
-    for name, patterns in vars(part.cfg).items():
-        for key in patterns if name.endswith("_pattern") else ():
-            try:
-                hit = any(patterned({key: True}, site, False) for site in sites)
-            except re.error as error:
-                raise RefpeftError(f"{part.name}.{name}: {key!r} is not a regular expression: {error}") from None
-            if not hit:
-                raise RefpeftError(f"{part.name}.{name} has the key {key!r}, which matches none of the targets")
-
-
-def _no_match(target: str, hit: list[Site], sites: list[Site]) -> str:
-    if hit:
-        kinds = ", ".join(sorted({s.kind for s in hit}))
-        count = "1 site" if len(hit) == 1 else f"{len(hit)} sites"
-        return f"target {target!r} matches {count} of kind {kinds}, where this method has nothing to do"
-    if target.startswith("@"):
-        names = sorted({"@" + role for s in sites for role in s.roles})
-    else:
-        names = sorted({s.name.rpartition(".")[2] for s in sites})
-    return f"target {target!r} matches no site of this model{nearest(target, names)}; there are {', '.join(names)}"
-
-
 # ---- attaching -------------------------------------------------------------------------------------------------------
 
 
@@ -390,7 +296,7 @@ def _add_part(model: Any, adapter: Adapter, part: Part, seed: int) -> None:
     """Chooses the sites of `part` and makes its values; the layers are not yet on the sites."""
     adapter.parts.append(part)
     sites = select(model.sites.values(), part.cfg, _has_hook(part.plugin))
-    _check_patterns(part, sites)
+    check_patterns(part.name, part.cfg, sites)
     part.call("peft_check", sites=sites)
     shared = part.call("peft_shared", sites=sites, rng=Stream(seed, "init", adapter.name, "shared")) or {}
     for key, value in shared.items():

@@ -12,6 +12,7 @@ from variants import quantizer
 
 from refpeft import hookimpl, manager, sites
 from refpeft.errors import RefpeftError
+from refpeft.targets import select
 from refpeft.tensor import parameter
 
 
@@ -19,7 +20,7 @@ def chosen(targets, family: str = "llama", **more) -> list[str]:
     model = tiny.model(family)
     cfg = manager.load("lora").Config(targets=targets, **more)
     usable = {"linear", "embedding"}
-    return [site.name for site in sites.select(model.sites.values(), cfg, lambda site: site.kind in usable)]
+    return [site.name for site in select(model.sites.values(), cfg, lambda site: site.kind in usable)]
 
 
 Q = ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"]
