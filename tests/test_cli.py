@@ -256,7 +256,7 @@ def test_eval_generate_and_merge_use_what_was_trained(refpeft, model, rows, tmp_
     asked = refpeft("generate", "--adapter", "out", "is 3 even?", "is 4 even?", "--max-tokens", "3", "--json")
     assert [answer["prompt"] for answer in json.loads(asked.stdout)] == ["is 3 even?", "is 4 even?"]
     assert refpeft("generate", "--adapter", "out", "--max-tokens", "3", input="is 3 even?").stdout.endswith("\n")
-    assert "1e-" in refpeft("merge", "--adapter", "out", "--out", "merged").stdout.replace("e-0", "1e-")
+    assert refpeft("merge", "--adapter", "out", "--out", "merged").stdout.startswith("./model with out merged, in ")
     merged = json.loads(refpeft("eval", "--model", "merged", "--data", "rows.jsonl", "--json").stdout)
     assert merged["eval_loss"] == pytest.approx(found["eval_loss"], rel=1e-4)
     assert refused(refpeft("merge", "--adapter", "out", "--out", "merged")).startswith("merged exists")
@@ -269,7 +269,7 @@ def test_a_run_on_quantized_weights_is_evaluated_and_merged_as_it_was_trained(re
     found = json.loads(refpeft("eval", "--adapter", "out", "--json").stdout)
     assert found["eval_loss"] == pytest.approx(records[-1]["eval_loss"], rel=1e-5)
     said = refpeft("merge", "--adapter", "out", "--out", "merged").stdout
-    assert said.startswith("./model, its weights those of nf4, dequantized, with out merged, in merged:")
+    assert said.startswith("./model with out merged, in merged: its weights as the run had them, nf4 made dense")
     with_adapter, merged = (api.load(*source) for source in (("model", "out", "nf4"), ("merged",)))
     expected = with_adapter([[1, 2, 3]]).data
     assert abs(merged([[1, 2, 3]]).data - expected).max() < 1e-5 * abs(expected).max()
@@ -279,7 +279,9 @@ def test_a_merge_that_computes_something_else_writes_nothing(refpeft, model, row
     merge = "\n\n@hookimpl\ndef peft_merge(weight, p):\n    return weight * (2 - p.g[:, None])\n"
     method.write_text(METHOD + merge)
     assert refpeft(*TRAIN, "-p", method, "--method", "gain", "--lr", "0.1", "--out", "out").exit_code == 0
-    assert "nothing was written" in refused(refpeft("merge", "-p", method, "--adapter", "out", "--out", "merged"))
+    merge = ("merge", "-p", method, "--adapter", "out", "--out", "merged")
+    assert "nothing was written" in refused(refpeft(*merge))
+    assert "peft_merge is not what its forward pass computes" in refused(refpeft(*merge, "--force"))
     assert not (tmp_path / "merged").exists()
 
 

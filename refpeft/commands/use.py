@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Any
 
 import click
@@ -27,9 +26,6 @@ def _load(
     dtype = dtype or said.get("dtype", "float32")
     how = {"double_quant": double_quant, "options": said.get(quantizer)}
     return api.load(model or run.base_model(adapter), adapter, quantizer, dtype, device, **how)
-
-
-_MERGED_DIFFERENCE = 1e-3  # of the largest logit: more than float32's rounding explains
 
 
 @click.command("eval")
@@ -131,35 +127,31 @@ def _talk(speaker: Any) -> None:
 
 @click.command()
 @click.option("--adapter", required=True, metavar="DIR", help="An adapter directory, such as a run's.")
-@click.option("--model", metavar="PATH|ID", help="The model to merge into; else the adapter's own, as its run had it.")
+@click.option("--model", metavar="PATH|ID", help="Where the adapter's model is. Default: where its run had it.")
 @click.option("--out", required=True, metavar="DIR", help="Where the merged model goes; must not exist.")
+@click.option(
+    "--into",
+    type=click.Choice(choices.INTO),
+    help="For a run on quantized weights: into those, dequantized (the default) or quantized again, or into the "
+    "model's own.",
+)
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
+@click.option("--data", metavar="FILE", help="Rows to measure the merged model on. Default: the run's held-out rows.")
+@click.option("--force", is_flag=True, help="Write the merged model even if it is another one than the run's.")
+@options.as_json
 @options.plugins
-def merge(adapter: str, model: str | None, out: str, dtype: str) -> None:
+def merge(adapter: str, out: str, as_json: bool, **how: Any) -> None:
     """Folds an adapter into its model and writes a model directory that needs no adapter.
 
-    Weights that the adapter's run had quantized are those that it trained on: they are dequantized, not read again.
+    The files are compared with the run, over held-out rows, before they get their name. A model that says something
+    else is not written: bfloat16 and quantized weights cannot hold every small change.
     """
-    import numpy as np
+    import dataclasses
 
-    from refpeft import config, run, sites
-    from refpeft.errors import RefpeftError
-    from refpeft.models import saving
+    from refpeft import merging
 
-    if Path(out).exists():
-        raise RefpeftError(f"{out} exists: merged models are not written over anything; choose another --out")
-    loaded = _load(model, adapter, None, False, "float32", "cpu")
-    probe = np.arange(64)[None] % loaded.config.vocab
-    before = loaded(probe).data
-    sites.merge(loaded)
-    difference = np.abs(loaded(probe).data - before).max() / np.abs(before).max()
-    if not difference < _MERGED_DIFFERENCE:
-        raise RefpeftError(
-            f"merging changes the logits by {difference:.1e} of the largest, so a plugin's peft_merge is not what its "
-            "forward pass computes; nothing was written"
-        )
-    saving.save(loaded, out, dtype)
-    quantizer = None if model else config.written(adapter).get("quantizer")
-    stated = f", its weights those of {quantizer}, dequantized" if quantizer else ""
-    click.echo(f"{model or run.base_model(adapter)}{stated}, with {adapter} merged, in {out}:")
-    click.echo(f"logits differ from those with the adapter by {difference:.1e} of the largest; weights are {dtype}")
+    merged = merging.merge(adapter, out, **how)
+    if as_json:
+        options.echo_json(dataclasses.asdict(merged))
+    else:
+        click.echo("\n".join(merged.lines()))
