@@ -10,7 +10,6 @@ from . import manager
 from .backend import Array, cast, xp_of
 from .errors import RefpeftError
 
-
 CONSTANTS = "dynamic8"  # the quantizer of another's constants
 
 
@@ -55,15 +54,29 @@ class Quantizer:
     def __call__(self, array: Array, dtype: np.dtype, name: str = "") -> Quantized:
         """`array` in this quantizer's format, to be computed with in `dtype`; `name` is for error messages.
 
-        Raises RefpeftError for NaN and infinity, with their place.
+        Raises RefpeftError for NaN and infinity, with their place, and for a shape that does not fit the format.
         """
         array = cast(array, np.dtype("f4"))
         _refuse_what_is_not_finite(array, name)
-        return Quantized(self, self.pack(array), array.shape, dtype)
+        try:
+            parts = self.pack(array)
+        except RefpeftError as error:
+            raise RefpeftError(f"{name or 'a weight'}: {error}") from None
+        return Quantized(self, parts, array.shape, dtype)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The values of its Config; a plugin without a Config has none."""
+        return {} if self.cfg is None else vars(self.cfg)
 
     def __str__(self) -> str:
-        options = ", ".join(f"{key} = {value}" for key, value in vars(self.cfg).items())
+        options = ", ".join(f"{key} = {value}" for key, value in self.options.items())
         return f"{self.name} ({options})" + (" with double quantization" if self.constants else "")
+
+    def serves_as(self, other: Quantizer) -> bool:
+        """Whether weights of this format are what `other` asks for: its options, double quantization at least."""
+        ours, theirs = (q.options | {"compat": None} for q in (self, other))
+        return self.name == other.name and ours == theirs and (self.constants is not None or other.constants is None)
 
     def pack(self, array: Array) -> dict[str, Array]:
         """The parts of a finite float32 array."""
