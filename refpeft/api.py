@@ -12,14 +12,13 @@ import numpy as np
 from . import backend, manager
 from .backend import COMPUTE_DTYPES
 from .errors import RefpeftError
+from .files import let_go
 from .models.base import Frozen, Model
 from .models.checkpoint import Checkpoint, open_checkpoint
 from .models.decoder import Decoder
 from .models.gpt2 import GPT2
 from .models.hub import resolve
-from .quant import Dense, Quantizer
-
-CONSTANTS = "dynamic8"  # the quantizer of another's constants
+from .quant import Dense, Quantized, Quantizer, make_quantizer
 
 
 def load(
@@ -62,37 +61,29 @@ def load(
     return built
 
 
-def make_quantizer(name: str | None, options: Any = None, double_quant: bool = False) -> Quantizer | None:
-    """The quantizer plugin of this name with its options (a dict or a Config); None for None.
-
-    With `double_quant` its float32 constants are kept in 8 bits, as QLoRA does: by the plugin dynamic8, in the same
-    `compat` mode where the quantizer has one. Raises RefpeftError for an unknown name or option.
-    """
-    from .config import plugin_options
-
-    if name is None:
-        if double_quant:
-            raise RefpeftError("double_quant quantizes a quantizer's constants, but no quantizer is given")
-        return None
-    plugin = manager.load(str(manager.path_of(name, "quantizer")) if not name.endswith(".py") else name)
-    cfg = plugin_options(plugin, options or {}) if options is None or isinstance(options, dict) else options
-    compat = {"compat": cfg.compat} if hasattr(cfg, "compat") else {}
-    constants = make_quantizer(CONSTANTS, {"offset": True} | compat) if double_quant else None
-    return Quantizer(plugin, cfg, constants)
-
-
 def build(checkpoint: Checkpoint, dtype: str, xp: ModuleType = np, quantizer: Quantizer | None = None) -> Model:
     """The model of an opened checkpoint, with weights read one at a time."""
     compute = COMPUTE_DTYPES[dtype]
 
     def weights(name: str, linear: bool, transposed: bool) -> Frozen:
+        packed = checkpoint.packed(name, quantizer)
+        if packed is not None:
+            parts = {part: xp.asarray(array) for part, array in packed.parts.items()}
+            shape = checkpoint.shape(name)
+            return Quantized(packed.quantizer, parts, shape[::-1] if transposed else shape, compute)
         array = checkpoint.tensor(name)
-        if transposed:
-            array = array.T
-        if linear and quantizer is not None:
-            return quantizer(xp.asarray(np.ascontiguousarray(backend.cast(array, np.dtype("f4")))), compute, name)
-        narrow = dtype == "bfloat16" and array.ndim == 2
-        return Dense(xp.asarray(backend.cast(array, backend.bfloat16 if narrow else compute)), compute)
+        oriented = array.T if transposed else array
+        if linear and quantizer is not None and not checkpoint.quantized:
+            single = np.ascontiguousarray(backend.cast(oriented, np.dtype("f4")))
+            kept = quantizer(xp.asarray(single), compute, name)
+        else:
+            narrow = dtype == "bfloat16" and array.ndim == 2
+            placed = xp.asarray(backend.cast(oriented, backend.bfloat16 if narrow else compute))
+            kept = Dense(placed, compute)
+            if placed is oriented:
+                return kept  # mapped from the file
+        let_go(array)
+        return kept
 
     kind = GPT2 if checkpoint.config.family == "gpt2" else Decoder
     model = kind(checkpoint.config, weights, compute, xp)

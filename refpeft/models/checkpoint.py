@@ -15,6 +15,8 @@ import numpy as np
 from refpeft.errors import RefpeftError
 from refpeft.files import read_json, read_safetensors
 from refpeft.models.config import ModelConfig, from_hf
+from refpeft.models.quantized_files import Packed, gathered
+from refpeft.quant import Quantizer
 
 if TYPE_CHECKING:
     from refpeft.tokenizer import Tokenizer
@@ -32,17 +34,19 @@ _COMPANIONS = (
 )
 # Constants that older files hold beside the weights: GPT-2's causal mask, Llama's rotary frequencies.
 _BUFFER = re.compile(r"\.attn\.(masked_)?bias$|(^|\.)rotary_emb\.inv_freq$")
+_TABLES = ("embed_tokens", "wte", "wpe", "lm_head")
 _FLOATS = (np.float32, np.float16, ml_dtypes.bfloat16, np.float64)
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a file: what `read` will give, which may be work (a GGUF file's tensors are dequantized)."""
+    """A tensor in a file: what `read` will give, which may be work (quantized tensors are dequantized)."""
 
     file: Path
     shape: tuple[int, ...]
     dtype: np.dtype
     read: Callable[[], np.ndarray]
+    packed: Packed | None = None  # how the file has it, where a Hugging Face directory is quantized
 
 
 class Checkpoint:
@@ -63,6 +67,24 @@ class Checkpoint:
         """The tensor in the layout of the file: read-only; mapped from the file where it is stored as it is."""
         return self._stored[name].read()
 
+    def packed(self, name: str, quantizer: Quantizer | None) -> Packed | None:
+        """The weight as the file has it quantized, if a model with `quantizer` keeps it so; None where it does not.
+
+        A directory that is quantized stays as it is. Raises RefpeftError where another quantizer is asked for.
+        """
+        found = self._stored[name].packed
+        if found and quantizer and not found.quantizer.serves_as(quantizer):
+            raise RefpeftError(
+                f"{self.path} is quantized already, as {found.quantizer}, not as {quantizer}: leave the quantizer out "
+                "to take it as it is, or take the original weights"
+            )
+        return found
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the files are quantized and stay so; what they keep dense stays dense."""
+        return any(entry.packed for entry in self._stored.values())
+
     def shape(self, name: str) -> tuple[int, ...]:
         return self._stored[name].shape
 
@@ -72,8 +94,8 @@ class Checkpoint:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors as `tensor` gives them."""
-        return sum(int(np.prod(entry.shape)) * entry.dtype.itemsize for entry in self._stored.values())
+        """Bytes of the files that hold the weights."""
+        return sum(file.stat().st_size for file in {entry.file for entry in self._stored.values()})
 
     def tokenizer(self) -> Tokenizer:
         from refpeft.tokenizer import Tokenizer
@@ -117,6 +139,13 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape, as files have them, of every tensor of such a model (GPT-2's linear weights are (in, out))."""
     return _gpt2_tensors(config) if config.family == "gpt2" else _llama_shaped_tensors(config)
+
+
+def linear_weights(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape (out, in) of every weight that a quantizer takes: those of all linear layers but the head."""
+    order = -1 if config.family == "gpt2" else 1
+    found = {name: shape[::order] for name, shape in expected_tensors(config).items() if len(shape) == 2}
+    return {name: shape for name, shape in found.items() if name.split(".")[-2] not in _TABLES}
 
 
 def _llama_shaped_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -181,6 +210,9 @@ def checked(path: Path, config: ModelConfig, stored: dict[str, Stored]) -> dict[
         if full in found:
             raise RefpeftError(f"{entry.file}: tensor {name!r} is there twice, with and without {prefix!r}")
         found[full] = entry
+    scheme = config.raw.get("quantization_config")
+    if scheme is not None:
+        found = gathered(scheme, found, linear_weights(config), transposed=config.family == "gpt2")
     if config.tied:
         _drop_tied_head(config, found)
 

@@ -8,6 +8,7 @@ import reprlib
 from dataclasses import dataclass, field
 
 from refpeft.errors import RefpeftError
+from refpeft.models.quantized_files import check_method
 
 
 @dataclass(frozen=True)
@@ -236,10 +237,7 @@ def from_hf(config: dict) -> ModelConfig:
 
 def _refuse_unsupported(config: dict, family: str) -> None:
     if config.get("quantization_config") is not None:
-        raise RefpeftError(
-            "the checkpoint is quantized already (config key quantization_config), which refpeft does not load yet; "
-            "take the original weights and let refpeft quantize them"
-        )
+        check_method(config["quantization_config"])
     if config.get("auto_map") is not None:
         raise RefpeftError("config key auto_map names Python code of the model's own, which refpeft never runs")
     known = _KEYS[family].keys() | _HARMLESS | _HARMLESS_IN.get(family, set()) | {"quantization_config", "auto_map"}

@@ -21,6 +21,7 @@ import numpy as np
 import tokenizers
 
 from refpeft.errors import RefpeftError
+from refpeft.files import let_go
 from refpeft.models.checkpoint import Checkpoint, Stored, checked
 from refpeft.models.config import ModelConfig, from_hf
 from refpeft.models.gguf_tokenizer import build_tokenizer, end_ids
@@ -273,6 +274,7 @@ def _read(entry: _Entry, heads: int | None, transposed: bool) -> np.ndarray:
     else:
         with np.errstate(all="ignore"):  # scales of a corrupt file overflow; NaN is reported when it is trained on
             array = dequantize(entry.data, entry.kind).reshape(entry.shape)
+        let_go(entry.data)
     if heads is not None:
         # Rows of a head: (pair, first or second) in llama.cpp, (first or second, pair) in transformers.
         halves = array.reshape(heads, -1, 2, *array.shape[1:])
