@@ -276,22 +276,35 @@ def run_schedule(case: Case, given: Arrays, dtype: str) -> Arrays:
 # ---- quantizers ------------------------------------------------------------------------------------------------------
 
 
-NESTED = {"nested_codes": "absmax.codes", "nested_absmax": "absmax.absmax", "offset": "absmax.offset"}
-"""The cases' names of a quantized absmax -> refpeft's."""
+CONSTANTS = {"nf4": "absmax", "fp4": "absmax", "affine": "scale", "int4": "scale"}
+"""What double quantization quantizes, by quantizer."""
+
+NESTED = {"nested_codes": "codes", "nested_absmax": "absmax", "offset": "offset", "nested_map": "levels"}
+"""The cases' names of a quantized constant's parts -> refpeft's."""
+
+NOT_OPTIONS = ("double_quant", "nested_block", "shape", "dtype")
+"""Members of a quantizer's config that are no options of its plugin."""
+
+
+def part_of(case: Case, name: str) -> str:
+    """refpeft's name of a part, or of a map that is stored with it."""
+    if name in NESTED and case.config.get("double_quant"):
+        return f"{CONSTANTS[case.name]}.{NESTED[name]}"
+    return "levels" if name in ("codebook", "map") else name
 
 
 def run_quantizer(case: Case, given: Arrays, dtype: str) -> Arrays:
     options = {name: value for name, value in case.config.items() if name not in NOT_OPTIONS}
-    quantizer = make_quantizer(case.name, options, case.config["double_quant"])
+    quantizer = make_quantizer(case.name, options, case.config.get("double_quant", False))
     if case.at == "encode":
         parts = quantizer.pack(given["weight"])
-        return {name: parts[NESTED.get(name, name)] for name in case.checks}
-    parts = {NESTED.get(name, name): given[name] for name in given if name not in ("codebook", "nested_map")}
-    return {"weight": quantizer.dense(parts, tuple(case.config["shape"]), np.dtype(dtype))}
-
-
-NOT_OPTIONS = ("double_quant", "nested_block", "shape")
-"""Members of a quantizer's config that are no options of its plugin."""
+        return {name: parts[part_of(case, name)] for name in case.checks}
+    own_maps = case.level == "must"
+    parts = {
+        part_of(case, name): a for name, a in given.items() if not (own_maps and name.endswith(("map", "codebook")))
+    }
+    weight = quantizer.dense(parts, tuple(case.config["shape"]), np.dtype(case.config.get("dtype", dtype)))
+    return {"weight": weight.astype(dtype)}
 
 
 DRIVERS: dict[str, Callable[[Case, Arrays, str], Arrays]] = {

@@ -7,7 +7,10 @@ from fnmatch import fnmatch
 
 import common
 
-SCRIPTS = ("ops", "fused", "random_numbers", "models", "blocks", "method_sites", "methods", "nf4", "optimizers")
+SCRIPTS = (
+    *("ops", "fused", "random_numbers", "models", "blocks", "method_sites", "methods", "optimizers"),
+    *("nf4", "decoding", "integers", "small_floats", "gguf_formats"),
+)
 
 
 def main() -> int:

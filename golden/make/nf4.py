@@ -67,9 +67,8 @@ def decode(t: Tensors, shape: list[int]) -> Tensors:
         absmax = t["absmax"].numpy().astype(f32)
     else:
         nested_absmax, offset = t["nested_absmax"].numpy().astype(f32), f32(t["offset"])
-        absmax = f32(
-            [NESTED_MAP[c] * nested_absmax[i // NESTED_BLOCK] + offset for i, c in enumerate(t["nested_codes"])]
-        )
+        levels = t["nested_map"].numpy().astype(f32)
+        absmax = f32([levels[c] * nested_absmax[i // NESTED_BLOCK] + offset for i, c in enumerate(t["nested_codes"])])
     values = f32([CODEBOOK[c] * absmax[i // BLOCK] for i, c in enumerate(codes)])
     return {"weight": torch.from_numpy(values.reshape(shape))}
 
@@ -95,7 +94,7 @@ def bnb_decode(shape: list[int]) -> Compute:
             nested = bnb.QuantState(
                 absmax=t["nested_absmax"].float(),
                 blocksize=NESTED_BLOCK,
-                code=torch.from_numpy(NESTED_MAP),
+                code=t["nested_map"].float(),
                 dtype=torch.float32,
             )
         state = bnb.QuantState(
@@ -108,7 +107,8 @@ def bnb_decode(shape: list[int]) -> Compute:
             offset=t["offset"].float() if nested else None,
             state2=nested,
         )
-        return {"weight": bnb.dequantize_4bit(t["packed"].reshape(-1, 1), state).reshape(shape)}
+        with default_dtype(torch.float32):  # its tables come out in the default dtype, and are kept
+            return {"weight": bnb.dequantize_4bit(t["packed"].reshape(-1, 1), state).reshape(shape)}
 
     return compute
 
