@@ -95,7 +95,7 @@ def plan(resolved: Resolved, resume: bool = False) -> Plan:
     batches = run.make_batches(config, rows, shape)
     steps = config.train.total_steps(batches.steps_per_epoch)
     quantizer = api.make_quantizer(config.quantizer, resolved.options.get(config.quantizer), config.double_quant)
-    memory = _memory(resolved, model, quantizer, batches)
+    memory = _memory(resolved, model, checkpoint, quantizer, batches)
     free = free_memory(config.device)
     return Plan(
         model=config.model,
@@ -128,7 +128,10 @@ class _Zeros:
     """A checkpoint whose tensors are zeros of the right shape: pages that are only read take no memory."""
 
     def __init__(self, checkpoint: Checkpoint):
-        self._checkpoint, self.config = checkpoint, checkpoint.config
+        self._checkpoint, self.config, self.quantized = checkpoint, checkpoint.config, False
+
+    def packed(self, name: str, quantizer: Quantizer | None) -> None:
+        return None
 
     def tensor(self, name: str) -> np.ndarray:
         return np.zeros(self._checkpoint.shape(name), np.float32, order="F")  # its transpose is then free, too
@@ -147,7 +150,9 @@ def skeleton(checkpoint: Checkpoint) -> Model:
 # ---- memory ----
 
 
-def _memory(resolved: Resolved, model: Model, quantizer: Quantizer | None, batches: Batches) -> dict[str, int]:
+def _memory(
+    resolved: Resolved, model: Model, checkpoint: Checkpoint, quantizer: Quantizer | None, batches: Batches
+) -> dict[str, int]:
     """Bytes by part while a step of the longest rows is computed."""
     config = resolved.run
     itemsize = COMPUTE_DTYPES[config.dtype].itemsize
@@ -162,23 +167,25 @@ def _memory(resolved: Resolved, model: Model, quantizer: Quantizer | None, batch
     widest = max(model.config.ff, model.config.dim)
     return {
         "Python and its libraries": report.resident(),
-        "weights": sum(_frozen_bytes(model, config.dtype, quantizer)),
+        "weights": sum(_frozen_bytes(model, checkpoint, config.dtype, quantizer)),
         "adapter": trained,
         "gradients": trained,
         "optimizer (two moments)": 2 * trained,
         kept: activations,
         "logits, a chunk at a time": 2 * itemsize * min(fused.LOGITS_AT_ONCE, tokens * model.config.vocab),
         "other working arrays": 4 * tokens * widest * itemsize
-        + _largest_dense(model, config.dtype, quantizer, itemsize),
+        + _largest_dense(model, config.dtype, bool(quantizer or checkpoint.quantized), itemsize),
     }
 
 
-def _frozen_bytes(model: Model, dtype: str, quantizer: Quantizer | None) -> Iterator[int]:
+def _frozen_bytes(model: Model, checkpoint: Checkpoint, dtype: str, quantizer: Quantizer | None) -> Iterator[int]:
     """Bytes of each frozen weight as it will be kept."""
-    quantized = model.quantizable if quantizer else set()
+    quantized = model.quantizable if quantizer and not checkpoint.quantized else set()
     for name, weight in model.frozen.items():
-        count = math.prod(weight.shape)
-        if name in quantized:
+        count, packed = math.prod(weight.shape), checkpoint.packed(name, quantizer)
+        if packed:
+            yield sum(part.nbytes for part in packed.parts.values())
+        elif name in quantized:
             sample = np.ones((min(_SAMPLED_ROWS, weight.shape[0]), *weight.shape[1:]), np.float32)
             yield round(quantizer(sample, np.dtype("f4")).nbytes * count / sample.size)
         elif dtype == "bfloat16" and len(weight.shape) == 2:
@@ -187,9 +194,9 @@ def _frozen_bytes(model: Model, dtype: str, quantizer: Quantizer | None) -> Iter
             yield count * COMPUTE_DTYPES[dtype].itemsize
 
 
-def _largest_dense(model: Model, dtype: str, quantizer: Quantizer | None, itemsize: int) -> int:
+def _largest_dense(model: Model, dtype: str, quantized: bool, itemsize: int) -> int:
     """Bytes of the largest weight that is made dense for a moment; 0 where all are dense anyway."""
-    names = set(model.frozen) if dtype == "bfloat16" else model.quantizable if quantizer else set()
+    names = set(model.frozen) if dtype == "bfloat16" else model.quantizable if quantized else set()
     return max((math.prod(model.frozen[name].shape) * itemsize for name in names), default=0)
 
 

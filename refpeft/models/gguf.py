@@ -11,8 +11,9 @@ import math
 import re
 import reprlib
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,12 @@ import tokenizers
 
 from refpeft.errors import RefpeftError
 from refpeft.files import let_go
-from refpeft.models.checkpoint import Checkpoint, Stored, checked
+from refpeft.models.checkpoint import Checkpoint, Stored, checked, linear_weights
 from refpeft.models.config import ModelConfig, from_hf
 from refpeft.models.gguf_tokenizer import build_tokenizer, end_ids
+from refpeft.models.quantized_files import Packed
 from refpeft.models.rope import inverse_frequencies
+from refpeft.quant import Quantizer, make_quantizer
 from refpeft.tokenizer import Tokenizer
 
 # llama.cpp's names of a layer's modules -> transformers'
@@ -80,6 +83,7 @@ _KEYS = {
 }
 
 # GGUF's value types: number -> struct format. 8 is a string, 9 an array.
+_FLOATS = ("F32", "F16", "BF16")
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 
@@ -109,21 +113,44 @@ def open_gguf(path: Path) -> Checkpoint:
         raise RefpeftError(f"{path}: {error}") from None
 
     heads = {"attn_q": config.heads, "attn_k": config.kv_heads} if fields["general.architecture"] in _PERMUTED else {}
-    stored = {}
+    stored, blocks = {}, {}
     for name, full in names.items():
         entry, transposed = entries[name], config.family == "gpt2" and full.endswith(_CONV1D)
-        shape = entry.shape[::-1] if transposed else entry.shape
-        read = partial(_read, entry, heads.get(name.split(".")[-2]), transposed)
-        stored[full] = Stored(path, shape, entry.dtype, read)
-    return GgufCheckpoint(path, config, checked(path, config, stored), fields)
+        shape, its_heads = entry.shape[::-1] if transposed else entry.shape, heads.get(name.split(".")[-2])
+        stored[full] = Stored(path, shape, entry.dtype, partial(_read, entry, its_heads, transposed))
+        blocks[full] = entry.kind.name, partial(_in_order, entry.data, its_heads)
+    return GgufCheckpoint(path, config, checked(path, config, stored), fields, blocks)
 
 
 class GgufCheckpoint(Checkpoint):
-    """A Checkpoint whose config and tokenizer are made from the file's metadata."""
+    """A Checkpoint whose config and tokenizer are made from the file's metadata; `blocks` are (type, how to read)."""
 
-    def __init__(self, path: Path, config: ModelConfig, stored: dict[str, Stored], fields: dict[str, Any]):
+    def __init__(
+        self,
+        path: Path,
+        config: ModelConfig,
+        stored: dict[str, Stored],
+        fields: dict[str, Any],
+        blocks: dict[str, tuple[str, Callable[[], np.ndarray]]],
+    ):
         super().__init__(path, config, stored)
-        self._fields = fields
+        self._fields, self._blocks, self._linear = fields, blocks, linear_weights(config)
+
+    def packed(self, name: str, quantizer: Quantizer | None) -> Packed | None:
+        """The file's own blocks of a linear weight for the quantizer `gguf`; None for floats, which it quantizes.
+
+        Raises RefpeftError for a type that the quantizer lacks.
+        """
+        kind, blocks = self._blocks[name]
+        if quantizer is None or quantizer.name != "gguf" or name not in self._linear or kind in _FLOATS:
+            return None
+        try:
+            return Packed(_quantizer_of(kind), {"blocks": blocks()})
+        except RefpeftError:
+            raise RefpeftError(
+                f"{self.path}: tensor {name!r} is of type {kind}, in which refpeft cannot keep it: leave the quantizer "
+                "out for dense weights, or take another"
+            ) from None
 
     def tokenizer(self) -> Tokenizer:
         backend, config = self._tokenizer
@@ -147,6 +174,12 @@ class GgufCheckpoint(Checkpoint):
         except BaseException as error:  # a panic inside the Rust library is no Exception
             reason = " ".join(str(error).split())  # the library's messages may have several lines
             raise RefpeftError(f"{self.path}: its tokenizer cannot be rebuilt: {reason}") from None
+
+
+@cache
+def _quantizer_of(kind: str) -> Quantizer:
+    """The quantizer of a GGUF type, one object for all weights. Raises RefpeftError for a type that it lacks."""
+    return make_quantizer("gguf", {"type": kind})
 
 
 # The file -------------------------------------------------------------------------------------------------------------
@@ -269,19 +302,23 @@ def _read(entry: _Entry, heads: int | None, transposed: bool) -> np.ndarray:
     """A tensor in transformers' layout: mapped if the file has it so, computed otherwise."""
     from gguf.quants import dequantize
 
-    if entry.kind.name in ("F32", "F16", "BF16"):
+    if entry.kind.name in _FLOATS:
         array = entry.data.view(entry.dtype).reshape(entry.shape)
     else:
         with np.errstate(all="ignore"):  # scales of a corrupt file overflow; NaN is reported when it is trained on
             array = dequantize(entry.data, entry.kind).reshape(entry.shape)
         let_go(entry.data)
-    if heads is not None:
-        # Rows of a head: (pair, first or second) in llama.cpp, (first or second, pair) in transformers.
-        halves = array.reshape(heads, -1, 2, *array.shape[1:])
-        array = halves.swapaxes(1, 2).reshape(array.shape)
+    array = _in_order(array, heads)
     array = np.ascontiguousarray(array.T if transposed else array)
     array.flags.writeable = False
     return array
+
+
+def _in_order(array: np.ndarray, heads: int | None) -> np.ndarray:
+    """The rows as transformers has them; with heads, each one's are (pair, first or second) in llama.cpp."""
+    if heads is None:
+        return array
+    return array.reshape(heads, -1, 2, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
 
 
 # The model ------------------------------------------------------------------------------------------------------------

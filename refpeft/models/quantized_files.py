@@ -270,7 +270,10 @@ def _own_quantizer(scheme: Mapping[str, Any]) -> Quantizer:
 
 
 def _own(quantizer: Quantizer, tensors: _Tensors, shape: tuple[int, ...]) -> Packed:
-    expected = _parts_of(quantizer, shape)
+    try:
+        expected = _parts_of(quantizer, shape)
+    except RefpeftError as error:
+        raise tensors.fail(f"cannot be {quantizer}: {error}") from None
     tensors.only(*expected)
     return Packed(quantizer, {part: tensors.take(part, *kind) for part, kind in expected.items()})
 
