@@ -4,12 +4,14 @@ from typing import Literal, get_args
 
 Device = Literal["cpu", "cuda"]
 Dtype = Literal["float32", "bfloat16", "float64"]
+Optimizer = Literal["adamw", "adamw8bit", "sgd", "lion", "adafactor"]
 Overlong = Literal["error", "drop", "truncate", "split"]
 Supervise = Literal["response", "all"]
 Into = Literal["original", "dequantized", "requantized"]
 
 DEVICES: tuple[str, ...] = get_args(Device)
 DTYPES: tuple[str, ...] = get_args(Dtype)
+OPTIMIZERS: tuple[str, ...] = get_args(Optimizer)
 OVERLONG: tuple[str, ...] = get_args(Overlong)
 SUPERVISE: tuple[str, ...] = get_args(Supervise)
 INTO: tuple[str, ...] = get_args(Into)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import json
 import math
 import os
@@ -22,10 +23,11 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from refpeft import manager, toml
-from refpeft.choices import Device, Dtype, Overlong, Supervise
+from refpeft.choices import Device, Dtype, Optimizer, Overlong, Supervise
 from refpeft.errors import RefpeftError, nearest
 from refpeft.files import expanded
 from refpeft.models.hub import EMBEDDED
+from refpeft.optim import OPTIMIZERS, OPTIONS
 
 FILE = "run.toml"  # in a run directory: the whole configuration of the run
 EMBEDDED_RUN = Path(__file__).parent / "embedded" / FILE  # what `refpeft train` does when it is given nothing
@@ -60,9 +62,13 @@ class Train(BaseModel):
     lr: Annotated[float, Field(gt=0)] = 2e-4
     batch: Count = 8  # rows of an optimizer step
     micro_batch: Count | None = None  # rows computed at a time; none: the whole batch
+    optimizer: Optimizer = "adamw"
+    paged: bool = False  # the optimizer's state lies outside of the memory that is computed in
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    betas: tuple[Share, Share] = (0.9, 0.999)
-    eps: Annotated[float, Field(gt=0)] = 1e-8
+    betas: tuple[Share, Share] | None = None  # this and the next three: none is the optimizer's own default
+    eps: Annotated[float, Field(gt=0)] | None = None
+    momentum: Share | None = None
+    relative_step: bool | None = None  # steps as a share of what is updated, as in Adafactor's paper
     clip: Annotated[float, Field(ge=0)] = 1.0  # largest gradient norm; 0: no clipping
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     warmup: Annotated[int, Field(ge=0)] | Share = 0.03  # steps, or a share of all steps
@@ -464,6 +470,13 @@ def _cross_checks(run: RunConfig, given: Layer, problems: Problems) -> None:
             "train.micro_batch",
             f"train.micro_batch is {train.micro_batch}: it must divide train.batch, which is {train.batch}",
         )
+    taken = inspect.signature(OPTIMIZERS[train.optimizer]).parameters
+    for name in OPTIONS:
+        if getattr(train, name) is not None and name not in taken:
+            has = ", ".join(option for option in OPTIONS if option in taken)
+            problem(
+                f"train.{name}", f"train.{name} has no effect with the optimizer {train.optimizer}, which has {has}"
+            )
     if isinstance(train.warmup, int) and train.steps and train.warmup > train.steps:
         problem("train.warmup", f"train.warmup is {train.warmup} steps, more than the {train.steps} of train.steps")
     held_out = data.eval_file or data.eval_share or (data.file in (None, EMBEDDED) and run.model == EMBEDDED)

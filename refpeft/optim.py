@@ -1,13 +1,23 @@
-"""The trained values as one flat buffer, and AdamW on it."""
+"""The trained values as one flat buffer, and the optimizers that work on it."""
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from types import ModuleType
 
-from .backend import Array, xp_of
+import numpy as np
+
+from . import blockwise, paging
+from .backend import Array, cast, xp_of
 from .errors import RefpeftError
 from .tensor import Tensor
+
+PAGES = {"cpu": 2**16, "cuda": 2**22}
+"""How many values are updated at a time: on the host so many that they stay in its caches, on the GPU so many that
+launches do not count. A multiple of the 8-bit blocks."""
 
 
 class Flat:
@@ -48,36 +58,284 @@ class Flat:
         return norm
 
 
-class AdamW:
-    """AdamW (Loshchilov & Hutter, 2017, arXiv:1711.05101), as torch.optim.AdamW computes it."""
+# ---- what optimizers have in common ----------------------------------------------------------------------------------
 
-    def __init__(
-        self, flat: Flat, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0
-    ):
-        self.flat, self.betas, self.eps, self.weight_decay = flat, betas, eps, weight_decay
+Shape = Sequence[int]
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is updated at a time: a stretch of the flat buffer, its shape, and the stretches of state beside it."""
+
+    span: slice
+    shape: Shape
+    state: dict[str, slice]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """An optimizer's parts, and (elements, dtype) of its state arrays by name."""
+
+    parts: list[Part]
+    arrays: dict[str, tuple[int, np.dtype]]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole state."""
+        return sum(size * dtype.itemsize for size, dtype in self.arrays.values())
+
+    @property
+    def nbytes_near(self) -> int:
+        """The most bytes of paged state that are near at a time: of a part, the one before it and the one after it."""
+
+        def nbytes(part: Part) -> int:
+            return sum((s.stop - s.start) * self.arrays[name][1].itemsize for name, s in part.state.items())
+
+        return min(self.nbytes, 3 * max(map(nbytes, self.parts)))
+
+
+class Optimizer:
+    """Updates the values of a Flat from its gradients.
+
+    A subclass says what state it needs (`moments`, or `needs`) and how one part is updated (`update`); which part is
+    updated when, where its state is kept and what a checkpoint holds is the same for all. The state begins as zeros.
+    With `paged` it lies outside of the memory that is computed in, where that is possible (refpeft.paging), and the
+    values become the same, bit for bit.
+    """
+
+    moments: tuple[str, ...] = ()  # state arrays with an element for every value
+
+    def __init__(self, flat: Flat, weight_decay: float = 0.0, paged: bool = False):
         xp = xp_of(flat.values)
-        self.m, self.v = xp.zeros_like(flat.values), xp.zeros_like(flat.values)
-        self.step_count = 0
+        self.flat, self.weight_decay, self.step_count = flat, weight_decay, 0
+        layout = self.layout(list(flat.shapes.values()), flat.values.dtype, "cpu" if xp is np else "cuda")
+        self._parts = layout.parts
+        self._state = {name: paging.zeros(xp, size, dtype, paged) for name, (size, dtype) in layout.arrays.items()}
 
-    def step(self, lr: float) -> None:
-        """One update from the gradients, which are zeroed."""
-        xp, p, g = xp_of(self.m), self.flat.values, self.flat.grads
-        real = p.dtype.type
-        (b1, b2), t = self.betas, self.step_count + 1
-        if self.weight_decay:
-            p *= real(1 - lr * self.weight_decay)
-        self.m *= real(b1)
-        self.m += real(1 - b1) * g
-        self.v *= real(b2)
-        self.v += real(1 - b2) * (g * g)
-        root = xp.sqrt(self.v)
-        root *= real(1 / math.sqrt(1 - b2**t))
-        root += real(self.eps)
-        p -= real(lr / (1 - b1**t)) * (self.m / root)
-        g.fill(0)
-        self.step_count = t
+    @classmethod
+    def layout(cls, shapes: Sequence[Shape], dtype: np.dtype, device: str) -> Layout:
+        """Parts and state for parameters of these shapes and this dtype."""
+        parts: list[Part] = []
+        arrays: dict[str, tuple[int, np.dtype]] = {}
+        at = 0
+        for shape in cls.pieces(shapes, PAGES[device]):
+            state = {}
+            for name, (count, kept) in cls.needs(shape, dtype).items():
+                start, _ = arrays.get(name, (0, kept))
+                state[name] = slice(start, start + count)
+                arrays[name] = start + count, kept
+            parts.append(Part(slice(at, at + math.prod(shape)), shape, state))
+            at += math.prod(shape)
+        return Layout(parts, arrays)
+
+    @classmethod
+    def pieces(cls, shapes: Sequence[Shape], page: int) -> list[Shape]:
+        """The shapes of the parts: here stretches of the flat buffer, across parameters."""
+        size = sum(map(math.prod, shapes))
+        return [(min(page, size - at),) for at in range(0, size, page)]
+
+    @classmethod
+    def needs(cls, shape: Shape, dtype: np.dtype) -> dict[str, tuple[int, np.dtype]]:
+        """(elements, dtype) of the state arrays of a part, by name."""
+        return {name: (math.prod(shape), dtype) for name in cls.moments}
 
     @property
     def state(self) -> dict[str, Array]:
-        """The arrays that a checkpoint holds, by name."""
-        return {"values": self.flat.values, "m": self.m, "v": self.v}
+        """The state arrays, by name, each flat: what a checkpoint holds beside the values."""
+        return {name: kept.array for name, kept in self._state.items()}
+
+    def step(self, lr: float) -> None:
+        """One update from the gradients, which are zeroed."""
+        self.step_count += 1
+        values, grads = self.flat.values, self.flat.grads
+        pages = paging.in_turn(self._state, [part.state for part in self._parts])
+        for state, part in zip(pages, self._parts, strict=True):  # pages first: the last one has to go back, too
+            self.update(values[part.span].reshape(part.shape), grads[part.span].reshape(part.shape), lr, **state)
+        grads.fill(0)
+
+    def update(self, p: Array, g: Array, lr: float, **state: Array) -> None:
+        """Updates the values `p` of a part, and its state, in place. `g` are its gradients."""
+        raise NotImplementedError
+
+    def decay(self, p: Array, lr: float) -> None:
+        """Decoupled weight decay (arXiv:1711.05101): the values shrink by lr * weight_decay, before the update."""
+        if self.weight_decay:
+            p *= p.dtype.type(1 - lr * self.weight_decay)
+
+
+# ---- the optimizers --------------------------------------------------------------------------------------------------
+
+
+class AdamW(Optimizer):
+    """AdamW (Loshchilov & Hutter, 2017, arXiv:1711.05101), as torch.optim.AdamW computes it.
+
+    p = (1 - lr wd) p;  m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g²;
+    p = p - lr / (1 - b1^t) * m / (sqrt(v) / sqrt(1 - b2^t) + eps).
+    """
+
+    moments = ("m", "v")
+
+    def __init__(
+        self,
+        flat: Flat,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        paged: bool = False,
+    ):
+        super().__init__(flat, weight_decay, paged)
+        self.betas, self.eps = betas, eps
+
+    def update(self, p: Array, g: Array, lr: float, m: Array, v: Array) -> None:
+        real, (b1, b2), t = p.dtype.type, self.betas, self.step_count
+        self.decay(p, lr)
+        m *= real(b1)
+        m += real(1 - b1) * g
+        v *= real(b2)
+        v += real(1 - b2) * (g * g)
+        root = xp_of(v).sqrt(v)
+        root *= real(1 / math.sqrt(1 - b2**t))
+        root += real(self.eps)
+        p -= real(lr / (1 - b1**t)) * (m / root)
+
+
+class AdamW8bit(AdamW):
+    """AdamW with both moments in 8 bits (Dettmers et al., 2021, arXiv:2110.02861): 2 bytes and 1/32 for each value.
+
+    A step decodes them, computes as AdamW does, updates the values from the new moments before these are rounded, and
+    encodes them: in blocks of 256 of the flat buffer, m with the signed dynamic map and v with the unsigned one, to the
+    nearest level. Zero is a level of both, so a value without gradients never moves (bitsandbytes 0.50 on the CPU
+    looks codes up in a table of 65,536 bins that has no zero, and moves it).
+    """
+
+    BLOCK = 256
+
+    @classmethod
+    def needs(cls, shape: Shape, dtype: np.dtype) -> dict[str, tuple[int, np.dtype]]:
+        count = math.prod(shape)
+        codes, absmax = (count, np.dtype("u1")), (-(-count // cls.BLOCK), np.dtype("f4"))
+        return {key: size for name in cls.moments for key, size in ((name, codes), (f"{name}.absmax", absmax))}
+
+    def update(self, p: Array, g: Array, lr: float, **state: Array) -> None:
+        books = _dynamic_books(xp_of(p))
+        moments = {
+            name: blockwise.decode(state[name], state[f"{name}.absmax"], self.BLOCK, book.levels, p.shape, p.dtype)
+            for name, book in books.items()
+        }
+        super().update(p, g, lr, **moments)
+        for name, moment in moments.items():
+            codes, absmax = blockwise.encode(cast(moment, np.dtype("f4")), self.BLOCK, books[name])
+            state[name][...], state[f"{name}.absmax"][...] = codes, absmax
+
+
+@functools.cache
+def _dynamic_books(xp: ModuleType) -> dict[str, blockwise.Book]:
+    maps = {"m": blockwise.dynamic_map(), "v": blockwise.dynamic_map(signed=False)}
+    return {name: blockwise.nearest(levels, xp) for name, levels in maps.items()}
+
+
+class SGD(Optimizer):
+    """Gradient descent with momentum, as torch.optim.SGD computes it; its weight decay is part of the gradient.
+
+    g = g + wd p;  m = momentum m + g;  p = p - lr m.
+    """
+
+    moments = ("m",)
+
+    def __init__(self, flat: Flat, momentum: float = 0.9, weight_decay: float = 0.0, paged: bool = False):
+        super().__init__(flat, weight_decay, paged)
+        self.momentum = momentum
+
+    def update(self, p: Array, g: Array, lr: float, m: Array) -> None:
+        real = p.dtype.type
+        m *= real(self.momentum)
+        m += g + real(self.weight_decay) * p if self.weight_decay else g
+        p -= real(lr) * m
+
+
+class Lion(Optimizer):
+    """Lion (Chen et al., 2023, arXiv:2302.06675), algorithm 2, its decay before the update as the authors' code has it.
+
+    p = (1 - lr wd) p;  p = p - lr sign(b1 m + (1 - b1) g);  m = b2 m + (1 - b2) g.
+    """
+
+    moments = ("m",)
+
+    def __init__(
+        self, flat: Flat, betas: tuple[float, float] = (0.9, 0.99), weight_decay: float = 0.0, paged: bool = False
+    ):
+        super().__init__(flat, weight_decay, paged)
+        self.betas = betas
+
+    def update(self, p: Array, g: Array, lr: float, m: Array) -> None:
+        real, (b1, b2) = p.dtype.type, self.betas
+        self.decay(p, lr)
+        p -= real(lr) * xp_of(m).sign(real(b1) * m + real(1 - b1) * g)
+        m *= real(b2)
+        m += real(1 - b2) * g
+
+
+class Adafactor(Optimizer):
+    """Adafactor (Shazeer & Stern, 2018, arXiv:1804.04235), algorithms 4 and 5: of a matrix's squared gradients it keeps
+    the means of rows and of columns only (of more than two axes the last two are the matrix's), of a vector's all.
+
+    b = 1 - t^-0.8;  s = g² + 1e-30;  r = b r + (1 - b) mean of rows of s;  c = b c + (1 - b) mean of columns of s;
+    u = g / sqrt(r c / mean(r));  p = (1 - lr wd) p;  p = p - a u / max(1, RMS(u)).
+
+    The step size a is lr, or with `relative_step` max(1e-3, RMS(p)) min(lr, 1 / sqrt(t)), p before its decay, as the
+    paper and torch.optim.Adafactor have it: too little for LoRA, half of whose matrices begin as zeros. torch differs
+    where gradients are tiny: it bounds r c / mean(r) and mean(r) from below by the dtype's eps, instead of the 1e-30.
+    """
+
+    def __init__(self, flat: Flat, relative_step: bool = False, weight_decay: float = 0.0, paged: bool = False):
+        super().__init__(flat, weight_decay, paged)
+        self.relative_step = relative_step
+
+    @classmethod
+    def pieces(cls, shapes: Sequence[Shape], page: int) -> list[Shape]:
+        return list(shapes)
+
+    @classmethod
+    def needs(cls, shape: Shape, dtype: np.dtype) -> dict[str, tuple[int, np.dtype]]:
+        """Of a matrix first the means of rows, then those of columns."""
+        if len(shape) < 2:
+            return {"v": (math.prod(shape), dtype)}
+        return {"v": (math.prod(shape[:-1]) + math.prod([*shape[:-2], shape[-1]]), dtype)}
+
+    def update(self, p: Array, g: Array, lr: float, v: Array) -> None:
+        xp, real, t = xp_of(p), p.dtype.type, self.step_count
+        rate = real(lr)
+        if self.relative_step:
+            rate = xp.maximum(_rms(p), real(1e-3)) * real(min(lr, t**-0.5))
+        self.decay(p, lr)
+        fresh = t**-0.8
+        squares = g * g
+        squares += real(1e-30)
+        v *= real(1 - fresh)
+        if g.ndim < 2:
+            estimate = v.reshape(g.shape)
+            estimate += real(fresh) * squares
+        else:
+            count = math.prod(g.shape[:-1])
+            rows, columns = v[:count].reshape(g.shape[:-1]), v[count:].reshape(*g.shape[:-2], g.shape[-1])
+            rows += real(fresh) * squares.mean(axis=-1)
+            columns += real(fresh) * squares.mean(axis=-2)
+            estimate = (rows / rows.mean(axis=-1, keepdims=True))[..., None] * columns[..., None, :]
+        update = g / xp.sqrt(estimate)
+        p -= rate / xp.maximum(_rms(update), real(1)) * update
+
+
+def _rms(array: Array) -> Array:
+    return xp_of(array).sqrt((array * array).mean())
+
+
+OPTIONS = ("betas", "eps", "momentum", "relative_step")
+"""What only some optimizers take, as their constructors say; in config.Train None is the optimizer's own default."""
+
+OPTIMIZERS: dict[str, type[Optimizer]] = {
+    "adamw": AdamW,
+    "adamw8bit": AdamW8bit,
+    "sgd": SGD,
+    "lion": Lion,
+    "adafactor": Adafactor,
+}

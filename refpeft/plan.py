@@ -23,6 +23,7 @@ from refpeft.config import Resolved
 from refpeft.models.base import Model
 from refpeft.models.checkpoint import Checkpoint, open_checkpoint
 from refpeft.models.hub import resolve as resolve_model
+from refpeft.optim import OPTIMIZERS
 from refpeft.quant import Quantizer
 from refpeft.tensor import Node
 
@@ -165,12 +166,17 @@ def _memory(
         layers = model.config.layers
         activations = activations // layers + tokens * layers * model.config.dim * itemsize
     widest = max(model.config.ff, model.config.dim)
+    shapes = [tensor.shape for _, tensor in model.trained()]
+    state = OPTIMIZERS[config.train.optimizer].layout(shapes, COMPUTE_DTYPES[config.dtype], config.device)
+    optimizer = f"optimizer ({config.train.optimizer})"
+    if config.train.paged:
+        optimizer = f"optimizer ({config.train.optimizer}, {report.size(state.nbytes)} paged)"
     return {
         "Python and its libraries": report.resident(),
         "weights": sum(_frozen_bytes(model, checkpoint, config.dtype, quantizer)),
         "adapter": trained,
         "gradients": trained,
-        "optimizer (two moments)": 2 * trained,
+        optimizer: state.nbytes_near if config.train.paged else state.nbytes,
         kept: activations,
         "logits, a chunk at a time": 2 * itemsize * min(fused.LOGITS_AT_ONCE, tokens * model.config.vocab),
         "other working arrays": 4 * tokens * widest * itemsize

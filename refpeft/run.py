@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from refpeft import adapters, api, config, files, manager, report, sites
+from refpeft import adapters, api, config, files, manager, paging, report, sites
 from refpeft.batches import Batches
 from refpeft.config import EMBEDDED, Resolved, RunConfig
 from refpeft.data import Data, Example, load_data
@@ -184,6 +184,8 @@ def train(resolved: Resolved, directory: Path, resume: bool = False, say: Callab
     batches = make_batches(run, rows, model.config)
     evaluation = make_batches(run, held_out, model.config, shuffle=False) if held_out else None
     progress, metrics = report.Progress(run.train.log_every), report.Metrics(directory / "metrics.jsonl", resume)
+    if run.train.paged and (why := paging.obstacle(model.xp)):
+        say(f"the optimizer's state is not paged: {why}")
     trainer = Trainer(model, batches, evaluation, run.train, directory, (progress, metrics), run.seed)
     progress.steps = trainer.total
     started = time.monotonic()

@@ -1,7 +1,7 @@
 """Training: optimizer steps over batches, evaluation, checkpoints, and resuming from them bit for bit.
 
 Every random choice is a function of (seed, purpose, step), so a checkpoint is the trained values, the optimizer's
-moments and the number of the step.
+state and the number of the step.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,15 +22,17 @@ from typing import Any
 import numpy as np
 
 from . import backend, files, schedule
-from .backend import to_host
+from .backend import Array, to_host
 from .batches import Batch, Batches, split
 from .config import Train as Settings
 from .errors import RefpeftError
 from .models.base import Model
-from .optim import AdamW, Flat
+from .optim import OPTIMIZERS, OPTIONS, Flat
 from .tensor import no_grad
 
 Listener = Callable[[dict[str, Any]], None]
+
+_COPIED = 2**22  # elements of a checkpoint that are copied to the device at a time
 
 
 @dataclass
@@ -78,8 +80,10 @@ class Trainer:
                 f"the longest row has {longest:,} tokens, but beside what is attached the model has room for "
                 f"{model.room:,}: set a smaller length"
             )
-        self.flat = Flat(model.trained())
-        self.optimizer = AdamW(self.flat, s.betas, s.eps, s.weight_decay)
+        options = {name: value for name in OPTIONS if (value := getattr(s, name)) is not None}
+        with self._room():
+            self.flat = Flat(model.trained())
+            self.optimizer = OPTIMIZERS[s.optimizer](self.flat, weight_decay=s.weight_decay, paged=s.paged, **options)
         self.summary = Summary()
         if s.best and (evaluation is None or out is None):
             raise RefpeftError(
@@ -91,10 +95,10 @@ class Trainer:
     def run(self, resume: bool = False) -> Summary:
         """Trains to the last step. With `resume` it goes on from the newest checkpoint, if there is one.
 
-        Raises RefpeftError where the loss is not finite, or a checkpoint belongs to another run; KeyboardInterrupt,
-        after saving a checkpoint, on Ctrl-C.
+        Raises RefpeftError where the loss is not finite, memory does not suffice, or a checkpoint belongs to another
+        run; KeyboardInterrupt, after saving a checkpoint, on Ctrl-C.
         """
-        with backend.blas_threads(self.model.parameters()):
+        with backend.blas_threads(self.model.parameters()), self._room():
             return self._run(resume)
 
     def _run(self, resume: bool) -> Summary:
@@ -130,7 +134,7 @@ class Trainer:
             if not self.summary.stopped_early:
                 self._judge(self.summary.loss_after)
             if self.settings.best and self.summary.best_step != self.summary.steps and self.checkpoints:
-                self._load_arrays(self.checkpoints / "best", ("values",))
+                self._load_arrays(self.checkpoints / "best", ["values"])
                 self.summary.loss_after = self.summary.best_loss
         return self.summary
 
@@ -172,6 +176,24 @@ class Trainer:
         kept = f"the last good checkpoint is {saved}" if saved else "no checkpoint had been saved yet"
         return f"{what} (learning rate {self.settings.lr:g}); {kept}; lower the learning rate"
 
+    @contextlib.contextmanager
+    def _room(self) -> Iterator[None]:
+        """Within it, too little memory is told with what is free and what helps."""
+        try:
+            yield
+        except MemoryError as error:
+            s, xp = self.settings, self.model.xp
+            helps = {
+                "--paged keeps the optimizer's state elsewhere": not s.paged,
+                "--optimizer adamw8bit keeps it in a quarter": s.optimizer == "adamw",
+                "--set train.micro_batch=1 computes a row at a time": s.rows_at_a_time > 1,
+                "a smaller rank, or fewer targets, train less": True,
+            }
+            what = f": {str(error).rstrip('.')}" if str(error) else ""
+            free = "" if xp is np else f"; {xp.cuda.runtime.memGetInfo()[0]:,} bytes of the GPU are free"
+            remedies = "; ".join(remedy for remedy, possible in helps.items() if possible)
+            raise RefpeftError(f"out of memory{what}{free}. What helps: {remedies}") from None
+
     def _tell(self, **record: Any) -> None:
         for listener in self.listeners:
             listener(record)
@@ -203,7 +225,7 @@ class Trainer:
         """What must be equal for a checkpoint to be continued."""
         s = self.settings
         options = {f"{a.name}.{name}": value for a in self.model.adapters for name, value in vars(a.cfg).items()}
-        same = ("lr", "batch", "micro_batch", "weight_decay", "betas", "eps", "clip", "schedule")
+        same = ("optimizer", "lr", "batch", "micro_batch", "weight_decay", *OPTIONS, "clip", "schedule")
         crc = 0
         for row in self.train.rows:
             for example in row:
@@ -223,13 +245,18 @@ class Trainer:
         found |= {name: getattr(s, name) for name in same}
         return json.loads(json.dumps(found | options, default=str))  # as it will be read: tuples are lists then
 
+    @property
+    def _arrays(self) -> dict[str, Array]:
+        """What a checkpoint holds."""
+        return {"values": self.flat.values} | self.optimizer.state
+
     def _save(self, name: str | None = None) -> None:
         if self.checkpoints is None:
             return
         target = self.checkpoints / (name or f"step-{self.summary.steps:08d}")
         state = {"run": self._fingerprint(), "summary": asdict(self.summary)}
         with files.replace_directory(target) as directory:
-            arrays = {key: to_host(array) for key, array in self.optimizer.state.items()}
+            arrays = {key: to_host(array) for key, array in self._arrays.items()}
             files.write_safetensors(directory / "state.safetensors", arrays)
             files.write_json(directory / "state.json", state)
         for old in self._all()[: -self.settings.keep]:
@@ -257,16 +284,17 @@ class Trainer:
         other = [f"{key} was {saved.get(key)}, now {now[key]}" for key in now if saved.get(key) != now[key]]
         if other:
             raise RefpeftError(f"checkpoint {newest} is of another run: {'; '.join(other)[:500]}; use another --out")
-        self._load_arrays(newest, ("values", "m", "v"))
+        self._load_arrays(newest, self._arrays)
         self.summary, self.optimizer.step_count = summary, summary.steps
 
-    def _load_arrays(self, directory: Path, names: tuple[str, ...]) -> None:
+    def _load_arrays(self, directory: Path, names: Iterable[str]) -> None:
         stored = files.read_safetensors(directory / "state.safetensors")
         for name in names:
-            array = self.optimizer.state[name]
+            array = self._arrays[name]
             if name not in stored or stored[name].shape != array.shape or stored[name].dtype != array.dtype:
                 raise RefpeftError(f"checkpoint {directory}: '{name}' is missing or has another shape or dtype")
-            array[...] = self.model.xp.asarray(stored[name])
+            for at in range(0, array.size, _COPIED):  # of paged state the GPU may not have room for all
+                array[at : at + _COPIED] = self.model.xp.asarray(stored[name][at : at + _COPIED])
 
 
 def mean_loss(model: Model, batches: Batches) -> float:

@@ -29,6 +29,8 @@ _FLAGS = (
     ("--epochs", "train.epochs", "N", "How often all rows are seen. Default: 1."),
     ("--steps", "train.steps", "N", "Train for so many steps instead."),
     ("--lr", "train.lr", "X", "Peak learning rate."),
+    ("--optimizer", "train.optimizer", "|".join(choices.OPTIMIZERS), "What turns gradients into steps."),
+    ("--paged", "train.paged", "", "Keep the optimizer's state in host memory (--device cuda), or in a file (cpu)."),
     ("--batch", "train.batch", "N", "Rows of a step. Default: 8."),
     ("--length", "data.length", "N", "The most tokens of a row."),
     ("--out", "out", "DIR", "The run directory. Default: runs/<model>-<method>."),
