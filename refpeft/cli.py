@@ -8,7 +8,7 @@ from __future__ import annotations
 import click
 
 from refpeft import __version__
-from refpeft.commands import inspect, train, use
+from refpeft.commands import inspect, quantize, train, use
 from refpeft.errors import RefpeftError, nearest
 
 
@@ -56,6 +56,7 @@ for verb in (
     use.evaluate,
     use.generate,
     use.merge,
+    quantize.quantize,
     inspect.data,
     inspect.sites,
     inspect.methods,

@@ -65,7 +65,7 @@ def gathered(
 
     Raises RefpeftError where the tensors are not what the scheme and the shapes ask for.
     """
-    read = partial(_own, _own_quantizer(scheme)) if _method(scheme) == _OWN else partial(_of_bitsandbytes, scheme)
+    read = partial(_own, own_quantizer(scheme)) if _method(scheme) == _OWN else partial(_of_bitsandbytes, scheme)
     parts: dict[str, dict[str, Stored]] = {name: {} for name in shapes}
     kept = {}
     for name, entry in found.items():
@@ -187,7 +187,7 @@ def _of_bitsandbytes(scheme: Mapping[str, Any], tensors: _Tensors, shape: tuple[
 
 def _eight_bits(tensors: _Tensors, shape: tuple[int, ...]) -> Packed:
     tensors.only("", "SCB", "weight_format")
-    parts = {"codes": tensors.take("", shape, np.int8), "absmax": tensors.take("SCB", shape[:1], np.float32)}
+    parts = {"codes": tensors.take("", shape, np.int8), "scale": tensors.take("SCB", shape[:1], np.float32)}
     if "weight_format" in tensors and tensors.take("weight_format", (), np.uint8) != 0:
         raise tensors.fail("is not 0: only rows in their order are read", "weight_format")
     return Packed(make_quantizer("int8"), parts)
@@ -253,9 +253,10 @@ def _levels(quantizer: Quantizer) -> dict[str, np.ndarray]:
     return books
 
 
-def _own_quantizer(scheme: Mapping[str, Any]) -> Quantizer:
-    """The quantizer that refpeft's own scheme names: one that is known, as no file is run on a stranger's word."""
-    name, options, double = (scheme.get(key) for key in ("quantizer", "options", "double_quant"))
+def own_quantizer(scheme: Any, key: str = "quantization_config") -> Quantizer:
+    """The quantizer that refpeft's own scheme, a config's `key`, names: one that is known, as no file names code."""
+    scheme = scheme if isinstance(scheme, dict) else {}
+    name, options, double = (scheme.get(entry) for entry in ("quantizer", "options", "double_quant"))
     if (
         not isinstance(name, str)
         or not name.isidentifier()
@@ -263,7 +264,7 @@ def _own_quantizer(scheme: Mapping[str, Any]) -> Quantizer:
         or type(double) is not bool
     ):
         raise RefpeftError(
-            f"config key quantization_config says quantizer {name!r}, options {options!r}, double_quant {double!r}: "
+            f"config key {key} says quantizer {name!r}, options {options!r}, double_quant {double!r}: "
             "expected a quantizer's name, its options, true or false"
         )
     return make_quantizer(name, options, double)
@@ -271,7 +272,7 @@ def _own_quantizer(scheme: Mapping[str, Any]) -> Quantizer:
 
 def _own(quantizer: Quantizer, tensors: _Tensors, shape: tuple[int, ...]) -> Packed:
     try:
-        expected = _parts_of(quantizer, shape)
+        expected = parts_of(quantizer, shape)
     except RefpeftError as error:
         raise tensors.fail(f"cannot be {quantizer}: {error}") from None
     tensors.only(*expected)
@@ -279,13 +280,23 @@ def _own(quantizer: Quantizer, tensors: _Tensors, shape: tuple[int, ...]) -> Pac
 
 
 @cache
-def _parts_of(quantizer: Quantizer, shape: tuple[int, ...]) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+def parts_of(quantizer: Quantizer, shape: tuple[int, ...]) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     """(shape, dtype) of each part of such a weight: what the quantizer makes of one."""
     sample = np.resize(np.linspace(-1, 1, 97, dtype=np.float32), shape)
     return {name: (part.shape, part.dtype) for name, part in quantizer.pack(sample).items()}
 
 
 # Writing --------------------------------------------------------------------------------------------------------------
+
+
+def own_scheme(quantizer: Quantizer) -> dict[str, Any]:
+    """What `own_quantizer` reads."""
+    return {
+        "quant_method": _OWN,
+        "quantizer": quantizer.name,
+        "options": quantizer.options,
+        "double_quant": quantizer.constants is not None,
+    }
 
 
 def scheme_of(quantizer: Quantizer, dtype: str, dense: list[str]) -> dict[str, Any]:
@@ -297,12 +308,7 @@ def scheme_of(quantizer: Quantizer, dtype: str, dense: list[str]) -> dict[str, A
     Raises RefpeftError for what bitsandbytes has no form for.
     """
     if quantizer.name not in _BITS:
-        return {
-            "quant_method": _OWN,
-            "quantizer": quantizer.name,
-            "options": quantizer.options,
-            "double_quant": quantizer.constants is not None,
-        }
+        return own_scheme(quantizer)
     four = _BITS[quantizer.name] == 4
     if not four and quantizer.constants:
         raise RefpeftError("bitsandbytes has no double quantization of int8: leave --double-quant out")
@@ -330,7 +336,7 @@ def tensors_of(name: str, weight: Quantized, dtype: str) -> dict[str, np.ndarray
         return {f"{name}.{part}": array for part, array in parts.items()}
     if quantizer.name == "int8":
         module = name.removesuffix(".weight")
-        tensors = {name: parts["codes"], f"{module}.SCB": parts["absmax"]}
+        tensors = {name: parts["codes"], f"{module}.SCB": parts["scale"]}
         return tensors | {f"{module}.weight_format": np.zeros((), np.uint8)}
     parts = _levels(quantizer) | parts
     state = {"quant_type": quantizer.name, "blocksize": quantizer.cfg.block, "dtype": dtype, "shape": weight.shape}
