@@ -1,8 +1,8 @@
 """Q4_0, Q4_1 and Q8_0 of GGUF files: 32 weights along the row share a float16 scale; 4.5, 5 and 8.5 bits a weight.
 
-The formats of llama.cpp (ggml-quants.c), bit for bit as its `gguf` package packs them: `blocks` (rows, bytes of a row)
-is what lies in the file, so that a model can be trained on its own GGUF weights. All arithmetic is float32; a weight is
-multiplied by the rounded 1 / scale, which has not been rounded to float16 yet. The bytes of a block:
+https://github.com/ggml-org/ggml/blob/master/src/ggml-quants.c, bit for bit as the `gguf` package packs them: `blocks`
+(rows, bytes of a row) is what lies in the file, so that a model can be trained on its own GGUF weights. All arithmetic
+is float32; a weight is multiplied by the rounded 1 / scale, before the scale is rounded to float16. A block's bytes:
     Q4_0  scale = -(largest weight by magnitude, with its sign) / 8; codes floor(weight / scale + 8.5), at most 15
     Q4_1  scale = (max - min) / 15, then min in float16; codes floor((weight - min) / scale + 0.5)
     Q8_0  scale = max |weight| / 127; codes int8, rounded to the nearest, a tie away from zero

@@ -1,8 +1,8 @@
 """MXFP4: 4-bit floats (E2M1: 0, .5, 1, 1.5, 2, 3, 4, 6, with a sign) times a power of two for every 32 along the row.
 
-OCP Microscaling Formats (MX) v1.0. By its section 6.3 the scale is 2^(floor(log2(max |weight|)) - 2), kept as an
-exponent + 127 in a byte (E8M0; never above 252, and 255, its NaN, does not occur). weight / scale is rounded to the
-nearest E2M1, a tie to the even code; above 6 it saturates, which is what this rule costs: the largest weight of a block
+OCP Microscaling Formats (MX) v1.0; arXiv:2310.10537, Algorithm 1. The scale, 2^(floor(log2(max |weight|)) - 2), is kept
+as its exponent + 127 in a byte (E8M0; at most 252, and its NaN, 255, does not occur). weight / scale is rounded to the
+nearest E2M1, a tie to the even code. Above 6 it saturates, which is what this rule costs: the largest weight of a block
 may lose a quarter. Blocks of zeros have the scale 2^-127 and are zeros.
 
 The layout is that of gpt-oss: `blocks` (..., blocks of a row, 16), the even of two codes in the low half of a byte, and

@@ -1,10 +1,10 @@
 """NVFP4: 4-bit floats (E2M1) times an 8-bit float (E4M3) for every 16 along the row times one float32.
 
-NVIDIA's format, in the layout of ModelOpt's files: `weight` (..., in / 2), the even of two codes in the low half of a
-byte; `weight_scale` (..., in / 16), E4M3; `weight_scale_2`. With the block's and the tensor's largest magnitudes,
-weight_scale_2 = tensor / (6 * 448), weight_scale = block / (6 * weight_scale_2) rounded to the nearest E4M3, at least
-its smallest, 2^-9, and a code is weight / (weight_scale * weight_scale_2) rounded to the nearest E2M1; ties take the
-even code, above 6 it saturates. Zeros are zeros, in a block and in a tensor of them.
+NVIDIA, 2025, arXiv:2509.25149, in the layout of ModelOpt's files: `weight` (..., in / 2), the even of two codes in the
+low half of a byte; `weight_scale` (..., in / 16), E4M3; `weight_scale_2`. With the largest magnitudes of the block and
+of the tensor, weight_scale_2 = tensor / (6 * 448), weight_scale = block / (6 * weight_scale_2) rounded to the nearest
+E4M3, at least its smallest, 2^-9, and a code is weight / (weight_scale * weight_scale_2) rounded to the nearest E2M1;
+ties take the even code, above 6 it saturates. Zeros are zeros, in a block and in a tensor of them.
 
 The E4M3 scales are kept as bytes and decoded by table. A short last block of a row is filled up with zeros.
 """
