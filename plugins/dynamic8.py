@@ -6,27 +6,49 @@ the constants of another quantizer, which is what `--double-quant` does.
 """
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
-from refpeft import blockwise, hookimpl
-from refpeft.backend import xp_of
+import numpy as np
+
+from refpeft import hookimpl
+from refpeft.backend import to_host, xp_of
+from refpeft.blockwise import decode, dynamic_map, nearest
+from refpeft.compat import Compat, binned, encode, ties_to_even, torch_mean
+
+BOOKS = {"none": nearest, "bnb-cpu": binned, "bnb-cuda": ties_to_even}
 
 
 @dataclass(frozen=True)
 class Config:
     block: Literal[64, 128, 256, 512, 1024, 2048, 4096] = 256  # values that share an absmax
     offset: bool = False  # take the mean off before
+    compat: Compat = "none"  # quantize as bitsandbytes does on a CPU or a GPU
+
+
+@cache
+def book(xp, compat="none"):
+    """The code book."""
+    return BOOKS[compat](dynamic_map(), xp)
 
 
 @hookimpl
 def quant_pack(weight, cfg):
-    offset = {"offset": weight.mean(dtype="f8").astype("f4")} if cfg.offset else {}
-    codes, absmax = blockwise.encode(weight - offset.get("offset", 0), cfg.block, blockwise.dynamic_map(xp_of(weight)))
+    offset = {"offset": mean(weight, cfg.compat)} if cfg.offset else {}
+    weight = weight - offset.get("offset", 0)
+    codes, absmax = encode(weight, cfg.block, book(xp_of(weight), cfg.compat), cfg.compat)
     return {"codes": codes.reshape(weight.shape), "absmax": absmax} | offset
 
 
 @hookimpl
 def quant_unpack(parts, cfg, shape, dtype):
-    levels = parts.get("levels", blockwise.dynamic_map(xp_of(parts["codes"])))
-    values = blockwise.decode(parts["codes"].reshape(-1), parts["absmax"], cfg.block, levels)
-    return (values + parts.get("offset", 0)).reshape(shape).astype(dtype, copy=False)
+    levels = parts.get("levels", book(xp_of(parts["codes"])).levels)
+    values = decode(parts["codes"], parts["absmax"], cfg.block, levels, shape, np.dtype("f4"))
+    return (values + parts.get("offset", 0)).astype(dtype, copy=False)
+
+
+def mean(weight, rules):
+    """The float32 mean, 0-d."""
+    if rules == "bnb-cpu":
+        return xp_of(weight).asarray(torch_mean(to_host(weight).reshape(-1)))
+    return weight.mean(dtype="f8").astype("f4")

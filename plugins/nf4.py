@@ -5,13 +5,14 @@ Dettmers et al., 2023, arXiv:2305.14314, section 3, in bitsandbytes' form; the r
 
 from dataclasses import dataclass
 from functools import cache
-from math import prod
 from typing import Literal
 
 import numpy as np
 
-from refpeft import blockwise, hookimpl
+from refpeft import hookimpl
 from refpeft.backend import xp_of
+from refpeft.blockwise import decode, nearest
+from refpeft.compat import Compat, encode
 
 LEVELS = (
     "-1.0 -0.6961928 -0.52507305 -0.3949175 -0.28444138 -0.18477343 -0.091050036 0.0 0.0795803 0.1609302 0.2461123 "
@@ -22,22 +23,22 @@ LEVELS = (
 @dataclass(frozen=True)
 class Config:
     block: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = 64  # weights that share an absmax
+    compat: Compat = "none"  # quantize as bitsandbytes does on a CPU or a GPU
 
 
 @cache
-def levels_of(xp):
-    """The 16 levels."""
-    return xp.asarray(np.array(LEVELS.split(), "f4"))
+def book(xp):
+    """The code book; bitsandbytes has the same everywhere."""
+    return nearest(np.array(LEVELS.split(), "f4"), xp)
 
 
 @hookimpl
 def quant_pack(weight, cfg):
-    codes, absmax = blockwise.encode(weight, cfg.block, levels_of(xp_of(weight)))
-    return {"packed": blockwise.pack_nibbles(codes, unused=7), "absmax": absmax}
+    packed, absmax = encode(weight, cfg.block, book(xp_of(weight)), cfg.compat)
+    return {"packed": packed, "absmax": absmax}
 
 
 @hookimpl
 def quant_unpack(parts, cfg, shape, dtype):
-    levels = parts.get("levels", levels_of(xp_of(parts["packed"])))
-    codes = blockwise.unpack_nibbles(parts["packed"], prod(shape))
-    return blockwise.decode(codes, parts["absmax"], cfg.block, levels).reshape(shape).astype(dtype, copy=False)
+    levels = parts.get("levels", book(xp_of(parts["packed"])).levels)
+    return decode(parts["packed"], parts["absmax"], cfg.block, levels, shape, dtype)

@@ -1,37 +1,76 @@
 """Block-wise quantization to a code book: what NF4, FP4 and the 8-bit maps have in common. For authors of quantizers.
 
-The rules, wherever a `compat` option does not say otherwise (golden/README.md has them for other implementations):
+The rules (refpeft.compat has those of bitsandbytes where they differ):
 - Blocks run over the flattened array; the last one may be short, and is treated as any other.
 - All arithmetic is float32. absmax is a block's largest magnitude; a value is multiplied by the rounded 1 / absmax.
-- A code is the number of midpoints between neighbouring levels that lie below the scaled value: a tie takes the lower.
+- The code is that of the nearest level: a scaled value on the midpoint of two takes the lower, equal levels the first.
 - A block of zeros (or of values whose magnitudes are below float32's smallest normal number) decodes to zeros.
-- Of two 4-bit codes in a byte the first is the high half; an unused half is the code of 0.
+- Codes of 16 levels lie two in a byte, the first in the high half; an unused half is the code of 0.
+- A decoded value is level * absmax, rounded to float32 and then to the dtype that is asked for.
 - NaN and infinity are refused before (refpeft.quant).
 """
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable
+from math import prod
 from types import ModuleType
+from typing import NamedTuple
 
 import numpy as np
 
+from . import blockwise_numpy
 from .backend import Array, xp_of
 
+TINY = np.finfo("f4").tiny
 
-def encode(array: Array, block: int, levels: Array) -> tuple[Array, Array]:
-    """(uint8 codes of the flattened float32 array, absmax (blocks,)); `levels` are sorted."""
+
+class Book(NamedTuple):
+    """A code book: code c stands for levels[c], and a scaled value with n of the sorted `bounds` below it has codes[n].
+
+    16 levels make 4-bit codes, 256 levels 8-bit codes. All arrays belong to one array module; uint8 and float32.
+    """
+
+    levels: Array
+    bounds: Array
+    codes: Array
+
+
+def nearest(levels: np.ndarray, xp: ModuleType = np) -> Book:
+    """The book of these float32 levels under the rules above, in arrays of `xp`."""
+    rising, codes = np.unique(levels, return_index=True)
+    return Book(xp.asarray(levels), xp.asarray((rising[1:] + rising[:-1]) / 2), xp.asarray(codes.astype("u1")))
+
+
+def reciprocal(absmax: Array) -> Array:
+    """1 / absmax, and 0 for a block of zeros."""
+    return (absmax >= TINY) / xp_of(absmax).maximum(absmax, TINY)  # smaller numbers are 0 on a GPU
+
+
+def encode(
+    array: Array, block: int, book: Book, reciprocal: Callable[[Array], Array] = reciprocal
+) -> tuple[Array, Array]:
+    """(codes, absmax (blocks,)) of a finite float32 array; codes are a uint8 vector, two in a byte for 16 levels."""
     xp = xp_of(array)
-    flat = array.reshape(-1)
-    blocks = xp.pad(flat, (0, -flat.size % block)).reshape(-1, block)
+    if xp is np:
+        return blockwise_numpy.encode(array, block, book, reciprocal)
+    blocks = xp.pad(array.reshape(-1), (0, -array.size % block)).reshape(-1, block)
     absmax = xp.abs(blocks).max(axis=1)
-    scaled = blocks * (1 / xp.maximum(absmax, np.finfo("f4").tiny))[:, None]  # smaller ones are 0 on the GPU
-    return xp.searchsorted((levels[1:] + levels[:-1]) / 2, scaled.reshape(-1)[: flat.size]).astype("u1"), absmax
+    scaled = blocks * reciprocal(absmax)[:, None]
+    codes = book.codes[xp.searchsorted(book.bounds, scaled.reshape(-1))]
+    if len(book.levels) == 16:
+        return pack_nibbles(codes, unused=0)[: (array.size + 1) // 2], absmax
+    return codes[: array.size], absmax
 
 
-def decode(codes: Array, absmax: Array, block: int, levels: Array) -> Array:
-    """The float32 vector of uint8 codes."""
-    return levels[codes] * absmax.repeat(block)[: codes.size]
+def decode(codes: Array, absmax: Array, block: int, levels: Array, shape: tuple[int, ...], dtype: np.dtype) -> Array:
+    """The array of this shape and dtype that was encoded to `codes` and `absmax`."""
+    codes = codes.reshape(-1)
+    if xp_of(codes) is np:
+        return blockwise_numpy.decode(codes, absmax, block, levels, shape, dtype)
+    if len(levels) == 16:
+        codes = unpack_nibbles(codes, prod(shape))
+    return (levels[codes] * absmax.repeat(block)[: codes.size]).reshape(shape).astype(dtype, copy=False)
 
 
 def pack_nibbles(codes: Array, unused: int) -> Array:
@@ -46,9 +85,9 @@ def unpack_nibbles(packed: Array, count: int) -> Array:
     return xp_of(packed).stack((packed >> 4, packed & 15), axis=-1).reshape(-1)[:count]
 
 
-@cache
-def dynamic_map(xp: ModuleType = np, signed: bool = True) -> Array:
-    """The dynamic map of arXiv:2110.02861, section 1.3: 256 sorted levels in [-1, 1] ([0, 1] unsigned), dense near 0."""
+def dynamic_map(signed: bool = True) -> np.ndarray:
+    """The dynamic map of arXiv:2110.02861, section 1.3: 256 sorted float32 levels in [-1, 1] ([0, 1] if not signed),
+    dense near 0, which is one of them."""
     low, parts = np.float32(0.1), [np.array([0, 1], "f4")]
     for i in range(7):  # the middles of n intervals of [0.1, 1], times 10^(i - 6), with either sign
         n = 2**i if signed else 2 ** (i + 1)
@@ -57,4 +96,4 @@ def dynamic_map(xp: ModuleType = np, signed: bool = True) -> Array:
         ends = np.where(at < (n + 1) // 2, low + step * at, 1 - step * (n - at)).astype("f4")
         middles = np.float32(10.0 ** (i - 6)) * ((ends[:-1] + ends[1:]) / 2)
         parts += [middles, -middles] if signed else [middles]
-    return xp.asarray(np.sort(np.concatenate(parts)))
+    return np.sort(np.concatenate(parts))

@@ -5,12 +5,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refpeft import api, manager
+from refpeft import manager
 from refpeft.errors import RefpeftError
-from refpeft.quant import Quantizer
+from refpeft.quant import Quantizer, make_quantizer
 
 nf4 = manager.load("nf4")
-LEVELS = nf4.levels_of(np)
+LEVELS = nf4.book(np).levels
 MIDDLES = (LEVELS[1:] + LEVELS[:-1]) / 2
 
 
@@ -55,7 +55,7 @@ def test_a_block_of_zeros_is_zero(double_quant):
     weight = normal(3, 64)
     weight[1] = 0
     for array in weight, np.zeros((2, 64), "f4"):
-        kept = api.make_quantizer("nf4", double_quant=double_quant)(array, np.dtype("f4"))
+        kept = make_quantizer("nf4", double_quant=double_quant)(array, np.dtype("f4"))
         rows = kept.parts["packed"].reshape(-1, 32)
         assert all((codes == 0x77).all() == (not row.any()) for codes, row in zip(rows, array, strict=True))
         assert (kept()[1] == 0).all() and not np.signbit(kept()[1]).any()
@@ -64,7 +64,7 @@ def test_a_block_of_zeros_is_zero(double_quant):
 @given(st.integers(1, 300), st.sampled_from([32, 64, 128]), st.booleans(), st.sampled_from([1e-30, 0.02, 1e30]))
 def test_any_number_of_elements_comes_back_within_half_a_step(count, block, double_quant, scale):
     weight = normal(count, seed=count, scale=1) * np.float32(scale)
-    kept = api.make_quantizer("nf4", {"block": block}, double_quant)(weight, np.dtype("f4"))
+    kept = make_quantizer("nf4", {"block": block}, double_quant)(weight, np.dtype("f4"))
     assert kept.parts["packed"].size == (count + 1) // 2
     largest = np.repeat([abs(weight[i : i + block]).max() for i in range(0, count, block)], block)[:count]
     half_a_step = (LEVELS[1:] - LEVELS[:-1]).max() / 2
@@ -99,7 +99,7 @@ def test_a_code_book_that_a_file_brought_along_wins():
 
 @given(st.integers(1, 400), st.sampled_from([32, 64, 256]), st.booleans())
 def test_quantizing_twice_changes_no_code(count, block, double_quant):
-    quantizer = api.make_quantizer("nf4", {"block": block}, double_quant)
+    quantizer = make_quantizer("nf4", {"block": block}, double_quant)
     once = quantizer(normal(count, seed=count), np.dtype("f4"))
     again = quantizer(once(), np.dtype("f4"))
     assert np.array_equal(again.parts["packed"], once.parts["packed"])
@@ -110,7 +110,7 @@ def test_quantizing_twice_changes_no_code(count, block, double_quant):
 @pytest.mark.parametrize("double_quant, bits", [(False, 4.5), (True, 4.126983642578125)])
 def test_bits_per_parameter_are_4_and_the_constants(double_quant, bits):
     """0.5 bits of constants become 0.12695; and 32 bits of the one offset."""
-    kept = api.make_quantizer("nf4", double_quant=double_quant)(normal(1024, 1024), np.dtype("f4"))
+    kept = make_quantizer("nf4", double_quant=double_quant)(normal(1024, 1024), np.dtype("f4"))
     assert 8 * kept.nbytes / 2**20 == bits
 
 

@@ -1,0 +1,127 @@
+"""refpeft.blockwise for NumPy arrays: the same bits, in chunks that stay in a cache, over several threads.
+
+Nothing here is a second rule: tests hold it to the plain array code of refpeft.blockwise, for any chunk and any number
+of threads. Temporary arrays are as large as a chunk, whatever the size of the weight.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from math import prod
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from .blockwise import Book
+
+ENCODED, DECODED = 1 << 15, 1 << 17
+"""Elements in a chunk; whole blocks. Encoding passes over one thirty times, decoding twice."""
+
+THREADS = min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+WORTH_A_THREAD = 1 << 18  # elements
+
+
+def encode(
+    array: np.ndarray, block: int, book: Book, reciprocal: Callable[[np.ndarray], np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """refpeft.blockwise.encode."""
+    flat = array.reshape(-1)
+    per_byte = 2 if len(book.levels) == 16 else 1
+    absmax = np.empty(-(-flat.size // block), "f4")
+    codes = np.empty(-(-flat.size // per_byte), "u1")
+    in_order = np.array_equal(book.codes, np.arange(len(book.codes)))
+
+    def span(start: int, stop: int) -> None:
+        size = min(stop - start, ENCODED)
+        scratch, ranks, above = np.empty(size, "f4"), np.empty(size, "u1"), np.empty(size, bool)
+        for at in range(start, stop, ENCODED):
+            end = min(at + ENCODED, stop)
+            blocks, scaled = flat[at:end].reshape(-1, block), scratch[: end - at].reshape(-1, block)
+            top = absmax[at // block : end // block]
+            np.abs(blocks, out=scaled)
+            scaled.max(axis=1, out=top)
+            np.multiply(blocks, reciprocal(top)[:, None], out=scaled)
+            found = _ranks(scaled.reshape(-1), book.bounds, ranks[: end - at], above[: end - at])
+            if not in_order:
+                found = book.codes[found]
+            codes[at // per_byte : end // per_byte] = _pack_nibbles(found) if per_byte == 2 else found
+
+    whole = flat.size - flat.size % block
+    _in_parallel(span, whole, ENCODED)
+    if whole < flat.size:  # the short last block, filled up with zeros
+        last = np.zeros(block, "f4")
+        last[: flat.size - whole] = flat[whole:]
+        its_codes, absmax[-1:] = encode(last, block, book, reciprocal)
+        codes[whole // per_byte :] = its_codes[: codes.size - whole // per_byte]
+    return codes, absmax
+
+
+def decode(
+    codes: np.ndarray, absmax: np.ndarray, block: int, levels: np.ndarray, shape: tuple[int, ...], dtype: np.dtype
+) -> np.ndarray:
+    """refpeft.blockwise.decode."""
+    count, per_byte = prod(shape), 2 if len(levels) == 16 else 1
+    table = _pairs(levels) if per_byte == 2 else levels
+    values = np.empty(count + count % per_byte, dtype)
+
+    def span(start: int, stop: int) -> None:
+        direct = dtype == np.float32
+        scratch = values if direct else np.empty(min(stop - start, DECODED), "f4")
+        for at in range(start, stop, DECODED):
+            end = min(at + DECODED, stop)
+            part = values[at:end] if direct else scratch[: end - at]
+            # mode="clip" because np.take with another mode writes to a copy first
+            np.take(table, codes[at // per_byte : end // per_byte], out=part.view(table.dtype), mode="clip")
+            whole = part.size - part.size % block
+            blocks, first = part[:whole].reshape(-1, block), at // block
+            blocks *= absmax[first : first + len(blocks), None]
+            part[whole:] *= absmax[first + len(blocks) : first + len(blocks) + 1]
+            if not direct:
+                values[at:end] = part
+
+    _in_parallel(span, values.size, DECODED)
+    return values[:count].reshape(shape)
+
+
+def _ranks(scaled: np.ndarray, bounds: np.ndarray, ranks: np.ndarray, above: np.ndarray) -> np.ndarray:
+    """How many bounds lie below each value; `ranks` (uint8) and `above` (bool) are room to work in."""
+    if len(bounds) > 15:
+        return np.searchsorted(bounds, scaled)
+    ranks.fill(0)
+    for bound in bounds:  # faster than searchsorted, because each comparison takes many values at a time
+        np.greater(scaled, bound, out=above)
+        ranks += above.view("u1")
+    return ranks
+
+
+def _pack_nibbles(codes: np.ndarray) -> np.ndarray:
+    """refpeft.blockwise.pack_nibbles of an even number of codes, in steps of two bytes."""
+    both = codes.view("<u2")  # first + 256 * second
+    return (both << 4 | both >> 8).astype("u1")
+
+
+def _pairs(levels: np.ndarray) -> np.ndarray:
+    """The two float32 values of every byte, as 256 single elements of 8 bytes."""
+    byte = np.arange(256)
+    return levels[np.stack((byte >> 4, byte & 15), axis=1)].view("f8").reshape(-1)
+
+
+def _in_parallel(function: Callable[[int, int], None], count: int, chunk: int) -> None:
+    """function(start, stop) for spans that make up range(count) and start at multiples of `chunk`."""
+    threads = max(1, min(THREADS, count // WORTH_A_THREAD))
+    step = -(-count // (threads * chunk)) * chunk
+    spans = [(start, min(start + step, count)) for start in range(0, count, step or 1)]
+    others = [_pool().submit(function, *span) for span in spans[1:]]
+    if spans:
+        function(*spans[0])
+    for other in others:
+        other.result()
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max(1, THREADS - 1), "refpeft-blocks")
