@@ -1,0 +1,77 @@
+"""Every method on every quantizer: no code knows of a pair, and a step on packed weights is one on dense values."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import tiny
+
+from refpeft import manager, sites
+from refpeft.api import make_quantizer
+from refpeft.fused import frozen_linear
+from refpeft.quant import Dense, Quantized, Quantizer
+from refpeft.tensor import parameter
+
+LISTED = manager.catalogue()
+METHODS = sorted(name for name, listing in LISTED.items() if listing.kind == "method")
+OPTIONS = {"bitfit": {"create": True}, "lora": {"dropout": 0.2, "targets": "all-linear"}}
+
+
+def quantizers() -> dict[str, tuple[str, bool]]:
+    """(name, double quantization) by a label; the latter where there are float32 constants to quantize."""
+    found = {}
+    for name in sorted(name for name, listing in LISTED.items() if listing.kind == "quantizer"):
+        found[name] = name, False
+        parts = make_quantizer(name).pack(np.ones((1, 32), "f4"))
+        if any(part.dtype == np.float32 and part.ndim for part in parts.values()):
+            found[f"{name}, double"] = name, True
+    return found
+
+
+QUANTIZERS = quantizers()
+
+
+@pytest.fixture(scope="module", params=QUANTIZERS)
+def quantizer(request) -> Quantizer:
+    name, double_quant = QUANTIZERS[request.param]
+    return make_quantizer(name, None, double_quant)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_on_packed_weights_is_the_step_on_their_dense_values(method, quantizer):
+    model = tiny.model("wide", quantizer=quantizer)
+    tiny.scramble(sites.attach(model, method, OPTIONS.get(method)))
+    model.mode.training = True
+    packed = tiny.gradients(model, tiny.batch())
+    quantized = [site for site in model.sites.values() if isinstance(site.weight, Quantized)]
+    for site in quantized:
+        site.weight = Dense(site.weight(), model.dtype)
+    dense = tiny.gradients(model, tiny.batch())
+    assert len(quantized) == 14 and packed.keys() == dense.keys()
+    for name, gradient in packed.items():
+        assert np.isfinite(gradient).all() and np.array_equal(gradient, dense[name]), name
+    assert any(gradient.any() for gradient in packed.values())
+
+
+def test_backward_has_the_weight_that_forward_had(quantizer):
+    """In bitsandbytes it may be rounded to one dtype for the one and to another for the other."""
+    weight = quantizer(np.random.default_rng(0).normal(0, 0.02, (24, 64)).astype("f4"), np.dtype("f4"))
+    x = parameter(np.eye(64, dtype="f4"))
+    y = frozen_linear(x, weight=weight)  # the weight, transposed
+    (y * np.eye(64, 24, dtype="f4")).sum().backward()  # row i of the gradient is row i of the weight
+    assert np.array_equal(y.data.T, weight()) and np.array_equal(x.grad[:24], weight())
+
+
+def test_a_weight_is_unpacked_once_forward_and_once_backward_and_not_kept(quantizer, monkeypatch):
+    model = tiny.model("wide", quantizer=quantizer)
+    sites.attach(model, "lora", {"targets": "all-linear"})
+    kept = {name: dict(vars(site.weight)) for name, site in model.sites.items() if isinstance(site.weight, Quantized)}
+    names, asked = {id(model.sites[name].weight): name for name in kept}, Counter()
+    unpack = Quantized.__call__
+    monkeypatch.setattr(Quantized, "__call__", lambda self: asked.update([names[id(self)]]) or unpack(self))
+    loss = model.loss(tiny.batch())
+    assert asked == dict.fromkeys(kept, 1)
+    loss.backward()
+    lowest = {f"model.layers.0.self_attn.{part}_proj" for part in "qkv"}  # there is nothing to be trained below them
+    assert asked == {name: 1 if name in lowest else 2 for name in kept}
+    assert all(vars(model.sites[name].weight) == before for name, before in kept.items())
