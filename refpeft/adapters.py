@@ -6,6 +6,7 @@ REFPEFT, the method's name and options in the config, and its tensors under refp
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ from . import manager
 from .backend import Array, bfloat16, to_host
 from .errors import RefpeftError
 from .files import read_json, read_safetensors, write_json, write_safetensors
-from .models.base import Model
+from .models.base import Frozen, Model
+from .models.quantized_files import own_quantizer, own_scheme, parts_of
 from .peft_formats import FORMATS, PREFIX, Entry, Format, Settings
-from .sites import Adapter, attach, detach
+from .quant import Quantized, Quantizer
+from .sites import Adapter, detach, prepare, put_on
 from .tensor import Tensor
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -41,22 +44,29 @@ _NOTHING = (None, False, 0, "", [], {})  # values of keys that are unknown and s
 # ---- writing ---------------------------------------------------------------------------------------------------------
 
 
-def save(directory: str | Path, model: Model, adapter: Adapter | None = None) -> None:
+def save(
+    directory: str | Path, model: Model, adapter: Adapter | None = None, quantizer: Quantizer | None = None
+) -> None:
     """Writes one adapter into `directory`, or, without `adapter`, all that are attached to the model.
 
-    Several adapters get a directory each inside of it, in the order of attaching: `1-lora`, `2-prefix_tuning`.
+    Several adapters get a directory each inside of it, in the order of attaching: `1-lora`, `2-prefix_tuning`. With
+    `quantizer`, what is trained is written in its format, which only refpeft reads.
     """
     directory = Path(directory)
     if adapter is None and not model.adapters:
         raise RefpeftError("there is no adapter to save")
     if adapter is None and len(model.adapters) > 1:
         for number, one in enumerate(model.adapters, 1):
-            save(directory / f"{number}-{one.name}", model, one)
+            save(directory / f"{number}-{one.name}", model, one, quantizer)
         return
     adapter = adapter or model.adapters[0]
-    entries, settings = _written(adapter, model)
+    entries, settings = _written(adapter, model, quantizer)
     values = {name: to_host(tensor.data) for name, tensor in _values(adapter).items()}
     tensors = {entry.name: entry.pack(*(values[name] for name in entry.params)) for entry in entries}
+    if quantizer:
+        for name, weight in packed(adapter, quantizer).items():
+            del tensors[PREFIX + name]
+            tensors |= {f"{PREFIX}{name}.{part}": to_host(array) for part, array in weight.parts.items()}
     common = dict.fromkeys(_OF_EVERY_METHOD) | {
         "base_model_name_or_path": model.name,
         "inference_mode": True,
@@ -68,16 +78,28 @@ def save(directory: str | Path, model: Model, adapter: Adapter | None = None) ->
     write_json(directory / CONFIG, dict(sorted((common | settings).items())))  # last: with it the adapter is there
 
 
-def _written(adapter: Adapter, model: Model) -> tuple[list[Entry], dict[str, Any]]:
+def _written(adapter: Adapter, model: Model, quantizer: Quantizer | None) -> tuple[list[Entry], dict[str, Any]]:
     """The tensors and the settings of an adapter: in PEFT's form where it has one, else in refpeft's own."""
     form = FORMATS.get(adapter.parts[0].name)
-    if form is not None and form.fits(adapter, model):
+    if form is not None and quantizer is None and form.fits(adapter, model):
         return form.entries(adapter), {"peft_type": form.peft_type} | form.settings(adapter, model)
-    return _own_entries(adapter), {
+    settings = {
         "peft_type": OWN,
         "method": adapter.parts[0].name,
         "options": asdict(adapter.cfg) if adapter.cfg is not None else {},
     }
+    changed = _changed_weights(adapter)
+    if changed:
+        settings["base"] = own_scheme(changed[0].quantizer) if isinstance(changed[0], Quantized) else None
+    if quantizer:
+        settings["quantizer"] = own_scheme(quantizer)
+    return _own_entries(adapter), settings
+
+
+def _changed_weights(adapter: Adapter) -> list[Frozen]:
+    """The frozen weights that the method changes, quantized ones first."""
+    weights = [one.site.weight for one in adapter.layers if manager.hook(one.part.plugin, "peft_base")]
+    return sorted(weights, key=lambda weight: not isinstance(weight, Quantized))
 
 
 def _own_entries(adapter: Adapter) -> list[Entry]:
@@ -85,9 +107,48 @@ def _own_entries(adapter: Adapter) -> list[Entry]:
 
 
 def _values(adapter: Adapter) -> dict[str, Tensor]:
-    """All that a file must hold: what is trained, and the constants that the method drew for all sites."""
-    shared = {f"shared.{name}": value for part in adapter.parts for name, value in vars(part.shared).items()}
-    return shared | adapter.params
+    """All that a file must hold: what is trained, and the constants."""
+    return adapter.constants | adapter.params
+
+
+# ---- in a quantizer's format -----------------------------------------------------------------------------------------
+
+
+def packed(adapter: Adapter, quantizer: Quantizer) -> dict[str, Quantized]:
+    """What an adapter trains, by name, in a quantizer's format.
+
+    Raises RefpeftError, naming the tensor, where the format has no place for its shape.
+    """
+    return {name: quantizer(value.data, value.dtype, name) for name, value in adapter.params.items()}
+
+
+def quantize(model: Model, quantizer: Quantizer) -> float:
+    """Gives what is trained the values that a file in the quantizer's format has; the relative error (RMS) over all."""
+    error = size = 0.0
+    for adapter in model.adapters:
+        for name, weight in packed(adapter, quantizer).items():
+            value, now = adapter.params[name].data, weight()
+            error, size = error + float(((now - value) ** 2).sum()), size + float((value**2).sum())
+            value[...] = now
+    return math.sqrt(error / size) if size else 0.0
+
+
+def _unpacked(tensors: dict[str, Array], adapter: Adapter, quantizer: Quantizer) -> dict[str, Array]:
+    """`tensors` with dense ones in place of what `packed` made of them. Raises RefpeftError where that is not whole."""
+    found = dict(tensors)
+    for name, value in adapter.params.items():
+        parts = {}
+        for part, (shape, dtype) in parts_of(quantizer, value.shape).items():
+            full = f"{PREFIX}{name}.{part}"
+            parts[part] = found.pop(full, None)
+            if parts[part] is None:
+                raise RefpeftError(f"tensor {full!r} is missing")
+            if (parts[part].shape, parts[part].dtype) != (shape, dtype):
+                raise RefpeftError(
+                    f"tensor {full!r} is {parts[part].dtype} {list(parts[part].shape)}: expected {dtype} {list(shape)}"
+                )
+        found[PREFIX + name] = quantizer.dense(parts, value.shape, np.dtype("f4"))
+    return found
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
@@ -126,14 +187,18 @@ def _load_one(model: Model, directory: Path) -> Adapter:
     try:
         method, form, options = _understood(config, model)
         _refuse_sizes(options, tensors)
-        adapter = attach(model, method, options)
+        adapter = prepare(model, method, options, fit=False)
+        _refuse_other_base(config, adapter)
+        quantizer = own_quantizer(config["quantizer"], "quantizer") if not form and "quantizer" in config else None
     except RefpeftError as error:
         raise RefpeftError(f"{directory / CONFIG}: {error}") from None
     try:
         entries = form.entries(adapter) if form else _own_entries(adapter)
+        if quantizer:
+            tensors = _unpacked(tensors, adapter, quantizer)
         _fill(_values(adapter), entries, _without_base(tensors, adapter, model), model)
+        put_on(model, adapter)
     except RefpeftError as error:
-        detach(model, adapter)
         raise RefpeftError(f"{directory / TENSORS}: {error}") from None
     return adapter
 
@@ -166,6 +231,19 @@ def _refuse_unsupported(config: dict[str, Any], form: Format, read: set[str]) ->
         if value not in form.values[key]:
             known = ", ".join(map(repr, form.values[key]))
             raise RefpeftError(f"{key} = {value!r}; for {form.peft_type} refpeft knows {known}")
+
+
+def _refuse_other_base(config: dict[str, Any], adapter: Adapter) -> None:
+    """Raises RefpeftError where the method changes frozen weights, and those of the file were kept in another form."""
+    changed = _changed_weights(adapter)
+    if not changed:
+        return
+    if "base" not in config:
+        raise RefpeftError("expected 'base', the quantizer of the weights that the adapter was fitted to, or null")
+    was = "dense" if config["base"] is None else str(own_quantizer(config["base"], "base"))
+    now = str(changed[0].quantizer) if isinstance(changed[0], Quantized) else "dense"
+    if was != now:
+        raise RefpeftError(f"the adapter was fitted to weights that were {was}, and these are {now}: load the model so")
 
 
 def _refuse_sizes(options: dict[str, Any], tensors: dict[str, Array]) -> None:

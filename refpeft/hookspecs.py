@@ -20,7 +20,7 @@ The arguments:
     x       Tensor (batch, time, in); ids: integer array (batch, time)
     base    the layer below, to be called once: base(x). Keywords stand in for its frozen parts: base(x, bias=p.bias).
             base.weight and base.bias are those parts as constants
-    p       the site's trained values by name, p.A: Tensors; in peft_merge their arrays
+    p       the site's values by name, p.A: Tensors; in peft_merge and peft_base their arrays
     shared  the values of `peft_shared` by name
     train   None outside of training; otherwise refpeft.sites.Train: .dropout(x, rate), .step
 """
@@ -37,16 +37,25 @@ hookimpl = HookimplMarker("refpeft")
 def peft_params(site, cfg, rng, weight, bias):
     """First values of what is trained at `site`: {name: array}; None leaves the site alone.
 
-    In place of an array, the name of another parameter of this adapter ("model.embed_tokens.weight") makes the two one.
+    In place of an array, the name of another parameter of this adapter ("model.embed_tokens.weight") makes the two one;
+    a refpeft.tensor.Tensor is a constant, kept with the adapter and not trained.
     """
 
 
 @hookspec
-def peft_base(site, cfg, rng, weight, original, requantize):
-    """(the frozen weight that `site` has while this method is attached, the first values that belong to it).
+def peft_fit(site, cfg, rng, weight, original, requantize):
+    """Better first values, from the weights: {name: array} in place of some of `peft_params`, which is called before.
 
-    The weight is what `requantize` gave; the values, {name: array}, take the place of those of `peft_params`, which is
-    called before. None leaves both as they are. It is not called for `refpeft train --dry-run`, which has no weights.
+    Not called where a file brings the values, and for `refpeft train --dry-run`, which has no weights.
+    """
+
+
+@hookspec
+def peft_base(site, cfg, p, original):
+    """The dense weight that takes the place of the frozen one while this is attached; None leaves that.
+
+    It is kept as the frozen one is: quantized, or dense. It is made of `original` and of constants in `p`, so that an
+    adapter's file makes the same weight again, on any machine.
     """
 
 

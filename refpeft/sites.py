@@ -166,11 +166,15 @@ class _Lazy:
 
 
 class Layer:
-    """One part at one site, with its trained values and, where its method has `peft_base`, the site's frozen weight."""
+    """One part at one site, with its values.
 
-    def __init__(self, part: Part, site: Site, values: dict[str, Tensor], mode: Mode, adapter: str, frozen: Any = None):
+    `frozen` is the frozen weight that the site has in place of its own while this is on it, and the site's own one
+    then; None of methods that leave it alone.
+    """
+
+    def __init__(self, part: Part, site: Site, values: dict[str, Tensor], mode: Mode, adapter: str):
         self.part, self.site, self.values, self.mode = part, site, values, mode
-        self.frozen = frozen  # while it is on the site: the weight that the site had before
+        self.frozen: Any = None
         self.p = SimpleNamespace(**values)
         self._purpose = (adapter, part.name, site.name)
         self._function, self._names = manager.hook(part.plugin, f"peft_{site.kind}")
@@ -192,7 +196,7 @@ class Layer:
         return call
 
     def put_on(self, model: Any) -> None:
-        """Puts it on its site, outermost, with the frozen weight that it brings."""
+        """Puts it on its site, outermost."""
         self.site.layers.append(self)
         self._exchange(model)
 
@@ -208,6 +212,11 @@ class Layer:
         self.site.compose()
 
     @property
+    def arrays(self) -> SimpleNamespace:
+        """Its values by name, as arrays."""
+        return SimpleNamespace(**{name: value.data for name, value in self.values.items()})
+
+    @property
     def stands_in(self) -> bool:
         """Whether its merged form takes the place of frozen parts, whatever they are, as base(x, weight=...) does."""
         merge = manager.hook(self.part.plugin, "peft_merge")
@@ -217,20 +226,20 @@ class Layer:
         """{"weight": ..., "bias": ...} with this layer folded in. Raises RefpeftError where the method cannot."""
         if manager.hook(self.part.plugin, "peft_merge") is None or weight is None:
             raise RefpeftError(f"method '{self.part.name}' cannot be merged into weights (at {self.site.name})")
-        p = SimpleNamespace(**{name: value.data for name, value in self.values.items()})
-        out = self.part.call("peft_merge", weight=weight, bias=bias, p=p, site=self.site)
+        out = self.part.call("peft_merge", weight=weight, bias=bias, p=self.arrays, site=self.site)
         return {"weight": weight, "bias": bias} | (out if isinstance(out, dict) else {"weight": out})
 
 
 @dataclass
 class Adapter:
-    """A method attached to a model: what it trains, by name, and where."""
+    """A method attached to a model: what it trains and what it keeps constant, by name, and where."""
 
     name: str
-    parts: list[Part]
-    layers: list[Layer]
-    params: dict[str, Tensor]
     positions: int = 0
+    parts: list[Part] = field(default_factory=list)
+    layers: list[Layer] = field(default_factory=list)
+    params: dict[str, Tensor] = field(default_factory=dict)
+    constants: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def plugin(self) -> ModuleType:
@@ -244,6 +253,10 @@ class Adapter:
     def sites(self) -> list[Site]:
         """The sites that the method itself acts on."""
         return [layer.site for layer in self.layers if layer.part is self.parts[0]]
+
+    def kind(self, value: Tensor) -> dict[str, Tensor]:
+        """Where a value belongs: among those that are trained, or the constants."""
+        return self.constants if value.node is None else self.params
 
     @property
     def size(self) -> int:
@@ -260,6 +273,13 @@ def attach(model: Any, method: str | ModuleType, config: Any = None, *, seed: in
     `method` is a plugin's name, file or module; `config` its Config, or a dict of options that are not the defaults.
     Raises RefpeftError for an unknown method or option, and for targets that match nothing.
     """
+    adapter = prepare(model, method, config, seed=seed)
+    put_on(model, adapter)
+    return adapter
+
+
+def prepare(model: Any, method: str | ModuleType, config: Any = None, *, seed: int = 0, fit: bool = True) -> Adapter:
+    """What `attach` returns, not yet on the model; without `fit` its values are not fitted to the model's weights."""
     from .config import plugin_options
 
     plugin = method if isinstance(method, ModuleType) else manager.load(method)
@@ -271,15 +291,23 @@ def attach(model: Any, method: str | ModuleType, config: Any = None, *, seed: in
         )
     taken = {adapter.name for adapter in model.adapters}
     name = next(n for n in (part.name, *(f"{part.name}{i}" for i in range(2, 1000))) if n not in taken)
-    adapter = Adapter(name, [], [], {}, part.call("peft_positions") or 0)
-    _add_part(model, adapter, part, seed)
+    adapter = Adapter(name, part.call("peft_positions") or 0)
+    fit = fit and not model.weightless
+    _add_part(model, adapter, part, seed, fit)
     for companion, options in (part.call("peft_companions", sites=adapter.sites) or {}).items():
         other = manager.load(companion)
-        _add_part(model, adapter, Part(other, plugin_options(other, options)), seed)
+        _add_part(model, adapter, Part(other, plugin_options(other, options)), seed, fit)
     if not adapter.params:
         raise RefpeftError(f"method '{name}' trains nothing on this model: no matched site has what it changes")
-    _put_on(model, adapter)
     return adapter
+
+
+def put_on(model: Any, adapter: Adapter) -> None:
+    """Puts an adapter that `prepare` made on its model, with the frozen weights that its values ask for."""
+    if not model.weightless:
+        for layer in adapter.layers:
+            layer.frozen = _changed_base(model, layer)
+    _put_on(model, adapter)
 
 
 def _put_on(model: Any, adapter: Adapter) -> None:
@@ -292,36 +320,37 @@ def _has_hook(plugin: ModuleType) -> Callable[[Site], bool]:
     return lambda site: manager.hook(plugin, f"peft_{site.kind}") is not None
 
 
-def _add_part(model: Any, adapter: Adapter, part: Part, seed: int) -> None:
+def _add_part(model: Any, adapter: Adapter, part: Part, seed: int, fit: bool) -> None:
     """Chooses the sites of `part` and makes its values; the layers are not yet on the sites."""
     adapter.parts.append(part)
     sites = select(model.sites.values(), part.cfg, _has_hook(part.plugin))
     check_patterns(part.name, part.cfg, sites)
     part.call("peft_check", sites=sites)
-    shared = part.call("peft_shared", sites=sites, rng=Stream(seed, "init", adapter.name, "shared")) or {}
+    shared = part.call("peft_shared", sites=sites, rng=model.stream(seed, "init", adapter.name, "shared")) or {}
     for key, value in shared.items():
         tensor = value if isinstance(value, Tensor) else Tensor(value)
         tensor.data = model.place(tensor.data)
         setattr(part.shared, key, tensor)
-        if tensor.node is not None:
-            adapter.params[f"shared.{key}"] = tensor
+        adapter.kind(tensor)[f"shared.{key}"] = tensor
     references: list[tuple[Layer, str, str]] = []
     for site in sites:
         have = {
             "site": site,
-            "rng": Stream(seed, "init", adapter.name, site.name),
+            "rng": model.stream(seed, "init", adapter.name, site.name),
             "weight": _Lazy(lambda site=site: site.weight() if site.weight else None),
         }
         first = part.call("peft_params", bias=site.bias, **have)
         if first is None:
             continue
-        frozen, of_base = _changed_base(model, part, have)
-        first = first | of_base
-        values = {k: parameter(model.place(xp_of(v).array(v))) for k, v in first.items() if not isinstance(v, str)}
+        values = {k: _value(model, v) for k, v in first.items() if not isinstance(v, str)}
         for key, value in values.items():
-            if adapter.params.setdefault(f"{site.name}.{key}", value) is not value:
+            if adapter.kind(value).setdefault(f"{site.name}.{key}", value) is not value:
                 raise RefpeftError(f"two parts of method '{adapter.name}' train {key!r} at {site.name}")
-        layer = Layer(part, site, values, model.mode, adapter.name, frozen)
+        if fit:
+            more = {"original": _original(model, site), "requantize": _Lazy(lambda site=site: _requantize(site))}
+            for key, array in (part.call("peft_fit", **have, **more) or {}).items():
+                values[key].data = model.place(array)
+        layer = Layer(part, site, values, model.mode, adapter.name)
         adapter.layers.append(layer)
         references += [(layer, key, v) for key, v in first.items() if isinstance(v, str)]
     for layer, key, other in references:
@@ -331,25 +360,38 @@ def _add_part(model: Any, adapter: Adapter, part: Part, seed: int) -> None:
         setattr(layer.p, key, adapter.params[other])
 
 
-def _changed_base(model: Any, part: Part, have: dict[str, Any]) -> tuple[Any, dict[str, Array]]:
-    """What the plugin's `peft_base` gives; (None, {}) where it leaves the frozen weight alone.
+def _value(model: Any, first: Any) -> Tensor:
+    """A first value where the model computes: trained, or the constant that a Tensor says it is."""
+    if isinstance(first, Tensor):
+        return Tensor(model.place(first.data))
+    return parameter(model.place(first))
+
+
+def _original(model: Any, site: Site) -> _Lazy:
+    return _Lazy(lambda: model.original(site))
+
+
+def _requantize(site: Site) -> Callable[[Array], Any]:
+    return partial(site.weight.like, name=f"{site.name}.weight")
+
+
+def _changed_base(model: Any, layer: Layer) -> Any:
+    """The frozen weight that the plugin's `peft_base` asks for; None where it leaves that of the site.
 
     Raises RefpeftError where something else relies on that weight: what is attached already, or a tied layer.
     """
-    site = have["site"]
-    original = _Lazy(lambda: model.original(site))
-    requantize = _Lazy(lambda: partial(site.weight.like, name=f"{site.name}.weight"))
-    changed = None if model.weightless else part.call("peft_base", original=original, requantize=requantize, **have)
-    if changed is None:
-        return None, {}
-    what = f"method '{part.name}' changes the frozen weight of {site.name}"
+    site, name = layer.site, layer.part.name
+    dense = layer.part.call("peft_base", site=site, p=layer.arrays, original=_original(model, site))
+    if dense is None:
+        return None
+    what = f"method '{name}' changes the frozen weight of {site.name}"
     if site.layers:
-        others = ", ".join(layer.part.name for layer in site.layers)
-        raise RefpeftError(f"{what}, which {others} is on already: attach {part.name} before any other there")
+        others = ", ".join(other.part.name for other in site.layers)
+        raise RefpeftError(f"{what}, which {others} is on already: attach {name} before any other there")
     tied = [other.name for other in model.sites.values() if site.name == other.tied or other.name == site.tied]
     if tied:
         raise RefpeftError(f"{what}, which is that of {tied[0]} too: leave it out of the targets")
-    return changed
+    return _requantize(site)(dense)
 
 
 def detach(model: Any, adapter: Adapter | None = None) -> None:

@@ -233,16 +233,22 @@ def test_a_plugin_without_targets_is_an_error(registered):
 # ---- methods that change the frozen weight ---------------------------------------------------------------------------
 
 
-def pissa(site, original, requantize):
+def pissa(original):
     """PiSSA (arXiv:2404.02948) of rank 2: the largest part of the weight is trained, the rest is frozen."""
     U, S, Vt = np.linalg.svd(original)
     A, B = Vt[:2], U[:, :2] * S[:2]
-    return requantize(original - B @ A), {"A": A, "B": B}
+    return {"A": A, "B": B, "A0": A, "B0": B}
+
+
+def zeros(site):
+    A, B = np.zeros((2, site.shape[1])), np.zeros((site.shape[0], 2))
+    return {"A": A, "B": B, "A0": sites.Tensor(A), "B0": sites.Tensor(B)}
 
 
 PISSA = {
-    "peft_params": lambda site: {"A": np.zeros((2, site.shape[1])), "B": np.zeros((site.shape[0], 2))},
-    "peft_base": pissa,
+    "peft_params": zeros,
+    "peft_fit": pissa,
+    "peft_base": lambda original, p: original - p.B0 @ p.A0,
     "peft_linear": lambda x, base, p: base(x) + sites.Tensor(x.data @ p.A.data.T @ p.B.data.T),
     "peft_merge": lambda weight, p: weight + p.B @ p.A,
 }
@@ -320,6 +326,30 @@ def test_a_tied_weight_is_not_changed(registered):
 def test_a_method_may_leave_the_weight_alone(registered):
     model = tiny.model()
     kept = dict(model.frozen)
-    adapter = sites.attach(model, registered(**PISSA | {"peft_base": lambda site: None}))
+    adapter = sites.attach(model, registered(**PISSA | {"peft_fit": lambda: None, "peft_base": lambda: None}))
     assert all(model.frozen[name] is weight for name, weight in kept.items())
     assert not any(tensor.data.any() for tensor in adapter.params.values())
+
+
+def test_constants_are_neither_trained_nor_lost(registered):
+    model = tiny.model()
+    adapter = sites.attach(model, registered(**PISSA))
+    assert list(adapter.params) == [f"{name}.{key}" for name in Q for key in "AB"]
+    assert list(adapter.constants) == [f"{name}.{key}0" for name in Q for key in "AB"]
+    assert adapter.size == 2 * 2 * (24 + 24)
+    for name in Q:
+        assert np.array_equal(adapter.params[f"{name}.A"].data, adapter.constants[f"{name}.A0"].data)
+
+
+def test_a_plan_fits_nothing(registered):
+    model = tiny.model()
+    model.weightless = True
+    refused = {"peft_fit": lambda original: 1 / 0, "peft_base": lambda original: 1 / 0}
+    sites.attach(model, registered(**PISSA | refused))
+
+
+def test_weights_that_the_files_have_quantized_cannot_be_read_as_they_were(registered):
+    model, packer = tiny.model(quantizer=quantizer()), quantizer()
+    model._weights = lambda name, linear, transposed: packer(np.ones((24, 24)), np.dtype("f8"), name)
+    with pytest.raises(RefpeftError, match=rf"{Q[0]} is quantized in the model's files, and its weight from before"):
+        sites.attach(model, registered(**PISSA))

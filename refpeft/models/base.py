@@ -14,6 +14,7 @@ from refpeft.backend import Array, xp_of
 from refpeft.errors import RefpeftError
 from refpeft.models.config import ModelConfig
 from refpeft.quant import Dense, Quantized
+from refpeft.rng import Stream
 from refpeft.sites import Adapter, Mode, Site
 from refpeft.tensor import Tensor, checkpoint, no_grad
 
@@ -51,7 +52,8 @@ class Model:
     name: str | None = None  # this and the following are set by refpeft.load: what it was called there (a hub id, ...),
     checkpoint: Any = None  # its files,
     tokenizer: Any = None  # and its tokenizer
-    weightless = False  # of a plan's model, whose weights are zeros
+    weightless = False  # of a plan's model, whose weights are not there
+    stream = Stream  # what first values are drawn from
 
     def __init__(self, config: ModelConfig, weights: Callable[..., Frozen], dtype: np.dtype, xp: ModuleType = np):
         self.config, self.dtype, self.xp = config, np.dtype(dtype), xp
@@ -69,8 +71,8 @@ class Model:
     # ---- building ----
 
     def place(self, array: np.ndarray) -> Array:
-        """A host array in the compute dtype where this model computes."""
-        return self.xp.asarray(array.astype(self.dtype, copy=False))
+        """A copy of an array in the compute dtype where this model computes."""
+        return self.xp.array(array, dtype=self.dtype)
 
     def weight(self, name: str, linear: bool = False, transposed: bool = False) -> Frozen:
         """The frozen weight of this checkpoint name, made once."""
@@ -129,10 +131,19 @@ class Model:
         return self._site(name, kind, shape, (role,), base)
 
     def original(self, site: Site) -> Array:
-        """The site's weight before it was quantized, read again: dense and (out, in), in the compute dtype."""
+        """The site's weight before it was quantized, read again: dense and (out, in), in the compute dtype.
+
+        Raises RefpeftError where the files have it quantized already.
+        """
         if isinstance(site.weight, Dense):
             return site.weight()
-        return self._weights(f"{site.name}.weight", False, site.transposed)()
+        read = self._weights(f"{site.name}.weight", False, site.transposed)
+        if isinstance(read, Quantized):
+            raise RefpeftError(
+                f"{site.name} is quantized in the model's files, and its weight from before is needed: take the "
+                "original model, and quantize it with --quantizer"
+            )
+        return read()
 
     # ---- computing ----
 

@@ -1,0 +1,79 @@
+"""LoftQ: LoRA on quantized weights, with first values that make up for the quantizer's error: W is about Q + s B A.
+
+Li et al., 2023, arXiv:2310.08659, Algorithm 1, `iterations` times: Q = quantized W - s B A, then s B A = the matrix of
+rank r nearest to W - Q, by SVD. W is the checkpoint's weight, s = alpha / r as in LoRA (alpha / sqrt(r) with `rslora`),
+Q in the run's quantizer's format. Quantizing may lead away from W (a block's scale may grow): the nearest is taken.
+
+Trained: A (r, in) and B (out, r), r (in + out) numbers a target. Constant: A0 and B0 of the round before, that Q is of.
+"""
+
+from dataclasses import dataclass
+from math import inf
+from types import SimpleNamespace
+
+import numpy as np
+
+from refpeft import RefpeftError, fused, hookimpl, ops
+from refpeft.backend import xp_of
+from refpeft.quant import Quantized
+from refpeft.tensor import Tensor
+
+
+@dataclass(frozen=True)
+class Config:
+    r: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0  # rate, of what A reads, in training
+    rslora: bool = False  # scale by alpha / sqrt(r)
+    iterations: int = 5
+    targets: tuple[str, ...] | str = ("@q", "@v")
+    exclude: tuple[str, ...] | str = ()
+    layers: tuple[int, ...] | None = None  # numbers of the layers; none: all
+
+    def __post_init__(self):
+        if min(self.r, self.iterations) < 1 or self.alpha <= 0 or not 0 <= self.dropout < 1:
+            raise ValueError("expected r and iterations of at least 1, alpha above 0, dropout from 0 to less than 1")
+
+    @property
+    def scale(self):
+        return self.alpha / self.r ** (0.5 if self.rslora else 1)
+
+
+@hookimpl
+def peft_params(site, cfg):
+    A, B = np.zeros((cfg.r, site.shape[1])), np.zeros((site.shape[0], cfg.r))
+    return {"A": A, "B": B, "A0": Tensor(A), "B0": Tensor(B)}
+
+
+@hookimpl
+def peft_fit(site, cfg, original, requantize):
+    if not isinstance(site.weight, Quantized) or cfg.r > min(site.shape):
+        raise RefpeftError(f"loftq: {site.name} must be quantized, as with --quantizer nf4, and of rank r = {cfg.r}")
+    xp, r, least = xp_of(original), cfg.r, inf
+    A, B = xp.zeros((r, site.shape[1])), xp.zeros((site.shape[0], r))
+    for _ in range(cfg.iterations):
+        before = SimpleNamespace(A0=A, B0=B)
+        error = original - requantize(peft_base(cfg, before, original))().astype("f8")
+        U, S, Vt = xp.linalg.svd(error, full_matrices=False)
+        root = (S[:r] / cfg.scale) ** 0.5
+        A, B = (array.astype(original.dtype) for array in (root[:, None] * Vt[:r], U[:, :r] * root))
+        distance = xp.linalg.norm(S[r:])  # |W - Q - s B A|
+        if distance < least:
+            least, nearest = distance, {"A": A, "B": B, **vars(before)}
+    return nearest
+
+
+@hookimpl
+def peft_base(cfg, p, original):
+    return original - cfg.scale * (p.B0.astype("f8") @ p.A0.astype("f8"))
+
+
+@hookimpl
+def peft_linear(x, base, p, cfg, train):
+    dropped = train.dropout(x, cfg.dropout) if train else x
+    return fused.addmm(base(x), ops.linear(dropped, p.A), p.B, alpha=cfg.scale)
+
+
+@hookimpl
+def peft_merge(weight, p, cfg):
+    return weight + cfg.scale * (p.B @ p.A)
