@@ -1,11 +1,13 @@
 """NF4: the rules of the format, alone and with its constants quantized again."""
 
+import device
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from refpeft import manager
+from refpeft.backend import to_host
 from refpeft.errors import RefpeftError
 from refpeft.quant import Quantizer, make_quantizer
 
@@ -120,3 +122,16 @@ def test_nan_and_infinity_are_refused_by_name_and_place(bad):
     weight[1, 3] = bad
     with pytest.raises(RefpeftError, match=rf"model.layers.0.mlp.up_proj.weight holds {bad} at \[1, 3\]"):
         Quantizer(nf4, nf4.Config())(weight, np.dtype("f4"), "model.layers.0.mlp.up_proj.weight")
+
+
+@pytest.mark.parametrize("name", ["nf4", "fp4"])
+@pytest.mark.parametrize("rules", ["none", "bnb-cpu", "bnb-cuda"])
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_the_device_has_the_same_bits(monkeypatch, name, rules, double_quant):
+    weight = normal(37, 51)
+    weight[8:20] = 0
+    quantizer = make_quantizer(name, {"compat": rules, "block": 32}, double_quant)
+    kept = quantizer(weight, np.dtype("f4"))
+    there = quantizer(device.install(monkeypatch).asarray(weight), np.dtype("f4"))
+    assert all(np.array_equal(to_host(part), kept.parts[name]) for name, part in there.parts.items())
+    assert np.array_equal(to_host(there()), kept())

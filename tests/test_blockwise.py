@@ -1,0 +1,128 @@
+"""Blocks and code books: the rules, in plain array code and in the fast code for NumPy."""
+
+import tracemalloc
+
+import device
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from refpeft import blockwise, blockwise_numpy
+from refpeft.backend import to_host
+
+LEVELS = {
+    "two signs": np.linspace(-0.875, 1, 16, dtype="f4"),
+    "not sorted, zero twice": np.array(
+        [0, 0.1, 1, 0.5, 0.7, 0.3, 0.2, 0.9, 0, -0.1, -1, -0.5, -0.7, -0.3, -0.2, -0.9], "f4"
+    ),
+    "signed map": blockwise.dynamic_map(),
+    "unsigned map": blockwise.dynamic_map(signed=False),
+}
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype("f4")
+
+
+def encode(weight, levels, block=32):
+    return blockwise.encode(np.asarray(weight, "f4"), block, blockwise.nearest(levels))
+
+
+@pytest.fixture
+def on_device(monkeypatch):
+    return device.install(monkeypatch)
+
+
+@pytest.mark.parametrize("name", LEVELS)
+@pytest.mark.parametrize("count", [1, 31, 32, 64, 65, 1000, 4096])
+@pytest.mark.parametrize("threads, chunk", [(1, 128), (3, 64), (4, 1 << 15)])
+def test_the_fast_code_has_the_bits_of_the_plain_code(on_device, monkeypatch, name, count, threads, chunk):
+    for constant, value in {"THREADS": threads, "WORTH_A_THREAD": 1, "ENCODED": chunk, "DECODED": chunk}.items():
+        monkeypatch.setattr(blockwise_numpy, constant, value)
+    weight = normal(count, seed=count)
+    weight[3:40] = 0
+    codes, absmax = blockwise.encode(weight, 32, blockwise.nearest(LEVELS[name]))
+    book = blockwise.nearest(LEVELS[name], on_device)
+    plain = blockwise.encode(on_device.asarray(weight), 32, book)
+    assert all(np.array_equal(ours, to_host(part)) for ours, part in zip((codes, absmax), plain, strict=True))
+    for dtype in map(np.dtype, ("f4", "f8", ml_dtypes.bfloat16)):
+        values = blockwise.decode(codes, absmax, 32, LEVELS[name], (count, 1), dtype)
+        plain_values = to_host(blockwise.decode(*plain, 32, book.levels, (count, 1), dtype))
+        assert values.dtype == plain_values.dtype == dtype and values.shape == (count, 1)
+        assert values.tobytes() == plain_values.tobytes()
+
+
+def test_neither_chunks_nor_threads_change_a_bit_of_a_large_weight(monkeypatch):
+    weight = normal(1500, 801)
+    book, found = blockwise.nearest(LEVELS["two signs"]), set()
+    for threads, chunk in ((1, 1 << 22), (1, 4096), (2, 1 << 15), (3, 1 << 17)):
+        for constant, value in {"THREADS": threads, "ENCODED": chunk, "DECODED": chunk}.items():
+            monkeypatch.setattr(blockwise_numpy, constant, value)
+        codes, absmax = blockwise.encode(weight, 64, book)
+        values = blockwise.decode(codes, absmax, 64, book.levels, weight.shape, np.dtype("f4"))
+        found.add((codes.tobytes(), absmax.tobytes(), values.tobytes()))
+    assert len(found) == 1
+
+
+def test_what_is_needed_beside_the_result_does_not_grow_with_the_weight():
+    book = blockwise.nearest(LEVELS["two signs"])
+    weight = normal(1 << 22)
+    tracemalloc.start()
+    codes, absmax = blockwise.encode(weight, 64, book)
+    encoding = tracemalloc.get_traced_memory()[1] - codes.nbytes - absmax.nbytes
+    tracemalloc.reset_peak()
+    values = blockwise.decode(codes, absmax, 64, book.levels, weight.shape, np.dtype("f4"))
+    decoding = tracemalloc.get_traced_memory()[1] - codes.nbytes - absmax.nbytes - values.nbytes
+    tracemalloc.stop()
+    assert max(encoding, decoding) < 1 << 22
+
+
+@pytest.mark.parametrize("name", LEVELS)
+def test_the_code_is_that_of_the_nearest_level_and_between_two_of_the_lower(name):
+    levels = LEVELS[name]
+    rising = np.unique(levels)
+    middles = (rising[1:] + rising[:-1]) / 2
+    up, down = (np.nextafter(middles, np.float32(to)) for to in (2, -2))
+    for values, expected in ((middles, rising[:-1]), (up, rising[1:]), (down, rising[:-1])):
+        weight = np.stack((values, np.ones_like(values)), axis=1)  # the 1 keeps the value as it is
+        weight = np.pad(weight, ((0, 0), (0, 30)))
+        codes, _ = encode(weight, levels)
+        if len(levels) == 16:
+            codes = blockwise.unpack_nibbles(codes, weight.size)
+        assert np.array_equal(levels[codes[::32]], expected)
+
+
+@pytest.mark.parametrize("name", LEVELS)
+@pytest.mark.parametrize("smallest", [0, 1e-45, 1.1e-38])
+def test_a_block_of_zeros_or_of_less_than_normal_numbers_decodes_to_zeros(name, smallest):
+    weight = normal(3, 32)
+    weight[1] = smallest
+    codes, absmax = encode(weight, LEVELS[name])
+    values = blockwise.decode(codes, absmax, 32, LEVELS[name], (3, 32), np.dtype("f4"))
+    assert not values[1].any() and not np.signbit(values[1]).any() and values[0].any() and values[2].any()
+
+
+def test_the_last_block_may_be_short():
+    weight = normal(70)
+    codes, absmax = encode(weight, LEVELS["two signs"])
+    last, largest = encode(weight[64:], LEVELS["two signs"])
+    assert absmax.shape == (3,) and absmax[2] == largest[0] == abs(weight[64:]).max()
+    assert np.array_equal(codes[32:], last)
+
+
+@given(st.lists(st.integers(0, 15), max_size=9), st.integers(0, 15))
+def test_nibbles_come_back_and_the_first_is_the_high_half(codes, unused):
+    packed = blockwise.pack_nibbles(np.array(codes, "u1"), unused)
+    assert blockwise.unpack_nibbles(packed, len(codes)).tolist() == codes
+    assert packed.tolist() == [16 * a + b for a, b in zip(codes[::2], [*codes, unused][1::2], strict=True)]
+
+
+def test_the_dynamic_maps_are_dense_near_zero_which_is_one_of_their_levels():
+    signed, unsigned = blockwise.dynamic_map(), blockwise.dynamic_map(signed=False)
+    for levels in signed, unsigned:
+        assert levels.dtype == np.float32 and len(np.unique(levels)) == 256 and levels[255] == 1
+        assert (np.diff(levels) > 0).all()
+    assert signed[127] == 0 and signed[0] == np.float32(-0.99296874) and signed[128] == np.float32(5.5000004e-7)
+    assert unsigned[0] == 0 and unsigned[1] == np.float32(3.2500003e-7)
