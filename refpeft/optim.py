@@ -51,11 +51,16 @@ class Flat:
 
         As torch.nn.utils.clip_grad_norm_: the factor is limit / (norm + 1e-6), and at most 1.
         """
-        xp = xp_of(self.grads)
-        norm = xp.sqrt((self.grads * self.grads).sum())
+        xp, page = xp_of(self.grads), PAGES[_device(self.grads)]
+        parts = (self.grads[at : at + page] for at in range(0, self.grads.size, page))  # whose squares take no room
+        norm = xp.sqrt(xp.stack([(part * part).sum() for part in parts]).sum())
         if limit:
             self.grads *= xp.minimum(self.grads.dtype.type(limit) / (norm + self.grads.dtype.type(1e-6)), 1)
         return norm
+
+
+def _device(array: Array) -> str:
+    return "cpu" if xp_of(array) is np else "cuda"
 
 
 # ---- what optimizers have in common ----------------------------------------------------------------------------------
@@ -108,7 +113,7 @@ class Optimizer:
     def __init__(self, flat: Flat, weight_decay: float = 0.0, paged: bool = False):
         xp = xp_of(flat.values)
         self.flat, self.weight_decay, self.step_count = flat, weight_decay, 0
-        layout = self.layout(list(flat.shapes.values()), flat.values.dtype, "cpu" if xp is np else "cuda")
+        layout = self.layout(list(flat.shapes.values()), flat.values.dtype, _device(flat.values))
         self._parts = layout.parts
         self._state = {name: paging.zeros(xp, size, dtype, paged) for name, (size, dtype) in layout.arrays.items()}
 
