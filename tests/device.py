@@ -130,7 +130,7 @@ def install(monkeypatch: Any) -> Module:
 
 def _device(value: Any) -> Any:
     if isinstance(value, tuple | list):
-        return type(value)(map(_device, value))
+        return (tuple if isinstance(value, tuple) else list)(map(_device, value))  # svd gives a tuple with names
     return Array(np.asarray(value)) if isinstance(value, np.ndarray | np.generic) else value
 
 

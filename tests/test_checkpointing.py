@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import tiny
+from variants import needed_quantizer
 
 from refpeft import manager, ops, sites
 from refpeft.tensor import Tensor, checkpoint, no_grad, parameter
@@ -125,7 +126,7 @@ def test_recording_is_back_after_an_error_inside():
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_model_with_dropout_has_the_same_gradients_bit_for_bit(name, method):
-    model = tiny.model(name, "float32")
+    model = tiny.model(name, "float32", needed_quantizer(method))
     sites.attach(model, method, OPTIONS.get(method))
     tiny.scramble(model.adapters[0])
     model.mode.training = True

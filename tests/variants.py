@@ -13,6 +13,7 @@ VARIANTS = {
     "lora-everywhere": ("lora", {"targets": ["all-linear", "@embed", "@head"], "rslora": True, "init": "gaussian"}),
     "lora-patterns": ("lora", {"targets": "all-linear", "rank_pattern": {"mlp.*": 2}, "alpha_pattern": {".*1.*": 3}}),
     "lora-saved": ("lora", {"targets": "all-linear", "modules_to_save": ["@norm", "@head", "@down"]}),
+    "loftq": ("loftq", {"r": 3, "iterations": 2}),
     "ia3": ("ia3", {}),
     "ia3-other": ("ia3", {"targets": ["@q", "@up"], "feedforward": ["@up"]}),
     "bitfit-created": ("bitfit", {"create": True}),
@@ -37,13 +38,23 @@ CASES = [(family, name) for family in FAMILIES for name in VARIANTS] + [
 ]
 
 
+def bare(family: str, name: str, **model):
+    """The model that `attached` attaches to: quantized where the method asks for that."""
+    return tiny.model(family, **({"quantizer": needed_quantizer((VARIANTS | WITH_BIASES)[name][0])} | model))
+
+
 def attached(family: str, name: str, scramble: bool = True, **model):
     method, options = (VARIANTS | WITH_BIASES)[name]
-    built = tiny.model(family, **model)
+    built = bare(family, name, **model)
     adapter = sites.attach(built, method, options)
     if scramble:
         tiny.scramble(adapter)
     return built, adapter
+
+
+def needed_quantizer(method: str) -> Quantizer | None:
+    """One that the method cannot do without; None of those that take dense weights."""
+    return quantizer() if method == "loftq" else None
 
 
 def quantizer(name: str = "nf4", double_quant: bool = True, **options) -> Quantizer:

@@ -9,6 +9,7 @@ import tiny
 import tiny_files
 from cases import FUSED, OPS, Case, Place
 from click.testing import CliRunner
+from variants import needed_quantizer
 
 import refpeft
 from refpeft import fused, manager, sites
@@ -154,6 +155,7 @@ def batch() -> Batch:
 
 def pair(name: str, methods: list[str], dtype: str = "float64", quantizer: Quantizer | None = None) -> list[Model]:
     """The same model on the host and on the GPU, its adapters' values random and the same."""
+    quantizer = quantizer or needed_quantizer(methods[0])
     models = [tiny.model(name, dtype, quantizer, xp=xp) for xp in (np, cupy)]
     for method in methods:
         for model in models:
