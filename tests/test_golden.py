@@ -19,7 +19,7 @@ from refpeft.models.checkpoint import expected_tensors
 from refpeft.models.config import from_hf
 from refpeft.models.decoder import Decoder
 from refpeft.models.gpt2 import GPT2
-from refpeft.optim import AdamW, Flat
+from refpeft.optim import OPTIMIZERS, AdamW, Flat
 from refpeft.quant import Dense
 from refpeft.rng import Stream, philox4x32
 from refpeft.sites import Adapter, Train, attach, merge
@@ -256,12 +256,13 @@ def linear_block(weight: np.ndarray) -> Callable[[Tensor], Tensor]:
 def run_optimizer(case: Case, given: Arrays, dtype: str) -> Arrays:
     config = case.config
     flat = Flat((name, parameter(given[name].copy())) for name in ("p0", "p1"))
-    optimizer = AdamW(flat, tuple(config["betas"]), config["eps"], config["weight_decay"])
+    options = {name: value for name, value in config.items() if name not in ("lr", "clip", "block")}
+    optimizer = OPTIMIZERS[case.name](flat, **options)
     path: dict[str, list[np.ndarray]] = {"path.p0": [], "path.p1": []}
     norms = []
     for step, lr in enumerate(config["lr"]):
         flat.grads[...] = np.concatenate([given["g0"][step].ravel(), given["g1"][step].ravel()])
-        norms.append(flat.clip(config["clip"]))
+        norms.append(flat.clip(config.get("clip", 0)))
         optimizer.step(lr)
         for name, tensor in flat.params.items():
             path[f"path.{name}"].append(tensor.data.copy())
@@ -276,7 +277,7 @@ def run_schedule(case: Case, given: Arrays, dtype: str) -> Arrays:
 # ---- quantizers ------------------------------------------------------------------------------------------------------
 
 
-CONSTANTS = {"nf4": "absmax", "fp4": "absmax", "affine": "scale", "int4": "scale"}
+CONSTANTS = {"nf4": "absmax", "fp4": "absmax", "affine": "scale", "int4": "scale", "int8": "scale"}
 """What double quantization quantizes, by quantizer."""
 
 NESTED = {"nested_codes": "codes", "nested_absmax": "absmax", "offset": "offset", "nested_map": "levels"}
@@ -299,12 +300,13 @@ def run_quantizer(case: Case, given: Arrays, dtype: str) -> Arrays:
     if case.at == "encode":
         parts = quantizer.pack(given["weight"])
         return {name: parts[part_of(case, name)] for name in case.checks}
+    x = given.pop("x_codes") * given.pop("x_scale")[:, None] / 127 if case.at == "linear" else None
     own_maps = case.level == "must"
     parts = {
         part_of(case, name): a for name, a in given.items() if not (own_maps and name.endswith(("map", "codebook")))
     }
     weight = quantizer.dense(parts, tuple(case.config["shape"]), np.dtype(case.config.get("dtype", dtype)))
-    return {"weight": weight.astype(dtype)}
+    return {"weight": weight.astype(dtype)} if x is None else {"y": x @ weight.T}
 
 
 DRIVERS: dict[str, Callable[[Case, Arrays, str], Arrays]] = {

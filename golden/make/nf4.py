@@ -157,10 +157,10 @@ def double_weights() -> Iterator[tuple[str, np.ndarray, str, str]]:
     yield "two-nested", Draw("nf4-double-two").normal(258, 64), "DoubleQuantization ShortBlock", comment
 
 
-def safe(weight: np.ndarray) -> bool:
+def safe(weight: np.ndarray, boundaries: np.ndarray = BOUNDARIES, block: int = BLOCK) -> bool:
     """Whether no code hangs on the last bit of 1 / absmax, or on dividing by absmax instead: devices differ there."""
-    for at in range(0, weight.size, BLOCK):
-        part = weight.reshape(-1)[at : at + BLOCK]
+    for at in range(0, weight.size, block):
+        part = weight.reshape(-1)[at : at + block]
         top = np.abs(part).max()
         if top:
             inverse = f32(1) / top
@@ -168,7 +168,7 @@ def safe(weight: np.ndarray) -> bool:
                 part / top,
                 *(part * i for i in (np.nextafter(inverse, f32(0)), inverse, np.nextafter(inverse, f32(np.inf)))),
             )
-            if len({np.searchsorted(BOUNDARIES, v).tobytes() for v in ways}) > 1:
+            if len({np.searchsorted(boundaries, v).tobytes() for v in ways}) > 1:
                 return False
     return True
 

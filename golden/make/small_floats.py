@@ -25,6 +25,7 @@ E4M3 = [
     Fraction(m, 512) if e == 0 else (1 + Fraction(m, 8)) * Fraction(2) ** (e - 7) for e in range(16) for m in range(8)
 ]
 E4M3.pop()  # the last code is NaN
+LEAST = f32(2.0**-117)  # of weight_scale_2: times the smallest E4M3, 2^-9, it is a normal number
 
 
 def nearest(magnitude: float, levels: list[Fraction]) -> int:
@@ -127,7 +128,7 @@ def mxfp4_cases() -> Iterator[Case]:
 
 
 def nvfp4_encode(weight: np.ndarray, code_of=e2m1, scale_of=nearest) -> Parts:
-    over_all = max(np.abs(weight).max() / f32(6 * 448), np.finfo(f32).tiny)
+    over_all = max(np.abs(weight).max() / f32(6 * 448), LEAST)
     packed, scales = [], []
     for row in rows_in_blocks(weight, 16):
         for block in filled(row, 16):
@@ -178,7 +179,7 @@ def nvfp4_cases() -> Iterator[Case]:
         ("normal", draw.normal(3, 64, scale=0.02), "Nvfp4Scales LowNibbleFirst", ""),
         ("short", draw.normal(2, 3, 24), "BlocksInRows", "each row: a block of 16 and one of 8, filled up with zeros"),
         ("zero-block", zero_block, "ZeroBlock", "a block of zeros has the smallest scale, 2^-9 (code 1), not 0"),
-        ("zeros", np.zeros((1, 32), f32), "ZeroBlock", "a tensor of zeros: weight_scale_2 is 2^-126"),
+        ("zeros", np.zeros((1, 32), f32), "ZeroBlock", "a tensor of zeros: weight_scale_2 is 2^-117"),
         (
             "ties", (scales[:, None] * steps).reshape(1, 64), "SmallFloatTies",
             "weight_scale_2 is 1: scales and codes in the middle of two levels take the even code",
