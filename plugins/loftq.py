@@ -48,9 +48,7 @@ def peft_params(site, cfg):
 @hookimpl
 def peft_fit(site, cfg, original, requantize):
     if not isinstance(site.weight, Quantized) or cfg.r > min(site.shape):
-        raise RefpeftError(
-            f"loftq: {site.name} must be quantized (--quantizer nf4), and have no side below r = {cfg.r}"
-        )
+        raise RefpeftError(f"loftq: {site.name} must be quantized (--quantizer nf4) with no side below r = {cfg.r}")
     xp, r, least = xp_of(original), cfg.r, inf
     A, B = xp.zeros((r, site.shape[1])), xp.zeros((site.shape[0], r))
     for _ in range(cfg.iterations):

@@ -94,7 +94,7 @@ def test_the_frozen_weight_is_in_the_quantizers_format():
     [
         (None, {}, r"loftq: model.layers.0.self_attn.q_proj must be quantized \(--quantizer nf4\)"),
         (quantizer(), {"targets": ["lm_head"]}, "loftq: lm_head must be quantized"),
-        (quantizer(), {"r": 13}, r"v_proj must be quantized .*, and have no side below r = 13"),
+        (quantizer(), {"r": 13}, r"v_proj must be quantized .* with no side below r = 13"),
         (quantizer(), {"iterations": 0}, "expected r and iterations of at least 1"),
         (quantizer(), {"alpha": 0}, "alpha above 0"),
     ],
