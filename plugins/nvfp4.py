@@ -16,6 +16,7 @@ from refpeft.backend import xp_of
 from refpeft.rowwise import E4M3, blocks_of, decode_e2m1, encode_e2m1, magnitudes, round_to, rows_of
 
 BLOCK, LARGEST, LARGEST_SCALE = 16, 6, 448
+LEAST = np.finfo("f4").tiny * 2**9  # of weight_scale_2: times the smallest E4M3 it is still no 0 on a GPU
 
 
 @hookimpl
@@ -23,7 +24,7 @@ def quant_pack(weight):
     xp = xp_of(weight)
     blocks = blocks_of(weight, BLOCK)
     largest = xp.abs(blocks).max(axis=2)
-    over_all = xp.maximum(largest.max() / (LARGEST * LARGEST_SCALE), np.finfo("f4").tiny)
+    over_all = xp.maximum(largest.max() / (LARGEST * LARGEST_SCALE), LEAST)
     codes = xp.maximum(round_to(E4M3, largest / (LARGEST * over_all)), 1)
     packed = encode_e2m1(blocks / _scale(codes, over_all))
     return {
