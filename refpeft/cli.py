@@ -53,6 +53,7 @@ def main() -> None:
 
 for verb in (
     train.train,
+    train.plan,
     use.evaluate,
     use.generate,
     use.merge,

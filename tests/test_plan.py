@@ -7,7 +7,7 @@ import pytest
 import tiny_files
 
 import refpeft
-from refpeft import config, plan, run
+from refpeft import config, memory, plan
 from refpeft.batches import collate
 from refpeft.data import load_data
 from refpeft.errors import RefpeftError
@@ -65,7 +65,7 @@ def test_activations_take_as_much_as_was_planned(resolve, method):
     longest = sorted(examples, key=len)[-4:]
     for example in longest:
         example.supervised[:] = True  # the plan takes every token to be learned
-    assert planned == pytest.approx(plan.tape_bytes(model, collate([[example] for example in longest])), rel=0.1)
+    assert planned == pytest.approx(memory.tape_bytes(model, collate([[example] for example in longest])), rel=0.1)
 
 
 def test_recomputed_activations_take_less(resolve):
@@ -104,7 +104,7 @@ def test_its_text_has_all_parts_and_the_origin_of_what_was_given(resolve):
         assert part in text
     for part in (
         "data     rows.jsonl: 9 rows, format prompt",
-        "weights",
+        "weights: linear layers, 32 bits a number",
         "optimizer",
         "in all",
         "adapter_model.safetensors",
@@ -121,7 +121,7 @@ def test_as_json_it_has_the_same(resolve):
 
 
 def test_too_little_memory_is_said_with_what_helps(resolve, monkeypatch):
-    monkeypatch.setattr(plan, "free_memory", lambda device: 1000)
+    monkeypatch.setattr(memory, "free_memory", lambda device: 1000)
     made = plan.plan(resolve())
     assert "is more than the 1000 B that are free" in made.notes[0]
     assert "more than" in made.text()
@@ -139,10 +139,14 @@ def test_wrong_targets_and_a_taken_directory_are_refused_as_in_training(resolve,
 
 
 def test_some_memory_is_free():
-    free = plan.free_memory("cpu")
+    free = memory.free_memory("cpu")
     assert free is None or 2**20 < free < 2**50
 
 
-def test_zeros_that_stand_for_weights_are_lazy():
-    assert np.zeros((4, 4), order="F").T.flags.c_contiguous  # so a transposed weight is not copied, and stays unwritten
-    assert run.DEFAULT_LENGTH == 1024
+def test_weights_that_are_not_there_are_zeros_to_compute_with():
+    weight, x = memory.absent((5, 4)), np.ones((2, 3, 4), np.float32)
+    assert np.array_equal(x @ weight.T, np.zeros((2, 3, 5)))
+    assert np.array_equal(np.matmul(weight, x[0].T, out=np.ones((5, 3), np.float32)), np.zeros((5, 3)))
+    assert np.array_equal(weight + 1, np.ones((5, 4)))
+    assert type(weight * 2) is np.ndarray
+    assert weight.T.strides == (0, 0)

@@ -87,11 +87,11 @@ _SITE_KINDS = ("linear", "embedding", "norm", "attention", "block")
 @options.as_json
 def sites(model: str, every: bool, as_json: bool) -> None:
     """Lists the sites of MODEL, the places where methods act."""
-    from refpeft import plan, report
+    from refpeft import memory, report
     from refpeft.models.checkpoint import open_checkpoint
     from refpeft.models.hub import resolve
 
-    found = list(plan.skeleton(open_checkpoint(resolve(model))).sites.values())
+    found = list(memory.skeleton(open_checkpoint(resolve(model))).sites.values())
     if as_json:
         keys = ("name", "kind", "shape", "roles", "tied")
         options.echo_json([{key: getattr(site, key) for key in keys} for site in found])

@@ -1,4 +1,4 @@
-"""`refpeft train`."""
+"""The verbs that take a configuration: train, and plan for what it would need."""
 
 from __future__ import annotations
 
@@ -41,19 +41,45 @@ _FLAGS = (
 _TEXTS = ("model", "quantizer", "adapter_quantizer", "out", "data.file", "data.eval_file")  # never read as numbers
 
 
-def _flags(command: Callable) -> Callable:
-    for flag, key, metavar, text in reversed(_FLAGS):
-        how = {"metavar": metavar, "multiple": key == "method"} if metavar else {"is_flag": True}
-        command = click.option(flag, key.replace(".", "_"), help=text, **how)(command)
-    return command
+# What `plan` takes of them, and what it has in their place: a shape has no files that say more.
+_PLANNED = (
+    "method",
+    "quantizer",
+    "double_quant",
+    "train.optimizer",
+    "train.paged",
+    "train.batch",
+    "data.length",
+    "dtype",
+)
+_PLAN_DEFAULTS = {"dtype": "bfloat16", "train.batch": 1, "data.length": 512}
+_ALL_LINEAR = ("lora", "loftq")  # they are planned on all linear layers, as QLoRA trains them (arXiv:2305.14314)
+
+
+def _flags(*keys: str) -> Callable[[Callable], Callable]:
+    """The flags of these keys; of all without any."""
+
+    def add(command: Callable) -> Callable:
+        for flag, key, metavar, text in reversed(_FLAGS):
+            if key in (keys or (key,)):
+                how = {"metavar": metavar, "multiple": key == "method"} if metavar else {"is_flag": True}
+                command = click.option(flag, key.replace(".", "_"), help=text, **how)(command)
+        return click.option(
+            "--set", "sets", metavar="KEY=VALUE", multiple=True, help="Any option, such as lora.r=16 or train.clip=0.5."
+        )(command)
+
+    return add
+
+
+def _said(given: dict[str, Any]) -> list[tuple[str, str, Any]]:
+    """(flag, key, value) of the flags that were given."""
+    found = [(flag, key, given.get(key.replace(".", "_"))) for flag, key, *_ in _FLAGS]
+    return [(flag, key, _value(key, value)) for flag, key, value in found if value]
 
 
 @click.command()
 @click.argument("config", required=False, type=click.Path(), metavar="[RUN.TOML]")
-@_flags
-@click.option(
-    "--set", "sets", metavar="KEY=VALUE", multiple=True, help="Any option, such as lora.r=16 or train.clip=0.5."
-)
+@_flags()
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint of the run directory.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and do not train.")
 @options.as_json
@@ -66,24 +92,45 @@ def train(config: str | None, sets: tuple[str, ...], resume: bool, dry_run: bool
     """
     from refpeft import config as configuration
 
-    flags = [
-        (flag, key, _value(key, given[key.replace(".", "_")]))
-        for flag, key, *_ in _FLAGS
-        if given[key.replace(".", "_")]
-    ]
     if resume and config is None and given["out"] and (Path(given["out"]) / configuration.FILE).is_file():
         config = str(Path(given["out"]) / configuration.FILE)
-    resolved = configuration.resolve(config, flags, sets)
+    resolved = configuration.resolve(config, _said(given), sets)
     if dry_run:
         from refpeft import plan
 
-        planned = plan.plan(resolved, resume)
-        if as_json:
-            options.echo_json(planned.as_dict())
-        else:
-            click.echo(planned.text(), nl=False)
+        _show(plan.plan(resolved, resume), as_json)
         return
     _train(resolved, resume, as_json)
+
+
+@click.command()
+@click.option("--shape", required=True, metavar="NAME|PATH", help="llama-65b, ... or a config.json.")
+@click.option("--r", "rank", type=click.IntRange(min=1), metavar="N", help="The method's rank: short for --set.")
+@_flags(*_PLANNED)
+@options.as_json
+@options.plugins
+def plan(shape: str, rank: int | None, sets: tuple[str, ...], as_json: bool, **given: Any) -> None:
+    """Prints the memory that fine-tuning a model of some shape takes, by part. Neither model nor data is needed.
+
+    Unless told otherwise, LoRA is planned on all linear layers, weights that are not quantized in bfloat16, and a step
+    of one row of 512 tokens.
+    """
+    from refpeft import config as configuration
+    from refpeft import plan as planning
+
+    methods = given["method"] or ("lora",)
+    keys = _PLAN_DEFAULTS | {f"{method}.targets": "all-linear" for method in methods if method in _ALL_LINEAR}
+    defaults = [("refpeft plan", key, value) for key, value in keys.items()]
+    flags = [("--shape", "model", shape), ("--shape", "data.file", configuration.EMBEDDED)]  # no row is read
+    flags += [("--r", f"{methods[0]}.r", rank)] if rank else []
+    _show(planning.plan_shape(configuration.resolve(None, [*defaults, *flags, *_said(given)], sets)), as_json)
+
+
+def _show(plan: Any, as_json: bool) -> None:
+    if as_json:
+        options.echo_json(plan.as_dict())
+    else:
+        click.echo(plan.text(), nl=False)
 
 
 def _train(resolved: Any, resume: bool, as_json: bool) -> None:
