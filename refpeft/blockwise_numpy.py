@@ -90,12 +90,36 @@ def decode(
 def _ranks(scaled: np.ndarray, bounds: np.ndarray, ranks: np.ndarray, above: np.ndarray) -> np.ndarray:
     """How many bounds lie below each value; `ranks` (uint8) and `above` (bool) are room to work in."""
     if len(bounds) > 15:
-        return np.searchsorted(bounds, scaled)
+        table = _table(bounds.tobytes())
+        if table is None:
+            return np.searchsorted(bounds, scaled)  # twenty times slower
+        certain, following = table
+        np.take(certain, scaled.view("<u2")[1::2], out=ranks, mode="clip")
+        np.greater(scaled, following.take(ranks, mode="clip"), out=above)
+        ranks += above.view("u1")
+        return ranks
     ranks.fill(0)
     for bound in bounds:  # faster than searchsorted, because each comparison takes many values at a time
         np.greater(scaled, bound, out=above)
         ranks += above.view("u1")
     return ranks
+
+
+@cache
+def _table(bounds: bytes) -> tuple[np.ndarray, np.ndarray] | None:
+    """By the upper half of a float32's bits: how many bounds lie below all such numbers; and the bounds, then infinity.
+
+    One more bound lies below some of them, at most: None where for some halves there are more.
+    """
+    rising, halves = np.frombuffer(bounds, "f4"), np.arange(1 << 16, dtype="u4") << 16
+    ends = np.stack((halves, halves | 0xFFFF)).view("f4")
+    ends = ends[:, np.isfinite(ends).all(axis=0)]  # the largest halves of either sign are infinity and NaN
+    least, most = np.searchsorted(rising, np.sort(ends, axis=0))
+    if (most - least > 1).any():
+        return None
+    certain = np.zeros(1 << 16, "u1")
+    certain[ends[0].view("u4") >> 16] = least
+    return certain, np.append(rising, np.float32(np.inf))
 
 
 def _pack_nibbles(codes: np.ndarray) -> np.ndarray:

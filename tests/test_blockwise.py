@@ -94,6 +94,30 @@ def test_the_code_is_that_of_the_nearest_level_and_between_two_of_the_lower(name
         assert np.array_equal(levels[codes[::32]], expected)
 
 
+def random_bounds(count, seed=0):
+    """Of every size, and of either sign."""
+    rng = np.random.default_rng(seed)
+    return np.unique(rng.standard_normal(count) * 10.0 ** rng.integers(-9, 1, count)).astype("f4")
+
+
+@pytest.mark.parametrize(
+    ("bounds", "by_table"),
+    [
+        *((blockwise.nearest(blockwise.dynamic_map(signed)).bounds, True) for signed in (True, False)),
+        (random_bounds(20), True),
+        (np.linspace(-1, 1, 255, dtype="f4"), True),
+        (np.linspace(0.99, 1, 255, dtype="f4"), False),
+        (np.linspace(-1e-41, 1e-41, 100, dtype="f4"), False),
+    ],
+)
+def test_values_beside_bounds_are_ranked_as_by_search(bounds, by_table):
+    beside = [np.nextafter(bounds, np.float32(end)) for end in (-2, 2)]
+    values = np.concatenate([bounds, *beside, -bounds, random_bounds(5000, 1), np.float32([0, -0.0, 1, -1, 1.1, -9])])
+    ranks, above = np.empty(values.size, "u1"), np.empty(values.size, bool)
+    assert (blockwise_numpy._table(bounds.tobytes()) is not None) == by_table
+    assert np.array_equal(blockwise_numpy._ranks(values, bounds, ranks, above), np.searchsorted(bounds, values))
+
+
 @pytest.mark.parametrize("name", LEVELS)
 @pytest.mark.parametrize("smallest", [0, 1e-45, 1.1e-38])
 def test_a_block_of_zeros_or_of_less_than_normal_numbers_decodes_to_zeros(name, smallest):
