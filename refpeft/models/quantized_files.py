@@ -30,6 +30,7 @@ Parts = dict[str, np.ndarray]
 _BITSANDBYTES, _OWN = "bitsandbytes", "refpeft"
 _BITS = {"nf4": 4, "fp4": 4, "int8": 8}  # the quantizers whose weights bitsandbytes reads
 _STATE = "quant_state.bitsandbytes__"
+_LARGEST = float(np.finfo("f4").max)
 _MOST_JSON = 4096  # bytes; bitsandbytes writes less than 200
 _STORAGE = (np.dtype(np.uint8), bfloat16, np.dtype(np.float16), np.dtype(np.float32))  # in which 4-bit codes may lie
 
@@ -46,13 +47,15 @@ class Packed:
 
 
 def check_method(scheme: Any) -> None:
-    """Raises RefpeftError for a quantization_config of a kind that is not read."""
+    """Raises RefpeftError for a quantization_config of a kind that is not read, or that is not whole."""
     method = _method(scheme)
     if method not in (_BITSANDBYTES, _OWN):
         raise RefpeftError(
             f"the checkpoint is quantized already (config key quantization_config, quant_method {method!r}); refpeft "
             f"reads {_BITSANDBYTES} and its own: take the original weights and let refpeft quantize them"
         )
+    if method == _OWN:
+        own_quantizer(scheme)
 
 
 def gathered(
@@ -214,7 +217,7 @@ def _four_bits(tensors: _Tensors, shape: tuple[int, ...], kind: str) -> Packed:
     parts, maps = {"packed": tensors.codes(-(-count // 2))}, {"levels": tensors.levels("quant_map", 16)}
     if nested:
         blocks, offset = -(-count // block), state.get("nested_offset")
-        if type(offset) is not float or not abs(offset) <= np.finfo("f4").max:
+        if type(offset) is not float or not abs(offset) <= _LARGEST:
             raise tensors.fail(f"has nested_offset {offset!r}, expected a float32 number", states[0])
         parts["absmax.codes"] = tensors.take("absmax", (blocks,), np.uint8)
         parts["absmax.absmax"] = tensors.take("nested_absmax", (-(-blocks // inner),), np.float32)
