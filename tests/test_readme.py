@@ -3,10 +3,12 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import refpeft
 from refpeft import adapters, manager, sites
+from refpeft.api import make_quantizer
 from refpeft.peft_formats import FORMATS
 
 ROOT = Path(__file__).parents[1]
@@ -48,6 +50,21 @@ def test_the_table_of_methods_is_that_of_the_plugins():
         assert kinds.split(", ") == [kind for kind in sites.INPUTS if f"peft_{kind}" in hooks], name
         assert (merges == "yes") == ("peft_merge" in hooks), name
         assert (file == "PEFT's") == (name in FORMATS), name
+
+
+def test_the_table_of_quantizers_is_that_of_the_plugins_and_its_numbers_are_theirs():
+    rows = re.findall(r"^\| `(\w+)`(?: `(\w+)=(\w+)`)? \| .+? \| (\d[\d.]*) \| ([\d.-]+) \| (\.\d+) \|", README, re.M)
+    listings = map(manager.read, manager.shipped().glob("*.py"))
+    assert {row[0] for row in rows} == {listing.name for listing in listings if listing.kind == "quantizer"}
+    weight = np.random.default_rng(0).normal(size=(128, 1024)).astype("f4")
+    for name, option, value, *numbers in rows:
+        options = {option: int(value) if value.isdigit() else value} if option else {}
+        once, twice = (make_quantizer(name, options, double)(weight, weight.dtype) for double in (False, True))
+        bits, doubly = (kept.nbytes * 8 / weight.size for kept in (once, twice))
+        error = np.linalg.norm(once() - weight) / np.linalg.norm(weight)
+        measured = [bits, doubly if doubly < bits else np.nan, error]
+        written = [float("nan" if number == "-" else number) for number in numbers]
+        assert measured == pytest.approx(written, rel=0.01, nan_ok=True), name
 
 
 def test_the_plugin_of_the_readme_trains_and_its_adapter_loads(tmp_path):
