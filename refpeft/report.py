@@ -30,8 +30,8 @@ _WINDOW = 20  # steps over which speed is averaged
 class Metrics:
     """A listener that writes steps and evaluations to metrics.jsonl; a resumed run replaces what it computes again."""
 
-    def __init__(self, path: str | Path, resume: bool = False):
-        self.path, self._begun = Path(path), False
+    def __init__(self, path: str | Path, resume: bool = False, device: str = "cpu"):
+        self.path, self.device, self._begun = Path(path), device, False
         if not resume:
             self.path.unlink(missing_ok=True)
 
@@ -44,6 +44,7 @@ class Metrics:
             record = {key: record[key] for key in ("step", "loss", "lr", "grad_norm")} | {
                 f"{key}_per_second": round(record[key] / seconds, 1) for key in ("tokens", "supervised")
             }
+            record["peak_bytes"] = peak(self.device)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
@@ -195,7 +196,20 @@ def resident() -> int:
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, IndexError):
+        return peak()
+
+
+def peak(device: str = "cpu") -> int:
+    """The most bytes that this process has held so far: of memory, or of the GPU's in CuPy's pool."""
+    if device == "cuda":
+        import cupy
+
+        return cupy.get_default_memory_pool().total_bytes()  # a pool gives nothing back unasked
+    try:
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    except (OSError, IndexError):
         import resource
 
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return most if sys.platform == "darwin" else most * 1024

@@ -22,7 +22,7 @@ from refpeft.models.base import Model
 from refpeft.models.config import ModelConfig
 from refpeft.rng import Stream
 from refpeft.tokenizer import Tokenizer
-from refpeft.trainer import Summary, Trainer
+from refpeft.trainer import Summary, Trainer, mean_loss
 
 DEFAULT_LENGTH = 1024  # tokens of a row, where the model's own limit is not less
 HERE = Path(__file__).parent / "embedded"
@@ -147,12 +147,16 @@ class Outcome:
     model: Model
     summary: Summary
     report: report.Report
+    peak: int  # bytes of memory, at most
+    adapter_error: float | None = None  # of the saved adapter against the trained one, where it is quantized
 
     def as_dict(self) -> dict[str, Any]:
         """For --json."""
         kept = ("steps", "loss_before", "loss_after", "best_loss", "best_step", "stopped_early")
         scores = {name: (before, after) for name, before, after in self.report.scores}
         numbers = {name: getattr(self.summary, name) for name in kept}
+        numbers |= {} if self.adapter_error is None else {"adapter_error": self.adapter_error}
+        numbers |= {"frozen_bytes": self.model.nbytes, "frozen_bits": self.model.bits, "peak_bytes": self.peak}
         return {"directory": str(self.directory), **numbers, "scores": scores}
 
 
@@ -174,7 +178,12 @@ def train(resolved: Resolved, directory: Path, resume: bool = False, say: Callab
     for method in run.methods:
         sites.attach(model, method, resolved.options[method], seed=run.seed)
     trained = sum(adapter.size for adapter in model.adapters)
+    packer = api.make_quantizer(run.adapter_quantizer, resolved.options.get(run.adapter_quantizer))
+    if packer:
+        for adapter in model.adapters:
+            adapters.packed(adapter, packer)  # what it cannot keep is said now, not after hours of training
     say(f"{' + '.join(run.methods)} trains {trained:,} numbers, {trained / model.parameters():.2%} of the model's")
+    say(_frozen(model))
 
     if resume and not any((directory / "checkpoints").glob("step-*")):
         say(f"there is no checkpoint in {directory}: the run begins at its first step")
@@ -183,7 +192,8 @@ def train(resolved: Resolved, directory: Path, resume: bool = False, say: Callab
         files.write_text(directory / config.FILE, config.to_toml(resolved))
     batches = make_batches(run, rows, model.config)
     evaluation = make_batches(run, held_out, model.config, shuffle=False) if held_out else None
-    progress, metrics = report.Progress(run.train.log_every), report.Metrics(directory / "metrics.jsonl", resume)
+    progress = report.Progress(run.train.log_every)
+    metrics = report.Metrics(directory / "metrics.jsonl", resume, run.device)
     if run.train.paged and (why := paging.obstacle(model.xp)):
         say(f"the optimizer's state is not paged: {why}")
     trainer = Trainer(model, batches, evaluation, run.train, directory, (progress, metrics), run.seed)
@@ -195,9 +205,25 @@ def train(resolved: Resolved, directory: Path, resume: bool = False, say: Callab
     finally:
         progress.close()
     seconds = time.monotonic() - started
-    adapters.save(directory, model)
+    adapters.save(directory, model, quantizer=packer)
+    error = adapters.quantize(model, packer) if packer else None
     compare.ask()
-    return Outcome(directory, model, summary, _report(run, directory, summary, compare, seconds))
+    told = _report(run, directory, summary, compare, seconds)
+    peak = report.peak(run.device)
+    told.notes.append(f"{_frozen(model)}; the run took {report.size(peak)} of memory at most")
+    if packer:
+        name = f"adapter in {packer.name}"
+        told.notes.append(f"{name}: its numbers are {error:.2%} (RMS) off those that were trained")
+        if evaluation:
+            loss = mean_loss(model, evaluation)
+            told.scores.insert(1, (f"with the {name}", f"{summary.loss_before:.4f}", f"{loss:.4f}"))
+    return Outcome(directory, model, summary, told, peak, error)
+
+
+def _frozen(model: Model) -> str:
+    """What the frozen weights take, in words."""
+    bits = f", {model.bits:.3f} bits for each number that is quantized" if model.bits else ""
+    return f"frozen weights take {report.size(model.nbytes)}{bits}"
 
 
 def _stated(resolved: Resolved, rows: Data, directory: Path) -> Resolved:

@@ -44,7 +44,8 @@ def test_a_run_directory_holds_what_others_rely_on(resolve, tmp_path):
     records = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records if "loss" in r] == list(range(1, 11))
     assert [r["step"] for r in records if "eval_loss" in r] == [0, 5, 10]
-    assert {"step", "loss", "lr", "grad_norm", "tokens_per_second", "supervised_per_second"} == records[1].keys()
+    speeds = {"tokens_per_second", "supervised_per_second"}
+    assert {"step", "loss", "lr", "grad_norm", "peak_bytes", *speeds} == records[1].keys()
     assert outcome.summary.loss_after < outcome.summary.loss_before
 
 
@@ -106,6 +107,16 @@ def test_the_report_has_losses_a_sample_files_and_commands(resolve):
         assert part in text
     assert f"refpeft generate --adapter {outcome.directory} 'is " in text
     assert f"refpeft merge --adapter {outcome.directory} --out merged" in text
+
+
+def test_the_memory_of_a_run_is_told(resolve):
+    outcome = train(resolve(quantizer="nf4"))
+    told = outcome.as_dict()
+    assert told["frozen_bytes"] == outcome.model.nbytes
+    assert told["frozen_bits"] == pytest.approx(4.5, abs=0.05)  # a little more: the last block of a weight is short
+    assert 2**20 < told["peak_bytes"] < 2**40
+    assert f"{outcome.model.bits:.3f} bits for each number that is quantized; the run took" in outcome.report.text()
+    assert train(resolve()).as_dict()["frozen_bits"] is None
 
 
 def test_two_methods_get_a_folder_each_and_no_advice_to_merge_what_cannot_be(resolve):

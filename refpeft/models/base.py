@@ -272,6 +272,13 @@ class Model:
         """Bytes of the frozen weights as they are kept."""
         return sum(w.nbytes for w in self.frozen.values())
 
+    @property
+    def bits(self) -> float | None:
+        """Bits that a number of the quantized weights takes, constants included; None where none is quantized."""
+        quantized = [weight for weight in self.frozen.values() if isinstance(weight, Quantized)]
+        numbers = sum(math.prod(weight.shape) for weight in quantized)
+        return 8 * sum(weight.nbytes for weight in quantized) / numbers if numbers else None
+
     def trained(self) -> Iterator[tuple[str, Tensor]]:
         """(name, Tensor) of everything that the attached adapters train."""
         for adapter in self.adapters:
