@@ -4,7 +4,7 @@ The weights of LLM.int8() (Dettmers et al., 2022, arXiv:2208.07339, section 2.1)
 stay as they are. A row runs along the last axis. code = round(weight * (127 / scale)) in float32, ties to even; a row
 of zeros, or of magnitudes below 4e-37, is zeros; 2.6e36 is too large. Decoded: code * scale, rounded, times
 float32(1 / 127), rounded.
-With `compat` weights become float16 first, as in bitsandbytes, on a CPU as on a GPU.
+With `compat` weights become float16 first, as in bitsandbytes; on a CPU 127 / scale is (1 / scale) * 127 then.
 """
 
 from dataclasses import dataclass
@@ -32,7 +32,8 @@ def quant_pack(weight, cfg):
     step = max(1, CHUNK // rows.shape[1])
     for at in range(0, len(rows), step):
         some = slice(at, at + step)
-        codes[some], scale[some] = _quantize(rows[some] if cfg.compat == "none" else _in_float16(rows[some]))
+        part = rows[some] if cfg.compat == "none" else _in_float16(rows[some])
+        codes[some], scale[some] = _quantize(part, cfg.compat)
     return {"codes": codes.reshape(weight.shape), "scale": scale.reshape(weight.shape[:-1])}
 
 
@@ -44,10 +45,11 @@ def quant_unpack(parts, cfg, shape, dtype):
     return values.astype(dtype, copy=False)
 
 
-def _quantize(rows):
+def _quantize(rows, compat):
     xp = xp_of(rows)
     scale = xp.abs(rows).max(axis=1)
-    factor = 127 / xp.maximum(scale, LEAST) * (scale >= LEAST)
+    divisor = xp.maximum(scale, LEAST)
+    factor = (1 / divisor * 127 if compat == "bnb-cpu" else 127 / divisor) * (scale >= LEAST)
     return xp.rint(rows * factor[:, None]), scale
 
 

@@ -117,7 +117,7 @@ def test_the_mean_is_that_of_torch_whatever_its_order(count, threads):
     assert compat.torch_mean(vector, threads) == torch.from_numpy(vector).mean().numpy()
 
 
-@pytest.mark.parametrize("shape", [(64, 256), (33, 65), (5, 1)])
+@pytest.mark.parametrize("shape", [(64, 256), (33, 65), (5, 1), (512, 512)])
 def test_codes_scales_and_values_of_int8_are_those_of_bitsandbytes(shape):
     weight = some(normal(*shape), slice(2, 4), 0)
     codes, scale, _ = bnb.int8_vectorwise_quant(torch.from_numpy(weight).half())
