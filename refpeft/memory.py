@@ -15,7 +15,7 @@ import numpy as np
 from refpeft import api, fused, report
 from refpeft.backend import COMPUTE_DTYPES, bfloat16
 from refpeft.batches import Batch
-from refpeft.config import RunConfig
+from refpeft.config import RunConfig, Train
 from refpeft.models.base import Model
 from refpeft.models.checkpoint import Checkpoint
 from refpeft.optim import OPTIMIZERS
@@ -23,7 +23,7 @@ from refpeft.quant import Quantizer
 from refpeft.tensor import Node
 
 _PROBED = 4  # tokens of a row whose tape is measured
-_SAMPLED_ROWS = 64  # rows of a weight that are quantized to learn how many bytes it takes
+_SAMPLED = 2**20  # numbers of a weight that are quantized to learn how many bytes it takes
 BEFORE_ACTIVATIONS = 4  # so many parts of `by_part` are there before a step and after it
 
 # ---- the model without its weights -----------------------------------------------------------------------------------
@@ -135,8 +135,8 @@ def _kind(model: Model, name: str) -> str:
 
 
 def _quantized_bytes(quantizer: Quantizer, shape: tuple[int, ...]) -> int:
-    """Bytes of a weight of this shape, from those of some of its rows."""
-    sample = np.ones((min(_SAMPLED_ROWS, shape[0]), *shape[1:]), np.float32)
+    """Bytes of a weight of this shape, from those of some of its rows (of all, where it is small)."""
+    sample = np.ones((min(-(-_SAMPLED // math.prod(shape[1:])), shape[0]), *shape[1:]), np.float32)
     return round(quantizer(sample, np.dtype("f4")).nbytes * math.prod(shape) / sample.size)
 
 
@@ -180,6 +180,17 @@ def lines(memory: dict[str, int], frozen: dict[str, dict[str, float]]) -> list[s
             kinds = [(part, nbytes)]
         rows += [(f"  {kind}", report.size(count)) for kind, count in kinds]
     return report.table([*rows, ("  in all", report.size(sum(memory.values())))])
+
+
+def lighter(train: Train) -> list[str]:
+    """What makes a step take less memory, in the words of options."""
+    possible = {
+        "--paged keeps the optimizer's state elsewhere": not train.paged,
+        "--optimizer adamw8bit keeps it in a quarter": train.optimizer == "adamw",
+        "--set train.checkpoint_activations=true keeps only the inputs of layers": not train.checkpoint_activations,
+        "--set train.micro_batch=1 computes the same step one row at a time": train.rows_at_a_time > 1,
+    }
+    return [remedy for remedy, helps in possible.items() if helps]
 
 
 def _largest_dense(model: Model, dtype: str, quantized: bool) -> int:

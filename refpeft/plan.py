@@ -179,12 +179,6 @@ def _advice(resolved: Resolved, parts: dict[str, int], free: int | None) -> list
     notes = [
         f"{report.size(total)} is more than the {report.size(free)} that are free; the largest part is {largest!r}"
     ]
-    train = resolved.run.train
-    if largest.startswith("activations"):
-        if not train.checkpoint_activations:
-            notes.append("--set train.checkpoint_activations=true keeps only the inputs of layers")
-        if train.rows_at_a_time > 1:
-            notes.append("--set train.micro_batch=1 computes the same step one row at a time")
-    elif largest == "weights" and not resolved.run.quantizer:
+    if largest == "weights" and not resolved.run.quantizer:
         notes.append("--quantizer nf4 --double-quant keeps weights in half a byte each, --dtype bfloat16 in two")
-    return notes
+    return notes + memory.lighter(resolved.run.train)

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from . import backend, files, schedule
+from . import backend, files, memory, schedule
 from .backend import Array, to_host
 from .batches import Batch, Batches, split
 from .config import Train as Settings
@@ -182,17 +182,11 @@ class Trainer:
         try:
             yield
         except MemoryError as error:
-            s, xp = self.settings, self.model.xp
-            helps = {
-                "--paged keeps the optimizer's state elsewhere": not s.paged,
-                "--optimizer adamw8bit keeps it in a quarter": s.optimizer == "adamw",
-                "--set train.micro_batch=1 computes a row at a time": s.rows_at_a_time > 1,
-                "a smaller rank, or fewer targets, train less": True,
-            }
             what = f": {str(error).rstrip('.')}" if str(error) else ""
-            free = "" if xp is np else f"; {xp.cuda.runtime.memGetInfo()[0]:,} bytes of the GPU are free"
-            remedies = "; ".join(remedy for remedy, possible in helps.items() if possible)
-            raise RefpeftError(f"out of memory{what}{free}. What helps: {remedies}") from None
+            free = memory.free_memory("cpu" if self.model.xp is np else "cuda")
+            left = f"; {free:,} bytes are free" if free is not None else ""
+            helps = "; ".join([*memory.lighter(self.settings), "a smaller rank, or fewer targets, train less"])
+            raise RefpeftError(f"out of memory{what}{left}. What helps: {helps}") from None
 
     def _tell(self, **record: Any) -> None:
         for listener in self.listeners:

@@ -7,11 +7,12 @@ import pytest
 import tiny_files
 
 import refpeft
-from refpeft import config, memory, plan
+from refpeft import config, memory, plan, report
 from refpeft.batches import collate
 from refpeft.data import load_data
 from refpeft.errors import RefpeftError
 from refpeft.models.checkpoint import Checkpoint
+from refpeft.optim import OPTIMIZERS, Flat
 
 
 @pytest.fixture
@@ -66,6 +67,15 @@ def test_activations_take_as_much_as_was_planned(resolve, method):
     for example in longest:
         example.supervised[:] = True  # the plan takes every token to be learned
     assert planned == pytest.approx(memory.tape_bytes(model, collate([[example] for example in longest])), rel=0.1)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_the_optimizer_takes_as_much_as_was_planned(resolve, optimizer):
+    flat = Flat(refpeft.attach(refpeft.load("model"), "lora").params.items())
+    state = sum(array.nbytes for array in OPTIMIZERS[optimizer](flat).state.values())
+    assert plan.plan(resolve(f"train.optimizer={optimizer}")).memory[f"optimizer ({optimizer})"] == state
+    paged = plan.plan(resolve(f"train.optimizer={optimizer}", "train.paged=true")).memory
+    assert paged[f"optimizer ({optimizer}, {report.size(state)} paged)"] <= state
 
 
 def test_recomputed_activations_take_less(resolve):
