@@ -73,7 +73,7 @@ def quant_unpack(parts, cfg, shape, dtype):
 def _blocks(array, cfg):
     """(rows, blocks, weights that share constants)."""
     whole = array.reshape(-1) if cfg.per == "tensor" else array
-    return blocks_of(whole, cfg.group if cfg.per == "group" else whole.shape[-1])
+    return blocks_of(whole, min(cfg.group, whole.shape[-1]) if cfg.per == "group" else whole.shape[-1])
 
 
 def _nearest_step(values, whole):

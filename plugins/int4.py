@@ -30,7 +30,7 @@ class Config:
 @hookimpl
 def quant_pack(weight, cfg):
     xp = xp_of(weight)
-    groups = blocks_of(weight, cfg.group)
+    groups = blocks_of(weight, min(cfg.group, weight.shape[-1]))
     scale = xp.abs(groups).max(axis=2) / 7
     step = xp.maximum(scale, np.finfo("f4").tiny)  # smaller numbers are 0 on a GPU
     codes = (xp.rint(groups / step[..., None]) + ZERO).astype("u1")
@@ -40,7 +40,7 @@ def quant_pack(weight, cfg):
 @hookimpl
 def quant_unpack(parts, cfg, shape, dtype):
     codes = unpack_nibbles(parts["packed"], prod(shape)).reshape(shape)
-    values = blocks_of(codes, cfg.group).astype("f4")
+    values = blocks_of(codes, min(cfg.group, shape[-1])).astype("f4")
     values -= ZERO
     values *= parts["scale"][..., None]
     return rows_of(values, shape).astype(dtype, copy=False)

@@ -81,6 +81,12 @@ def test_the_device_makes_the_same_bits(monkeypatch):
     assert np.array_equal(to_host(back), quantizer.dense(here, weight.shape, F4))
 
 
+def test_a_group_longer_than_the_row_is_the_row():
+    weight = normal(3, 50)
+    long, row = (make_quantizer("int4", {"group": group}).pack(weight) for group in (10**15, 50))
+    assert all(np.array_equal(long[name], part) for name, part in row.items())
+
+
 def test_a_group_of_nothing_is_refused():
     with pytest.raises(RefpeftError, match="group must be at least 1"):
         make_quantizer("int4", {"group": 0})
