@@ -140,6 +140,15 @@ def held_out_file(adapter: str | Path | None) -> Path:
 
 
 @dataclass(frozen=True)
+class Stored:
+    """An adapter in a quantizer's format beside the trained one: its relative error (RMS) and its held-out loss."""
+
+    quantizer: str
+    error: float
+    loss: float | None
+
+
+@dataclass(frozen=True)
 class Outcome:
     """What a finished run gives back."""
 
@@ -148,14 +157,14 @@ class Outcome:
     summary: Summary
     report: report.Report
     peak: int  # bytes of memory, at most
-    adapter_error: float | None = None  # of the saved adapter against the trained one, where it is quantized
+    stored: Stored | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """For --json."""
         kept = ("steps", "loss_before", "loss_after", "best_loss", "best_step", "stopped_early")
         scores = {name: (before, after) for name, before, after in self.report.scores}
         numbers = {name: getattr(self.summary, name) for name in kept}
-        numbers |= {} if self.adapter_error is None else {"adapter_error": self.adapter_error}
+        numbers |= {"adapter": dataclasses.asdict(self.stored)} if self.stored else {}
         numbers |= {"frozen_bytes": self.model.nbytes, "frozen_bits": self.model.bits, "peak_bytes": self.peak}
         return {"directory": str(self.directory), **numbers, "scores": scores}
 
@@ -206,18 +215,15 @@ def train(resolved: Resolved, directory: Path, resume: bool = False, say: Callab
         progress.close()
     seconds = time.monotonic() - started
     adapters.save(directory, model, quantizer=packer)
-    error = adapters.quantize(model, packer) if packer else None
+    stored = None
+    if packer:
+        error = adapters.quantize(model, packer)
+        stored = Stored(packer.name, error, mean_loss(model, evaluation) if evaluation else None)
     compare.ask()
-    told = _report(run, directory, summary, compare, seconds)
+    told = _report(run, directory, summary, stored, compare, seconds)
     peak = report.peak(run.device)
     told.notes.append(f"{_frozen(model)}; the run took {report.size(peak)} of memory at most")
-    if packer:
-        name = f"adapter in {packer.name}"
-        told.notes.append(f"{name}: its numbers are {error:.2%} (RMS) off those that were trained")
-        if evaluation:
-            loss = mean_loss(model, evaluation)
-            told.scores.insert(1, (f"with the {name}", f"{summary.loss_before:.4f}", f"{loss:.4f}"))
-    return Outcome(directory, model, summary, told, peak, error)
+    return Outcome(directory, model, summary, told, peak, stored)
 
 
 def _frozen(model: Model) -> str:
@@ -273,7 +279,9 @@ def _prompt(example: Example) -> np.ndarray:
     return example.ids[: max(1, int(example.supervised.argmax()))]
 
 
-def _report(run: RunConfig, directory: Path, summary: Summary, compare: Comparison, seconds: float) -> report.Report:
+def _report(
+    run: RunConfig, directory: Path, summary: Summary, stored: Stored | None, compare: Comparison, seconds: float
+) -> report.Report:
     scores, notes = [], []
     if summary.loss_before is not None and summary.loss_after is not None:
         scores.append(("held-out loss", f"{summary.loss_before:.4f}", f"{summary.loss_after:.4f}"))
@@ -281,6 +289,10 @@ def _report(run: RunConfig, directory: Path, summary: Summary, compare: Comparis
         part = max(1, len(summary.train_losses) // 10)
         first, last = (sum(losses) / part for losses in (summary.train_losses[:part], summary.train_losses[-part:]))
         notes.append(f"training loss: {first:.4f} in the first tenth, {last:.4f} in the last; nothing was held out")
+    if stored:
+        notes.append(f"the adapter is saved in {stored.quantizer}, {stored.error:.2%} (RMS) off the trained one")
+        if stored.loss is not None:
+            scores.append((f"with the adapter in {stored.quantizer}", "", f"{stored.loss:.4f}"))
     if compare.exact:
         scores.append(("exact match", *(f"{compare.score(said):.1%}" for said in compare.said)))
     if summary.stopped_early:
