@@ -14,13 +14,14 @@ from refpeft.batches import Batch, collate
 from refpeft.conformance.compare import compare
 from refpeft.conformance.vectors import Arrays, Case, cases
 from refpeft.data import Example
-from refpeft.models.base import Model
+from refpeft.models.base import Frozen, Model
 from refpeft.models.checkpoint import expected_tensors
 from refpeft.models.config import from_hf
 from refpeft.models.decoder import Decoder
 from refpeft.models.gpt2 import GPT2
+from refpeft.models.quantized_files import tensors_of
 from refpeft.optim import OPTIMIZERS, AdamW, Flat
-from refpeft.quant import Dense
+from refpeft.quant import Dense, Quantized
 from refpeft.rng import Stream, philox4x32
 from refpeft.sites import Adapter, Train, attach, merge
 from refpeft.tensor import Tensor, parameter
@@ -214,6 +215,8 @@ def run_site(case: Case, given: Arrays, dtype: str) -> Arrays:
     weights = {f"site.{name}": given[name] for name in ("weight", "bias") if name in given}
     model = Model(None, frozen(weights, dtype), np.dtype(dtype))
     has_bias = "bias" in given
+    if case.name == "loftq":
+        return run_loftq(options, weights, given, dtype)
     if case.at in ("linear", "conv1d"):
         site = model.linear("site", "q", bias=has_bias, transposed=case.at == "conv1d")
     elif case.at == "embedding":
@@ -244,6 +247,22 @@ def run_site(case: Case, given: Arrays, dtype: str) -> Arrays:
         weight = site.weight()
         answer |= {"merged.weight": weight.T if case.at == "conv1d" else weight, "merged.bias": site.bias}
     return answer
+
+
+def run_loftq(options: dict, arrays: Arrays, given: Arrays, dtype: str) -> Arrays:
+    """The base and the update of first values, and what they compute together."""
+    quantizer, dense = make_quantizer(options.pop("quantizer"), {"block": options.pop("block")}), frozen(arrays, dtype)
+
+    def weights(name: str, linear: bool = False, transposed: bool = False) -> Frozen:
+        array = dense(name, linear, transposed)
+        return quantizer(array(), np.dtype(dtype)) if linear else array
+
+    model = Model(None, weights, np.dtype(dtype))
+    site = model.linear("site", "q")
+    adapter = attach(model, "loftq", options)
+    values = {name: tensor.data for name, tensor in adapter.params.items()}
+    update = adapter.cfg.scale * values["site.B"] @ values["site.A"]
+    return {"base": site.weight(), "update": update, "y": site(Tensor(given["x"])).data}
 
 
 def linear_block(weight: np.ndarray) -> Callable[[Tensor], Tensor]:
@@ -300,6 +319,10 @@ def run_quantizer(case: Case, given: Arrays, dtype: str) -> Arrays:
     if case.at == "encode":
         parts = quantizer.pack(given["weight"])
         return {name: parts[part_of(case, name)] for name in case.checks}
+    if case.at == "file":
+        parts = {part_of(case, name): array for name, array in given.items()}
+        weight = Quantized(quantizer, parts, case.config["shape"], np.dtype(dtype))
+        return tensors_of("q_proj.weight", weight, case.config.get("dtype"))
     x = given.pop("x_codes") * given.pop("x_scale")[:, None] / 127 if case.at == "linear" else None
     own_maps = case.level == "must"
     parts = {

@@ -8,8 +8,19 @@ from fnmatch import fnmatch
 import common
 
 SCRIPTS = (
-    *("ops", "fused", "random_numbers", "models", "blocks", "method_sites", "methods", "optimizers", "eight_bits"),
-    *("nf4", "codebooks", "decoding", "bitsandbytes_rules", "integers", "small_floats", "gguf_formats"),
+    *(
+        "ops",
+        "fused",
+        "random_numbers",
+        "models",
+        "blocks",
+        "method_sites",
+        "methods",
+        "loftq",
+        "optimizers",
+        "eight_bits",
+    ),
+    *("nf4", "codebooks", "files", "decoding", "bitsandbytes_rules", "integers", "small_floats", "gguf_formats"),
 )
 
 
