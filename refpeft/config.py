@@ -155,7 +155,8 @@ class Resolved:
         for table, model in tables.items():
             found |= {f"{table}.{name}": getattr(model, name) for name in type(model).model_fields}
         for table, options in self.options.items():
-            found |= {f"{table}.{field.name}": getattr(options, field.name) for field in dataclasses.fields(options)}
+            fields = dataclasses.fields(options) if options else ()  # a plugin without a Config has none
+            found |= {f"{table}.{field.name}": getattr(options, field.name) for field in fields}
         return found
 
 

@@ -71,7 +71,8 @@ class Quantizer:
 
     def __str__(self) -> str:
         options = ", ".join(f"{key} = {value}" for key, value in self.options.items())
-        return f"{self.name} ({options})" + (" with double quantization" if self.constants else "")
+        said = f"{self.name} ({options})" if options else self.name
+        return said + (" with double quantization" if self.constants else "")
 
     def serves_as(self, other: Quantizer) -> bool:
         """Whether weights of this format are what `other` asks for: its options, double quantization at least."""

@@ -175,6 +175,7 @@ def test_the_embedded_run_s_own_file_is_the_lowest_layer_of_such_a_run_alone(wri
 def test_two_methods_and_a_quantizer_have_a_table_each(write):
     resolved = config.resolve(write('method = ["rank", "other"]\nquantizer = "whole"\n[rank]\nr = 1\n[other]\nr = 2\n'))
     assert (resolved.options["rank"].r, resolved.options["other"].r, resolved.options["whole"]) == (1, 2, None)
+    assert not any(key.startswith("whole.") for key in resolved.values())
     assert mistakes(write('method = ["rank", "rank"]\n')) == ["run.toml:1: method 'rank' is named twice"]
     assert mistakes(write("method = []\n")) == ["run.toml:1: method is []: expected at least one name"]
     assert mistakes(write('method = "whole"\n'))[0].startswith("run.toml:1: 'whole' is not a method")
