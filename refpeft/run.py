@@ -185,6 +185,8 @@ def train(resolved: Resolved, directory: Path, resume: bool = False, say: Callab
     compare = Comparison(model, held_out, exact=data_files(run)[1] == HERE / "held_out.jsonl")
     compare.ask()
     for method in run.methods:
+        if manager.hook(manager.load(method), "peft_fit"):
+            say(f"{method} is fitted to the weights: with large ones this takes minutes")
         sites.attach(model, method, resolved.options[method], seed=run.seed)
     trained = sum(adapter.size for adapter in model.adapters)
     packer = api.make_quantizer(run.adapter_quantizer, resolved.options.get(run.adapter_quantizer))
