@@ -4,7 +4,7 @@ The rules (refpeft.compat has those of bitsandbytes where they differ):
 - Blocks run over the flattened array; the last one may be short, and is treated as any other.
 - All arithmetic is float32. absmax is a block's largest magnitude; a value is multiplied by the rounded 1 / absmax.
 - The code is that of the nearest level: a scaled value on the midpoint of two takes the lower, equal levels the first.
-- A block of zeros (or of values whose magnitudes are below float32's smallest normal number) decodes to zeros.
+- A block of zeros, or of magnitudes below float32's smallest normal number, has absmax 0 and decodes to zeros.
 - Codes of 16 levels lie two in a byte, the first in the high half; an unused half is the code of 0.
 - A decoded value is level * absmax, rounded to float32 and then to the dtype that is asked for.
 - NaN and infinity are refused before (refpeft.quant).
@@ -50,13 +50,18 @@ def reciprocal(absmax: Array) -> Array:
 def encode(
     array: Array, block: int, book: Book, reciprocal: Callable[[Array], Array] = reciprocal
 ) -> tuple[Array, Array]:
-    """(codes, absmax (blocks,)) of a finite float32 array; codes are a uint8 vector, two in a byte for 16 levels."""
+    """(codes, absmax (blocks,)) of a finite float32 array; codes are a uint8 vector, two in a byte for 16 levels.
+
+    `reciprocal` says by what a block is multiplied, given its absmax; where by 0, it is a block of zeros.
+    """
     xp = xp_of(array)
     if xp is np:
         return blockwise_numpy.encode(array, block, book, reciprocal)
     blocks = xp.pad(array.reshape(-1), (0, -array.size % block)).reshape(-1, block)
     absmax = xp.abs(blocks).max(axis=1)
-    scaled = blocks * reciprocal(absmax)[:, None]
+    factor = reciprocal(absmax)
+    absmax *= factor > 0
+    scaled = blocks * factor[:, None]
     codes = book.codes[xp.searchsorted(book.bounds, scaled.reshape(-1))]
     if len(book.levels) == 16:
         return pack_nibbles(codes, unused=0)[: (array.size + 1) // 2], absmax

@@ -18,8 +18,8 @@ import numpy as np
 if TYPE_CHECKING:
     from .blockwise import Book
 
-ENCODED, DECODED = 1 << 15, 1 << 17
-"""Elements in a chunk; whole blocks. Encoding passes over one thirty times, decoding twice."""
+CHUNK = 1 << 17
+"""Elements worked on at a time, whole blocks: what is needed for them fits in the second-level cache."""
 
 THREADS = min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 WORTH_A_THREAD = 1 << 18  # elements
@@ -36,22 +36,24 @@ def encode(
     in_order = np.array_equal(book.codes, np.arange(len(book.codes)))
 
     def span(start: int, stop: int) -> None:
-        size = min(stop - start, ENCODED)
+        size = min(stop - start, CHUNK)
         scratch, ranks, above = np.empty(size, "f4"), np.empty(size, "u1"), np.empty(size, bool)
-        for at in range(start, stop, ENCODED):
-            end = min(at + ENCODED, stop)
+        for at in range(start, stop, CHUNK):
+            end = min(at + CHUNK, stop)
             blocks, scaled = flat[at:end].reshape(-1, block), scratch[: end - at].reshape(-1, block)
             top = absmax[at // block : end // block]
             np.abs(blocks, out=scaled)
             scaled.max(axis=1, out=top)
-            np.multiply(blocks, reciprocal(top)[:, None], out=scaled)
+            factor = reciprocal(top)
+            top *= factor > 0
+            np.multiply(blocks, factor[:, None], out=scaled)
             found = _ranks(scaled.reshape(-1), book.bounds, ranks[: end - at], above[: end - at])
             if not in_order:
                 found = book.codes[found]
             codes[at // per_byte : end // per_byte] = _pack_nibbles(found) if per_byte == 2 else found
 
     whole = flat.size - flat.size % block
-    _in_parallel(span, whole, ENCODED)
+    _in_parallel(span, whole)
     if whole < flat.size:  # the short last block, filled up with zeros
         last = np.zeros(block, "f4")
         last[: flat.size - whole] = flat[whole:]
@@ -70,9 +72,9 @@ def decode(
 
     def span(start: int, stop: int) -> None:
         direct = dtype == np.float32
-        scratch = values if direct else np.empty(min(stop - start, DECODED), "f4")
-        for at in range(start, stop, DECODED):
-            end = min(at + DECODED, stop)
+        scratch = values if direct else np.empty(min(stop - start, CHUNK), "f4")
+        for at in range(start, stop, CHUNK):
+            end = min(at + CHUNK, stop)
             part = values[at:end] if direct else scratch[: end - at]
             # mode="clip" because np.take with another mode writes to a copy first
             np.take(table, codes[at // per_byte : end // per_byte], out=part.view(table.dtype), mode="clip")
@@ -83,7 +85,7 @@ def decode(
             if not direct:
                 values[at:end] = part
 
-    _in_parallel(span, values.size, DECODED)
+    _in_parallel(span, values.size)
     return values[:count].reshape(shape)
 
 
@@ -134,10 +136,10 @@ def _pairs(levels: np.ndarray) -> np.ndarray:
     return levels[np.stack((byte >> 4, byte & 15), axis=1)].view("f8").reshape(-1)
 
 
-def _in_parallel(function: Callable[[int, int], None], count: int, chunk: int) -> None:
-    """function(start, stop) for spans that make up range(count) and start at multiples of `chunk`."""
+def _in_parallel(function: Callable[[int, int], None], count: int) -> None:
+    """function(start, stop) for spans that make up range(count) and start at multiples of CHUNK."""
     threads = max(1, min(THREADS, count // WORTH_A_THREAD))
-    step = -(-count // (threads * chunk)) * chunk
+    step = -(-count // (threads * CHUNK)) * CHUNK
     spans = [(start, min(start + step, count)) for start in range(0, count, step or 1)]
     others = [_pool().submit(function, *span) for span in spans[1:]]
     if spans:

@@ -27,7 +27,7 @@ from .blockwise import Book
 Compat = Literal["none", "bnb-cpu", "bnb-cuda"]
 
 SMALLEST = np.float32(1e-38)
-TO_INFINITY = np.float32(2.0**-128)  # the largest number whose reciprocal is more than float32 holds
+FINITE = np.nextafter(np.float32(2.0**-128), np.float32(1))  # the least number whose reciprocal float32 holds
 
 
 def encode(array: Array, block: int, book: Book, compat: Compat) -> tuple[Array, Array]:
@@ -62,10 +62,8 @@ def _encode_4_bits_on_cpu(array: Array, block: int, book: Book) -> tuple[Array, 
 
 def _encode_8_bits_on_cpu(array: Array, block: int, book: Book) -> tuple[Array, Array]:
     xp = xp_of(array)
-    codes, absmax = blockwise.encode(
-        array, block, book, lambda absmax: (absmax > TO_INFINITY) / xp.maximum(absmax, TO_INFINITY)
-    )
-    infinite = (absmax <= TO_INFINITY).repeat(block)[: codes.size]
+    codes, absmax = blockwise.encode(array, block, book, lambda absmax: 1 / xp.maximum(absmax, FINITE))
+    infinite = (absmax < FINITE).repeat(block)[: codes.size]
     codes[infinite] = (array.reshape(-1)[infinite] > 0) * 255  # 0 * infinity is NaN, whose bin is the first
     return codes, absmax
 
@@ -88,11 +86,12 @@ def both_zeros(levels: np.ndarray, xp: ModuleType = np) -> Book:
 def cut_decimals(levels: np.ndarray, xp: ModuleType = np) -> Book:
     """FP4's book on a GPU: thresholds of the magnitude, and then the sign of what is below 0."""
     above = np.array([0.00260417, 0.0859375, 0.20833333, 0.29166667, 0.4166667, 0.583333, 0.8333333], "f4")
-    zero = -np.finfo("f4").smallest_subnormal
     below = np.nextafter(-above[::-1], np.float32(-1))  # a magnitude on a threshold takes the lower
     order = np.argsort(levels[:8])
     levels = np.where(np.arange(16) == 8, -levels, levels)  # code 8 is decoded to minus zero
-    return _book(levels, np.concatenate((below, [zero], above)), np.concatenate((8 + order[::-1], order)), xp)
+    return _book(
+        levels, np.concatenate((below, [-blockwise.TINY], above)), np.concatenate((8 + order[::-1], order)), xp
+    )
 
 
 def ties_to_even(levels: np.ndarray, xp: ModuleType = np) -> Book:

@@ -39,7 +39,7 @@ def on_device(monkeypatch):
 @pytest.mark.parametrize("count", [1, 31, 32, 64, 65, 1000, 4096])
 @pytest.mark.parametrize("threads, chunk", [(1, 128), (3, 64), (4, 1 << 15)])
 def test_the_fast_code_has_the_bits_of_the_plain_code(on_device, monkeypatch, name, count, threads, chunk):
-    for constant, value in {"THREADS": threads, "WORTH_A_THREAD": 1, "ENCODED": chunk, "DECODED": chunk}.items():
+    for constant, value in {"THREADS": threads, "WORTH_A_THREAD": 1, "CHUNK": chunk}.items():
         monkeypatch.setattr(blockwise_numpy, constant, value)
     weight = normal(count, seed=count)
     weight[3:40] = 0
@@ -58,7 +58,7 @@ def test_neither_chunks_nor_threads_change_a_bit_of_a_large_weight(monkeypatch):
     weight = normal(1500, 801)
     book, found = blockwise.nearest(LEVELS["two signs"]), set()
     for threads, chunk in ((1, 1 << 22), (1, 4096), (2, 1 << 15), (3, 1 << 17)):
-        for constant, value in {"THREADS": threads, "ENCODED": chunk, "DECODED": chunk}.items():
+        for constant, value in {"THREADS": threads, "CHUNK": chunk}.items():
             monkeypatch.setattr(blockwise_numpy, constant, value)
         codes, absmax = blockwise.encode(weight, 64, book)
         values = blockwise.decode(codes, absmax, 64, book.levels, weight.shape, np.dtype("f4"))

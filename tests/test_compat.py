@@ -22,6 +22,8 @@ def codes_of(book, scaled):
 
 
 def fp4_on_cuda(x):
+    if abs(x) < np.finfo("f4").tiny:
+        return 0
     sign, x = (8 if x < 0 else 0), abs(x)
     if x > np.float32(0.29166667):
         if x > np.float32(0.583333):
