@@ -210,7 +210,9 @@ class AdamW8bit(AdamW):
     A step decodes them, computes as AdamW does, updates the values from the new moments before these are rounded, and
     encodes them: in blocks of 256 of the flat buffer, m with the signed dynamic map and v with the unsigned one, to the
     nearest level. Zero is a level of both, so a value without gradients never moves (bitsandbytes 0.50 on the CPU
-    looks codes up in a table of 65,536 bins that has no zero, and moves it).
+    looks codes up in a table of 65,536 bins that has no zero, and moves it). The other side of that zero: where all
+    gradients of a value are below 1/2,500 of the largest in its block, its v is kept as 0 but its m is not, and its
+    steps become far too long; so it is in the paper and in bitsandbytes' CUDA kernels, too.
     """
 
     BLOCK = 256
