@@ -156,7 +156,7 @@ def dynamic8_cases() -> Iterator[Case]:
     levels = np.stack([NESTED_MAP, NESTED_MAP * f32(0.1)])
     wide = draw.normal(2, 300) * np.exp(draw.normal(2, 300, scale=3))
     rows = [  # variant, weight, offset, flags, comment
-        ("normal", draw.normal(2, 256), False, "CoarseTable DynamicMap", ""),
+        ("normal", draw.normal(2, 256), False, "DynamicMap", ""),
         ("wide", wide, False, "CoarseTable DynamicMap ShortBlock", "from 1e-4 to 1e4; the last block has 88 elements"),
         ("levels", levels, False, "DynamicMap", "the levels' own values"),
         (

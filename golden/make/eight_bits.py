@@ -11,13 +11,12 @@ from itertools import count
 
 import numpy as np
 import torch
-from bitsandbytes import functional as bnb
 from common import Case, Compute, Draw, run
-from nf4 import NESTED_MAP, f32
+from nf4 import NESTED_MAP, dynamic_map, f32
 from optimizers import STEPS, trace
 
 BLOCK = 256
-MAPS = {"m": NESTED_MAP, "v": bnb.create_dynamic_map(signed=False).numpy()}
+MAPS = {"m": NESTED_MAP, "v": dynamic_map(signed=False)}
 ERRORS = 4 * np.finfo(f32).eps
 """What float32 may be off by, as a share of a moment's terms. No moment is so near to the middle of two levels."""
 

@@ -119,8 +119,8 @@ def int4(config: dict) -> tuple[Encode, Decode]:
 
 # ---- cases -----------------------------------------------------------------------------------------------------------
 
-SIXTEENTHS = f32([-2.5, -1.5, -0.5, 0.5, 1.5, 2.5, 3.5, 9.0, -6.0, 4.5, 0.0, 8.5]) / f32(16)
-"""A range of 15 steps of 1/16 with the zero point 6: halves of a step are ties."""
+SIXTEENTHS = f32([-2.5, -1.5, -0.5, 0.5, 1.5, 2.5, 3.5, 8.0, -7.0, 4.5, 0.0, 7.5]) / f32(16)
+"""A range of 15 steps of 1/16 with the zero point 7: halves of a step are ties, and odd ones after adding 7."""
 
 
 def cases() -> Iterator[Case]:
@@ -146,6 +146,10 @@ def cases() -> Iterator[Case]:
         (
             "ties", SIXTEENTHS.reshape(1, -1), {"group": 12}, "AffineRounding",
             "halves of a step: round(weight / scale), a tie to the even number, then + zero point; scale is 1/16",
+        ),
+        (
+            "ties-zero", f32([8.5, -6.5, 1, -1, 2, 0, 0, 3]).reshape(1, -1), {"group": 8}, "AffineRounding",
+            "the zero point is a tie, 6.5: the even number, 6; scale is 1",
         ),
         (
             "nested", draw.normal(4, 64) * np.exp(draw.normal(4, 1)), {"nested": True}, "NestedZeroPoint",

@@ -7,6 +7,7 @@ witness wherever it follows them.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import bitsandbytes
 import numpy as np
@@ -23,7 +24,24 @@ CODEBOOK = f32([
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 ])  # fmt: skip
 BOUNDARIES = (CODEBOOK[:-1] + CODEBOOK[1:]) / f32(2)
-NESTED_MAP = bnb.create_dynamic_map().numpy()
+
+
+def dynamic_map(signed: bool) -> np.ndarray:
+    """bitsandbytes' create_dynamic_map; its torch.linspace has other last bits where a processor has no FMA."""
+    levels = [f32(0), f32(1)]
+    for i in range(7):
+        parts = 2**i if signed else 2 ** (i + 1)
+        width = (f32(1) - f32(0.1)) / f32(parts)  # from the nearer end, one rounding for each edge
+        half = (parts + 1) // 2
+        edges = [f32(np.float64(f32(0.1)) + np.float64(width) * k) for k in range(half)]
+        edges += [f32(1 - np.float64(width) * k) for k in range(parts - half, -1, -1)]
+        for low, high in pairwise(edges):
+            middle = f32(10.0 ** (i - 6)) * ((low + high) / f32(2))
+            levels += [middle, -middle] if signed else [middle]
+    return np.sort(f32(levels))
+
+
+NESTED_MAP = dynamic_map(signed=True)
 NESTED_BOUNDARIES = (NESTED_MAP[:-1] + NESTED_MAP[1:]) / f32(2)
 BLOCK, NESTED_BLOCK = 64, 256
 
