@@ -35,7 +35,8 @@ def book(xp, compat="none"):
 @hookimpl
 def quant_pack(weight, cfg):
     offset = {"offset": mean(weight, cfg.compat)} if cfg.offset else {}
-    weight = weight - offset.get("offset", 0)
+    if offset:
+        weight = weight - offset["offset"]
     codes, absmax = encode(weight, cfg.block, book(xp_of(weight), cfg.compat), cfg.compat)
     return {"codes": codes.reshape(weight.shape), "absmax": absmax} | offset
 
@@ -44,7 +45,9 @@ def quant_pack(weight, cfg):
 def quant_unpack(parts, cfg, shape, dtype):
     levels = parts.get("levels", book(xp_of(parts["codes"])).levels)
     values = decode(parts["codes"], parts["absmax"], cfg.block, levels, shape, np.dtype("f4"))
-    return (values + parts.get("offset", 0)).astype(dtype, copy=False)
+    if "offset" in parts:
+        values += parts["offset"]
+    return values.astype(dtype, copy=False)
 
 
 def mean(weight, rules):

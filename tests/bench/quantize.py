@@ -1,0 +1,69 @@
+"""Elements a second of quantizing and dequantizing 4 bits: refpeft and bitsandbytes, in turns, on the same CPU.
+
+    python tests/bench/quantize.py [--rows 2048] [--columns 2048] [--quantizer nf4] [--threads 1 2] [--repeats 31]
+
+Each number of threads runs in a process of its own. Medians of float32 weights in blocks of 64, and how many times
+faster refpeft is. bitsandbytes has a kernel for AVX-512, which takes rows that are multiples of 16; where the CPU has
+AVX-512, --columns 2056 measures its C++ for other CPUs. Needs the extra `oracle` for the peer.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+
+import numpy as np
+
+
+def measure(rows: int, columns: int, name: str, threads: int, repeats: int) -> None:
+    import torch
+    from bitsandbytes import functional as bnb
+
+    from refpeft import blockwise_numpy
+    from refpeft.quant import make_quantizer
+
+    blockwise_numpy.THREADS = threads
+    torch.set_num_threads(threads)
+    weight = np.random.default_rng(0).normal(0, 0.02, (rows, columns)).astype("f4")
+    tensor, quantizer = torch.from_numpy(weight), make_quantizer(name)
+    packed, state = bnb.quantize_4bit(tensor, quant_type=name, blocksize=64)
+    kept = quantizer(weight, np.dtype("f4"))
+    work = {
+        "quantize": {
+            "refpeft": lambda: quantizer.pack(weight),
+            "bitsandbytes": lambda: bnb.quantize_4bit(tensor, quant_type=name, blocksize=64),
+        },
+        "dequantize": {"refpeft": kept, "bitsandbytes": lambda: bnb.dequantize_4bit(packed, state)},
+    }
+    for what, sides in work.items():
+        seconds = {side: [] for side in sides}
+        for _ in range(repeats):  # in turns, so that other work on the machine slows down both
+            for side, function in sides.items():
+                started = time.perf_counter()
+                function()
+                seconds[side].append(time.perf_counter() - started)
+        ours, theirs = (weight.size / np.median(values) / 1e6 for values in seconds.values())
+        print(
+            f"{threads} threads  {what:10}  refpeft {ours:7.0f}  bitsandbytes {theirs:7.0f}  M/s  {ours / theirs:6.2f}x"
+        )
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    arguments.add_argument("--rows", type=int, default=2048)
+    arguments.add_argument("--columns", type=int, default=2048)
+    arguments.add_argument("--quantizer", choices=["nf4", "fp4"], default="nf4")
+    arguments.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    arguments.add_argument("--repeats", type=int, default=31)
+    given = arguments.parse_args()
+    if len(given.threads) == 1:
+        return measure(given.rows, given.columns, given.quantizer, given.threads[0], given.repeats)
+    for threads in map(str, given.threads):
+        # OpenMP's pool has the size that it was started with; its threads must not spin while refpeft's work
+        environment = os.environ | {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "passive"}
+        subprocess.run([sys.executable, *sys.argv, "--threads", threads], check=True, env=environment)
+
+
+if __name__ == "__main__":
+    main()
