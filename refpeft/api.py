@@ -74,8 +74,7 @@ def build(checkpoint: Checkpoint, dtype: str, xp: ModuleType = np, quantizer: Qu
         array = checkpoint.tensor(name)
         oriented = array.T if transposed else array
         if linear and quantizer is not None and not checkpoint.quantized:
-            single = np.ascontiguousarray(backend.cast(oriented, np.dtype("f4")))
-            kept = quantizer(xp.asarray(single), compute, name)
+            kept = quantizer(xp.asarray(backend.single(oriented)), compute, name)
         else:
             narrow = dtype == "bfloat16" and array.ndim == 2
             placed = xp.asarray(backend.cast(oriented, backend.bfloat16 if narrow else compute))

@@ -20,6 +20,9 @@ bfloat16 = np.dtype(ml_dtypes.bfloat16)
 COMPUTE_DTYPES = {"float32": np.dtype("f4"), "bfloat16": np.dtype("f4"), "float64": np.dtype("f8")}
 """What is computed in for each `--dtype`; bfloat16 is a way to store frozen weights (see quant.Dense)."""
 
+PIECE = 1 << 20
+"""Numbers that `single` casts at a time."""
+
 SMALL_MODEL = 20_000_000
 """Parameters below which BLAS is given one thread."""
 
@@ -79,3 +82,14 @@ def cast(array: Array, dtype: np.dtype) -> Array:
         wide <<= 16
         return wide.view("f4")
     return array.astype(dtype)
+
+
+def single(array: np.ndarray) -> np.ndarray:
+    """A host array as float32 in C order, itself where it is that: made in pieces, so that no other copy is needed."""
+    if array.dtype == np.float32 and array.flags.c_contiguous:
+        return array
+    whole = np.empty(array.shape, np.float32)
+    step = max(1, PIECE * len(array) // max(1, array.size))
+    for at in range(0, len(array), step):
+        whole[at : at + step] = cast(array[at : at + step], whole.dtype)
+    return whole

@@ -54,12 +54,12 @@ def quantize(
     chosen = make_quantizer(resolved.run.quantizer, resolved.options[resolved.run.quantizer], double_quant)
     checkpoint = open_checkpoint(resolve(model))
     columns = BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}")
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("", total=len(checkpoint.names), completed=-1)
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=len(checkpoint.names))
         made = saving.quantize(
             checkpoint, out, chosen, dtype, lambda name: progress.update(task, description=name, advance=1)
         )
-        progress.update(task, description="", advance=1)
     after = sum(file.stat().st_size for file in Path(out).glob("*.safetensors"))
     if as_json:
         found = {"model": model, "out": out, "quantizer": str(chosen), "bits": made.bits, "relative_rmse": made.error}

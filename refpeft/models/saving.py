@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from refpeft import files
-from refpeft.backend import bfloat16, cast, to_host
+from refpeft.backend import bfloat16, cast, single, to_host
 from refpeft.errors import RefpeftError
 from refpeft.models.base import Model
 from refpeft.models.checkpoint import Checkpoint, linear_weights
@@ -117,8 +117,10 @@ def quantize(
             stored = checkpoint.tensor(name)
             array = cast(stored, DTYPES[dtype]) if dtype else stored
             if name in linear:
-                weight = _quantized(name, array.T if transposed else array, quantizer, summary)
-                yield from tensors_of(name, weight, _computed(array.dtype)).items()
+                oriented = array.T if transposed else array
+                yield from tensors_of(
+                    name, _quantized(name, oriented, quantizer, summary), _computed(array.dtype)
+                ).items()
             else:
                 yield name, array
             files.let_go(stored)
@@ -129,15 +131,15 @@ def quantize(
 
 def _quantized(name: str, array: np.ndarray, quantizer: Quantizer, summary: Summary) -> Quantized:
     """The array quantized, and counted in the summary."""
-    single = np.ascontiguousarray(cast(array, np.dtype("f4")))
-    if not np.may_share_memory(single, array):
+    exact = single(array)
+    if exact is not array:
         files.let_go(array)
-    weight = quantizer(single, single.dtype, name)
+    weight = quantizer(exact, exact.dtype, name)
     difference = weight()
-    difference -= single
-    summary.numbers += single.size
+    difference -= exact
+    summary.numbers += exact.size
     summary.nbytes += weight.nbytes
-    summary.squares += _squares(single)
+    summary.squares += _squares(exact)
     summary.error_squares += _squares(difference)
     return weight
 
