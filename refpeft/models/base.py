@@ -133,7 +133,8 @@ class Model:
     def original(self, site: Site) -> Array:
         """The site's weight before it was quantized, read again: dense and (out, in), in the compute dtype.
 
-        Raises RefpeftError where the files have it quantized already.
+        Where the model keeps dense weights in bfloat16, it is rounded to that. Raises RefpeftError where the files have
+        it quantized already.
         """
         if isinstance(site.weight, Dense):
             return site.weight()
