@@ -2,7 +2,7 @@
 
 Beside the rules of refpeft.blockwise; "bnb-cpu" is bitsandbytes on a CPU, "bnb-cuda" on an NVIDIA GPU:
 - bnb-cpu, 4 bits: absmax counts as 1e-38 at least; a short last block keeps that as its absmax, and divides by it.
-- bnb-cpu, 8 bits: a code comes from a table of 65536 bins, which is not always the nearest, and never 0 for 0.
+- bnb-cpu, 8 bits: a code comes from a table of 65536 bins, which is not always the nearest: not even of 0.
 - bnb-cpu: the mean of double quantization is torch's in float32, in its order of summation.
 - bnb-cpu, FP4: one of the midpoints lies between both zeros, so that small positive values become "minus zero".
 - bnb-cuda: all codes of a block of zeros are code 0, which in NF4 and the 8-bit maps is the lowest level.
@@ -21,7 +21,7 @@ from typing import Literal
 import numpy as np
 
 from . import blockwise
-from .backend import Array, xp_of
+from .backend import Array, to_host, xp_of
 from .blockwise import Book
 
 Compat = Literal["none", "bnb-cpu", "bnb-cuda"]
@@ -36,41 +36,35 @@ def encode(array: Array, block: int, book: Book, compat: Compat) -> tuple[Array,
         return blockwise.encode(array, block, book)
     if compat == "bnb-cuda":
         return _encode_on_cuda(array, block, book)
-    if len(book.levels) == 16:
-        return _encode_4_bits_on_cpu(array, block, book)
-    return _encode_8_bits_on_cpu(array, block, book)
+    on_cpu = _encode_4_bits_on_cpu if len(book.levels) == 16 else _encode_8_bits_on_cpu
+    parts = on_cpu(to_host(array), block, Book(*map(to_host, book)))  # 1e-38 is 0 on a GPU
+    return tuple(map(xp_of(array).asarray, parts))
 
 
 def _encode_on_cuda(array: Array, block: int, book: Book) -> tuple[Array, Array]:
     codes, absmax = blockwise.encode(array, block, book)
-    zeros = absmax < blockwise.TINY  # there 0 * (1 / 0) is NaN, which is above no bound
-    codes[zeros.repeat(_bytes(block, book))[: codes.size]] = 0
+    length = block // 2 if len(book.levels) == 16 else block
+    codes[(absmax == 0).repeat(length)[: codes.size]] = 0  # 0 * (1 / 0) is NaN there, which is above no bound
     return codes, absmax
 
 
-def _encode_4_bits_on_cpu(array: Array, block: int, book: Book) -> tuple[Array, Array]:
-    xp, flat = xp_of(array), array.reshape(-1)
+def _encode_4_bits_on_cpu(array: np.ndarray, block: int, book: Book) -> tuple[np.ndarray, np.ndarray]:
+    flat = array.reshape(-1)
     whole = flat.size - flat.size % block
-    codes, absmax = blockwise.encode(flat[:whole], block, book, lambda absmax: 1 / xp.maximum(absmax, SMALLEST))
+    codes, absmax = blockwise.encode(flat[:whole], block, book, lambda absmax: 1 / np.maximum(absmax, SMALLEST))
     if whole == flat.size:
         return codes, absmax
     last = flat[whole:]
-    largest = xp.maximum(xp.abs(last).max(keepdims=True), SMALLEST)
-    its_codes, _ = blockwise.encode(last / largest, block, book, xp.ones_like)
-    return xp.concatenate((codes, its_codes)), xp.concatenate((absmax, largest))
+    largest = np.maximum(np.abs(last).max(keepdims=True), SMALLEST)
+    its_codes, _ = blockwise.encode(last / largest, block, book, np.ones_like)
+    return np.concatenate((codes, its_codes)), np.concatenate((absmax, largest))
 
 
-def _encode_8_bits_on_cpu(array: Array, block: int, book: Book) -> tuple[Array, Array]:
-    xp = xp_of(array)
-    codes, absmax = blockwise.encode(array, block, book, lambda absmax: 1 / xp.maximum(absmax, FINITE))
+def _encode_8_bits_on_cpu(array: np.ndarray, block: int, book: Book) -> tuple[np.ndarray, np.ndarray]:
+    codes, absmax = blockwise.encode(array, block, book, lambda absmax: 1 / np.maximum(absmax, FINITE))
     infinite = (absmax < FINITE).repeat(block)[: codes.size]
     codes[infinite] = (array.reshape(-1)[infinite] > 0) * 255  # 0 * infinity is NaN, whose bin is the first
     return codes, absmax
-
-
-def _bytes(block: int, book: Book) -> int:
-    """Bytes that a block's codes take."""
-    return block // 2 if len(book.levels) == 16 else block
 
 
 # ---- code books ------------------------------------------------------------------------------------------------------
