@@ -103,6 +103,46 @@ def fp4_cases() -> Iterator[Case]:
     yield from pair("fp4", "plain", weight, config, *twice, maps=maps, flags="DoubleQuantization", spec=FP4_SPEC)
 
 
+def all_bytes() -> Iterator[Case]:
+    """Decoding of every byte, so of every pair of codes; fp4's code 8, which is not made here, is among them."""
+    for name, levels in (("nf4", NF4), ("fp4", FP4)):
+        functions = four_bits(levels, NF4_BOUNDARIES, list(range(16)), zero=7, block=64)
+        draw = Draw(f"{name}-decode-all_bytes")
+        _, case = pair(
+            name,
+            "all_bytes",
+            np.zeros((2, 4, 64), f32),
+            {"block": 64, "double_quant": False},
+            *functions,
+            maps={"codebook": levels},
+            flags=f"{name.capitalize()}Codebook Nf4NibbleOrder",
+            comment="every byte, in three dimensions",
+            spec=FP4_SPEC if name == "fp4" else NF4_SPEC,
+            agrees={VERSION: (None, bnb_four_bits(name, levels, 64)[1])},
+        )
+        case.inputs["packed"] = draw.generator.permutation(256).astype(np.uint8)
+        case.inputs["absmax"] = draw.uniform(8, low=0.01, high=0.1)
+        yield case
+
+
+def two_nested() -> Iterator[Case]:
+    """258 blocks of 32: two nested blocks."""
+    weight = Draw("nf4-double-nested-blocks").normal(258, 32, scale=0.02)
+    weight[256:] *= 3
+    functions = four_bits(NF4, NF4_BOUNDARIES, list(range(16)), zero=7, block=32)
+    yield from pair(
+        "nf4",
+        "nested-blocks",
+        weight,
+        {"block": 32, "double_quant": True, "nested_block": NESTED_BLOCK},
+        *doubled(*functions, "absmax"),
+        maps={"codebook": NF4, "nested_map": NESTED_MAP},
+        flags="DoubleQuantization ShortBlock",
+        comment="258 blocks of 32: two nested blocks, the second of two",
+        spec=NF4_SPEC,
+    )
+
+
 def nf4_blocks() -> Iterator[Case]:
     """Other sizes of blocks."""
     for block, shape in ((32, (3, 50)), (4096, (65, 64))):
@@ -317,6 +357,8 @@ def normal_cases() -> Iterator[Case]:
 
 def cases() -> Iterator[Case]:
     yield from nf4_blocks()
+    yield from two_nested()
+    yield from all_bytes()
     yield from fp4_cases()
     yield from dynamic8_cases()
     yield from int8_cases()
