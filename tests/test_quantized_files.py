@@ -1,6 +1,7 @@
 """Quantized models as files: bitsandbytes' layouts and refpeft's own, and how such a file can be wrong."""
 
 import json
+import tempfile
 from pathlib import Path
 
 import ml_dtypes
@@ -8,6 +9,8 @@ import numpy as np
 import pytest
 import tiny
 import tiny_files
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import refpeft
 from refpeft import api, files, manager
@@ -343,3 +346,25 @@ def test_a_wrong_scheme_of_refpeft_s_own_is_one_line(tmp_path, scheme, message):
     with pytest.raises(RefpeftError, match=message) as error:
         open_checkpoint(path)
     assert "\n" not in str(error.value) and "config.json" in str(error.value)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_a_damaged_file_gives_a_model_or_an_error_of_ours(nested, data):
+    where = data.draw(st.sampled_from(["model.safetensors", "config.json"]))
+    content = bytearray((nested / where).read_bytes())
+    state = content.find(b'{"quant_type"')  # most bits are weights: half of the flips go where something can go wrong
+    starts = st.integers(0, len(content) - 1)
+    places = starts if state < 0 else starts | st.integers(8, 9000) | st.integers(state, state + 200)
+    for at in data.draw(st.lists(places.filter(lambda at: at < len(content)), min_size=1, max_size=4)):
+        content[at] ^= 1 << data.draw(st.integers(0, 7))
+    with tempfile.TemporaryDirectory() as folder:
+        path = copy(nested, Path(folder) / "x")
+        (path / where).write_bytes(content)
+        try:
+            checkpoint = open_checkpoint(path)
+            checkpoint.tokenizer = lambda: None
+            assert api.build(checkpoint, "float32")(IDS).shape[1] == IDS.shape[1]
+        except RefpeftError as error:
+            assert str(path) in str(error) or "config" in str(error)
