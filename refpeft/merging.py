@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from refpeft import api, config, files, fused, report, run, sites
-from refpeft.backend import bfloat16, blas_threads, cast
+from refpeft.backend import blas_threads
 from refpeft.batches import Batch, Batches
 from refpeft.data import Example
 from refpeft.errors import RefpeftError
@@ -38,7 +38,6 @@ so a hundredth of it is a tenth of the adapter's change of the logits."""
 _ROUNDING = 1e-8  # nats a token: what float32 makes of models that are the same, with room
 _INEXACT = 1e-3  # of the largest logit: more than float32's rounding explains
 _ROWS, _TOKENS = 64, 2048  # the most that is measured on
-_STORED = {"float32": np.dtype("f4"), "bfloat16": bfloat16}
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ class Merged:
         rows = [
             ("  logits differ by at most", f"{found.difference:.2g} of the largest"),
             ("  KL divergence from the run with its adapter", f"{found.kl:.2g} nats a token"),
-            ("  of the run without its adapter", f"{found.effect:.2g} nats a token"),
+            ("  that of the run without its adapter", f"{found.effect:.2g} nats a token"),
         ]
         head = f"{self.model} with {self.adapter} merged, in {self.out}: {self.base}; numbers are {self.dtype}"
         warning = ["this is another model than the run's, written because of --force"] if self.changed else []
@@ -121,19 +120,19 @@ def merge(
         options=said.get(said.get("quantizer")),
     )
     trained = as_trained()
-    packed = {name: weight for name, weight in trained.frozen.items() if isinstance(weight, Quantized)}
+    packed = {key: weight for key, weight in trained.frozen.items() if isinstance(weight, Quantized)}
     into = into or ("dequantized" if packed else "original")
     if into != "original" and not packed:
         raise RefpeftError(f"--into {into} is for runs on quantized weights, and this one's are dense: --into original")
+    batches, rows = _batches(adapter, data, trained)
     with files.replace_directory(out) as folder:
         merged = load() if into == "original" else as_trained()
         if into == "original" and any(isinstance(weight, Quantized) for weight in merged.frozen.values()):
             raise RefpeftError(f"the weights in {name} are themselves quantized: --into dequantized")
         _fold(merged)
-        _store(merged, packed if into == "requantized" else {}, dtype)
+        _store(merged, packed if into == "requantized" else {})
         saving.save(merged, folder, dtype)
         del merged
-        batches, rows = _batches(adapter, data, trained)
         measured = measure(trained, api.load(folder, dtype=dtype), batches)
         if measured.changed and not force:
             raise RefpeftError(f"{_what_changed(measured, into, rows)}; nothing was written: {_advice(into, dtype)}")
@@ -156,13 +155,13 @@ def _fold(model: Model) -> None:
         )
 
 
-def _store(model: Model, packed: dict[str, Quantized], dtype: str) -> None:
-    """Makes the frozen weights what is written: dense and of `dtype`, or as they are in `packed`."""
+def _store(model: Model, packed: dict[str, Quantized]) -> None:
+    """Makes the frozen weights that are written: quantized as in `packed`, and all others dense."""
     for name, weight in model.frozen.items():
-        if name not in packed:
-            model.frozen[name] = Dense(cast(weight(), _STORED[dtype]), model.dtype)
-        elif not isinstance(weight, Quantized):  # merged; what the adapter left alone is still as it was
+        if name in packed and not isinstance(weight, Quantized):  # what the adapter left alone is still as it was
             model.frozen[name] = packed[name].like(weight(), name)
+        elif name not in packed and isinstance(weight, Quantized):
+            model.frozen[name] = Dense(weight(), model.dtype)
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------------
