@@ -15,7 +15,7 @@ from common import Case, Draw, default_dtype
 from nf4 import BOUNDARIES as NF4_BOUNDARIES
 from nf4 import CODEBOOK as NF4
 from nf4 import NESTED_BLOCK, NESTED_BOUNDARIES, NESTED_MAP, VERSION, encode_blocks, f32, safe
-from quantizing import Decode, Encode, Parts, doubled, pack_high_first, pair, unpack_high_first
+from quantizing import Decode, Encode, Parts, doubled, far_from_halves, pack_high_first, pair, unpack_high_first
 
 FP4_SPEC = "golden/README.md, NF4, FP4 and the 8-bit map; bitsandbytes' FP4"
 DYNAMIC8_SPEC = "golden/README.md, NF4, FP4 and the 8-bit map; arXiv:2110.02861, section 2.1"
@@ -270,6 +270,8 @@ def int8_cases() -> Iterator[Case]:
     ]  # fmt: skip
     for variant, weight, config, flags, comment in rows:
         encode = int8_from_float16 if config else int8_encode
+        if variant not in ("ties", "float16"):
+            far_from_halves(weight / np.maximum(np.abs(np.float64(weight)).max(axis=1, keepdims=True), 1e-30) * 127)
         agrees = {VERSION: (bnb_int8_encode if config else None, bnb_int8_decode)}
         cases = pair(
             "int8", variant, weight, config, encode, int8_decode,

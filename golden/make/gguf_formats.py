@@ -10,7 +10,7 @@ import gguf
 import numpy as np
 from common import Case, Draw
 from nf4 import f32
-from quantizing import Decode, Encode, Parts, pair
+from quantizing import Decode, Encode, Parts, far_from_halves, pair
 
 SPEC = "golden/README.md, GGUF; llama.cpp, ggml/src/ggml-quants.c"
 BLOCK = 32
@@ -75,6 +75,15 @@ def functions(kind: str) -> tuple[Encode, Decode]:
     return encode, decode
 
 
+def check_distance(kind: str, weight: np.ndarray) -> None:
+    """Raises SystemExit where a code hangs on last bits, or on a fused multiplication and addition."""
+    for block in weight.astype(float).reshape(-1, BLOCK):
+        if kind == "Q4_1":
+            far_from_halves((block - block.min()) / (block.max() - block.min()) * 15)
+        else:
+            far_from_halves(block / np.abs(block).max() * (8 if kind == "Q4_0" else 127))
+
+
 def cases() -> Iterator[Case]:
     draw = Draw("gguf-cases")
     zero_block = draw.normal(2, 64)
@@ -104,6 +113,8 @@ def cases() -> Iterator[Case]:
     ]  # fmt: skip
     for kind, variant, weight, flags, comment in rows:
         quant_type = gguf.GGMLQuantizationType[kind]
+        if variant in ("normal", "signs"):
+            check_distance(kind, weight)
         agrees = {
             f"gguf {version('gguf')}": (
                 lambda w, q=quant_type: {"blocks": gguf.quants.quantize(w, q)},

@@ -13,7 +13,17 @@ import numpy as np
 import torch
 from common import Case, Draw
 from nf4 import NESTED_BLOCK, NESTED_MAP, f32
-from quantizing import Decode, Encode, Parts, doubled, pack_high_first, pair, rows_in_blocks, unpack_high_first
+from quantizing import (
+    Decode,
+    Encode,
+    Parts,
+    doubled,
+    far_from_halves,
+    pack_high_first,
+    pair,
+    rows_in_blocks,
+    unpack_high_first,
+)
 
 AFFINE = "golden/README.md, Affine integers; arXiv:1712.05877, section 2.1"
 INT4 = "golden/README.md, Symmetric 4-bit integers"
@@ -179,9 +189,8 @@ def check_distance(weight: np.ndarray, config: dict, flags: str) -> None:
         for group in row:
             low, high = min(group.min(), 0.0), max(group.max(), 0.0)
             scale = np.float64(np.abs(group).max() if top == 7 else high - low) / top
-            steps = np.append(np.float64(group), low) / scale if scale else np.zeros(1)
-            if (np.abs(steps % 1 - 0.5) < 1e-5).any():
-                raise SystemExit(f"{config}: a weight is too close to the middle of two steps")
+            if scale:
+                far_from_halves(np.append(np.float64(group), low) / scale)
 
 
 def worked_example() -> Iterator[Case]:

@@ -8,7 +8,7 @@ from math import prod
 import numpy as np
 import torch
 from common import Case, Compute, Tensors
-from nf4 import NESTED_BLOCK, NESTED_BOUNDARIES, NESTED_MAP, encode_blocks, f32
+from nf4 import NESTED_BLOCK, NESTED_BOUNDARIES, NESTED_MAP, encode_blocks, f32, safe
 
 Parts = dict[str, np.ndarray]
 Encode = Callable[[np.ndarray], Parts]
@@ -89,6 +89,8 @@ def doubled(encode: Encode, decode: Decode, constant: str) -> tuple[Encode, Deco
         parts = encode(weight)
         whole = parts.pop(constant)
         offset = f32(whole.astype(np.float64).mean())
+        if not safe(whole - offset, NESTED_BOUNDARIES, NESTED_BLOCK):
+            raise SystemExit("double quantization: a constant is too close to a boundary")
         codes, absmax = encode_blocks((whole - offset).reshape(-1), NESTED_BLOCK, NESTED_BOUNDARIES, zero=127)
         nested = {"nested_codes": np.uint8(codes).reshape(whole.shape), "nested_absmax": absmax}
         return parts | {"offset": np.array(offset)} | nested
@@ -108,6 +110,12 @@ def rows_in_blocks(weight: np.ndarray, block: int) -> list[list[np.ndarray]]:
     """The rows of the last axis, each cut into blocks; the last block of a row may be short."""
     rows = weight.reshape(prod(weight.shape[:-1]), -1)
     return [[row[at : at + block] for at in range(0, len(row), block)] for row in rows]
+
+
+def far_from_halves(steps: np.ndarray) -> None:
+    """Raises SystemExit where rounding float64 `steps` to integers hangs on last bits of float32."""
+    if (np.abs(np.abs(steps) % 1 - 0.5) < 1e-5).any():
+        raise SystemExit("a weight is too close to the middle of two steps")
 
 
 def pack_high_first(codes: list[int], unused: int) -> np.ndarray:
