@@ -106,6 +106,15 @@ def test_a_weight_that_is_not_finite_leaves_nothing_half_written(model, tmp_path
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+def test_numbers_beyond_float16_are_not_made_infinite(model, tmp_path):
+    tensors = {name: np.array(array) for name, array in files.read_safetensors(model / "model.safetensors").items()}
+    tensors["model.norm.weight"][7] = 1e5
+    files.write_safetensors(model / "model.safetensors", tensors)
+    result = run(model, tmp_path / "out", "--quantizer", "nf4", "--dtype", "float16")
+    assert result.exit_code == 2 and "model.norm.weight holds numbers that are too large for float16" in result.stderr
+    assert run(model, tmp_path / "out", "--quantizer", "nf4", "--dtype", "bfloat16").exit_code == 0
+
+
 def test_a_model_that_is_quantized_already_is_trained_evaluated_and_merged(model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tiny_files.write_rows(tmp_path / "rows.jsonl")

@@ -101,8 +101,8 @@ def quantize(
     dtype   what all weights are made before; None: each keeps its own
     listen  is called with a tensor's name before it is worked on
 
-    Raises RefpeftError for a checkpoint that is quantized already, weights that are not finite, and what the form of
-    the files does not hold; no directory is then left.
+    Raises RefpeftError for a checkpoint that is quantized already, weights that are not finite or too large for
+    `dtype`, and what the form of the files does not hold; no directory is then left.
     """
     if checkpoint.quantized:
         raise RefpeftError(f"{checkpoint.path} is quantized already: take the original weights")
@@ -115,18 +115,28 @@ def quantize(
         for name in checkpoint.names:
             listen(name)
             stored = checkpoint.tensor(name)
-            array = cast(stored, DTYPES[dtype]) if dtype else stored
+            array = _cast(name, stored, dtype) if dtype else stored
             if name in linear:
-                oriented = array.T if transposed else array
-                yield from tensors_of(
-                    name, _quantized(name, oriented, quantizer, summary), _computed(array.dtype)
-                ).items()
+                weight = _quantized(name, array.T if transposed else array, quantizer, summary)
+                yield from tensors_of(name, weight, _computed(array.dtype)).items()
+                del weight  # before the next one is made
             else:
                 yield name, array
             files.let_go(stored)
 
     _write(checkpoint, directory, changes, tensors())
     return summary
+
+
+def _cast(name: str, stored: np.ndarray, dtype: str) -> np.ndarray:
+    """The tensor in `dtype`. Raises RefpeftError where that holds no numbers so large."""
+    with np.errstate(over="ignore"):
+        array = cast(stored, DTYPES[dtype])
+    if np.isinf(array).any() and not np.isinf(stored).any():
+        raise RefpeftError(f"{name} holds numbers that are too large for {dtype}: choose another --dtype")
+    if array is not stored:
+        files.let_go(stored)
+    return array
 
 
 def _quantized(name: str, array: np.ndarray, quantizer: Quantizer, summary: Summary) -> Quantized:
