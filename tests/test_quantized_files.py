@@ -4,6 +4,7 @@ import json
 import tempfile
 from pathlib import Path
 
+import device
 import ml_dtypes
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 import refpeft
 from refpeft import api, files, manager
+from refpeft.backend import to_host
 from refpeft.errors import RefpeftError
 from refpeft.models import saving
 from refpeft.models.checkpoint import linear_weights, open_checkpoint
@@ -81,6 +83,18 @@ def test_a_model_written_in_any_quantizer_s_format_is_the_one_quantized_while_lo
     saving.save(model, tmp_path / "saved")
     first, second = (files.read_safetensors(p / "model.safetensors") for p in (path, tmp_path / "saved"))
     assert first.keys() == second.keys() and all(np.array_equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_what_a_file_has_quantized_goes_to_a_device_and_back_to_a_file(tmp_path, monkeypatch, quantizer):
+    path = written(tmp_path, quantizer, double_quant=quantizer != "int8")
+    expected, xp = refpeft.load(path), device.install(monkeypatch)
+    checkpoint = open_checkpoint(path)
+    model = api.build(checkpoint, "float32", xp)
+    assert np.array_equal(to_host(model(IDS).data), expected(IDS).data)
+    saving.save(model, tmp_path / "saved")
+    first, second = (files.read_safetensors(p / "model.safetensors") for p in (path, tmp_path / "saved"))
+    assert all(np.array_equal(first[key], second[key]) for key in first)
 
 
 @pytest.mark.parametrize("dtype", [None, "float16", "bfloat16"])
