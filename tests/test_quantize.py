@@ -47,6 +47,7 @@ def test_it_says_what_it_made(model, tmp_path):
         f"with double quantization, in {tmp_path / 'out'}:"
     )
     assert "bits a quantized weight, relative RMSE 0.0" in second and second.endswith("KiB after")
+    assert result.stderr.splitlines()[-1] == "20/20 model.norm.weight"
     found = refpeft.load(tmp_path / "out")
     assert found.frozen["model.layers.0.mlp.up_proj.weight"].quantizer.cfg.block == 32
     assert found.tokenizer.encode("yes") == refpeft.load(model).tokenizer.encode("yes")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import click
@@ -32,9 +34,6 @@ def quantize(
     MODEL is a directory, a GGUF file, a hub id or "embedded". One weight at a time is in memory. What nf4, fp4 and int8
     make is loaded by transformers with bitsandbytes.
     """
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
     from refpeft import config, report
     from refpeft.errors import RefpeftError
     from refpeft.models import saving
@@ -51,15 +50,10 @@ def quantize(
     if compat:
         flags.append(("--compat", f"{quantizer}.compat", compat))
     resolved = config.resolve(None, flags, sets)
-    chosen = make_quantizer(resolved.run.quantizer, resolved.options[resolved.run.quantizer], double_quant)
+    chosen = make_quantizer(resolved.run.quantizer, resolved.options.get(resolved.run.quantizer), double_quant)
     checkpoint = open_checkpoint(resolve(model))
-    columns = BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}")
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=len(checkpoint.names))
-        made = saving.quantize(
-            checkpoint, out, chosen, dtype, lambda name: progress.update(task, description=name, advance=1)
-        )
+    with _progress(len(checkpoint.names)) as listen:
+        made = saving.quantize(checkpoint, out, chosen, dtype, listen)
     after = sum(file.stat().st_size for file in Path(out).glob("*.safetensors"))
     if as_json:
         found = {"model": model, "out": out, "quantizer": str(chosen), "bits": made.bits, "relative_rmse": made.error}
@@ -70,3 +64,23 @@ def quantize(
         f"{made.bits:.3f} bits a quantized weight, relative RMSE {made.error:.4g}; "
         f"{report.size(checkpoint.nbytes)} before, {report.size(after)} after"
     )
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[str], None]]:
+    """To be called with each of so many tensors' names: a bar on a terminal, else a line for each tenth of them."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}")
+    console, names = Console(stderr=True), []
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=total)
+
+        def listen(name: str) -> None:
+            names.append(name)
+            progress.update(task, description=name, completed=len(names))
+            if not console.is_terminal and len(names) % max(1, total // 10) == 0:
+                click.echo(f"{len(names)}/{total} {name}", err=True)
+
+        yield listen
