@@ -12,7 +12,7 @@ import numpy as np
 from refpeft import hookimpl
 from refpeft.backend import xp_of
 from refpeft.blockwise import decode, nearest
-from refpeft.compat import Compat, encode
+from refpeft.compat import Compat, decimals, encode
 
 LEVELS = (
     "-1.0 -0.6961928 -0.52507305 -0.3949175 -0.28444138 -0.18477343 -0.091050036 0.0 0.0795803 0.1609302 0.2461123 "
@@ -27,14 +27,14 @@ class Config:
 
 
 @cache
-def book(xp):
-    """The code book; bitsandbytes has the same everywhere."""
-    return nearest(np.array(LEVELS.split(), "f4"), xp)
+def book(xp, compat="none"):
+    """The code book."""
+    return (decimals if compat == "bnb-cuda" else nearest)(np.array(LEVELS.split(), "f4"), xp)
 
 
 @hookimpl
 def quant_pack(weight, cfg):
-    packed, absmax = encode(weight, cfg.block, book(xp_of(weight)), cfg.compat)
+    packed, absmax = encode(weight, cfg.block, book(xp_of(weight), cfg.compat), cfg.compat)
     return {"packed": packed, "absmax": absmax}
 
 

@@ -6,10 +6,11 @@ Beside the rules of refpeft.blockwise; "bnb-cpu" is bitsandbytes on a CPU, "bnb-
 - bnb-cpu: the mean of double quantization is torch's in float32, in its order of summation.
 - bnb-cpu, FP4: one of the midpoints lies between both zeros, so that small positive values become "minus zero".
 - bnb-cuda: all codes of a block of zeros are code 0, which in NF4 and the 8-bit maps is the lowest level.
+- bnb-cuda, NF4: midpoints are decimals of 16 digits; in float32, four of them are neighbours of the midpoint.
 - bnb-cuda, FP4: midpoints are decimals that were cut off; negative values keep their sign.
 - bnb-cuda, 8 bits: on the midpoint of two levels the even code is taken.
-bitsandbytes compiles for GPUs with approximate division, so that one code in millions can still differ there; and its
-mean there has an order of its own: ours is float64's.
+bitsandbytes compiles for GPUs with approximate division, so that one code in millions can still differ there (in int8
+one in ten thousand); and its mean there has an order of its own: ours is float64's.
 """
 
 from __future__ import annotations
@@ -75,6 +76,15 @@ def both_zeros(levels: np.ndarray, xp: ModuleType = np) -> Book:
     order = np.argsort(levels, stable=True)
     rising = levels[order]
     return _book(levels, (rising[1:] + rising[:-1]) / 2, order, xp)
+
+
+def decimals(levels: np.ndarray, xp: ModuleType = np) -> Book:
+    """NF4's book on a GPU: all midpoints lie halfway between two float32 numbers or on one, before they are rounded; in
+    four of them the digits that were left off decide, where elsewhere it is the even number."""
+    bounds = (levels[1:] + levels[:-1]) / 2
+    bounds[[0, 12, 14]] = np.nextafter(bounds[[0, 12, 14]], np.float32(-1))
+    bounds[8] = np.nextafter(bounds[8], np.float32(1))
+    return _book(levels, bounds, np.arange(16), xp)
 
 
 def cut_decimals(levels: np.ndarray, xp: ModuleType = np) -> Book:

@@ -1,5 +1,7 @@
 """bitsandbytes' rules where they are others, against its code written out for one value at a time."""
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 
@@ -53,6 +55,19 @@ def binned(levels, x):
     at = int(np.float32(np.float64((x + np.float32(1)) * np.float32(0.5)) * 65535 + 0.5))
     middle_of_bin = np.float32(-1) + np.float32(2) * np.float32(at) / np.float32(65535)
     return int(np.searchsorted((levels[1:] + levels[:-1]) / 2, middle_of_bin))
+
+
+def test_nf4_on_a_gpu_has_midpoints_of_16_digits():
+    literals = """-0.8480964004993439 -0.6106329262256622 -0.4599952697753906 -0.33967943489551544 -0.23460740596055984
+    -0.13791173323988914 -0.045525018125772476 0.03979014977812767 0.1202552504837513 0.2035212516784668
+    0.2920137718319893 0.3893125355243683 0.5016634166240692 0.6427869200706482 0.8614784181118011"""
+    rounded_once = []
+    for literal in literals.split():
+        near = around(np.float32([literal]))
+        rounded_once.append(min(near, key=lambda x: abs(Fraction(float(x)) - Fraction(literal))))
+    nf4 = manager.load("nf4")
+    assert np.array_equal(nf4.book(np, "bnb-cuda").bounds, rounded_once)
+    assert (nf4.book(np, "bnb-cuda").bounds != nf4.book(np).bounds).sum() == 4
 
 
 def test_fp4_on_a_gpu_has_cut_decimals_and_keeps_the_sign():

@@ -15,6 +15,12 @@ import time
 
 import numpy as np
 
+ENVIRONMENT = {
+    "OMP_WAIT_POLICY": "passive",  # threads that spin for work would take the processor from those of the other side
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),  # memory is used again: fresh pages can cost more than what is measured
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
+}
+
 
 def measure(rows: int, columns: int, name: str, threads: int, repeats: int) -> None:
     import torch
@@ -56,13 +62,13 @@ def main() -> None:
     arguments.add_argument("--quantizer", choices=["nf4", "fp4"], default="nf4")
     arguments.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     arguments.add_argument("--repeats", type=int, default=31)
+    arguments.add_argument("--here", action="store_true", help="measure in this process")
     given = arguments.parse_args()
-    if len(given.threads) == 1:
+    if given.here:
         return measure(given.rows, given.columns, given.quantizer, given.threads[0], given.repeats)
     for threads in map(str, given.threads):
-        # OpenMP's pool has the size that it was started with; its threads must not spin while refpeft's work
-        environment = os.environ | {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "passive"}
-        subprocess.run([sys.executable, *sys.argv, "--threads", threads], check=True, env=environment)
+        command = [sys.executable, *sys.argv, "--here", "--threads", threads]
+        subprocess.run(command, check=True, env=os.environ | ENVIRONMENT | {"OMP_NUM_THREADS": threads})
 
 
 if __name__ == "__main__":
