@@ -210,6 +210,22 @@ def test_int8_has_no_double_quantization_in_bitsandbytes(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_stranger_s_type_runs_no_file_either(tmp_path):
+    (tmp_path / "evil.py").write_text("raise SystemExit('it ran')")
+    path, kind = written(tmp_path), str(tmp_path / "evil.py")
+    change(path, {STATE: None, STATE[:-3] + kind: stored(path, STATE)}, {"bnb_4bit_quant_type": kind})
+    with pytest.raises(RefpeftError, match=r"evil\.py': expected nf4 or fp4"):
+        open_checkpoint(path)
+
+
+@pytest.mark.parametrize("kind", ["nf4_normal", "af4", 4, ["nf4"], None])
+def test_another_type_of_bitsandbytes_is_refused(tmp_path, kind):
+    path = written(tmp_path)
+    change(path, scheme={"bnb_4bit_quant_type": kind})
+    with pytest.raises(RefpeftError, match="expected nf4 or fp4"):
+        open_checkpoint(path)
+
+
 @pytest.mark.parametrize("method", ["gptq", "awq", "fp8", None, 3])
 def test_other_ways_of_quantizing_are_refused_by_name(tmp_path, method):
     path = written(tmp_path)
@@ -324,7 +340,7 @@ def test_a_wrong_state_is_one_line_that_names_it(tmp_path, nested, name):
 def test_wrong_tensors_of_int8_are_one_line(tmp_path, name, value, message):
     path = written(tmp_path, "int8")
     change(path, {name: value})
-    fails(path, f"{UP}.weight", message)
+    fails(path, name, message)
 
 
 @pytest.mark.parametrize(

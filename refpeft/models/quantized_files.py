@@ -30,6 +30,7 @@ Parts = dict[str, np.ndarray]
 _BITSANDBYTES, _OWN = "bitsandbytes", "refpeft"
 _BITS = {"nf4": 4, "fp4": 4, "int8": 8}  # the quantizers whose weights bitsandbytes reads
 _STATE = "quant_state.bitsandbytes__"
+_BESIDE = ("SCB", "weight_format")  # tensors of 8 bits that lie beside the weight
 _LARGEST = float(np.finfo("f4").max)
 _MOST_JSON = 4096  # bytes; bitsandbytes writes less than 200
 _STORAGE = (np.dtype(np.uint8), bfloat16, np.dtype(np.float16), np.dtype(np.float32))  # in which 4-bit codes may lie
@@ -56,6 +57,9 @@ def check_method(scheme: Any) -> None:
         )
     if method == _OWN:
         own_quantizer(scheme)
+    elif str(_kind(scheme)) not in _BITS:  # it becomes the name of a plugin
+        found = repr(_kind(scheme))
+        raise RefpeftError(f"config key quantization_config has bnb_4bit_quant_type {found}: expected nf4 or fp4")
 
 
 def gathered(
@@ -68,7 +72,10 @@ def gathered(
 
     Raises RefpeftError where the tensors are not what the scheme and the shapes ask for.
     """
-    read = partial(_own, own_quantizer(scheme)) if _method(scheme) == _OWN else partial(_of_bitsandbytes, scheme)
+    if _method(scheme) == _OWN:
+        read = partial(_own, own_quantizer(scheme))
+    else:
+        read = _eight_bits if _kind(scheme) == "int8" else partial(_four_bits, _kind(scheme))
     parts: dict[str, dict[str, Stored]] = {name: {} for name in shapes}
     kept = {}
     for name, entry in found.items():
@@ -105,12 +112,17 @@ def _method(scheme: Any) -> Any:
     return scheme.get("quant_method", old)  # before quant_method there was only bitsandbytes
 
 
+def _kind(scheme: Mapping[str, Any]) -> Any:
+    """The quantizer of bitsandbytes' scheme."""
+    return "int8" if scheme.get("load_in_8bit") else scheme.get("bnb_4bit_quant_type", "fp4")
+
+
 def _owner(name: str, weights: Mapping[str, Any]) -> tuple[str | None, str]:
     """(the weight that a tensor belongs to, its name below it): "" is the weight's own; (None, "") for another's."""
     if name in weights:
         return name, ""
     module, _, last = name.rpartition(".")
-    if last in ("SCB", "weight_format") and f"{module}.weight" in weights:
+    if last in _BESIDE and f"{module}.weight" in weights:
         return f"{module}.weight", last
     start, found, part = name.partition(".weight.")
     weight = f"{start}.weight"
@@ -118,15 +130,17 @@ def _owner(name: str, weights: Mapping[str, Any]) -> tuple[str | None, str]:
 
 
 class _Tensors:
-    """The tensors of one quantized weight, by their names below it; each is taken once."""
+    """The tensors of one quantized weight, by their names below it: checked when they are taken."""
 
     def __init__(self, name: str, stored: dict[str, Stored]):
         self.name, self._stored = name, stored
 
     def fail(self, problem: str, part: str = "") -> RefpeftError:
         """The error that `problem` is with a part."""
-        file = next(iter(self._stored.values())).file
-        return RefpeftError(f"{file}: tensor {self.name + '.' * bool(part) + part!r} {problem}")
+        file, above = next(iter(self._stored.values())).file, self.name
+        if part in _BESIDE:
+            above = above.removesuffix(".weight")
+        return RefpeftError(f"{file}: tensor {above + '.' * bool(part) + part!r} {problem}")
 
     def __contains__(self, part: str) -> bool:
         return part in self._stored
@@ -182,21 +196,15 @@ class _Tensors:
                 raise self.fail(f"is not part of this format, which has {', '.join(filter(None, parts))}", part)
 
 
-def _of_bitsandbytes(scheme: Mapping[str, Any], tensors: _Tensors, shape: tuple[int, ...]) -> Packed:
-    if scheme.get("load_in_8bit"):
-        return _eight_bits(tensors, shape)
-    return _four_bits(tensors, shape, scheme.get("bnb_4bit_quant_type", "fp4"))
-
-
 def _eight_bits(tensors: _Tensors, shape: tuple[int, ...]) -> Packed:
-    tensors.only("", "SCB", "weight_format")
+    tensors.only("", *_BESIDE)
     parts = {"codes": tensors.take("", shape, np.int8), "scale": tensors.take("SCB", shape[:1], np.float32)}
     if "weight_format" in tensors and tensors.take("weight_format", (), np.uint8) != 0:
         raise tensors.fail("is not 0: only rows in their order are read", "weight_format")
-    return Packed(make_quantizer("int8"), parts)
+    return Packed(_quantizer("int8"), parts)
 
 
-def _four_bits(tensors: _Tensors, shape: tuple[int, ...], kind: str) -> Packed:
+def _four_bits(kind: str, tensors: _Tensors, shape: tuple[int, ...]) -> Packed:
     states = [part for part in tensors if part.startswith(_STATE)]
     if states != [f"{_STATE}{kind}"]:
         found = f"is {' and '.join(part.removeprefix(_STATE) for part in states)}" if states else "has no quant_state"
@@ -210,7 +218,7 @@ def _four_bits(tensors: _Tensors, shape: tuple[int, ...], kind: str) -> Packed:
     if type(block) is not int or type(inner) is not int:
         raise tensors.fail(f"has block sizes {block!r} and {inner!r}, expected whole numbers", states[0])
     try:
-        quantizer = _four_bit_quantizer(kind, block, inner)
+        quantizer = _quantizer(kind, block, inner)
     except RefpeftError as error:
         raise tensors.fail(f"has a block size that refpeft has not: {error}", states[0]) from None
 
@@ -232,9 +240,9 @@ def _four_bits(tensors: _Tensors, shape: tuple[int, ...], kind: str) -> Packed:
 
 
 @cache
-def _four_bit_quantizer(kind: str, block: int, inner: int) -> Quantizer:
-    """One object for all weights of a format; `inner` is the block of double quantization, 0 without."""
-    quantizer = make_quantizer(kind, {"block": block})
+def _quantizer(kind: str, block: int = 0, inner: int = 0) -> Quantizer:
+    """One object for all weights of a format; `block` and that of double quantization, `inner`, are 0 without."""
+    quantizer = make_quantizer(kind, {"block": block} if block else {})
     constants = make_quantizer(CONSTANTS, {"offset": True, "block": inner}) if inner else None
     return Quantizer(quantizer.plugin, quantizer.cfg, constants)
 
