@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from refpeft import RefpeftError, fused, hookimpl, ops
+from refpeft import RefpeftError, fused, hookimpl, lowrank, ops
 from refpeft.backend import xp_of
 from refpeft.quant import Quantized
 from refpeft.tensor import Tensor
@@ -47,17 +47,17 @@ def peft_params(site, cfg):
 
 @hookimpl
 def peft_fit(site, cfg, original, requantize):
-    if not isinstance(site.weight, Quantized) or cfg.r > min(site.shape):
-        raise RefpeftError(f"loftq: {site.name} must be quantized (--quantizer nf4) with no side below r = {cfg.r}")
-    xp, r, least = xp_of(original), cfg.r, inf
-    A, B = xp.zeros((r, site.shape[1])), xp.zeros((site.shape[0], r))
+    if not isinstance(site.weight, Quantized):
+        raise RefpeftError(f"loftq: {site.name} is dense: give a quantizer, such as nf4, and target what it quantizes")
+    if cfg.r > min(site.shape):
+        raise RefpeftError(f"loftq: r is {cfg.r}, more than a side of {site.name}, which is {site.shape}")
+    xp, least = xp_of(original), inf
+    A, B = xp.zeros((cfg.r, site.shape[1])), xp.zeros((site.shape[0], cfg.r))
     for _ in range(cfg.iterations):
         before = SimpleNamespace(A0=A, B0=B)
         error = original - requantize(peft_base(cfg, before, original))().astype("f8")
-        U, S, Vt = xp.linalg.svd(error, full_matrices=False)
-        root = (S[:r] / cfg.scale) ** 0.5
-        A, B = (array.astype(original.dtype) for array in (root[:, None] * Vt[:r], U[:, :r] * root))
-        distance = xp.linalg.norm(S[r:])  # |W - Q - s B A|
+        B, A = ((half / cfg.scale**0.5).astype(original.dtype) for half in lowrank.nearest(error, cfg.r))
+        distance = xp.linalg.norm(error - cfg.scale * (B @ A))
         if distance < least:
             least, nearest = distance, {"A": A, "B": B, **vars(before)}
     return nearest

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from variants import needed_quantizer
 
 import refpeft
-from refpeft import fused, manager, sites
+from refpeft import adapters, fused, manager, sites
 from refpeft.api import make_quantizer
 from refpeft.backend import bfloat16, module, to_host
 from refpeft.batches import Batch, Batches
@@ -198,6 +198,21 @@ def test_methods_together_and_recomputation():
 @pytest.mark.parametrize("quantizer", [None, "nf4"])
 def test_in_float32_too_and_on_quantized_weights(quantizer: str | None):
     check(pair("llama", ["lora"], "float32", nf4() if quantizer else None), 4096)
+
+
+def test_loftq_is_fitted_to_the_weights_of_the_host_and_its_files_are_read_on_both(tmp_path):
+    models = [tiny.model("llama", "float32", nf4(), xp=xp) for xp in (np, cupy)]
+    here, there = (sites.attach(model, "loftq", {"r": 3}) for model in models)
+    for ours, theirs in zip(here.layers, there.layers, strict=True):
+        assert isinstance(theirs.site.weight.parts["packed"], cupy.ndarray)
+        assert np.array_equal(to_host(theirs.site.weight.parts["packed"]), ours.site.weight.parts["packed"])
+        assert far(theirs.p.B.data @ theirs.p.A.data, ours.p.B.data @ ours.p.A.data) <= 64
+    adapters.save(tmp_path, models[1], quantizer=nf4(False))
+    for xp in (np, cupy):
+        model = tiny.model("llama", "float32", nf4(), xp=xp)
+        adapters.load(model, tmp_path)
+        adapters.quantize(models[1], nf4(False))
+        assert far(model(tiny.ids()).data, models[1](tiny.ids()).data) <= 4096
 
 
 @pytest.mark.parametrize("method", ["lora", "ia3", "full"])
