@@ -2,8 +2,8 @@
 
     python tests/bench/quantize.py [--rows 2048] [--columns 2048] [--quantizer nf4] [--threads 1 2] [--repeats 31]
 
-Each number of threads runs in a process of its own. Medians of float32 weights in blocks of 64, and how many times
-faster refpeft is. bitsandbytes has a kernel for AVX-512, which takes rows that are multiples of 16; where the CPU has
+Each number of threads runs in a process of its own; one thread is measured in its own time, more on the clock. Medians
+for float32 weights in blocks of 64, and how many times faster refpeft is. bitsandbytes has a kernel for AVX-512, which takes rows that are multiples of 16; where the CPU has
 AVX-512, --columns 2056 measures its C++ for other CPUs. Needs the extra `oracle` for the peer.
 """
 
@@ -42,13 +42,16 @@ def measure(rows: int, columns: int, name: str, threads: int, repeats: int) -> N
         },
         "dequantize": {"refpeft": kept, "bitsandbytes": lambda: bnb.dequantize_4bit(packed, state)},
     }
+    clock = (
+        time.thread_time if threads == 1 else time.perf_counter
+    )  # other work on the machine does not count, if it can
     for what, sides in work.items():
         seconds = {side: [] for side in sides}
         for _ in range(repeats):  # in turns, so that other work on the machine slows down both
             for side, function in sides.items():
-                started = time.perf_counter()
+                started = clock()
                 function()
-                seconds[side].append(time.perf_counter() - started)
+                seconds[side].append(clock() - started)
         ours, theirs = (weight.size / np.median(values) / 1e6 for values in seconds.values())
         print(
             f"{threads} threads  {what:10}  refpeft {ours:7.0f}  bitsandbytes {theirs:7.0f}  M/s  {ours / theirs:6.2f}x"
