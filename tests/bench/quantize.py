@@ -4,7 +4,8 @@
 
 Each number of threads runs in a process of its own; one thread is measured in its own time, more on the clock. Medians
 for float32 weights in blocks of 64, and how many times faster refpeft is. bitsandbytes has a kernel for AVX-512, which
-takes rows that are multiples of 16; where the CPU has AVX-512, --columns 2056 measures its C++ for other CPUs. Needs the extra `oracle` for the peer.
+takes rows that are multiples of 16: where the CPU has AVX-512, --columns 2056 measures its C++ for other CPUs. Needs
+the extra `oracle` for the peer.
 """
 
 import argparse
