@@ -37,6 +37,7 @@ def load(
     model      a Hugging Face directory, a GGUF file, a hub id, or "embedded"
     adapter    an adapter directory (PEFT's form), or several, innermost first
     quantizer  a quantizer plugin for the frozen linear weights; `options` are its Config's fields
+               (a model that is quantized already needs none and stays so; "gguf" keeps a GGUF file's own blocks)
     double_quant  quantize the quantizer's float32 constants, too
     dtype      "float32", "float64", or "bfloat16": weights kept in bfloat16, computed with in float32
     device     "cpu" or "cuda"
