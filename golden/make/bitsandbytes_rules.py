@@ -1,13 +1,14 @@
 """Where bitsandbytes 0.50 differs from golden/README.md's rules, and from itself: `compat` of nf4, fp4 and dynamic8.
 
 Scalar float32. bitsandbytes on the CPU is the witness of bnb-cpu; bnb-cuda is written after its kernels
-(csrc/kernels.cu), with a correctly rounded 1 / absmax.
+(csrc/kernels.cu), with a correctly rounded 1 / absmax; these cases were equal on an H200 with 0.50.2.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from fractions import Fraction
 
 import bitsandbytes
 import numpy as np
@@ -51,8 +52,26 @@ FP4_CUDA = [(0.8333333, 3), (0.583333, 2), (0.4166667, 5), (0.29166667, 4), (0.2
 FP4_CUDA += [(0.00260417, 1)]  # thresholds of the magnitude as the kernel has them: decimals that were cut off
 
 
+NF4_CUDA = (
+    "-0.8480964004993439 -0.6106329262256622 -0.4599952697753906 -0.33967943489551544 -0.23460740596055984 "
+    "-0.13791173323988914 -0.045525018125772476 0.03979014977812767 0.1202552504837513 0.2035212516784668 "
+    "0.2920137718319893 0.3893125355243683 0.5016634166240692 0.6427869200706482 0.8614784181118011"
+)
+"""The kernel's literals: decimals of midpoints in float64, four of which lie between two float32 numbers."""
+
+
+def literal(decimal: str) -> np.float32:
+    """The float32 nearest to a decimal, as a C compiler reads it: without float64 in between."""
+    near = f32(float(decimal))
+    around = (np.nextafter(near, f32(-2)), near, np.nextafter(near, f32(2)))
+    return min(around, key=lambda number: abs(Fraction(float(number)) - Fraction(decimal)))
+
+
+NF4_BOOKS = {CPU: NF4_BOUNDARIES, CUDA: f32([literal(decimal) for decimal in NF4_CUDA.split()])}
+
+
 def nf4_code(value: np.float32, compat: str) -> int:
-    return 0 if np.isnan(value) else nearest(value, NF4_BOUNDARIES)  # on CUDA every `x > c` is false for NaN
+    return 0 if np.isnan(value) else nearest(value, NF4_BOOKS[compat])  # on CUDA every `x > c` is false for NaN
 
 
 def fp4_code(value: np.float32, compat: str) -> int:
@@ -220,6 +239,7 @@ def cases() -> Iterator[Case]:
     odd_zeros = np.concatenate(
         [Draw("nf4-odd-zeros").normal(64), np.zeros(64, f32), Draw("nf4-odd-zeros-2").normal(64), np.zeros(5, f32)]
     )
+    around_boundaries = np.concatenate([beside(NF4_BOUNDARIES[:8]), beside(NF4_BOUNDARIES[8:])])
     thresholds = f32([threshold for threshold, _ in FP4_CUDA])
     halves = FP4_BOUNDARIES[FP4_BOUNDARIES > 0]
     rows = [  # format, compat, variant, weight, double, flags, comment
@@ -242,6 +262,10 @@ def cases() -> Iterator[Case]:
         (
             "nf4", CUDA, "nested", with_exact_mean(zero=5), True, "ZeroBlock DoubleQuantization",
             "a block of zeros has code 0; nested codes are the nearest; the mean is exact in any order",
+        ),
+        (
+            "nf4", CUDA, "boundaries", around_boundaries, False, "Nf4Literals",
+            "four boundaries are a float32 neighbour of the midpoint: their decimals are rounded to float32 only once",
         ),
         (
             "fp4", CPU, "boundaries", beside(halves), False, "Fp4Thresholds Fp4ZeroSign",
@@ -276,10 +300,16 @@ def encoding(name: str, compat: str, variant: str, weight: np.ndarray, config: d
         config=config,
         inputs={"weight": weight} | maps,
         compute=compute,
-        oracle="scalar float32",
-        witnesses={VERSION: bnb_encode(name, config)} if compat == CPU else {},
+        **checked(compat, bnb_encode(name, config)),
         limits=dict.fromkeys(compute({"weight": torch.from_numpy(weight)}), "exact"),
     )
+
+
+def checked(compat: str, witness: Compute) -> dict:
+    """What computed a case, and who agrees."""
+    if compat == CUDA:
+        return {"oracle": f"scalar float32; {VERSION} on an H200 gave the same"}
+    return {"oracle": "scalar float32", "witnesses": {VERSION: witness}}
 
 
 def dynamic_cases() -> Iterator[Case]:
@@ -308,7 +338,6 @@ def dynamic_cases() -> Iterator[Case]:
             config=config,
             inputs={"weight": weight.reshape(2, -1), "map": NESTED_MAP},
             compute=encode_dynamic(config),
-            oracle="scalar float32",
-            witnesses={VERSION: bnb_encode_dynamic(config)} if compat == CPU else {},
+            **checked(compat, bnb_encode_dynamic(config)),
             limits={"codes": "exact", "absmax": "exact"},
         )
