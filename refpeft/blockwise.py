@@ -7,7 +7,7 @@ The rules (refpeft.compat has those of bitsandbytes where they differ):
 - A block of zeros, or of magnitudes below float32's smallest normal number, has absmax 0 and decodes to zeros.
 - Codes of 16 levels lie two in a byte, the first in the high half; an unused half is the code of 0.
 - A decoded value is level * absmax, rounded to float32 and then to the dtype that is asked for.
-- NaN and infinity are refused before (refpeft.quant).
+- NaN, infinity and what is near it (above 2^120) are refused before (refpeft.quant).
 """
 
 from __future__ import annotations

@@ -35,6 +35,10 @@ class Dense:
         return self.array.nbytes
 
 
+LARGEST = 2.0**120
+"""Of a weight's numbers: quantizers divide by scales, and 1 / 2^126 is 0 on a GPU."""
+
+
 class Quantizer:
     """A quantizer plugin with its Config: makes Quantized weights.
 
@@ -54,10 +58,10 @@ class Quantizer:
     def __call__(self, array: Array, dtype: np.dtype, name: str = "") -> Quantized:
         """`array` in this quantizer's format, to be computed with in `dtype`; `name` is for error messages.
 
-        Raises RefpeftError for NaN and infinity, with their place, and for a shape that does not fit the format.
+        Raises RefpeftError for NaN, infinity and numbers above LARGEST, with their place, and for a shape that does not fit the format.
         """
         array = cast(array, np.dtype("f4"))
-        _refuse_what_is_not_finite(array, name)
+        _refuse_what_has_no_code(array, name)
         try:
             parts = self.pack(array)
         except RefpeftError as error:
@@ -147,10 +151,10 @@ def make_quantizer(name: str | None, options: Any = None, double_quant: bool = F
     return Quantizer(plugin, cfg, constants)
 
 
-def _refuse_what_is_not_finite(array: Array, name: str) -> None:
-    finite = xp_of(array).isfinite(array)
-    if not finite.all():
-        place = np.unravel_index(int(finite.argmin()), array.shape)
+def _refuse_what_has_no_code(array: Array, name: str) -> None:
+    usable = (array <= LARGEST) & (array >= -LARGEST)  # NaN is neither
+    if not usable.all():
+        place = np.unravel_index(int(usable.argmin()), array.shape)
         at = ", ".join(map(str, place))
         raise RefpeftError(
             f"{name or 'a weight'} holds {array[place]} at [{at}] and cannot be quantized: mend the weight, or train "
