@@ -1,6 +1,8 @@
 """NF4: the rules of the format, alone and with its constants quantized again."""
 
 import device
+import re
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -116,11 +118,11 @@ def test_bits_per_parameter_are_4_and_the_constants(double_quant, bits):
     assert 8 * kept.nbytes / 2**20 == bits
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, -1e38])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, -(2.0**121)])
 def test_nan_and_infinity_and_what_is_nearly_that_are_refused_by_name_and_place(bad):
     weight = normal(2, 64)
     weight[1, 3] = bad
-    with pytest.raises(RefpeftError, match=rf"model.layers.0.mlp.up_proj.weight holds {bad} at \[1, 3\]"):
+    with pytest.raises(RefpeftError, match=re.escape(f"model.layers.0.mlp.up_proj.weight holds {bad} at [1, 3]")):
         Quantizer(nf4, nf4.Config())(weight, np.dtype("f4"), "model.layers.0.mlp.up_proj.weight")
 
 
