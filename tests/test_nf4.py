@@ -1,8 +1,8 @@
 """NF4: the rules of the format, alone and with its constants quantized again."""
 
-import device
 import re
 
+import device
 import numpy as np
 import pytest
 from hypothesis import given
