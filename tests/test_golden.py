@@ -324,10 +324,8 @@ def run_quantizer(case: Case, given: Arrays, dtype: str) -> Arrays:
         weight = Quantized(quantizer, parts, case.config["shape"], np.dtype(dtype))
         return tensors_of("q_proj.weight", weight, case.config.get("dtype"))
     x = given.pop("x_codes") * given.pop("x_scale")[:, None] / 127 if case.at == "linear" else None
-    own_maps = case.level == "must"
-    parts = {
-        part_of(case, name): a for name, a in given.items() if not (own_maps and name.endswith(("map", "codebook")))
-    }
+    built_in = ("codebook", "map", "nested_map") if case.level == "must" else ()  # files of others bring their own
+    parts = {part_of(case, name): array for name, array in given.items() if name not in built_in}
     weight = quantizer.dense(parts, tuple(case.config["shape"]), np.dtype(case.config.get("dtype", dtype)))
     return {"weight": weight.astype(dtype)} if x is None else {"y": x @ weight.T}
 
