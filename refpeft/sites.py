@@ -349,7 +349,7 @@ def _add_part(model: Any, adapter: Adapter, part: Part, seed: int, fit: bool) ->
         if fit:
             more = {"original": _original(model, site), "requantize": _Lazy(lambda site=site: _requantize(site))}
             for key, array in (part.call("peft_fit", **have, **more) or {}).items():
-                values[key].data = model.place(array)
+                values[key].data[...] = model.place(array)  # in the layout that a file's values have: equal bits
         layer = Layer(part, site, values, model.mode, adapter.name)
         adapter.layers.append(layer)
         references += [(layer, key, v) for key, v in first.items() if isinstance(v, str)]
