@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from . import manager
-from .backend import Array, cast, xp_of
+from .backend import Array, cast
 from .errors import RefpeftError
 
 CONSTANTS = "dynamic8"  # the quantizer of another's constants
@@ -58,7 +58,8 @@ class Quantizer:
     def __call__(self, array: Array, dtype: np.dtype, name: str = "") -> Quantized:
         """`array` in this quantizer's format, to be computed with in `dtype`; `name` is for error messages.
 
-        Raises RefpeftError for NaN, infinity and numbers above LARGEST, with their place, and for a shape that does not fit the format.
+        Raises RefpeftError for NaN, infinity and magnitudes above LARGEST, with their place, and for a shape that does
+        not fit the format.
         """
         array = cast(array, np.dtype("f4"))
         _refuse_what_has_no_code(array, name)
@@ -157,6 +158,6 @@ def _refuse_what_has_no_code(array: Array, name: str) -> None:
         place = np.unravel_index(int(usable.argmin()), array.shape)
         at = ", ".join(map(str, place))
         raise RefpeftError(
-            f"{name or 'a weight'} holds {array[place]} at [{at}] and cannot be quantized: mend the weight, or train "
-            "without a quantizer"
+            f"{name or 'a weight'} holds {array[place]} at [{at}] and cannot be quantized, as numbers up to 2^120 can: "
+            "mend the weight, or train without a quantizer"
         )

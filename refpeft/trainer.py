@@ -28,6 +28,7 @@ from .config import Train as Settings
 from .errors import RefpeftError
 from .models.base import Model
 from .optim import OPTIMIZERS, OPTIONS, Flat
+from .quant import Quantized
 from .tensor import no_grad
 
 Listener = Callable[[dict[str, Any]], None]
@@ -220,6 +221,7 @@ class Trainer:
         s = self.settings
         options = {f"{a.name}.{name}": value for a in self.model.adapters for name, value in vars(a.cfg).items()}
         same = ("optimizer", "lr", "batch", "micro_batch", "weight_decay", *OPTIONS, "clip", "schedule")
+        formats = {str(w.quantizer) for w in self.model.frozen.values() if isinstance(w, Quantized)}
         crc = 0
         for row in self.train.rows:
             for example in row:
@@ -235,6 +237,7 @@ class Trainer:
             "parameters": self.flat.shapes,
             "dtype": self.flat.values.dtype.name,
             "bytes of frozen weights": self.model.nbytes,
+            "quantizers of frozen weights": sorted(formats),
         }
         found |= {name: getattr(s, name) for name in same}
         return json.loads(json.dumps(found | options, default=str))  # as it will be read: tuples are lists then

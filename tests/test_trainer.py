@@ -20,6 +20,7 @@ from refpeft.config import Train
 from refpeft.data import Example
 from refpeft.errors import RefpeftError
 from refpeft.files import read_safetensors
+from refpeft.quant import make_quantizer
 from refpeft.trainer import Trainer, mean_loss
 
 
@@ -35,9 +36,16 @@ def examples(count: int = 8, seed: int = 0) -> list[Example]:
 
 
 def trainer(
-    settings: Train, method: str = "lora", held_out: bool = True, out=None, listeners=(), seed: int = 0, **options
+    settings: Train,
+    method: str = "lora",
+    held_out: bool = True,
+    out=None,
+    listeners=(),
+    seed: int = 0,
+    quantizer: str | None = None,
+    **options,
 ) -> Trainer:
-    model = tiny.model("llama")
+    model = tiny.model("llama", quantizer=make_quantizer(quantizer))
     tiny.scramble(sites.attach(model, method, options, seed=seed))
     evaluation = Batches(examples(4, seed=9), 4, 32, shuffle=False) if held_out else None
     return Trainer(
@@ -152,6 +160,12 @@ def test_a_checkpoint_of_another_run_is_refused_with_what_differs(tmp_path):
         trainer(Train(steps=4, batch=4, warmup=2), out=tmp_path).run(resume=True)
     with pytest.raises(RefpeftError, match=r"holds another run's checkpoints: resume it"):
         trainer(Train(steps=4, batch=4), out=tmp_path).run()
+
+
+def test_a_checkpoint_of_a_run_on_other_quantized_weights_is_refused(tmp_path):
+    trainer(Train(steps=4, batch=4), out=tmp_path, quantizer="nf4").run()
+    with pytest.raises(RefpeftError, match=r"weights was \['nf4 \(.*\)'\], now \['fp4 \(.*\)'\]; use another"):
+        trainer(Train(steps=4, batch=4), out=tmp_path, quantizer="fp4").run(resume=True)  # in as many bytes
 
 
 def test_a_finished_run_that_is_resumed_trains_no_more(tmp_path):
