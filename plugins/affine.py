@@ -43,7 +43,7 @@ def quant_pack(weight, cfg):
     xp, top = xp_of(weight), 2**cfg.bits - 1
     blocks = _blocks(weight, cfg)
     low, high = xp.minimum(blocks.min(axis=2), 0), xp.maximum(blocks.max(axis=2), 0)
-    scale = (high / 2 - low / 2) / (top / 2)  # in halves, because the whole may be more than float32 holds
+    scale = (high - low) / top
     step = xp.maximum(scale, TINY)
     zero = xp.rint(-low / step)
     codes = xp.rint(blocks / step[..., None]) + zero[..., None]

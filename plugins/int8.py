@@ -2,8 +2,7 @@
 
 The weights of LLM.int8() (Dettmers et al., 2022, arXiv:2208.07339, section 2.1), there called CB and SCB; activations
 stay as they are. A row runs along the last axis. code = round(weight * (127 / scale)) in float32, ties to even; a row
-of zeros, or of magnitudes below 4e-37, is zeros. Decoded: code * scale, rounded, times
-float32(1 / 127), rounded.
+of zeros, or of magnitudes below 4e-37, is zeros. Decoded: code * scale, rounded, times float32(1 / 127), rounded.
 With `compat` weights become float16 first, as in bitsandbytes; on a CPU 127 / scale is (1 / scale) * 127 then.
 """
 
