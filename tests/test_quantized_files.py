@@ -378,6 +378,14 @@ def test_a_wrong_scheme_of_refpeft_s_own_is_one_line(tmp_path, scheme, message):
     assert "\n" not in str(error.value) and "config.json" in str(error.value)
 
 
+def test_a_shape_that_the_file_cannot_hold_makes_no_array(tmp_path):
+    path = written(tmp_path, "affine")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"intermediate_size": 10**8}))
+    with pytest.raises(RefpeftError, match=r"too few for the \[100000000, 32\] that the config says"):
+        open_checkpoint(path)
+
+
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())

@@ -33,6 +33,7 @@ _STATE = "quant_state.bitsandbytes__"
 _BESIDE = ("SCB", "weight_format")  # tensors of 8 bits that lie beside the weight
 _LARGEST = float(np.finfo("f4").max)
 _MOST_JSON = 4096  # bytes; bitsandbytes writes less than 200
+_MOST_NUMBERS = 64  # of a quantized weight in a byte
 _STORAGE = (np.dtype(np.uint8), bfloat16, np.dtype(np.float16), np.dtype(np.float32))  # in which 4-bit codes may lie
 
 
@@ -147,6 +148,11 @@ class _Tensors:
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._stored)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all of them."""
+        return sum(math.prod(entry.shape) * entry.dtype.itemsize for entry in self._stored.values())
 
     def entry(self, part: str) -> Stored:
         if part not in self._stored:
@@ -282,6 +288,8 @@ def own_quantizer(scheme: Any, key: str = "quantization_config") -> Quantizer:
 
 
 def _own(quantizer: Quantizer, tensors: _Tensors, shape: tuple[int, ...]) -> Packed:
+    if math.prod(shape) > _MOST_NUMBERS * tensors.nbytes:  # no array is made on the word of a config alone
+        raise tensors.fail(f"has {tensors.nbytes} bytes in all, too few for the {list(shape)} that the config says")
     try:
         expected = parts_of(quantizer, shape)
     except RefpeftError as error:
