@@ -44,23 +44,29 @@ def data_files(run: RunConfig) -> tuple[Path, Path | None]:
     """The files of the training rows and of the held-out rows."""
     file, held_out = run.data.file, run.data.eval_file
     if file in (None, EMBEDDED):
-        return HERE / "train.jsonl", Path(held_out) if held_out else HERE / "held_out.jsonl"
+        file, held_out = HERE / "train.jsonl", held_out or HERE / "held_out.jsonl"
     return files.expanded(file), files.expanded(held_out) if held_out else None
 
 
 def load_rows(run: RunConfig, model: ModelConfig, tokenizer: Tokenizer) -> tuple[Data, Data | None]:
     """The training rows and the held-out rows as tokens; None where nothing is held out."""
-    options = {
-        "format": None if run.data.format == "auto" else run.data.format,
-        "length": row_length(run.data.length, model),
-        "overlong": run.data.overlong,
-        "supervise": run.data.supervise,
-    }
     file, held_out = data_files(run)
-    rows = load_data(file, tokenizer, **options)
+    rows = _read(file, run, model, tokenizer)
     if held_out:
-        return rows, load_data(held_out, tokenizer, **options)
+        return rows, _read(held_out, run, model, tokenizer)
     return _split(rows, run.data.eval_share, run.seed) if run.data.eval_share else (rows, None)
+
+
+def held_out_rows(run: RunConfig, model: ModelConfig, tokenizer: Tokenizer) -> Data | None:
+    """The held-out rows alone: the training rows are read only where these are a share of them."""
+    held_out = data_files(run)[1]
+    return _read(held_out, run, model, tokenizer) if held_out else load_rows(run, model, tokenizer)[1]
+
+
+def _read(file: Path, run: RunConfig, model: ModelConfig, tokenizer: Tokenizer) -> Data:
+    kind, length = run.data.format, row_length(run.data.length, model)
+    how = {"format": None if kind == "auto" else kind, "overlong": run.data.overlong, "supervise": run.data.supervise}
+    return load_data(file, tokenizer, length=length, **how)
 
 
 def _split(rows: Data, share: float, seed: int) -> tuple[Data, Data]:
@@ -123,17 +129,6 @@ def base_model(adapter: str | Path) -> str:
     if not name:
         raise RefpeftError(f"{adapter} does not name its model: give --model")
     return name
-
-
-def held_out_file(adapter: str | Path | None) -> Path:
-    """The held-out rows of the run that an adapter came from."""
-    said = config.written(adapter)
-    data = said.get("data", {})
-    if data.get("eval_file"):
-        return Path(data["eval_file"])
-    if said.get("model") == EMBEDDED and data.get("file", EMBEDDED) == EMBEDDED:
-        return HERE / "held_out.jsonl"
-    raise RefpeftError("there is no data: give --data FILE")
 
 
 # ---- the run ----

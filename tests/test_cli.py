@@ -309,6 +309,29 @@ def test_eval_says_what_it_does_with_long_rows(refpeft, model, rows):
     assert json.loads(refpeft(*evaluate, "--length", 12, "--overlong", "drop", "--json").stdout)["tokens"] == 120
 
 
+def test_a_share_that_was_held_out_is_evaluated_again(refpeft, model, rows, tmp_path):
+    share = ("train", "--model", "./model", "--data", "rows.jsonl", "--set", "data.eval_share=0.25", "--steps", 2)
+    assert refpeft(*share, "--out", "out").exit_code == 0
+    records = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    found = json.loads(refpeft("eval", "--adapter", "out", "--json").stdout)
+    assert found["rows"] == 3
+    assert found["eval_loss"] == pytest.approx(records[-1]["eval_loss"], rel=1e-5)
+    assert "give --data FILE to set length" in refused(refpeft("eval", "--adapter", "out", "--length", 12))
+    assert json.loads(refpeft("eval", "--adapter", "out", "--data", "rows.jsonl", "--json").stdout)["rows"] == 12
+
+
+def test_held_out_rows_are_evaluated_when_the_training_rows_have_gone(refpeft, model, rows):
+    Path("held.jsonl").write_text(Path("rows.jsonl").read_text())
+    assert refpeft(*TRAIN[:6], "held.jsonl", *TRAIN[7:], "--out", "out").exit_code == 0
+    Path("rows.jsonl").unlink()
+    assert refpeft("eval", "--adapter", "out").exit_code == 0
+
+
+def test_a_run_that_held_nothing_out_says_so(refpeft, model, rows):
+    assert refpeft("train", "--model", "./model", "--data", "rows.jsonl", "--steps", 2, "--out", "out").exit_code == 0
+    assert refused(refpeft("eval", "--adapter", "out")) == "the run held no rows out: give --data FILE\n"
+
+
 def test_text_that_is_not_unicode_is_one_line(refpeft, model, tmp_path):
     (tmp_path / "half.jsonl").write_text('{"text": "a"}\n{"text": "\\ud800"}\n')
     message = "the text is not valid Unicode: character 1 is '\\ud800'\n"

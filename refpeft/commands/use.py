@@ -50,16 +50,24 @@ def evaluate(
 
     from refpeft import config, run, trainer
     from refpeft.batches import Batches
-    from refpeft.data import load_data
+    from refpeft.errors import RefpeftError
 
     loaded = _load(model, adapter, **how)
-    said = config.written(adapter).get("data", {})
-    length = run.row_length(length or said.get("length"), loaded.config)
-    kept = {key: said[key] for key in ("overlong", "supervise") if key in said}
-    if overlong:
-        kept["overlong"] = overlong
-    file, kind = (data, kind) if data else (run.held_out_file(adapter), kind or said.get("format"))
-    rows = load_data(file, loaded.tokenizer, format=kind, length=length, **kept)
+    configured = config.run_of(adapter)
+    if not (data or configured):
+        raise RefpeftError("there is no data: give --data FILE")
+    configured = configured or config.RunConfig()
+    given = {"format": kind, "length": length, "overlong": overlong}
+    changes = {key: value for key, value in given.items() if value}
+    if data:
+        changes = {"eval_file": data, "format": "auto"} | changes
+    elif configured.data.eval_share and changes:  # drawn from rows that are read differently, the share would be others
+        raise RefpeftError(f"the run held out a share of its own rows: give --data FILE to set {', '.join(changes)}")
+    configured = configured.model_copy(update={"data": configured.data.model_copy(update=changes)})
+    rows = run.held_out_rows(configured, loaded.config, loaded.tokenizer)
+    if rows is None:
+        raise RefpeftError("the run held no rows out: give --data FILE")
+    length = run.row_length(configured.data.length, loaded.config)
     loss = trainer.mean_loss(loaded, Batches(rows.examples, batch, length, shuffle=False))
     found = {"eval_loss": loss, "perplexity": math.exp(min(loss, 700)), "rows": rows.summary.rows}
     found |= {"tokens": rows.summary.tokens, "supervised_tokens": rows.summary.supervised_tokens}
