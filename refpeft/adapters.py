@@ -213,12 +213,13 @@ def _understood(config: dict[str, Any], model: Model) -> tuple[str, Format | Non
         manager.path_of(method, "method")  # a name that is known: a file of others names no path
         return method, None, options
     for method, form in FORMATS.items():
-        if form.peft_type == kind:
+        if form.peft_type == kind and form.means(config):
             settings = Settings(config)
             options = form.options(settings, model)
             _refuse_unsupported(config, form, settings.read)
             return method, form, options
-    raise RefpeftError(f"peft_type is {kind!r}; refpeft reads {', '.join(f.peft_type for f in FORMATS.values())}")
+    known = ", ".join(dict.fromkeys(form.peft_type for form in FORMATS.values()))
+    raise RefpeftError(f"peft_type is {kind!r}; refpeft reads {known}")
 
 
 def _refuse_unsupported(config: dict[str, Any], form: Format, read: set[str]) -> None:

@@ -19,7 +19,7 @@ The arguments:
     bias    the frozen bias (out,), or None
     x       Tensor (batch, time, in); ids: integer array (batch, time)
     base    the layer below, to be called once: base(x). Keywords stand in for its frozen parts: base(x, bias=p.bias).
-            base.weight and base.bias are those parts as constants
+            base.weight and base.bias are those parts as constants; base.frozen(x) is x times the weight alone
     p       the site's values by name, p.A: Tensors; in peft_merge and peft_base their arrays
     shared  the values of `peft_shared` by name
     train   None outside of training; otherwise refpeft.sites.Train: .dropout(x, rate), .step

@@ -95,9 +95,13 @@ class Base:
             raise RefpeftError(f"two methods replace the {twice.pop()} of {self._site.name}: attach only one of them")
         return self._call(*args, **self._keywords, **stand_ins)
 
+    def frozen(self, x: Tensor) -> Tensor:
+        """x (..., in) times a linear layer's frozen weight, without its bias and the methods below: (..., out)."""
+        return fused.frozen_linear(x, weight=self._site.weight)
+
     @property
     def weight(self) -> Tensor:
-        """The frozen dense weight as a constant."""
+        """The frozen dense weight as a constant; within a product with x it stays on the tape: see `frozen`."""
         return Tensor(self._site.weight())
 
     @property

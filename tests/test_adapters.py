@@ -154,7 +154,7 @@ def test_a_tensor_of_integers_is_refused(saved):
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
-        ({"use_dora": True}, "use_dora = True is not something that refpeft computes for LORA"),
+        ({"use_qalora": True}, "use_qalora = True is not something that refpeft computes for LORA"),
         ({"lora_bias": True}, "lora_bias = True is not"),
         ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens"),
         ({"trainable_token_indices": [3]}, "trainable_token_indices"),
@@ -241,8 +241,8 @@ def test_the_second_of_two_that_fails_takes_the_first_with_it(tmp_path):
     model, _ = attached("llama", "ia3")
     sites.attach(model, "lora")
     adapters.save(tmp_path, model)
-    change(tmp_path / "2-lora", use_dora=True)
-    refused(tmp_path, "use_dora")
+    change(tmp_path / "2-lora", use_qalora=True)
+    refused(tmp_path, "use_qalora")
 
 
 @pytest.mark.parametrize("what", ["adapter_config.json", "adapter_model.safetensors"])

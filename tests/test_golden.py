@@ -108,7 +108,7 @@ def model_of(config: dict, given: Arrays, dtype: str) -> Model:
 
 def set_values(adapter: Adapter, model: Model, given: Arrays) -> None:
     """Trained values as the case gives them; what stands in for a weight of a file has the file's layout there."""
-    for name, tensor in adapter.params.items():
+    for name, tensor in (adapter.params | adapter.constants).items():
         if name in given:
             tensor.data[...] = as_in_file(model, name, given[name])
 
@@ -230,7 +230,8 @@ def run_site(case: Case, given: Arrays, dtype: str) -> Arrays:
         site = model.place_of("site", "block", (given["x"].shape[-1],), "mlp_out", linear_block(given["weight"]))
     adapter = attach(model, case.name, options)
     values = {name.removeprefix("site."): t for name, t in adapter.params.items()}
-    for name, tensor in values.items():
+    constants = {name.removeprefix("site.").removeprefix("shared."): t for name, t in adapter.constants.items()}
+    for name, tensor in (constants | values).items():
         tensor.data[...] = given[name]
     leaves = {name: parameter(given[name]) for name in ("x", "q", "k", "v") if name in given}
     inputs = list(leaves.values()) or [given["ids"]]

@@ -81,7 +81,7 @@ def peer_gradients(model) -> dict[str, np.ndarray]:
     found = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            name = name.replace(".modules_to_save", "").replace(".default", "")
+            name = name.replace(".modules_to_save", "").replace(".default", "").replace("_vector.weight", "_vector")
             found["prompt_embeddings" if name.startswith("prompt_encoder") else name] = parameter.grad.numpy()
     return found
 
@@ -90,7 +90,7 @@ def our_gradients(model: Model) -> dict[str, np.ndarray]:
     """The same from refpeft, packed as the tensors of the file are."""
     grads = tiny.gradients(model, tiny.Batch(IDS, TARGETS))
     (adapter,) = model.adapters
-    entries, _ = adapters._written(adapter, model)
+    entries, _ = adapters._written(adapter, model, None)
     return {entry.name: entry.pack(*(grads[name] for name in entry.params)) for entry in entries}
 
 
@@ -127,6 +127,7 @@ PEFTS = {
         r=2,
         modules_to_save=["ln_f", "h.0.mlp.c_fc"] if f == "gpt2" else ["lm_head", "model.norm", "0.self_attn.k_proj"],
     ),
+    "dora": lambda f: peft.LoraConfig(r=2, lora_alpha=3, target_modules="all-linear", use_dora=True),
     "ia3": lambda f: peft.IA3Config(),
     "ln_tuning": lambda f: peft.LNTuningConfig(
         target_modules=["ln_1", "ln_2", "ln_f"]

@@ -8,7 +8,7 @@ import pytest
 import tiny
 from variants import CASES, FAMILIES, VARIANTS, WITH_BIASES, attached, bare, quantizer
 
-from refpeft import manager, sites
+from refpeft import manager, ops, sites
 from refpeft.errors import RefpeftError
 
 CHANGE_AT_THE_START = {"prompt_tuning", "prefix_tuning", "houlsby", "loftq"}
@@ -39,7 +39,9 @@ def check_gradients(model) -> None:
 
 
 @pytest.mark.parametrize(("family", "name"), CASES)
-def test_gradients_are_finite_differences_of_the_loss(family, name):
+def test_gradients_are_finite_differences_of_the_loss(family, name, monkeypatch):
+    """What a method counts as a constant in the backward pass is no constant here; golden cases hold it to that."""
+    monkeypatch.setattr(ops, "detach", lambda x: x)
     model, _ = attached(family, name)
     check_gradients(model)
 
@@ -302,9 +304,8 @@ def test_on_nf4_weights_a_method_is_what_it_is_on_their_dense_values(family, nam
     for site in dense.sites.values():
         if site.kind == "linear" and "head" not in site.roles:
             site.weight.array = packed.sites[site.name].weight()
-    if name in ("full", "lora-saved"):  # what is trained in full starts from the values before packing
-        for key, tensor in packed.trained():
-            dict(dense.trained())[key].data[...] = tensor.data
+    for key, tensor in packed.trained():  # some start from the weights, which were others before packing
+        dict(dense.trained())[key].data[...] = tensor.data
     assert np.allclose(packed(tiny.ids()).data, dense(tiny.ids()).data, rtol=0, atol=1e-12)
     ours, theirs = tiny.gradients(packed, tiny.batch()), tiny.gradients(dense, tiny.batch())
     assert all(np.allclose(ours[key], theirs[key], rtol=1e-9, atol=1e-12) for key in theirs)

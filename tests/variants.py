@@ -13,6 +13,7 @@ VARIANTS = {
     "lora-everywhere": ("lora", {"targets": ["all-linear", "@embed", "@head"], "rslora": True, "init": "gaussian"}),
     "lora-patterns": ("lora", {"targets": "all-linear", "rank_pattern": {"mlp.*": 2}, "alpha_pattern": {".*1.*": 3}}),
     "lora-saved": ("lora", {"targets": "all-linear", "modules_to_save": ["@norm", "@head", "@down"]}),
+    "dora": ("dora", {"r": 3, "rslora": True, "alpha_pattern": {".*1.*": 3}}),
     "loftq": ("loftq", {"r": 3, "iterations": 2}),
     "ia3": ("ia3", {}),
     "ia3-other": ("ia3", {"targets": ["@q", "@up"], "feedforward": ["@up"]}),

@@ -16,6 +16,7 @@ SCRIPTS = (
         "blocks",
         "method_sites",
         "methods",
+        "low_rank",
         "loftq",
         "optimizers",
         "eight_bits",

@@ -1,0 +1,164 @@
+"""What scripts of methods at linear layers share: an equation becomes cases at one layer and on whole tiny models.
+
+A case at one layer has the output, all gradients and the merged weight; cases on models add three steps of AdamW. The
+witness is PEFT's own layer, with the same tensors, where PEFT has the method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import equations
+import methods
+import numpy as np
+import peft_witness
+import torch
+from common import Case, Draw, Tensors
+from method_sites import site_case
+from torch.nn import functional
+
+Shapes = dict[str, tuple[int, ...]]
+Arrays = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Equation:
+    """A method at a linear layer. Weights are (out, in) here, whatever a file has.
+
+    trained    (config, out, in) -> shapes of the trained tensors, by letter
+    value      (f, x, weight, letters, config) -> y, where f is the frozen layer with its bias
+    merged     (weight, letters, config) -> the weight that stands in for all of it; None where there is none
+    merged_bias  the same for the bias, where that changes
+    constants  (draw, config, out, in) -> tensors that are given and not trained
+    start      (letters as drawn, weight, config) -> values to test at, where normal numbers around 0 will not do
+    peft       (config, target names) -> PEFT's config, and `names` its parameters of a layer, by letter
+    """
+
+    method: str
+    source: str
+    trained: Callable[[dict, int, int], Shapes]
+    value: Callable[..., torch.Tensor]
+    merged: Callable[..., torch.Tensor] | None = None
+    merged_bias: Callable[..., torch.Tensor] | None = None
+    constants: Callable[..., Arrays] = lambda draw, config, out, inp: {}
+    start: Callable[..., Arrays] = lambda letters, weight, config: letters
+    peft: Callable[[dict, list[str]], Any] | None = None
+    names: dict[str, str] = field(default_factory=dict)
+    flags: str = ""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One configuration of a method at one layer of `out` x `inp`."""
+
+    name: str
+    config: dict
+    out: int = 6
+    inp: int = 4
+    rows: tuple[int, ...] = (2, 3)
+    bias: bool = False
+    conv1d: bool = False
+    peft: bool = True  # whether PEFT computes the same; if not, the comment says why
+    flags: str = ""
+    comment: str = ""
+
+
+def shapes_of(config: dict, **more: Any) -> tuple[Variant, ...]:
+    """The layers that every method is tried on: with and without a bias and a time axis, and as GPT-2 stores them."""
+    return (
+        Variant("plain", config, **more),
+        Variant("bias", config, bias=True, flags="BaseBias", **more),
+        Variant("two-axes", config, rows=(4,), comment="x without a time axis", **more),
+        Variant(
+            "conv1d", config, bias=True, conv1d=True, flags="TransposedWeight", comment="weight is (in, out)", **more
+        ),
+    )
+
+
+def cases_of(equation: Equation, *variants: Variant, models: dict | None = None) -> Iterator[Case]:
+    """Cases of every variant at one layer and, with the config `models`, on a tiny Llama and GPT-2."""
+    equations.PAPERS[equation.method] = equation.source
+    for variant in variants:
+        yield _at_one_layer(equation, variant)
+    if models is not None:
+        yield from methods.model_cases("llama", methods.SMALL_LLAMA, _on(equation, models, LLAMA_SITES))
+        yield from methods.model_cases("gpt2", methods.SMALL_GPT2, _on(equation, models, GPT2_SITES))
+
+
+def _letters(equation: Equation, draw: Draw, config: dict, weight: np.ndarray) -> tuple[Arrays, Arrays]:
+    """(trained, constant) tensors of one layer."""
+    out, inp = weight.shape
+    drawn = {letter: draw.normal(*shape, scale=0.5) for letter, shape in equation.trained(config, out, inp).items()}
+    return equation.start(drawn, weight, config), equation.constants(draw, config, out, inp)
+
+
+def _at_one_layer(equation: Equation, variant: Variant) -> Case:
+    at = "conv1d" if variant.conv1d else "linear"
+    name = "plain" if variant.conv1d and variant.name == "conv1d" else variant.name
+    draw = Draw(f"{equation.method}-{at}-{name}")
+    config, x = variant.config, draw.normal(*variant.rows, variant.inp)
+    weight = draw.normal(variant.out, variant.inp, scale=variant.inp**-0.5)
+    bias = {"bias": draw.normal(variant.out)} if variant.bias else {}
+    trained, constants = _letters(equation, draw, config, weight)
+    stored = np.ascontiguousarray(weight.T) if variant.conv1d else weight
+    plain = (lambda weight: weight.mT) if variant.conv1d else (lambda weight: weight)
+
+    def forward(x, weight, bias=None, **letters):
+        weight = plain(weight)
+        return equation.value(lambda x: functional.linear(x, weight, bias), x, weight, letters, config)
+
+    def merged(t: Tensors) -> Tensors:
+        found = {"merged.weight": plain(equation.merged(plain(t["weight"]), t, config))}
+        if equation.merged_bias and "bias" in t:
+            found["merged.bias"] = equation.merged_bias(t["bias"], t, config)
+        return found
+
+    witness = None
+    if equation.peft and variant.peft:
+        settings = equation.peft(config, ["site"])
+        witness = peft_witness.site(settings, equation.names.__getitem__, " ".join(trained), variant.conv1d)
+    return site_case(
+        equation.method,
+        at,
+        name,
+        {"x": x, "weight": stored, **bias, **trained, **constants},
+        forward,
+        " ".join(("x", *trained)),
+        config=config,
+        merged=merged if equation.merged else None,
+        comment=variant.comment,
+        flags=f"{equation.flags} {variant.flags}",
+        witness=witness,
+    )
+
+
+# ---- whole models ----------------------------------------------------------------------------------------------
+
+LLAMA_SITES = {
+    f"model.layers.{layer}.self_attn.{name}_proj": (out, 8) for layer in range(2) for name, out in (("q", 8), ("v", 4))
+}
+GPT2_SITES = {f"transformer.h.{layer}.attn.c_attn": (24, 8) for layer in range(2)}
+
+
+def _on(equation: Equation, config: dict, sites: Shapes) -> Iterator[methods.Adapted]:
+    """The method on some layers of a model. Constants and starts that need the weight are not for here."""
+    shapes = {
+        f"{site}.{letter}": shape
+        for site, (out, inp) in sites.items()
+        for letter, shape in equation.trained(config, out, inp).items()
+    }
+
+    def advice(t: Tensors) -> dict[str, Callable]:
+        return {site: partial_of(t, site) for site in sites}
+
+    def partial_of(t: Tensors, site: str) -> Callable:
+        weight = t[f"{site}.weight"]
+        weight = weight.mT if site.startswith("transformer.") else weight
+        letters = {name.rpartition(".")[2]: tensor for name, tensor in t.items() if name.rpartition(".")[0] == site}
+        return lambda f, x: equation.value(f, x, weight, letters, config)
+
+    yield methods.Adapted(
+        equation.method, config | {"targets": list(sites)}, shapes, advice, flags=equation.flags, peft=False
+    )

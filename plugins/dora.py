@@ -1,0 +1,67 @@
+"""DoRA: y = (m / |V|) V x + b, V = W + s B A, |V| the norm of each row (one for each output), s = alpha / r.
+
+Liu et al., 2024, arXiv:2402.09353, section 4.1; |V| counts as a constant in the backward pass (section 4.3). Dropout is
+of all that the difference to W x reads: W x + b + (m / |V|) V dropout(x) - W dropout(x), as in the authors' code.
+
+First values, which leave the model as it is: A uniform in +-1 / sqrt(in), B zero, m the norms of W's rows.
+Trained: A (r, in), B (out, r) and m (out,), r (in + out) + out numbers a target.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from refpeft import fused, hookimpl, ops
+from refpeft.backend import xp_of
+from refpeft.targets import patterned
+
+
+@dataclass(frozen=True)
+class Config:
+    r: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0  # rate, in training
+    rslora: bool = False  # scale by alpha / sqrt(r)
+    rank_pattern: dict[str, int] = field(default_factory=dict)  # r for names that end in the key, a regular expression
+    alpha_pattern: dict[str, float] = field(default_factory=dict)  # alpha, likewise
+    targets: tuple[str, ...] | str = ("@q", "@v")
+    exclude: tuple[str, ...] | str = ()
+    layers: tuple[int, ...] | None = None  # numbers of the layers; none: all
+
+    def __post_init__(self):
+        if min((self.r, *self.rank_pattern.values())) < 1 or not 0 <= self.dropout < 1:
+            raise ValueError("expected r of at least 1, and dropout of at least 0 and less than 1")
+
+    def rank(self, site):
+        return patterned(self.rank_pattern, site, self.r)
+
+    def scale(self, site):
+        return patterned(self.alpha_pattern, site, self.alpha) / self.rank(site) ** (0.5 if self.rslora else 1)
+
+
+@hookimpl
+def peft_params(site, cfg, rng, weight):
+    r, (out, width) = cfg.rank(site), site.shape
+    bound = width**-0.5
+    A = rng.uniform(-bound, bound, (r, width))
+    contiguous = xp_of(weight).ascontiguousarray(weight)  # so that squares are added up in the order of `peft_linear`
+    return {"A": A, "B": np.zeros((out, r)), "m": _row_norms(contiguous)}
+
+
+@hookimpl
+def peft_linear(x, base, p, cfg, site, train):
+    dropped = train.dropout(x, cfg.dropout) if train else x
+    norms = ops.detach(ops.sqrt(ops.sum((base.weight + cfg.scale(site) * (p.B @ p.A)) ** 2, axis=1)))
+    frozen = base.frozen(dropped)
+    direction = fused.addmm(frozen, ops.linear(dropped, p.A), p.B, alpha=cfg.scale(site))
+    return base(x) + (p.m / norms * direction - frozen)  # the difference first: it is 0 at the start
+
+
+@hookimpl
+def peft_merge(weight, p, cfg, site):
+    direction = weight + cfg.scale(site) * (p.B @ p.A)
+    return (p.m / _row_norms(direction))[:, None] * direction
+
+
+def _row_norms(weight):
+    return xp_of(weight).sqrt((weight * weight).sum(axis=1))

@@ -1,0 +1,17 @@
+"""How Hugging Face PEFT 0.21 writes methods down: settings, names and layouts of tensors, in both directions."""
+
+from .common import PREFIX, Entry, Format, Settings
+from .lora import DORA, LORA
+from .others import IA3, LN_TUNING, PREFIX_TUNING, PROMPT_TUNING
+
+__all__ = ["FORMATS", "PREFIX", "Entry", "Format", "Settings"]
+
+FORMATS = {
+    "dora": DORA,
+    "lora": LORA,
+    "ia3": IA3,
+    "ln_tuning": LN_TUNING,
+    "prompt_tuning": PROMPT_TUNING,
+    "prefix_tuning": PREFIX_TUNING,
+}
+"""By the plugin's name; of those that share a peft_type, the first that an adapter_config.json means."""
