@@ -138,11 +138,14 @@ def replace_directory(path: str | Path) -> Iterator[Path]:
 
     If the body fails, it is removed and an earlier `path` stays. No system call swaps two directories everywhere, so an
     earlier `path` is renamed out of the way first: a kill between the two renames leaves both directories whole, under
-    hidden names.
+    hidden names. Raises RefpeftError where there can be no such directory.
     """
     path = Path(path)
     temporary, old = _sibling(path), _sibling(path)
-    temporary.mkdir(parents=True)
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise RefpeftError(f"{path} cannot be written: {error.strerror}") from None
     try:
         yield temporary
         for folder, _, names in os.walk(temporary):

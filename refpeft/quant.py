@@ -85,7 +85,7 @@ class Quantizer:
         return self.name == other.name and ours == theirs and (self.constants is not None or other.constants is None)
 
     def pack(self, array: Array) -> dict[str, Array]:
-        """The parts of a finite float32 array."""
+        """The parts of a finite float32 array. Raises RefpeftError where `constants` would find none among them."""
         function, names = self._pack
         parts = function(*({"weight": array, "cfg": self.cfg}[n] for n in names))
         if self.constants is None:
@@ -96,6 +96,10 @@ class Quantizer:
                 found |= {f"{name}.{inner}": array for inner, array in self.constants.pack(part).items()}
             else:
                 found[name] = part
+        if found.keys() == parts.keys():
+            raise RefpeftError(
+                f"{self.name} keeps no arrays of float32 constants, which double_quant is for: leave it out"
+            )
         return found
 
     def dense(self, parts: dict[str, Array], shape: tuple[int, ...], dtype: np.dtype) -> Array:

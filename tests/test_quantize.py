@@ -87,6 +87,14 @@ def test_mistakes_are_one_line_and_leave_nothing(model, tmp_path):
         (model, tmp_path / "out", "--quantizer", "nf4", "--set", "nf4.block=100"): "nf4.block is 100",
         (model, tmp_path / "out", "--quantizer", "nf4", "--set", "lora.r=2"): "expected an option of the quantizer",
         (model, tmp_path / "out", "--quantizer", "affine", "--compat", "bnb-cpu"): "affine.compat",
+        (
+            model,
+            tmp_path / "out",
+            "--quantizer",
+            "mxfp4",
+            "--double-quant",
+        ): "mxfp4 keeps no arrays of float32 constants",
+        (model, "/dev/null/out", "--quantizer", "nf4"): "/dev/null/out cannot be written: Not a directory",
         (model, tmp_path / "out", "--quantizer", "int8", "--double-quant"): "no double quantization of int8",
         (tmp_path / "nowhere", tmp_path / "out", "--quantizer", "nf4"): "there is no such directory",
     }
@@ -95,6 +103,12 @@ def test_mistakes_are_one_line_and_leave_nothing(model, tmp_path):
         assert result.exit_code == 2 and message in result.stderr, result.output
         assert len(result.stderr.splitlines()) == 1 and not result.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "there"]
+
+
+def test_double_quantization_without_constants_is_refused(model, tmp_path):
+    result = run(model, tmp_path / "out", "--quantizer", "mxfp4", "--double-quant")
+    assert result.exit_code == 2 and not (tmp_path / "out").exists()
+    assert "mxfp4 keeps no arrays of float32 constants, which double_quant is for" in result.stderr
 
 
 def test_a_weight_that_is_not_finite_leaves_nothing_half_written(model, tmp_path):

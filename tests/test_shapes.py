@@ -2,6 +2,7 @@
 
 import json
 import math
+from unittest.mock import ANY
 
 import pytest
 import tiny
@@ -84,6 +85,12 @@ def test_a_config_json_is_a_shape(tmp_path):
     found = planned("--shape", tmp_path / "config.json", "--length", 8)
     tensors = math.prod(shapes.checkpoint_of(str(tmp_path)).shape("lm_head.weight"))
     assert found["frozen"]["head"] == {"numbers": tensors, "bytes": 2 * tensors, "bits": 16}
+
+
+def test_a_shape_of_few_positions_is_planned_with_these(tmp_path):
+    files.write_json(tmp_path / "config.json", tiny.LLAMA)
+    positions = shapes.checkpoint_of(str(tmp_path)).config.context
+    assert planned("--shape", tmp_path) == planned("--shape", tmp_path, "--length", positions) | {"given": ANY}
 
 
 def test_its_text_names_parts_and_defaults():

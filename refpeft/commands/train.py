@@ -52,7 +52,8 @@ _PLANNED = (
     "data.length",
     "dtype",
 )
-_PLAN_DEFAULTS = {"dtype": "bfloat16", "train.batch": 1, "data.length": 512}
+_PLAN_DEFAULTS = {"dtype": "bfloat16", "train.batch": 1}
+_PLAN_LENGTH = 512  # or what the model was made for, where that is less
 _ALL_LINEAR = ("lora", "loftq")  # they are planned on all linear layers, as QLoRA trains them (arXiv:2305.14314)
 
 
@@ -117,9 +118,15 @@ def plan(shape: str, rank: int | None, sets: tuple[str, ...], as_json: bool, **g
     """
     from refpeft import config as configuration
     from refpeft import plan as planning
+    from refpeft import shapes
 
     methods = given["method"] or ("lora",)
-    keys = _PLAN_DEFAULTS | {f"{method}.targets": "all-linear" for method in methods if method in _ALL_LINEAR}
+    length = min(_PLAN_LENGTH, shapes.checkpoint_of(shape).config.context)
+    keys = (
+        _PLAN_DEFAULTS
+        | {"data.length": length}
+        | {f"{method}.targets": "all-linear" for method in methods if method in _ALL_LINEAR}
+    )
     defaults = [("refpeft plan", key, value) for key, value in keys.items()]
     flags = [("--shape", "model", shape), ("--shape", "data.file", configuration.EMBEDDED)]  # no row is read
     flags += [("--r", f"{methods[0]}.r", rank)] if rank else []
