@@ -5,8 +5,9 @@ from collections import Counter
 import numpy as np
 import pytest
 import tiny
+from variants import has_constants
 
-from refpeft import manager, sites
+from refpeft import RefpeftError, manager, sites
 from refpeft.api import make_quantizer
 from refpeft.fused import frozen_linear
 from refpeft.quant import Dense, Quantized, Quantizer
@@ -17,23 +18,13 @@ METHODS = sorted(name for name, listing in LISTED.items() if listing.kind == "me
 OPTIONS = {"bitfit": {"create": True}, "lora": {"dropout": 0.2, "targets": "all-linear"}}
 
 
-def quantizers() -> dict[str, tuple[str, bool]]:
-    """(name, double quantization) by a label; the latter where there are float32 constants to quantize."""
-    found = {}
-    for name in sorted(name for name, listing in LISTED.items() if listing.kind == "quantizer"):
-        found[name] = name, False
-        parts = make_quantizer(name).pack(np.ones((1, 32), "f4"))
-        if any(part.dtype == np.float32 and part.ndim for part in parts.values()):
-            found[f"{name}, double"] = name, True
-    return found
+QUANTIZERS = sorted(name for name, listing in LISTED.items() if listing.kind == "quantizer")
+ONCE_AND_TWICE = [(name, twice) for name in QUANTIZERS for twice in (False, True)[: 1 + has_constants(name)]]
 
 
-QUANTIZERS = quantizers()
-
-
-@pytest.fixture(scope="module", params=QUANTIZERS)
+@pytest.fixture(scope="module", params=ONCE_AND_TWICE, ids=str)
 def quantizer(request) -> Quantizer:
-    name, double_quant = QUANTIZERS[request.param]
+    name, double_quant = request.param
     return make_quantizer(name, None, double_quant)
 
 
@@ -75,3 +66,9 @@ def test_a_weight_is_unpacked_once_forward_and_once_backward_and_not_kept(quanti
     lowest = {f"model.layers.0.self_attn.{part}_proj" for part in "qkv"}  # there is nothing to be trained below them
     assert asked == {name: 1 if name in lowest else 2 for name in kept}
     assert all(vars(model.sites[name].weight) == before for name, before in kept.items())
+
+
+@pytest.mark.parametrize("name", [name for name in QUANTIZERS if not has_constants(name)])
+def test_double_quantization_of_nothing_is_refused(name):
+    with pytest.raises(RefpeftError, match=f"^w: {name} keeps no arrays of float32 constants.*leave it out$"):
+        make_quantizer(name, None, double_quant=True)(np.ones((1, 32), "f4"), np.dtype("f4"), "w")

@@ -1,5 +1,6 @@
-"""Every method in several variants, attached to tiny models: what the tests of methods share."""
+"""Every method in several variants, attached to tiny models, and which quantizers can do what: what tests share."""
 
+import numpy as np
 import tiny
 
 from refpeft import sites
@@ -60,3 +61,9 @@ def needed_quantizer(method: str) -> Quantizer | None:
 
 def quantizer(name: str = "nf4", double_quant: bool = True, **options) -> Quantizer:
     return make_quantizer(name, options, double_quant)
+
+
+def has_constants(name: str, options: dict | None = None) -> bool:
+    """Whether a quantizer has what double quantization quantizes: arrays of float32 constants."""
+    parts = make_quantizer(name, options).pack(np.ones((1, 32), "f4"))
+    return any(part.dtype == np.float32 and part.ndim for part in parts.values())

@@ -3,6 +3,7 @@
 import cupy
 import numpy as np
 import pytest
+from variants import has_constants
 
 from refpeft import manager
 from refpeft.api import make_quantizer
@@ -32,8 +33,11 @@ def weights() -> dict[str, np.ndarray]:
     }
 
 
-@pytest.mark.parametrize("double_quant", [False, True])
-@pytest.mark.parametrize("name, options", VARIANTS, ids=str)
+@pytest.mark.parametrize(
+    "name, options, double_quant",
+    [(*v, False) for v in VARIANTS] + [(*v, True) for v in VARIANTS if has_constants(*v)],
+    ids=str,
+)
 def test_a_quantizer_has_the_codes_and_values_of_the_host(name: str, options: dict, double_quant: bool):
     quantizer = make_quantizer(name, options, double_quant)
     for kind, weight in weights().items():
