@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import ml_dtypes
 import numpy as np
@@ -50,12 +51,24 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     temporary = _sibling(path)
     try:
-        yield temporary
-        _fsync(temporary)
-        os.replace(temporary, path)
-        _fsync(path.parent)
+        with named(path, temporary):
+            yield temporary
+            _fsync(temporary)
+            os.replace(temporary, path)
+            _fsync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def named(path: Path, temporary: Path | None = None) -> Iterator[None]:
+    """Within it, an OSError that names no file (the disk is full), or one in `temporary`, is one about `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None or (temporary and Path(str(error.filename)).is_relative_to(temporary)):
+            error.filename = str(path)
+        raise
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -71,17 +84,12 @@ def write_json(path: str | Path, value) -> None:
 
 def write_safetensors(path: str | Path, tensors: dict[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
     """Write arrays (NumPy's dtypes and ml_dtypes.bfloat16) as a safetensors file, atomically."""
-    from safetensors.numpy import save_file
-
-    for name, array in tensors.items():
-        _name_of_dtype(path, name, array)
-    # The library takes the bytes as they lie in memory. (np.ascontiguousarray would make a scalar one-dimensional.)
-    contiguous = {name: np.asarray(array, order="C") for name, array in tensors.items()}
-    with atomic_write(path) as temporary:
-        temporary.touch()
-        mode = temporary.stat().st_mode  # what the umask gives; the library makes its files private
-        save_file(contiguous, temporary, metadata=metadata)
-        temporary.chmod(mode)
+    places = {
+        name: (_name_of_dtype(path, name, array), list(array.shape), array.nbytes) for name, array in tensors.items()
+    }
+    with atomic_write(path) as temporary, open(temporary, "wb") as file:
+        for name in _write_header(file, places, metadata):
+            file.write(_bytes(tensors[name]))
 
 
 @contextmanager
@@ -94,33 +102,44 @@ def safetensors_writer(
     them: they wait in a second temporary file until their places are known.
     """
     path = Path(path)
-    waiting, places = _sibling(path), {}
+    waiting, places, starts = _sibling(path), {}, {}
     try:
-        with open(waiting, "w+b") as spool:
+        with named(path, waiting), open(waiting, "w+b") as spool:
 
             def write(name: str, array: np.ndarray) -> None:
-                kind, at = _name_of_dtype(path, name, array), spool.tell()
-                spool.write(np.asarray(array, order="C").reshape(-1).view(np.uint8).data)
-                places[name] = kind, list(array.shape), at, spool.tell() - at
+                places[name] = _name_of_dtype(path, name, array), list(array.shape), array.nbytes
+                starts[name] = spool.tell()
+                spool.write(_bytes(array))
 
             yield write
             with atomic_write(path) as temporary, open(temporary, "wb") as file:
-                ranks = list(_DTYPES)
-                order = sorted(places, key=lambda name: (-ranks.index(places[name][0]), name))
-                header, end = {"__metadata__": metadata} if metadata else {}, 0
-                for name in order:
-                    kind, shape, _, size = places[name]
-                    header[name] = {"dtype": kind, "shape": shape, "data_offsets": [end, end := end + size]}
-                text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-                text += b" " * (-len(text) % 8)
-                file.write(len(text).to_bytes(8, "little") + text)
-                for name in order:
-                    _, _, at, size = places[name]
-                    spool.seek(at)
+                for name in _write_header(file, places, metadata):
+                    spool.seek(starts[name])
+                    size = places[name][2]
                     for piece in range(0, size, _PIECE):
                         file.write(spool.read(min(_PIECE, size - piece)))
     finally:
         waiting.unlink(missing_ok=True)
+
+
+def _write_header(
+    file: IO[bytes], places: dict[str, tuple[str, list[int], int]], metadata: dict[str, str] | None
+) -> list[str]:
+    """Writes the header of a safetensors file for tensors of these dtypes, shapes and bytes; gives their order."""
+    ranks = list(_DTYPES)
+    order = sorted(places, key=lambda name: (-ranks.index(places[name][0]), name))
+    header, end = {"__metadata__": metadata} if metadata else {}, 0
+    for name in order:
+        kind, shape, size = places[name]
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [end, end := end + size]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    return order
+
+
+def _bytes(array: np.ndarray) -> memoryview:
+    return np.asarray(array, order="C").reshape(-1).view(np.uint8).data
 
 
 def _name_of_dtype(path: str | Path, name: str, array: np.ndarray) -> str:
@@ -138,24 +157,22 @@ def replace_directory(path: str | Path) -> Iterator[Path]:
 
     If the body fails, it is removed and an earlier `path` stays. No system call swaps two directories everywhere, so an
     earlier `path` is renamed out of the way first: a kill between the two renames leaves both directories whole, under
-    hidden names. Raises RefpeftError where there can be no such directory.
+    hidden names.
     """
     path = Path(path)
     temporary, old = _sibling(path), _sibling(path)
     try:
-        temporary.mkdir(parents=True)
-    except OSError as error:
-        raise RefpeftError(f"{path} cannot be written: {error.strerror}") from None
-    try:
-        yield temporary
-        for folder, _, names in os.walk(temporary):
-            for name in names:
-                _fsync(Path(folder, name))
-            _fsync(Path(folder))
-        if path.exists():
-            os.rename(path, old)
-        os.rename(temporary, path)
-        _fsync(path.parent)
+        with named(path, temporary):
+            temporary.mkdir(parents=True)
+            yield temporary
+            for folder, _, names in os.walk(temporary):
+                for name in names:
+                    _fsync(Path(folder, name))
+                _fsync(Path(folder))
+            if path.exists():
+                os.rename(path, old)
+            os.rename(temporary, path)
+            _fsync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)

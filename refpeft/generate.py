@@ -56,7 +56,10 @@ def generate(
         for _ in range(steps):
             positions = np.maximum(np.arange(cache.tokens, cache.tokens + now.shape[1])[None] - before, 0)
             logits = model(now, positions if padded else None, segments if padded else None, cache, last=True)
-            picked = _pick(to_host(logits.data)[:, -1], temperature, top_k, top_p, streams)
+            last = to_host(logits.data)[:, -1]
+            if np.isnan(last.max()):
+                raise RefpeftError("the logits are nan: weights of the model, or of an adapter, are not finite numbers")
+            picked = _pick(last, temperature, top_k, top_p, streams)
             for row in np.flatnonzero(live):
                 if int(picked[row]) in stop:
                     live[row] = False

@@ -45,7 +45,7 @@ class Metrics:
                 f"{key}_per_second": round(record[key] / seconds, 1) for key in ("tokens", "supervised")
             }
             record["peak_bytes"] = peak(self.device)
-        with self.path.open("a", encoding="utf-8") as file:
+        with files.named(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
     def _drop_from(self, record: dict[str, Any]) -> None:

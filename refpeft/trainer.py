@@ -173,6 +173,10 @@ class Trainer:
         )
 
     def _not_finite(self, what: str) -> str:
+        if not self.summary.steps:
+            return (
+                f"{what}, before anything was learned: weights of the model, or of an adapter, are not finite numbers"
+            )
         saved = self._newest()
         kept = f"the last good checkpoint is {saved}" if saved else "no checkpoint had been saved yet"
         return f"{what} (learning rate {self.settings.lr:g}); {kept}; lower the learning rate"

@@ -14,7 +14,7 @@ import tiny_tokenizers
 from click.testing import CliRunner
 
 import refpeft as refpeft_package
-from refpeft import api, manager
+from refpeft import api, files, manager
 from refpeft.cli import main
 
 METHOD = '''"""Scales outputs (Someone, 2000): y = g W x."""
@@ -330,6 +330,17 @@ def test_held_out_rows_are_evaluated_when_the_training_rows_have_gone(refpeft, m
 def test_a_run_that_held_nothing_out_says_so(refpeft, model, rows):
     assert refpeft("train", "--model", "./model", "--data", "rows.jsonl", "--steps", 2, "--out", "out").exit_code == 0
     assert refused(refpeft("eval", "--adapter", "out")) == "the run held no rows out: give --data FILE\n"
+
+
+def test_weights_that_are_not_finite_are_said_by_every_verb(refpeft, model, rows):
+    weights = dict(files.read_safetensors("model/model.safetensors"))
+    weights["model.norm.weight"] = weights["model.norm.weight"] * float("nan")
+    files.write_safetensors("model/model.safetensors", weights)
+    for verb in (("eval", "--data", "rows.jsonl"), ("generate", "hi")):
+        assert "adapter, are not finite numbers" in refused(refpeft(*verb, "--model", "./model"))
+    for rest, message in ((TRAIN[5:], "the logits are nan"), (TRAIN[7:], "loss is nan at step 1, before anything was")):
+        result = refpeft(*TRAIN[:5], *rest, "--out", "out")
+        assert result.exit_code == 2 and result.stderr.splitlines()[-1].startswith(message)
 
 
 def test_text_that_is_not_unicode_is_one_line(refpeft, model, tmp_path):

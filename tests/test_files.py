@@ -1,5 +1,6 @@
 import json
 import os
+import resource
 import tracemalloc
 
 import ml_dtypes
@@ -8,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from refpeft import files, report
 from refpeft.errors import RefpeftError
@@ -124,10 +125,33 @@ def test_read_tensors_are_read_only_views_of_the_file_that_allocate_nothing(tmp_
 def test_a_file_written_tensor_by_tensor_is_that_of_the_library(folder, drawn):
     tensors = {name: np.ones(shape, dtype) for name, dtype, shape in drawn}
     files.write_safetensors(folder / "at_once", tensors, {"format": "pt"})
+    save_file(tensors, folder / "library", {"format": "pt"})
+    assert (folder / "at_once").read_bytes() == (folder / "library").read_bytes()
     with files.safetensors_writer(folder / "one_by_one", {"format": "pt"}) as write:
         for name, array in tensors.items():
             write(name, array)
     assert (folder / "one_by_one").read_bytes() == (folder / "at_once").read_bytes()
+
+
+def test_a_full_disk_is_an_error_with_the_name_that_was_asked_for(tmp_path):
+    def one_by_one(path, tensors):
+        with files.safetensors_writer(path) as write:
+            write("t", tensors["t"])
+
+    def in_a_directory(path, tensors):
+        with files.replace_directory(path) as folder:
+            files.write_safetensors(folder / "x", tensors)
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        for write in (files.write_safetensors, one_by_one, in_a_directory):
+            with pytest.raises(OSError) as caught:
+                write(tmp_path / "name", {"t": np.ones(1000)})
+            assert caught.value.filename == str(tmp_path / "name") and caught.value.strerror
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not os.listdir(tmp_path)
 
 
 def test_a_file_that_fails_on_the_way_leaves_nothing(tmp_path):

@@ -69,6 +69,8 @@ def evaluate(
         raise RefpeftError("the run held no rows out: give --data FILE")
     length = run.row_length(configured.data.length, loaded.config)
     loss = trainer.mean_loss(loaded, Batches(rows.examples, batch, length, shuffle=False))
+    if not math.isfinite(loss):
+        raise RefpeftError(f"the loss is {loss}: weights of the model, or of the adapter, are not finite numbers")
     found = {"eval_loss": loss, "perplexity": math.exp(min(loss, 700)), "rows": rows.summary.rows}
     found |= {"tokens": rows.summary.tokens, "supervised_tokens": rows.summary.supervised_tokens}
     if as_json:
