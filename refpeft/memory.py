@@ -5,6 +5,7 @@ Activations are measured on the tape of a few tokens and scaled up; the rest fol
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -255,17 +256,16 @@ def free_memory(device: str) -> int | None:
 
         return int(cupy.cuda.runtime.memGetInfo()[0])
     found = []
-    for path, kind in (("/proc/meminfo", "meminfo"), ("/sys/fs/cgroup", "cgroup")):
-        try:
-            found.append(_MEMORY[kind](Path(path)))
-        except (OSError, ValueError, StopIteration):
-            continue
+    for read in (_available, _left_of_limit):
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            found.append(read())
     return min(found, default=None)
 
 
-_MEMORY = {
-    "meminfo": lambda path: next(
-        int(line.split()[1]) * 1024 for line in path.read_text().splitlines() if line.startswith("MemAvailable")
-    ),
-    "cgroup": lambda path: int((path / "memory.max").read_text()) - int((path / "memory.current").read_text()),
-}
+def _available() -> int:
+    return int(Path("/proc/meminfo").read_text().partition("MemAvailable:")[2].split()[0]) * 1024
+
+
+def _left_of_limit() -> int:
+    group = Path("/sys/fs/cgroup")
+    return int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
