@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 import tiny
-from variants import needed_quantizer
+from variants import TO_FIT, needed_quantizer
 
 from refpeft import manager, ops, sites
 from refpeft.tensor import Tensor, checkpoint, no_grad, parameter
 
 METHODS = sorted(name for name, listing in manager.catalogue().items() if listing.kind == "method")
-OPTIONS = {"lora": {"dropout": 0.3}, "bitfit": {"create": True}}
+OPTIONS = TO_FIT | {"lora": {"dropout": 0.3}, "bitfit": {"create": True}}
 
 
 def normal(shape, seed=0):

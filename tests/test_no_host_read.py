@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 from cases import FUSED, OPS, Case, Place
-from variants import needed_quantizer
+from variants import TO_FIT, needed_quantizer
 
 from refpeft import manager, sites
 from refpeft.api import make_quantizer
@@ -22,7 +22,7 @@ from refpeft.tensor import parameter
 METHODS = sorted(name for name, listing in manager.catalogue().items() if listing.kind == "method")
 QUANTIZERS = sorted(name for name, listing in manager.catalogue().items() if listing.kind == "quantizer")
 
-OPTIONS = {"lora": {"dropout": 0.2}, "bitfit": {"create": True}}
+OPTIONS = TO_FIT | {"lora": {"dropout": 0.2}, "bitfit": {"create": True}}
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import tiny
-from variants import has_constants
+from variants import TO_FIT, has_constants
 
 from refpeft import RefpeftError, manager, sites
 from refpeft.api import make_quantizer
@@ -15,7 +15,7 @@ from refpeft.tensor import parameter
 
 LISTED = manager.catalogue()
 METHODS = sorted(name for name, listing in LISTED.items() if listing.kind == "method")
-OPTIONS = {"bitfit": {"create": True}, "lora": {"dropout": 0.2, "targets": "all-linear"}}
+OPTIONS = TO_FIT | {"bitfit": {"create": True}, "lora": {"dropout": 0.2, "targets": "all-linear"}}
 
 
 QUANTIZERS = sorted(name for name, listing in LISTED.items() if listing.kind == "quantizer")

@@ -136,6 +136,10 @@ PEFTS = {
     ),
     "prompt_tuning": lambda f: peft.PromptTuningConfig(num_virtual_tokens=3),
     "prefix_tuning": lambda f: peft.PrefixTuningConfig(num_virtual_tokens=3),
+    "oft": lambda f: peft.OFTConfig(oft_block_size=4, target_modules="all-linear"),
+    "oft-exact": lambda f: peft.OFTConfig(
+        oft_block_size=8, target_modules="all-linear", use_cayley_neumann=False, block_share=True
+    ),
 }
 FAMILIES = ("llama", "qwen2", "gpt2")
 
@@ -197,6 +201,8 @@ OURS = {
     "ln_tuning-layers": ("ln_tuning", {"layers": [0]}),
     "prompt_tuning": ("prompt_tuning", {"tokens": 4}),
     "prefix_tuning": ("prefix_tuning", {"tokens": 4}),
+    "oft": ("oft", {"block_size": 6}),
+    "oft-neumann": ("oft", {"block_size": 4, "cayley": "neumann", "terms": 6, "targets": ["@o", "@up"]}),
 }
 
 

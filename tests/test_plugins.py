@@ -108,6 +108,7 @@ DIM, FF, KV, VOCAB, LAYERS = 24, 32, 12, 40, 2
         ("llama", "houlsby", {"size": 5, "norms": False}, LAYERS * 2 * (2 * 5 * DIM + 5 + DIM)),
         ("llama", "prompt_tuning", {"tokens": 3}, 3 * DIM),
         ("llama", "prefix_tuning", {"tokens": 3}, LAYERS * 2 * 3 * KV),
+        ("llama", "oft", {"block_size": 6}, LAYERS * 2 * DIM * 5 // 2),
     ],
 )
 def test_the_number_of_parameters_is_the_formula(family, method, options, count):

@@ -15,6 +15,8 @@ VARIANTS = {
     "lora-patterns": ("lora", {"targets": "all-linear", "rank_pattern": {"mlp.*": 2}, "alpha_pattern": {".*1.*": 3}}),
     "lora-saved": ("lora", {"targets": "all-linear", "modules_to_save": ["@norm", "@head", "@down"]}),
     "dora": ("dora", {"r": 3, "rslora": True, "alpha_pattern": {".*1.*": 3}}),
+    "oft": ("oft", {"block_size": 4}),
+    "oft-neumann": ("oft", {"block_size": 6, "cayley": "neumann", "block_share": True}),
     "loftq": ("loftq", {"r": 3, "iterations": 2}),
     "ia3": ("ia3", {}),
     "ia3-other": ("ia3", {"targets": ["@q", "@up"], "feedforward": ["@up"]}),
@@ -31,6 +33,8 @@ WITH_BIASES = {
     "lora-bias": ("lora", {"bias": "lora_only"}),
     "lora-all-biases": ("lora", {"bias": "all", "modules_to_save": ["@k"], "targets": ["@q", "@o"]}),
 }
+TO_FIT = {"oft": {"block_size": 4}}
+"""Options without which a method's sizes do not fit tiny models."""
 FAMILIES = ("llama", "tied", "qwen2", "gpt2")
 CASES = [(family, name) for family in FAMILIES for name in VARIANTS] + [
     (family, name)

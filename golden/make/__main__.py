@@ -17,6 +17,7 @@ SCRIPTS = (
         "method_sites",
         "methods",
         "low_rank",
+        "structured",
         "loftq",
         "optimizers",
         "eight_bits",

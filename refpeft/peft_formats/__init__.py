@@ -3,6 +3,7 @@
 from .common import PREFIX, Entry, Format, Settings
 from .lora import DORA, LORA
 from .others import IA3, LN_TUNING, PREFIX_TUNING, PROMPT_TUNING
+from .structured import OFT
 
 __all__ = ["FORMATS", "PREFIX", "Entry", "Format", "Settings"]
 
@@ -13,5 +14,6 @@ FORMATS = {
     "ln_tuning": LN_TUNING,
     "prompt_tuning": PROMPT_TUNING,
     "prefix_tuning": PREFIX_TUNING,
+    "oft": OFT,
 }
 """By the plugin's name; of those that share a peft_type, the first that an adapter_config.json means."""

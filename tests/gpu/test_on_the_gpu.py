@@ -9,7 +9,7 @@ import tiny
 import tiny_files
 from cases import FUSED, OPS, Case, Place
 from click.testing import CliRunner
-from variants import needed_quantizer
+from variants import TO_FIT, needed_quantizer
 
 import refpeft
 from refpeft import adapters, fused, manager, sites
@@ -28,7 +28,7 @@ from refpeft.tensor import Tensor, parameter
 from refpeft.trainer import Trainer
 
 METHODS = sorted(name for name, listing in manager.catalogue().items() if listing.kind == "method")
-OPTIONS = {"lora": {"dropout": 0.2}, "bitfit": {"create": True}}
+OPTIONS = TO_FIT | {"lora": {"dropout": 0.2}, "bitfit": {"create": True}}
 
 
 def far(got, expected) -> float:
