@@ -10,18 +10,14 @@ exact constants, .0833 with a nested scale, and .1722 if the zero point 5 become
 """
 
 from dataclasses import dataclass
-from math import prod
 from typing import Literal
-
-import numpy as np
 
 from refpeft import hookimpl
 from refpeft.backend import xp_of
-from refpeft.blockwise import pack_nibbles, unpack_nibbles
-from refpeft.rowwise import blocks_of, rows_of
+from refpeft.blockwise import TINY, pack_nibbles
+from refpeft.rowwise import aligned, blocks_of, look_up, pack_rows, rows_of, unpack_rows
 
 STEPS = 15  # of a nested constant's range
-TINY = np.finfo("f4").tiny  # smaller numbers are 0 on a GPU
 
 
 @dataclass(frozen=True)
@@ -40,15 +36,20 @@ class Config:
 
 @hookimpl
 def quant_pack(weight, cfg):
+    def pack(rows, step, zero):
+        codes = xp.rint(blocks_of(rows, size) / step[..., None]) + zero[..., None]
+        codes = rows_of(codes.clip(0, top).astype("u1"), rows.shape)
+        return (pack_nibbles(codes.reshape(-1), unused=0) if cfg.bits == 4 else codes,)
+
     xp, top = xp_of(weight), 2**cfg.bits - 1
-    blocks = _blocks(weight, cfg)
-    low, high = xp.minimum(blocks.min(axis=2), 0), xp.maximum(blocks.max(axis=2), 0)
+    size = min(cfg.group, weight.shape[-1]) if cfg.per == "group" else weight.shape[-1]
+    sharing = weight.reshape(1, 1, -1) if cfg.per == "tensor" else blocks_of(weight, size)
+    low, high = xp.minimum(sharing.min(axis=2), 0), xp.maximum(sharing.max(axis=2), 0)
     scale = (high - low) / top
-    step = xp.maximum(scale, TINY)
+    step = xp.maximum(scale, TINY)  # smaller numbers are 0 on a GPU
     zero = xp.rint(-low / step)
-    codes = xp.rint(blocks / step[..., None]) + zero[..., None]
-    codes = rows_of(xp.clip(codes, 0, top).astype("u1"), weight.shape)
-    parts = {"packed": pack_nibbles(codes.reshape(-1), unused=0)} if cfg.bits == 4 else {"codes": codes}
+    (codes,) = pack_rows(pack, weight, step, zero)
+    parts = {"packed": codes} if cfg.bits == 4 else {"codes": codes.reshape(weight.shape)}
     if not cfg.nested:
         return parts | {"scale": scale, "zero": zero.astype("u1")}
     whole = xp.full((), cfg.scale_range, "f4") if cfg.scale_range else step.max()
@@ -58,22 +59,21 @@ def quant_pack(weight, cfg):
 
 @hookimpl
 def quant_unpack(parts, cfg, shape, dtype):
+    def unpack(values, codes, scale, zero):
+        if cfg.bits == 4:
+            look_up(tuple(range(16)), codes, values)
+        else:
+            values[:] = codes.reshape(values.shape)
+        values, scale, zero = aligned(values, size, scale, zero.astype("f4"))
+        values -= zero
+        values *= scale
+
+    size = min(cfg.group, shape[-1]) if cfg.per == "group" else shape[-1]
+    scale, zero = parts.get("scale"), parts.get("zero")
     if cfg.nested:
         scale = (parts["constants"] >> 4) * parts["scale_range"] / STEPS
         zero = (parts["constants"] & 15).astype("f4") * (cfg.zero_range or 2**cfg.bits - 1) / STEPS
-    else:
-        scale, zero = parts["scale"], parts["zero"]
-    codes = unpack_nibbles(parts["packed"], prod(shape)) if cfg.bits == 4 else parts["codes"]
-    values = _blocks(codes.reshape(shape), cfg).astype("f4")
-    values -= zero[..., None]
-    values *= scale[..., None]
-    return rows_of(values, shape).astype(dtype, copy=False)
-
-
-def _blocks(array, cfg):
-    """(rows, blocks, weights that share constants)."""
-    whole = array.reshape(-1) if cfg.per == "tensor" else array
-    return blocks_of(whole, min(cfg.group, whole.shape[-1]) if cfg.per == "group" else whole.shape[-1])
+    return unpack_rows(unpack, shape, dtype, (parts["packed" if cfg.bits == 4 else "codes"].reshape(-1), scale, zero))
 
 
 def _nearest_step(values, whole):

@@ -17,10 +17,11 @@ import numpy as np
 
 from refpeft import hookimpl
 from refpeft.backend import xp_of
+from refpeft.blockwise import TINY
 from refpeft.errors import RefpeftError
+from refpeft.rowwise import pack_rows, unpack_rows
 
-BLOCK = 32
-FLOAT16, TINY = np.finfo("f2").max, np.finfo("f4").tiny
+BLOCK, FLOAT16 = 32, np.finfo("f2").max
 
 
 @dataclass(frozen=True)
@@ -33,48 +34,47 @@ def quant_pack(weight, cfg):
     if weight.shape[-1] % BLOCK:
         found = f"rows of {weight.shape[-1]} (shape {weight.shape}) are no multiple of GGUF's block of {BLOCK}"
         raise RefpeftError(f"{found}: take a quantizer for rows of any length, such as nf4 or affine")
-    xp, blocks = xp_of(weight), weight.reshape(-1, BLOCK)
-    if cfg.type == "Q8_0":
-        constants = (xp.abs(blocks).max(axis=1, keepdims=True) / 127,)
-        scaled = blocks * _inverse(constants[0])
-        whole = xp.trunc(scaled)
-        whole += xp.where(xp.abs(scaled - whole) >= 0.5, xp.sign(scaled), 0)
-        codes = whole.astype("i1").view("u1")
-    elif cfg.type == "Q4_0":
-        at = xp.abs(blocks).argmax(axis=1)[:, None]
-        constants = (xp.take_along_axis(blocks, at, axis=1) / -8,)
-        codes = _halves(blocks * _inverse(constants[0]) + 8.5)
-    else:
-        low = blocks.min(axis=1, keepdims=True)
-        constants = ((blocks.max(axis=1, keepdims=True) - low) / 15, low)
-        codes = _halves((blocks - low) * _inverse(constants[0]) + 0.5)
-    heads = [xp.clip(constant, -FLOAT16, FLOAT16).astype("f2").view("u1") for constant in constants]
-    return {"blocks": xp.concatenate((*heads, codes), axis=1).reshape(weight.size // weight.shape[-1], -1)}
+    return {"blocks": pack_rows(lambda rows: _pack(rows, cfg.type), weight)[0]}
 
 
 @hookimpl
 def quant_unpack(parts, cfg, shape, dtype):
-    xp, start = xp_of(parts["blocks"]), 4 if cfg.type == "Q4_1" else 2
-    blocks = parts["blocks"].reshape(-1, start + (BLOCK if cfg.type == "Q8_0" else BLOCK // 2))
-    constants, codes = xp.ascontiguousarray(blocks[:, :start]).view("f2").astype("f4"), blocks[:, start:]
-    if cfg.type == "Q8_0":
-        values = codes.view("i1").astype("f4")
+    return unpack_rows(lambda values, rows: _unpack(values, rows, cfg.type), shape, dtype, (parts["blocks"],))
+
+
+def _pack(rows, kind):
+    xp, blocks = xp_of(rows), rows.reshape(-1, BLOCK)
+    if kind == "Q8_0":
+        constants = (xp.abs(blocks).max(axis=1, keepdims=True) / 127,)
+    elif kind == "Q4_0":
+        at = xp.abs(blocks).argmax(axis=1)[:, None]
+        constants = (xp.take_along_axis(blocks, at, axis=1) / -8,)
     else:
-        values = xp.concatenate((codes & 15, codes >> 4), axis=1).astype("f4")
-    if cfg.type == "Q4_0":
-        values -= 8
-    values *= constants[:, :1]
-    if cfg.type == "Q4_1":
-        values += constants[:, 1:]
-    return values.reshape(shape).astype(dtype, copy=False)
+        low = blocks.min(axis=1, keepdims=True)
+        constants = ((blocks.max(axis=1, keepdims=True) - low) / 15, low)
+        blocks = blocks - low
+    scaled = blocks * (1 / xp.where(xp.abs(constants[0]) < TINY, np.float32(np.inf), constants[0]))
+    if kind == "Q8_0":
+        whole = xp.trunc(scaled)
+        whole += xp.trunc(2 * (scaled - whole))  # of a half or more: 1, with its sign
+        codes = whole.astype("i1").view("u1")
+    else:
+        codes = xp.minimum(scaled + (8.5 if kind == "Q4_0" else 0.5), 15).astype("u1")
+        codes = codes[:, : BLOCK // 2] | codes[:, BLOCK // 2 :] << 4
+    heads = [xp.clip(constant, -FLOAT16, FLOAT16).astype("f2").view("u1") for constant in constants]
+    return (xp.concatenate((*heads, codes), axis=1).reshape(len(rows), -1),)
 
 
-def _inverse(scale):
-    """1 / scale, and 0 where that is more than float32 holds."""
-    xp = xp_of(scale)
-    return 1 / xp.where(xp.abs(scale) < TINY, np.float32(np.inf), scale)
-
-
-def _halves(codes):
-    codes = xp_of(codes).minimum(codes, 15).astype("u1")
-    return codes[:, : BLOCK // 2] | codes[:, BLOCK // 2 :] << 4
+def _unpack(values, rows, kind):
+    blocks, start = values.reshape(-1, BLOCK), 4 if kind == "Q4_1" else 2
+    head, codes = xp_of(rows).split(rows.reshape(len(blocks), -1), [start], axis=1)
+    constants = xp_of(rows).ascontiguousarray(head).view("f2").astype("f4")
+    if kind == "Q8_0":
+        blocks[:] = codes.view("i1")
+    else:
+        blocks[:, : BLOCK // 2], blocks[:, BLOCK // 2 :] = codes & 15, codes >> 4
+    if kind == "Q4_0":
+        blocks -= 8
+    blocks *= constants[:, :1]
+    if kind == "Q4_1":
+        blocks += constants[:, 1:]

@@ -6,16 +6,16 @@ byte, the first in the high half; an unused half is the code of 0.
 """
 
 from dataclasses import dataclass
-from math import prod
 
 import numpy as np
 
 from refpeft import hookimpl
 from refpeft.backend import xp_of
-from refpeft.blockwise import pack_nibbles, unpack_nibbles
-from refpeft.rowwise import blocks_of, rows_of
+from refpeft.blockwise import pack_nibbles
+from refpeft.rowwise import aligned, blocks_of, look_up, pack_rows, rows_of, unpack_rows
 
 ZERO = 8
+LEVELS = tuple(range(-ZERO, ZERO))
 
 
 @dataclass(frozen=True)
@@ -29,18 +29,23 @@ class Config:
 
 @hookimpl
 def quant_pack(weight, cfg):
+    def pack(rows):
+        groups = blocks_of(rows, min(cfg.group, rows.shape[1]))
+        scale = xp.abs(groups).max(axis=2) / 7
+        step = xp.maximum(scale, np.finfo("f4").tiny)  # smaller numbers are 0 on a GPU
+        codes = (xp.rint(groups / step[..., None]) + ZERO).astype("u1")
+        return pack_nibbles(rows_of(codes, rows.shape).reshape(-1), unused=ZERO), scale
+
     xp = xp_of(weight)
-    groups = blocks_of(weight, min(cfg.group, weight.shape[-1]))
-    scale = xp.abs(groups).max(axis=2) / 7
-    step = xp.maximum(scale, np.finfo("f4").tiny)  # smaller numbers are 0 on a GPU
-    codes = (xp.rint(groups / step[..., None]) + ZERO).astype("u1")
-    return {"packed": pack_nibbles(rows_of(codes, weight.shape).reshape(-1), unused=ZERO), "scale": scale}
+    packed, scale = pack_rows(pack, weight)
+    return {"packed": packed, "scale": scale}
 
 
 @hookimpl
 def quant_unpack(parts, cfg, shape, dtype):
-    codes = unpack_nibbles(parts["packed"], prod(shape)).reshape(shape)
-    values = blocks_of(codes, min(cfg.group, shape[-1])).astype("f4")
-    values -= ZERO
-    values *= parts["scale"][..., None]
-    return rows_of(values, shape).astype(dtype, copy=False)
+    def unpack(values, packed, scale):
+        look_up(LEVELS, packed, values)
+        values, scale = aligned(values, min(cfg.group, shape[-1]), scale)
+        values *= scale
+
+    return unpack_rows(unpack, shape, dtype, (parts["packed"], parts["scale"]))

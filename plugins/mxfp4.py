@@ -13,18 +13,14 @@ import numpy as np
 
 from refpeft import hookimpl
 from refpeft.backend import xp_of
-from refpeft.rowwise import blocks_of, decode_e2m1, encode_e2m1, rows_of
+from refpeft.rowwise import blocks_of, decode_e2m1, encode_e2m1, pack_rows, unpack_rows
 
 BLOCK, BIAS = 32, 127
 
 
 @hookimpl
 def quant_pack(weight):
-    xp = xp_of(weight)
-    blocks = blocks_of(weight, BLOCK)
-    largest = xp.maximum(xp.abs(blocks).max(axis=2), np.finfo("f4").tiny)
-    exponent = xp.maximum(xp.frexp(largest)[1] - 3, -BIAS)  # frexp counts from 1/2, so floor(log2) is one less
-    packed = encode_e2m1(xp.ldexp(blocks, -exponent[..., None]))
+    packed, exponent = pack_rows(_pack, weight)
     return {
         "blocks": packed.reshape(*weight.shape[:-1], -1, BLOCK // 2),
         "scales": (exponent + BIAS).astype("u1").reshape(*weight.shape[:-1], -1),
@@ -33,6 +29,23 @@ def quant_pack(weight):
 
 @hookimpl
 def quant_unpack(parts, shape, dtype):
-    exponent = parts["scales"].astype("i4") - BIAS
-    values = xp_of(exponent).ldexp(decode_e2m1(parts["blocks"]), exponent[..., None])
-    return rows_of(values, shape).astype(dtype, copy=False)
+    return unpack_rows(_unpack, shape, dtype, [part.reshape(-1) for part in (parts["blocks"], parts["scales"])], BLOCK)
+
+
+def _pack(rows):
+    xp = xp_of(rows)
+    blocks = blocks_of(rows, BLOCK)
+    largest = xp.maximum(xp.abs(blocks).max(axis=2), np.finfo("f4").tiny)
+    exponent = xp.maximum(xp.frexp(largest)[1] - 3, -BIAS)  # frexp counts from 1/2, so floor(log2) is one less
+    return encode_e2m1(blocks * _power(-exponent)), exponent
+
+
+def _unpack(values, packed, scales):
+    decode_e2m1(packed, values)
+    values = values.reshape(-1, BLOCK)
+    values /= 4  # because 2^-127 is 0 on a GPU, and 2^-125 is not
+    values *= _power(scales.astype("i4") - BIAS + 2)
+
+
+def _power(exponent):
+    return xp_of(exponent).ldexp(np.float32(1), exponent)[..., None]

@@ -18,7 +18,8 @@ import numpy as np
 
 from refpeft import hookimpl
 from refpeft.backend import xp_of
-from refpeft.blockwise import pack_nibbles, unpack_nibbles
+from refpeft.blockwise import pack_nibbles
+from refpeft.rowwise import blocks_of, look_up, pack_rows, ranks, unpack_rows
 
 OUTERMOST = 0.9677083  # the probability below the largest level
 ZERO = 7  # its code
@@ -40,23 +41,27 @@ def levels_of(xp):
 
 @hookimpl
 def quant_pack(weight, cfg):
-    xp, levels = xp_of(weight), levels_of(xp_of(weight))
-    blocks = xp.pad(weight.reshape(-1), (0, -weight.size % cfg.block)).reshape(-1, cfg.block)
-    inside = (xp.arange(blocks.size) < weight.size).reshape(blocks.shape)  # the last block may be short
-    count = inside.sum(axis=1)
-    mean = (blocks.sum(axis=1, dtype="f8") / count).astype("f4")
-    centred = (blocks - mean[:, None]) * inside
-    std = xp.sqrt((centred * centred).sum(axis=1, dtype="f8") / count).astype("f4")
-    scaled = centred / xp.maximum(std, np.finfo("f4").tiny)[:, None]
-    codes = xp.searchsorted((levels[1:] + levels[:-1]) / 2, scaled.reshape(-1)[: weight.size]).astype("u1")
-    return {"packed": pack_nibbles(codes, unused=ZERO), "mean": mean, "std": std}
+    def pack(blocks, count):
+        mean = (blocks.sum(axis=1, dtype="f8") / count).astype("f4")
+        centred = (blocks - mean[:, None]) * (xp.arange(cfg.block) < count[:, None])
+        std = xp.sqrt((centred * centred).sum(axis=1, dtype="f8") / count).astype("f4")
+        centred /= xp.maximum(std, np.finfo("f4").tiny)[:, None]
+        return pack_nibbles(ranks(centred, middles).reshape(-1), unused=ZERO), mean, std
+
+    xp, middles = xp_of(weight), (levels_of(np)[1:] + levels_of(np)[:-1]) / 2
+    blocks = blocks_of(weight.reshape(-1), cfg.block)[0]
+    count = xp.minimum(weight.size - xp.arange(len(blocks)) * cfg.block, cfg.block)  # the last block may be short
+    packed, mean, std = pack_rows(pack, blocks, count)
+    return {"packed": packed[: (weight.size + 1) // 2], "mean": mean, "std": std}
 
 
 @hookimpl
 def quant_unpack(parts, cfg, shape, dtype):
-    codes = unpack_nibbles(parts["packed"], prod(shape))
-    mean, std = (parts[name].repeat(cfg.block)[: codes.size] for name in ("mean", "std"))
-    values = levels_of(xp_of(codes))[codes]
-    values *= std
-    values += mean
-    return values.reshape(shape).astype(dtype, copy=False)
+    def unpack(values, packed, mean, std):
+        look_up(tuple(levels_of(np).tolist()), packed, values)
+        values *= std[:, None]
+        values += mean[:, None]
+
+    packed = blocks_of(parts["packed"], cfg.block // 2)[0]
+    values = unpack_rows(unpack, (len(packed), cfg.block), dtype, (packed, parts["mean"], parts["std"]))
+    return values.reshape(-1)[: prod(shape)].reshape(shape)

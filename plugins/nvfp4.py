@@ -13,7 +13,7 @@ import numpy as np
 
 from refpeft import hookimpl
 from refpeft.backend import xp_of
-from refpeft.rowwise import E4M3, blocks_of, decode_e2m1, encode_e2m1, magnitudes, round_to, rows_of
+from refpeft.rowwise import E4M3, blocks_of, decode_e2m1, encode_e2m1, magnitudes, pack_rows, round_to, unpack_rows
 
 BLOCK, LARGEST, LARGEST_SCALE = 16, 6, 448
 LEAST = np.finfo("f4").tiny * 2**9  # of weight_scale_2: times the smallest E4M3 it is still no 0 on a GPU
@@ -21,12 +21,14 @@ LEAST = np.finfo("f4").tiny * 2**9  # of weight_scale_2: times the smallest E4M3
 
 @hookimpl
 def quant_pack(weight):
+    def pack(rows):
+        blocks = blocks_of(rows, BLOCK)
+        codes = xp.maximum(round_to(E4M3, xp.abs(blocks).max(axis=2) / (LARGEST * over_all)), 1)
+        return encode_e2m1(blocks / _scale(codes, over_all)), codes
+
     xp = xp_of(weight)
-    blocks = blocks_of(weight, BLOCK)
-    largest = xp.abs(blocks).max(axis=2)
-    over_all = xp.maximum(largest.max() / (LARGEST * LARGEST_SCALE), LEAST)
-    codes = xp.maximum(round_to(E4M3, largest / (LARGEST * over_all)), 1)
-    packed = encode_e2m1(blocks / _scale(codes, over_all))
+    over_all = xp.maximum(xp.maximum(weight.max(), -weight.min()) / (LARGEST * LARGEST_SCALE), LEAST)
+    packed, codes = pack_rows(pack, weight)
     return {
         "weight": packed.reshape(*weight.shape[:-1], -1),
         "weight_scale": codes.reshape(*weight.shape[:-1], -1),
@@ -36,10 +38,13 @@ def quant_pack(weight):
 
 @hookimpl
 def quant_unpack(parts, shape, dtype):
-    scales = parts["weight_scale"]
-    blocks = decode_e2m1(parts["weight"].reshape(*scales.shape, BLOCK // 2))
-    blocks *= _scale(scales, parts["weight_scale_2"])
-    return rows_of(blocks, shape).astype(dtype, copy=False)
+    def unpack(values, packed, scales):
+        decode_e2m1(packed, values)
+        blocks = values.reshape(-1, BLOCK)
+        blocks *= _scale(scales, parts["weight_scale_2"])
+
+    rows = [part.reshape(-1) for part in (parts["weight"], parts["weight_scale"])]
+    return unpack_rows(unpack, shape, dtype, rows, BLOCK)
 
 
 def _scale(codes, over_all):

@@ -22,7 +22,6 @@ CHUNK = 1 << 17
 """Elements worked on at a time, whole blocks: what is needed for them fits in the second-level cache."""
 
 THREADS = min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-WORTH_A_THREAD = 1 << 18  # elements
 
 
 def encode(
@@ -53,7 +52,7 @@ def encode(
             codes[at // per_byte : end // per_byte] = _pack_nibbles(found) if per_byte == 2 else found
 
     whole = flat.size - flat.size % block
-    _in_parallel(span, whole)
+    in_parallel(span, whole, CHUNK)
     if whole < flat.size:  # the short last block, filled up with zeros
         last = np.zeros(block, "f4")
         last[: flat.size - whole] = flat[whole:]
@@ -85,7 +84,7 @@ def decode(
             if not direct:
                 values[at:end] = part
 
-    _in_parallel(span, values.size)
+    in_parallel(span, values.size, CHUNK)
     return values[:count].reshape(shape)
 
 
@@ -136,11 +135,14 @@ def _pairs(levels: np.ndarray) -> np.ndarray:
     return levels[np.stack((byte >> 4, byte & 15), axis=1)].view("f8").reshape(-1)
 
 
-def _in_parallel(function: Callable[[int, int], None], count: int) -> None:
-    """function(start, stop) for spans that make up range(count) and start at multiples of CHUNK."""
-    threads = max(1, min(THREADS, count // WORTH_A_THREAD))
-    step = -(-count // (threads * CHUNK)) * CHUNK
-    spans = [(start, min(start + step, count)) for start in range(0, count, step or 1)]
+def in_parallel(function: Callable[[int, int], None], count: int, step: int) -> None:
+    """function(start, stop) for spans that make up range(count) and start at multiples of `step`.
+
+    They run in threads, of which each has two steps to do at least.
+    """
+    threads = max(1, min(THREADS, count // (2 * step)))
+    length = -(-count // (threads * step)) * step
+    spans = [(start, min(start + length, count)) for start in range(0, count, length or 1)]
     others = [_pool().submit(function, *span) for span in spans[1:]]
     if spans:
         function(*spans[0])

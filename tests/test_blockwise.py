@@ -39,7 +39,7 @@ def on_device(monkeypatch):
 @pytest.mark.parametrize("count", [1, 31, 32, 64, 65, 1000, 4096])
 @pytest.mark.parametrize("threads, chunk", [(1, 128), (3, 64), (4, 1 << 15)])
 def test_the_fast_code_has_the_bits_of_the_plain_code(on_device, monkeypatch, name, count, threads, chunk):
-    for constant, value in {"THREADS": threads, "WORTH_A_THREAD": 1, "CHUNK": chunk}.items():
+    for constant, value in {"THREADS": threads, "CHUNK": chunk}.items():
         monkeypatch.setattr(blockwise_numpy, constant, value)
     weight = normal(count, seed=count)
     weight[3:40] = 0
