@@ -68,6 +68,21 @@ def _(g, alpha, B, u, y_needed):
 
 
 @op
+def hadamard_linear(needs, x, B, A, *, weight):
+    """x @ (weight() * (B @ A)).T: x (..., in), weight() (out, in), B (out, r), A (r, in). Keeps nothing dense."""
+    changed = weight() * (B @ A)
+    return (x.reshape(-1, x.shape[-1]) @ changed.T).reshape(*x.shape[:-1], len(B)), (weight, x, B, A, needs)
+
+
+@hadamard_linear.backward
+def _(g, weight, x, B, A, needs):
+    dense, rows = weight(), g.reshape(-1, g.shape[-1])
+    dx = (rows @ (dense * (B @ A))).reshape(x.shape) if needs[0] else None
+    product = (rows.T @ x.reshape(-1, x.shape[-1])) * dense  # the gradient of B @ A
+    return dx, product @ A.T if needs[1] else None, B.T @ product if needs[2] else None
+
+
+@op
 def embedding(needs, table, *, ids):
     """table[ids]: table (vocab, dim), ids integers of any shape. Gives (*ids.shape, dim)."""
     return table[ids], (ids, table.shape)

@@ -253,6 +253,12 @@ FUSED = [
         given(alpha=1.5),
     ),
     Case(
+        fused.hadamard_linear,
+        ((2, 3, 4), (5, 2), (2, 4)),
+        lambda x, B, A, weight: np.einsum("bti,oi,or,ri->bto", x, weight(), B, A),
+        given(weight=weight(WEIGHT)),
+    ),
+    Case(
         fused.embedding,
         ((4, 3),),
         lambda table, ids: table[ids],

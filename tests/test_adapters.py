@@ -174,7 +174,7 @@ def test_a_tensor_of_integers_is_refused(saved):
         ({"bias": "some"}, "bias"),
         ({"rank_pattern": {"(": 3}}, "rank_pattern"),
         ({"modules_to_save": 3}, "modules_to_save"),
-        ({"peft_type": "XLORA"}, "peft_type is 'XLORA'; refpeft reads LORA, IA3"),
+        ({"peft_type": "XLORA"}, "peft_type is 'XLORA'; refpeft reads LORA, "),
         ({"peft_type": None}, "peft_type is None"),
         ({"peft_type": "REFPEFT"}, "expected 'method', a name"),
         ({"peft_type": "REFPEFT", "method": "../../evil.py", "options": {}}, r"no method is named '../../evil.py'"),

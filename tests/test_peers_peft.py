@@ -128,6 +128,7 @@ PEFTS = {
         modules_to_save=["ln_f", "h.0.mlp.c_fc"] if f == "gpt2" else ["lm_head", "model.norm", "0.self_attn.k_proj"],
     ),
     "dora": lambda f: peft.LoraConfig(r=2, lora_alpha=3, target_modules="all-linear", use_dora=True),
+    "vera": lambda f: peft.VeraConfig(r=4, target_modules="all-linear"),
     "ia3": lambda f: peft.IA3Config(),
     "ln_tuning": lambda f: peft.LNTuningConfig(
         target_modules=["ln_1", "ln_2", "ln_f"]
@@ -140,6 +141,7 @@ PEFTS = {
     "oft-exact": lambda f: peft.OFTConfig(
         oft_block_size=8, target_modules="all-linear", use_cayley_neumann=False, block_share=True
     ),
+    "boft": lambda f: peft.BOFTConfig(boft_block_size=2, boft_n_butterfly_factor=3, target_modules="all-linear"),
 }
 FAMILIES = ("llama", "qwen2", "gpt2")
 
@@ -195,6 +197,7 @@ OURS = {
     "lora-bias": ("lora", {"bias": "lora_only"}),
     "lora-bias-all": ("lora", {"bias": "all"}),
     "lora-saved": ("lora", {"targets": ["@q"], "modules_to_save": ["@down", "@norm"]}),
+    "vera": ("vera", {"r": 5, "targets": ["@q", "@down"]}),
     "ia3": ("ia3", {}),
     "ia3-other": ("ia3", {"targets": ["@o", "@up"], "feedforward": ["@up"]}),
     "ln_tuning": ("ln_tuning", {}),
@@ -203,6 +206,8 @@ OURS = {
     "prefix_tuning": ("prefix_tuning", {"tokens": 4}),
     "oft": ("oft", {"block_size": 6}),
     "oft-neumann": ("oft", {"block_size": 4, "cayley": "neumann", "terms": 6, "targets": ["@o", "@up"]}),
+    "boft": ("boft", {"block_size": 8, "butterfly_factors": 1}),
+    "boft-factors": ("boft", {"targets": ["@o", "@up"]}),
 }
 
 

@@ -106,8 +106,10 @@ DIM, FF, KV, VOCAB, LAYERS = 24, 32, 12, 40, 2
         ("llama", "ln_tuning", {}, (2 * LAYERS + 1) * DIM),
         ("gpt2", "ln_tuning", {}, (2 * LAYERS + 1) * 2 * DIM),
         ("llama", "houlsby", {"size": 5, "norms": False}, LAYERS * 2 * (2 * 5 * DIM + 5 + DIM)),
+        ("llama", "vera", {"r": 5}, LAYERS * (2 * 5 + DIM + KV)),
         ("llama", "prompt_tuning", {"tokens": 3}, 3 * DIM),
         ("llama", "prefix_tuning", {"tokens": 3}, LAYERS * 2 * 3 * KV),
+        ("llama", "boft", {}, LAYERS * (2 * (2 * DIM * 4) + DIM + KV)),
         ("llama", "oft", {"block_size": 6}, LAYERS * 2 * DIM * 5 // 2),
     ],
 )

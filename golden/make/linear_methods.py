@@ -32,6 +32,7 @@ class Equation:
     merged     (weight, letters, config) -> the weight that stands in for all of it; None where there is none
     merged_bias  the same for the bias, where that changes
     constants  (draw, config, out, in) -> tensors that are given and not trained
+    shared     (config, largest out, largest in) -> shapes of constants that all layers share, by letter
     start      (letters as drawn, weight, config) -> values to test at, where normal numbers around 0 will not do
     peft       (config, target names) -> PEFT's config, and `names` its parameters of a layer, by letter
     """
@@ -43,9 +44,11 @@ class Equation:
     merged: Callable[..., torch.Tensor] | None = None
     merged_bias: Callable[..., torch.Tensor] | None = None
     constants: Callable[..., Arrays] = lambda draw, config, out, inp: {}
+    shared: Callable[[dict, int, int], Shapes] = lambda config, out, inp: {}
     start: Callable[..., Arrays] = lambda letters, weight, config: letters
     peft: Callable[[dict, list[str]], Any] | None = None
     names: dict[str, str] = field(default_factory=dict)
+    peft_constants: dict[str, str] = field(default_factory=dict)  # the constants' names in PEFT's model, by letter
     flags: str = ""
 
 
@@ -91,7 +94,8 @@ def _letters(equation: Equation, draw: Draw, config: dict, weight: np.ndarray) -
     """(trained, constant) tensors of one layer."""
     out, inp = weight.shape
     drawn = {letter: draw.normal(*shape, scale=0.5) for letter, shape in equation.trained(config, out, inp).items()}
-    return equation.start(drawn, weight, config), equation.constants(draw, config, out, inp)
+    constants = {letter: draw.normal(*shape) for letter, shape in equation.shared(config, out, inp).items()}
+    return equation.start(drawn, weight, config), constants | equation.constants(draw, config, out, inp)
 
 
 def _at_one_layer(equation: Equation, variant: Variant) -> Case:
@@ -118,7 +122,9 @@ def _at_one_layer(equation: Equation, variant: Variant) -> Case:
     witness = None
     if equation.peft and variant.peft:
         settings = equation.peft(config, ["site"])
-        witness = peft_witness.site(settings, equation.names.__getitem__, " ".join(trained), variant.conv1d)
+        witness = peft_witness.site(
+            settings, equation.names.__getitem__, " ".join(trained), variant.conv1d, equation.peft_constants
+        )
     return site_case(
         equation.method,
         at,
@@ -143,12 +149,15 @@ GPT2_SITES = {f"transformer.h.{layer}.attn.c_attn": (24, 8) for layer in range(2
 
 
 def _on(equation: Equation, config: dict, sites: Shapes) -> Iterator[methods.Adapted]:
-    """The method on some layers of a model. Constants and starts that need the weight are not for here."""
+    """The method on some layers of a model. Constants of one layer, and starts, are not for here."""
     shapes = {
         f"{site}.{letter}": shape
         for site, (out, inp) in sites.items()
         for letter, shape in equation.trained(config, out, inp).items()
     }
+
+    largest = (max(side) for side in zip(*sites.values(), strict=True))
+    shared = {f"shared.{letter}": shape for letter, shape in equation.shared(config, *largest).items()}
 
     def advice(t: Tensors) -> dict[str, Callable]:
         return {site: partial_of(t, site) for site in sites}
@@ -156,9 +165,16 @@ def _on(equation: Equation, config: dict, sites: Shapes) -> Iterator[methods.Ada
     def partial_of(t: Tensors, site: str) -> Callable:
         weight = t[f"{site}.weight"]
         weight = weight.mT if site.startswith("transformer.") else weight
-        letters = {name.rpartition(".")[2]: tensor for name, tensor in t.items() if name.rpartition(".")[0] == site}
+        ours = [name for name in t if name.rpartition(".")[0] in (site, "shared")]
+        letters = {name.rpartition(".")[2]: t[name] for name in ours}
         return lambda f, x: equation.value(f, x, weight, letters, config)
 
     yield methods.Adapted(
-        equation.method, config | {"targets": list(sites)}, shapes, advice, flags=equation.flags, peft=False
+        equation.method,
+        config | {"targets": list(sites)},
+        shapes,
+        advice,
+        constants=shared,
+        flags=equation.flags,
+        peft=False,
     )

@@ -16,6 +16,7 @@ LORA_NAMES = {"A": "lora_A.default.weight", "B": "lora_B.default.weight"}
 
 def cases() -> Iterator[Case]:
     yield from dora()
+    yield from vera()
 
 
 def direction(weight: torch.Tensor, t: dict, config: dict) -> torch.Tensor:
@@ -64,3 +65,26 @@ def dora() -> Iterator[Case]:
         Variant("square", config, out=5, inp=5, comment="norms are of rows, one for each output"),
         models=config,
     )
+
+
+def vera_delta(weight, t, config) -> torch.Tensor:
+    A, B = t["A"][:, : weight.shape[1]], t["B"][: weight.shape[0]]
+    return (t["b"][:, None] * B) @ (t["d"][:, None] * A)
+
+
+def vera() -> Iterator[Case]:
+    config = {"r": 3, "dropout": 0.0}
+    equation = Equation(
+        "vera",
+        "arXiv:2310.11454, section 3.1; matrices for targets of several shapes as PEFT",
+        lambda config, out, inp: {"d": (config["r"],), "b": (out,)},
+        lambda f, x, weight, t, config: f(x) + x @ vera_delta(weight, t, config).mT,
+        merged=lambda weight, t, config: weight + vera_delta(weight, t, config),
+        shared=lambda config, out, inp: {"A": (config["r"], inp), "B": (out, config["r"])},
+        peft=lambda config, targets: peft.VeraConfig(r=config["r"], target_modules=targets),
+        names={"d": "vera_lambda_d.default", "b": "vera_lambda_b.default"},
+        peft_constants={"A": "vera_A.default", "B": "vera_B.default"},
+        flags="VeraShared",
+    )
+    wide = Variant("wide", config | {"r": 7}, comment="r is above both sides of the weight")
+    yield from cases_of(equation, *shapes_of(config), wide, models=config)

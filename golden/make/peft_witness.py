@@ -39,8 +39,17 @@ def base_layer(t: Tensors, conv1d: bool) -> nn.Module:
     return layer
 
 
-def site(config: peft.PeftConfig, names: Callable[[str], str], letters: str, conv1d: bool = False) -> Compute:
-    """Outputs of a case at one site: y, gradients of x and of the letters, and the merged weight."""
+def site(
+    config: peft.PeftConfig,
+    names: Callable[[str], str],
+    letters: str,
+    conv1d: bool = False,
+    constants: dict[str, str] | None = None,
+) -> Compute:
+    """Outputs of a case at one site: y, gradients of x and of the letters, and the merged weight.
+
+    `constants` has the names of PEFT's buffers, by letter.
+    """
 
     def compute(t: Tensors) -> Tensors:
         model = peft.get_peft_model(OneSite(base_layer(t, conv1d)), config)
@@ -49,6 +58,8 @@ def site(config: peft.PeftConfig, names: Callable[[str], str], letters: str, con
         }
         for letter, parameter in parameters.items():
             parameter.data.copy_(t[letter].reshape(parameter.shape))
+        for letter, name in (constants or {}).items():
+            model.get_buffer(f"base_model.{name}").copy_(t[letter])
         x = t["ids"].long() if "ids" in t else t["x"].clone().requires_grad_()
         y = model(x)
         y.backward(t["g"])

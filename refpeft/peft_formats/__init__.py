@@ -2,18 +2,21 @@
 
 from .common import PREFIX, Entry, Format, Settings
 from .lora import DORA, LORA
+from .low_rank import VERA
 from .others import IA3, LN_TUNING, PREFIX_TUNING, PROMPT_TUNING
-from .structured import OFT
+from .structured import BOFT, OFT
 
 __all__ = ["FORMATS", "PREFIX", "Entry", "Format", "Settings"]
 
 FORMATS = {
     "dora": DORA,
     "lora": LORA,
+    "vera": VERA,
     "ia3": IA3,
     "ln_tuning": LN_TUNING,
     "prompt_tuning": PROMPT_TUNING,
     "prefix_tuning": PREFIX_TUNING,
     "oft": OFT,
+    "boft": BOFT,
 }
 """By the plugin's name; of those that share a peft_type, the first that an adapter_config.json means."""

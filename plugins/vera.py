@@ -1,0 +1,60 @@
+"""VeRA: y = W x + b + beta * (B (d * (A x))): frozen random A and B that all targets share, trained gains d and beta.
+
+Kopiczko et al., 2023, arXiv:2310.11454, section 3.1. Targets of several shapes use the first columns of A and the first
+rows of B, as in PEFT. A and B are in the adapter's file: a seed alone would tie it to one generator of random numbers.
+
+First values (section 3.2), which leave the model as it is: A and B uniform in +-sqrt(6 / columns), which is Kaiming's
+initialization, d all `d_initial`, beta zero. Trained: d (r,) and beta (out,), called b here: r + out numbers a target.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from refpeft import hookimpl, ops
+from refpeft.tensor import Tensor
+
+
+@dataclass(frozen=True)
+class Config:
+    r: int = 256
+    d_initial: float = 0.1
+    dropout: float = 0.0  # rate, of what A reads, in training
+    targets: tuple[str, ...] | str = ("@q", "@v")
+    exclude: tuple[str, ...] | str = ()
+    layers: tuple[int, ...] | None = None  # numbers of the layers; none: all
+
+    def __post_init__(self):
+        if self.r < 1 or not 0 <= self.dropout < 1:
+            raise ValueError("expected r of at least 1, and dropout of at least 0 and less than 1")
+
+
+@hookimpl
+def peft_shared(sites, cfg, rng):
+    out, width = (max(sides) for sides in zip(*(site.shape for site in sites), strict=True))
+    shapes = {"A": (cfg.r, width), "B": (out, cfg.r)}
+    return {name: rng.uniform(-((6 / cut) ** 0.5), (6 / cut) ** 0.5, (n, cut)) for name, (n, cut) in shapes.items()}
+
+
+@hookimpl
+def peft_params(site, cfg):
+    return {"d": np.full(cfg.r, cfg.d_initial), "b": np.zeros(site.shape[0])}
+
+
+@hookimpl
+def peft_linear(x, base, p, cfg, site, shared, train):
+    dropped = train.dropout(x, cfg.dropout) if train else x
+    A, B = _parts(shared, site)
+    return base(x) + p.b * ops.linear(p.d * ops.linear(dropped, A), B)
+
+
+@hookimpl
+def peft_merge(weight, p, site, shared):
+    A, B = (part.data for part in _parts(shared, site))
+    return weight + p.b[:, None] * (B * p.d) @ A
+
+
+def _parts(shared, site):
+    """A and B as far as this site goes."""
+    out, width = site.shape
+    return Tensor(shared.A.data[:, :width]), Tensor(shared.B.data[:out])

@@ -1,0 +1,63 @@
+"""Other low-rank methods."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..errors import RefpeftError
+from ..sites import Adapter
+from .common import Entry, Format, Settings, module_names, present, renamed, targets_of
+
+_FITTED = ("init_weights", "runtime_config")  # how first values were made, which is over
+_VALUES = {"layers_pattern": ("layers", "h")}
+
+
+def _options(config: Settings, model: Any) -> dict[str, Any]:
+    """What all have."""
+    layers = config.get("layers_to_transform")
+    return {
+        "r": config.need("r"),
+        "targets": targets_of(config, model),
+        "exclude": present(config.names("exclude_modules"), model),
+        "layers": [layers] if isinstance(layers, int) else layers,
+    }
+
+
+def _settings(adapter: Adapter, model: Any) -> dict[str, Any]:
+    return {"r": adapter.cfg.r, "target_modules": module_names(adapter.sites, model)}
+
+
+def _transposed(adapter: Adapter) -> dict[str, Any]:
+    return {"fan_in_fan_out": any(site.transposed for site in adapter.sites)}
+
+
+# ---- VeRA ------------------------------------------------------------------------------------------------------------
+
+_vera_gains = renamed({"d": "vera_lambda_d", "b": "vera_lambda_b"})
+
+
+def _vera_entries(adapter: Adapter) -> list[Entry]:
+    return [*(Entry(f"base_model.vera_{letter}", (f"shared.{letter}",)) for letter in "AB"), *_vera_gains(adapter)]
+
+
+def _vera_settings(adapter: Adapter, model: Any) -> dict[str, Any]:
+    cfg = adapter.cfg
+    more = {"vera_dropout": cfg.dropout, "d_initial": cfg.d_initial, "save_projection": True, "projection_prng_key": 0}
+    return _settings(adapter, model) | more | _transposed(adapter)
+
+
+def _vera_options(config: Settings, model: Any) -> dict[str, Any]:
+    if not config.get("save_projection", True):
+        raise RefpeftError("save_projection is false: A and B are not in the file; save it again with them in PEFT")
+    more = {"dropout": config.get("vera_dropout", 0.0), "d_initial": config.get("d_initial", 0.1)}
+    return _options(config, model) | more
+
+
+VERA = Format(
+    "VERA",
+    _vera_entries,
+    _vera_settings,
+    _vera_options,
+    any_value=(*_FITTED, "fan_in_fan_out", "projection_prng_key"),
+    values=_VALUES | {"bias": ("none",)},
+)
