@@ -10,17 +10,8 @@ identity. Trained: down (size, dim), down_bias, up (dim, size), up_bias: 2 size 
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-
-from refpeft import fused, hookimpl, ops
-
-ACTIVATIONS = {
-    "gelu_tanh": lambda x: fused.gelu(x, approximate=True),
-    "gelu": lambda x: fused.gelu(x, approximate=False),
-    "relu": ops.relu,
-    "silu": ops.silu,
-    "tanh": ops.tanh,
-}
+from refpeft import hookimpl
+from refpeft.bottleneck import bottleneck, check_size, normal_values
 
 
 @dataclass(frozen=True)
@@ -33,12 +24,12 @@ class Config:
     exclude: tuple[str, ...] | str = ()
     layers: tuple[int, ...] | None = None  # numbers of the layers; none: all
 
+    __post_init__ = check_size
+
 
 @hookimpl
 def peft_params(site, cfg, rng):
-    (dim,) = site.shape
-    down, up = (cfg.init_std * rng.standard_normal(shape) for shape in ((cfg.size, dim), (dim, cfg.size)))
-    return {"down": down, "down_bias": np.zeros(cfg.size), "up": up, "up_bias": np.zeros(dim)}
+    return normal_values(rng, cfg.size, site.shape[0], cfg.init_std)
 
 
 @hookimpl
@@ -49,5 +40,4 @@ def peft_companions(cfg):
 @hookimpl
 def peft_block(x, base, p, cfg):
     h = base(x)
-    inner = ACTIVATIONS[cfg.activation](ops.linear(h, p.down, p.down_bias))
-    return h + ops.linear(inner, p.up, p.up_bias)
+    return h + bottleneck(h, p, cfg.activation)

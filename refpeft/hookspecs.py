@@ -10,7 +10,7 @@ A method's Config must have `targets`, and may have `exclude` and `layers`: thes
 (refpeft.targets.patterned). A ValueError from `__post_init__` reaches the user as a mistake in the options.
 
 The arguments:
-    site    refpeft.sites.Site: .name, .kind, .shape, .roles, .tied; sites: the list of those that were chosen
+    site    refpeft.sites.Site: .name, .kind, .shape, .roles, .index, .tied; sites: the list of those that were chosen
     cfg     the plugin's Config
     rng     refpeft.rng.Stream of this site: .uniform(low, high, shape), .standard_normal(shape), .permutation(n)
     weight  the frozen dense array: linear (out, in), embedding (vocab, dim), norm (dim,)
@@ -22,7 +22,7 @@ The arguments:
             base.weight and base.bias are those parts as constants; base.frozen(x) is x times the weight alone
     p       the site's values by name, p.A: Tensors; in peft_merge and peft_base their arrays
     shared  the values of `peft_shared` by name
-    train   None outside of training; otherwise refpeft.sites.Train: .dropout(x, rate), .step
+    train   None outside of training; otherwise refpeft.sites.Train: .dropout(x, rate), .draw(n), .step
 """
 
 from pluggy import HookimplMarker, HookspecMarker
@@ -34,7 +34,7 @@ hookimpl = HookimplMarker("refpeft")
 
 
 @hookspec
-def peft_params(site, cfg, rng, weight, bias):
+def peft_params(site, sites, cfg, rng, weight, bias):
     """First values of what is trained at `site`: {name: array}; None leaves the site alone.
 
     In place of an array, the name of another parameter of this adapter ("model.embed_tokens.weight") makes the two one;
@@ -83,12 +83,12 @@ def peft_check(sites, cfg):
 
 
 @hookspec
-def peft_linear(x, base, p, cfg, site, shared, train):
+def peft_linear(x, base, p, cfg, site, sites, shared, train):
     """At a linear layer: x (batch, time, in), gives (batch, time, out)."""
 
 
 @hookspec
-def peft_embedding(ids, base, p, cfg, site, shared, train):
+def peft_embedding(ids, base, p, cfg, site, sites, shared, train):
     """At the token embedding: ids (batch, time), gives (batch, time, dim).
 
     Extra leading rows are virtual tokens. A method that adds them is attached after those that change the rows of text.
@@ -96,12 +96,12 @@ def peft_embedding(ids, base, p, cfg, site, shared, train):
 
 
 @hookspec
-def peft_norm(x, base, p, cfg, site, shared, train):
+def peft_norm(x, base, p, cfg, site, sites, shared, train):
     """At a LayerNorm or RMSNorm."""
 
 
 @hookspec
-def peft_attention(q, k, v, base, p, cfg, site, shared, train):
+def peft_attention(q, k, v, base, p, cfg, site, sites, shared, train):
     """At the attention of one layer, after rotary positions: (batch, heads, time, head_dim), k and v with kv_heads.
 
     Extra leading keys are seen by every token.
@@ -109,7 +109,7 @@ def peft_attention(q, k, v, base, p, cfg, site, shared, train):
 
 
 @hookspec
-def peft_block(x, base, p, cfg, site, shared, train):
+def peft_block(x, base, p, cfg, site, sites, shared, train):
     """Around a sub-layer before its residual is added (`attn_out`, `mlp_out`), or a whole layer (`block_out`)."""
 
 

@@ -127,7 +127,12 @@ class Train:
     def __init__(self, mode: Mode, purpose: tuple[str, ...]):
         self.step = mode.step
         self._key = (mode.seed, "dropout", *purpose, mode.step, mode.part, mode.chunk)
+        self._of_the_step = (mode.seed, "draw", *purpose[:-1], mode.step)
         self._stream: Stream | None = None
+
+    def draw(self, n: int) -> int:
+        """A number of 0 ... n - 1, drawn by the host: the same at every site of the method during a step."""
+        return int(Stream(*self._of_the_step).uniform(0, n))
 
     def dropout(self, x: Tensor, rate: float) -> Tensor:
         """`x` with elements zeroed at `rate` and the rest scaled by 1 / (1 - rate)."""
@@ -144,6 +149,7 @@ class Part:
     plugin: ModuleType
     cfg: Any
     shared: SimpleNamespace = field(default_factory=SimpleNamespace)
+    sites: list[Site] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -155,7 +161,7 @@ class Part:
         if found is None:
             return None
         function, names = found
-        have |= {"cfg": self.cfg, "shared": self.shared}
+        have = {"cfg": self.cfg, "shared": self.shared, "sites": self.sites} | have
         return function(*(have[name]() if isinstance(have[name], _Lazy) else have[name] for name in names))
 
 
@@ -189,7 +195,8 @@ class Layer:
     def around(self, inner: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """A function like `inner` that runs the plugin's hook around it. Keywords travel inward to the frozen layer."""
         inputs = INPUTS[self.site.kind]
-        fixed = {"p": self.p, "cfg": self.part.cfg, "site": self.site, "shared": self.part.shared}
+        part = self.part
+        fixed = {"p": self.p, "cfg": part.cfg, "site": self.site, "sites": part.sites, "shared": part.shared}
 
         def call(*args: Any, **keywords: Any) -> Tensor:
             train = Train(self.mode, self._purpose) if self.mode.training and "train" in self._names else None
@@ -327,17 +334,17 @@ def _has_hook(plugin: ModuleType) -> Callable[[Site], bool]:
 def _add_part(model: Any, adapter: Adapter, part: Part, seed: int, fit: bool) -> None:
     """Chooses the sites of `part` and makes its values; the layers are not yet on the sites."""
     adapter.parts.append(part)
-    sites = select(model.sites.values(), part.cfg, _has_hook(part.plugin))
-    check_patterns(part.name, part.cfg, sites)
-    part.call("peft_check", sites=sites)
-    shared = part.call("peft_shared", sites=sites, rng=model.stream(seed, "init", adapter.name, "shared")) or {}
+    part.sites = select(model.sites.values(), part.cfg, _has_hook(part.plugin))
+    check_patterns(part.name, part.cfg, part.sites)
+    part.call("peft_check")
+    shared = part.call("peft_shared", rng=model.stream(seed, "init", adapter.name, "shared")) or {}
     for key, value in shared.items():
         tensor = value if isinstance(value, Tensor) else Tensor(value)
         tensor.data = model.place(tensor.data)
         setattr(part.shared, key, tensor)
         adapter.kind(tensor)[f"shared.{key}"] = tensor
     references: list[tuple[Layer, str, str]] = []
-    for site in sites:
+    for site in part.sites:
         have = {
             "site": site,
             "rng": model.stream(seed, "init", adapter.name, site.name),

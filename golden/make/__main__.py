@@ -18,6 +18,7 @@ SCRIPTS = (
         "methods",
         "low_rank",
         "structured",
+        "bottlenecks",
         "loftq",
         "optimizers",
         "eight_bits",

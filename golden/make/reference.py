@@ -107,8 +107,11 @@ class Llama(_Model):
                 gate, up = self.linear(f"{here}.mlp.gate_proj", x), self.linear(f"{here}.mlp.up_proj", x)
                 return self.linear(f"{here}.mlp.down_proj", functional.silu(gate) * up)
 
-            x = x + self.at(f"{here}.attn_out", self_attention, self.norm(f"{here}.input_layernorm", x))
-            x = x + self.at(f"{here}.mlp_out", mlp, self.norm(f"{here}.post_attention_layernorm", x))
+            def layer(x, here=here, self_attention=self_attention, mlp=mlp):
+                x = x + self.at(f"{here}.attn_out", self_attention, self.norm(f"{here}.input_layernorm", x))
+                return x + self.at(f"{here}.mlp_out", mlp, self.norm(f"{here}.post_attention_layernorm", x))
+
+            x = self.at(f"{here}.block_out", layer, x)
         return x
 
 
@@ -138,8 +141,11 @@ class Gpt2(_Model):
                 hidden = functional.gelu(self.linear(f"{here}.mlp.c_fc", x), approximate="tanh")
                 return self.linear(f"{here}.mlp.c_proj", hidden)
 
-            x = x + self.at(f"{here}.attn_out", attention, self.norm(f"{here}.ln_1", x))
-            x = x + self.at(f"{here}.mlp_out", mlp, self.norm(f"{here}.ln_2", x))
+            def layer(x, here=here, attention=attention, mlp=mlp):
+                x = x + self.at(f"{here}.attn_out", attention, self.norm(f"{here}.ln_1", x))
+                return x + self.at(f"{here}.mlp_out", mlp, self.norm(f"{here}.ln_2", x))
+
+            x = self.at(f"{here}.block_out", layer, x)
         return x
 
 

@@ -1,0 +1,174 @@
+"""Adapters with a bottleneck, around parts of a layer: their equations, at one place and on whole tiny models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import equations
+import methods
+import torch
+from common import Case, Draw, Tensors
+from equations import ACTIVATIONS
+from method_sites import site_case
+from torch.nn import functional
+
+Shapes = dict[str, tuple[int, ...]]
+
+SMALL = {"size": 3, "activation": "relu"}
+
+
+def cases() -> Iterator[Case]:
+    yield from block_cases(PFEIFFER, ("plain", SMALL, "BottleneckSkip"))
+    yield from block_cases(
+        PARALLEL,
+        ("plain", SMALL | {"scale": 4.0}, "ParallelInput ParallelScale"),
+        ("unscaled", SMALL | {"scale": 1.0}, "ParallelInput"),
+        ("learned", SMALL | {"scale": 4.0, "learn_scale": True}, "ParallelInput ParallelScale"),
+        ("series", SMALL | {"scale": 0.5, "activation": "tanh", "placement": "series"}, "ParallelScale"),
+    )
+    yield from parallel_at_linear()
+    yield from block_cases(LIN, ("plain", SMALL | {"eps": 1e-5}, "BottleneckSkip NormEps"))
+    yield from model_cases(DROP, SMALL | {"robust": False, "drop": 1}, layers=(1,))
+
+
+@dataclass(frozen=True)
+class Block:
+    """A method around parts of a layer.
+
+    shapes  (config, in, out) -> shapes of the trained tensors of a place, by letter
+    value   (f, x, letters, config) -> y, where f is what the model does there
+    places  where it stands in every layer
+    shared  config -> shapes of trained tensors that all places share
+    """
+
+    method: str
+    source: str
+    shapes: Callable[[dict, int, int], Shapes]
+    value: Callable[..., torch.Tensor]
+    places: tuple[str, ...]
+    shared: Callable[[dict], Shapes] = lambda config: {}
+    flags: str = ""
+
+
+def block_cases(block: Block, *variants: tuple[str, dict, str]) -> Iterator[Case]:
+    """Cases (name, config, flags) at a place of width 6, and of the first one on a tiny Llama and GPT-2."""
+    equations.PAPERS[block.method] = block.source
+    for name, config, flags in variants:
+        yield _at_one_place(block, name, config, flags, "block", 6)
+    yield from model_cases(block, variants[0][1])
+
+
+def _at_one_place(block: Block, name: str, config: dict, flags: str, at: str, out: int) -> Case:
+    draw = Draw(f"{block.method}-{at}-{name}")
+    inputs = {"x": draw.normal(2, 3, 6), "weight": draw.normal(out, 6, scale=0.4)}
+    trained = block.shapes(config, 6, out) | block.shared(config)
+    inputs |= {letter: draw.normal(*shape, scale=0.5) for letter, shape in trained.items()}
+
+    def forward(x, weight, **letters):
+        return block.value(lambda x: x @ weight.mT, x, letters, config)
+
+    return site_case(
+        block.method,
+        at,
+        name,
+        inputs,
+        forward,
+        " ".join(("x", *trained)),
+        config=config,
+        flags=f"{block.flags} {flags}",
+        comment="what it stands at is x @ weight.T",
+    )
+
+
+def model_cases(block: Block, config: dict, layers: tuple[int, ...] = (0, 1)) -> Iterator[Case]:
+    equations.PAPERS[block.method] = block.source
+    for family, settings, prefix in (
+        ("llama", methods.SMALL_LLAMA, "model.layers"),
+        ("gpt2", methods.SMALL_GPT2, "transformer.h"),
+    ):
+        places = [f"{prefix}.{layer}.{place}" for layer in layers for place in block.places]
+        yield from methods.model_cases(family, settings, iter([_on(block, config, places)]))
+
+
+def _on(block: Block, config: dict, places: list[str]) -> methods.Adapted:
+    letters, shared = block.shapes(config, 8, 8), block.shared(config)
+
+    def advice(t: Tensors) -> dict[str, Callable]:
+        common = {name: t[name] for name in shared}
+
+        def advise(place: str) -> Callable:
+            own = {letter: t[f"{place}.{letter}"] for letter in letters}
+            return lambda f, x: block.value(f, x, own | common, config)
+
+        return {place: advise(place) for place in places}
+
+    return methods.Adapted(
+        block.method,
+        config,
+        shared | {f"{place}.{letter}": shape for place in places for letter, shape in letters.items()},
+        advice,
+        flags=block.flags,
+        peft=False,
+        comment=f"at {' and '.join(place.split('.')[-1] for place in places[: len(block.places)])} of layers",
+    )
+
+
+# ---- the equations ---------------------------------------------------------------------------------------------
+
+
+def bottleneck(x: torch.Tensor, t: dict, config: dict) -> torch.Tensor:
+    inner = ACTIVATIONS[config["activation"]](x @ t["down"].mT + t["down_bias"])
+    return inner @ t["up"].mT + t["up_bias"]
+
+
+def letters(config: dict, inp: int, out: int) -> Shapes:
+    size = config["size"]
+    return {"down": (size, inp), "down_bias": (size,), "up": (out, size), "up_bias": (out,)}
+
+
+def pfeiffer_value(f, x, t, config) -> torch.Tensor:
+    h = f(x)
+    return h + bottleneck(h, t, config)
+
+
+def parallel_letters(config: dict, inp: int, out: int) -> Shapes:
+    series = config.get("placement") == "series"
+    return letters(config, out if series else inp, out) | ({"scale": (1,)} if config.get("learn_scale") else {})
+
+
+def parallel_value(f, x, t, config) -> torch.Tensor:
+    h = f(x)
+    reads = h if config.get("placement") == "series" else x
+    return h + t.get("scale", config["scale"]) * bottleneck(reads, t, config)
+
+
+def lin_letters(config: dict, inp: int, out: int) -> Shapes:
+    return letters(config, inp, out) | {"gain": (out,), "shift": (out,)}
+
+
+def lin_value(f, x, t, config) -> torch.Tensor:
+    h = f(x)
+    return h + bottleneck(functional.layer_norm(h, h.shape[-1:], t["gain"], t["shift"], config["eps"]), t, config)
+
+
+def parallel_at_linear() -> Iterator[Case]:
+    """Beside and behind a single layer, whose output is of another width than its input."""
+    beside = SMALL | {"scale": 1.0, "activation": "tanh"}
+    yield _at_one_place(PARALLEL, "plain", beside, "ParallelInput", "linear", 5)
+    yield _at_one_place(PARALLEL, "series", beside | {"placement": "series"}, "", "linear", 5)
+
+
+PFEIFFER = Block(
+    "pfeiffer", "arXiv:2005.00052, section 3.2; place as AdapterHub", letters, pfeiffer_value, ("block_out",)
+)
+PARALLEL = Block("parallel", "arXiv:2110.04366; arXiv:2304.01933", parallel_letters, parallel_value, ("mlp_out",))
+LIN = Block("lin", "arXiv:2004.03829, section 3", lin_letters, lin_value, ("block_out",))
+DROP = Block(
+    "adapterdrop",
+    "arXiv:2010.11918, section 3.2",
+    letters,
+    pfeiffer_value,
+    ("block_out",),
+    flags="AdapterDropFirst BottleneckSkip",
+)

@@ -1,0 +1,39 @@
+"""One bottleneck adapter a layer, after its feed-forward part: y + U f(D y + d) + u, y the layer's output.
+
+Pfeiffer et al., 2020, arXiv:2005.00052, section 3.2 (MAD-X), found by search in arXiv:2005.00247. There the adapter
+reads what a post-norm layer's last normalization gives, and is added before it. A pre-norm decoder has none there: it
+reads the layer's output, its residual included, as in AdapterHub. To read what the feed-forward part alone gives, and
+be added inside its residual, as in arXiv:2110.04366 (sequential) and LLM-Adapters (series): targets = ["@mlp_out"].
+
+First values: D and U normal of deviation 0.02, as in AdapterHub, d and u zero: nearly the identity. Trained: down
+(size, dim), down_bias, up (dim, size), up_bias: 2 size dim + size + dim numbers a layer. Their size there is dim / 16.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from refpeft import hookimpl
+from refpeft.bottleneck import bottleneck, check_size, normal_values
+
+
+@dataclass(frozen=True)
+class Config:
+    size: int = 64  # of the bottleneck
+    activation: Literal["gelu_tanh", "gelu", "relu", "silu", "tanh"] = "relu"
+    init_std: float = 0.02  # of the first weights
+    targets: tuple[str, ...] | str = ("@block_out",)
+    exclude: tuple[str, ...] | str = ()
+    layers: tuple[int, ...] | None = None  # numbers of the layers; none: all
+
+    __post_init__ = check_size
+
+
+@hookimpl
+def peft_params(site, cfg, rng):
+    return normal_values(rng, cfg.size, site.shape[0], cfg.init_std)
+
+
+@hookimpl
+def peft_block(x, base, p, cfg):
+    h = base(x)
+    return h + bottleneck(h, p, cfg.activation)
