@@ -13,7 +13,7 @@ import numpy as np
 
 from refpeft import hookimpl
 from refpeft.backend import xp_of
-from refpeft.rowwise import E4M3, blocks_of, decode_e2m1, encode_e2m1, magnitudes, pack_rows, round_to, unpack_rows
+from refpeft.rowwise import E4M3, blocks_of, decode_e2m1, encode_e2m1, numbers, pack_rows, round_to, unpack_rows
 
 BLOCK, LARGEST, LARGEST_SCALE = 16, 6, 448
 LEAST = np.finfo("f4").tiny * 2**9  # of weight_scale_2: times the smallest E4M3 it is still no 0 on a GPU
@@ -48,4 +48,4 @@ def quant_unpack(parts, shape, dtype):
 
 
 def _scale(codes, over_all):
-    return (magnitudes(E4M3, xp_of(codes))[codes] * over_all)[..., None]
+    return (numbers(E4M3, xp_of(codes))[codes] * over_all)[..., None]

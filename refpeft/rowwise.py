@@ -35,15 +35,20 @@ def pack_rows(pack: Callable[..., tuple[Array, ...]], weight: Array, *constants:
     constants  (rows, ...) each, or (1, ...) for all rows
     """
     rows = weight.reshape(-1, weight.shape[-1])
-    found = {}
+    count, xp = len(rows), xp_of(weight)
+
+    def packed(start: int, stop: int) -> tuple[Array, ...]:
+        return pack(rows[start:stop], *(_of_rows(array, start, stop, count) for array in constants))
+
+    two = min(2, count)  # rows, which show what the arrays are like
+    joined = [xp.empty((-(-len(like) * count // two), *like.shape[1:]), like.dtype) for like in packed(0, two)]
 
     def piece(start: int, stop: int) -> None:
-        found[start] = pack(rows[start:stop], *(_of_rows(array, start, stop, len(rows)) for array in constants))
+        for whole, part in zip(joined, packed(start, stop), strict=True):
+            _of_rows(whole, start, stop, count)[:] = part
 
-    _in_pieces(piece, *rows.shape, xp_of(weight))
-    return [
-        xp_of(weight).concatenate(arrays) for arrays in zip(*(found[start] for start in sorted(found)), strict=True)
-    ]
+    _in_pieces(piece, *rows.shape, xp)
+    return joined
 
 
 def unpack_rows(
@@ -114,11 +119,17 @@ def aligned(values: Array, size: int, *constants: Array) -> list[Array]:
 
 
 @cache
-def magnitudes(kind: type, xp: ModuleType = np) -> Array:
-    """The finite values of E2M1 or E4M3 that are not negative, by code: float32, rising. A GPU has these types no more
-    than NumPy does, and no ml_dtypes: there they are tables."""
-    values = np.arange(8 if kind is E2M1 else 128, dtype="u1").view(kind).astype("f4")
-    return xp.asarray(values[np.isfinite(values)])
+def numbers(kind: type, xp: ModuleType = np) -> Array:
+    """What all 16 codes of E2M1, or all 256 of E4M3, stand for: float32, NaN too. A GPU has these types no more than
+    NumPy does, and no ml_dtypes: there they are tables."""
+    return xp.asarray(np.arange(16 if kind is E2M1 else 256, dtype="u1").view(kind).astype("f4"))
+
+
+@cache
+def magnitudes(kind: type) -> np.ndarray:
+    """The finite ones of them that are not negative, by code: rising."""
+    half = numbers(kind)[: len(numbers(kind)) // 2]
+    return half[np.isfinite(half)]
 
 
 @cache
@@ -157,8 +168,7 @@ def encode_e2m1(array: Array) -> Array:
 
 def decode_e2m1(packed: Array, values: Array) -> None:
     """Fills `values`, float32 in C order, with the numbers of encode_e2m1's bytes."""
-    levels = tuple(map(float, magnitudes(E2M1)))
-    look_up((*levels, *(-level for level in levels)), packed, values, first="low")
+    look_up(tuple(numbers(E2M1).tolist()), packed, values, first="low")
 
 
 def look_up(levels: tuple[float, ...], packed: Array, values: Array, first: Literal["high", "low"] = "high") -> None:

@@ -90,6 +90,13 @@ def test_packing_again_changes_no_code(shape, seed):
     assert np.array_equal(once["weight"], twice["weight"])
 
 
+def test_a_file_may_have_scales_that_are_not_made_here():
+    parts = QUANTIZER.pack(np.ones((1, 48), "f4"))
+    scales = np.array([[0x7F, 0xFF, parts["weight_scale"][0, 2] | 0x80]], "u1")  # NaN, NaN, less than 0
+    back = QUANTIZER.dense(parts | {"weight_scale": scales}, (1, 48), F4)
+    assert np.isnan(back[0, :32]).all() and np.array_equal(back[0, 32:], -np.ones(16, "f4"))
+
+
 def test_the_device_makes_the_same_bits(monkeypatch):
     weight = normal(5, 150)
     here, back = round_trip(weight)
