@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import peft
@@ -17,6 +18,15 @@ LORA_NAMES = {"A": "lora_A.default.weight", "B": "lora_B.default.weight"}
 def cases() -> Iterator[Case]:
     yield from dora()
     yield from vera()
+    yield from loha()
+    yield from lokr()
+
+
+def without_conv1d(variants: tuple[Variant, ...]) -> tuple[Variant, ...]:
+    """The same, where PEFT has the method at nn.Linear alone."""
+    return tuple(
+        replace(v, peft=False, comment=f"{v.comment}; PEFT has no Conv1D here") if v.conv1d else v for v in variants
+    )
 
 
 def direction(weight: torch.Tensor, t: dict, config: dict) -> torch.Tensor:
@@ -88,3 +98,87 @@ def vera() -> Iterator[Case]:
     )
     wide = Variant("wide", config | {"r": 7}, comment="r is above both sides of the weight")
     yield from cases_of(equation, *shapes_of(config), wide, models=config)
+
+
+def loha_delta(t, config) -> torch.Tensor:
+    return config["alpha"] / config["r"] * (t["A1"] @ t["B1"]) * (t["A2"] @ t["B2"])
+
+
+def loha() -> Iterator[Case]:
+    config = {"r": 2, "alpha": 6.0}
+    equation = Equation(
+        "loha",
+        "arXiv:2309.14859, section 3.2",
+        lambda config, out, inp: {
+            "A1": (out, config["r"]),
+            "B1": (config["r"], inp),
+            "A2": (out, config["r"]),
+            "B2": (config["r"], inp),
+        },
+        lambda f, x, weight, t, config: f(x) + x @ loha_delta(t, config).mT,
+        merged=lambda weight, t, config: weight + loha_delta(t, config),
+        peft=lambda config, targets: peft.LoHaConfig(r=config["r"], alpha=config["alpha"], target_modules=targets),
+        names={f"{letter}{i}": f"hada_w{i}_{letter.lower()}.default" for i in "12" for letter in "AB"},
+        flags="Scaling ScaleTwice HadamardOfProducts",
+    )
+    wide = Variant(
+        "high-rank", config | {"r": 5}, flags="HadamardOfProducts", comment="r is above a side of the weight"
+    )
+    yield from cases_of(equation, *without_conv1d(shapes_of(config)), wide, models=config)
+
+
+def near_root(side: int, factor: int) -> tuple[int, int]:
+    """LyCORIS' factorization of a side: its largest divisor up to the root (and up to `factor`), and what is left."""
+    if factor > 0 and side % factor == 0:
+        return factor, side // factor
+    small = max(n for n in range(1, side + 1) if side % n == 0 and n * n <= side and (n <= factor or factor == -1))
+    return small, side // small
+
+
+def lokr_shapes(config: dict, out: int, inp: int) -> dict[str, tuple[int, ...]]:
+    r, shapes = config["r"], {}
+    sides = zip(near_root(out, config["factor"]), near_root(inp, config["factor"]), strict=True)
+    for name, (m, n) in zip("CD", sides, strict=True):
+        if 2 * r < max(m, n) and (name == "D" or config["decompose_both"]):
+            shapes |= {f"{name}a": (m, r), f"{name}b": (r, n)}
+        else:
+            shapes[name] = (m, n)
+    return shapes
+
+
+def lokr_delta(t, config) -> torch.Tensor:
+    C, D = (t[name] if name in t else t[f"{name}a"] @ t[f"{name}b"] for name in "CD")
+    return config["alpha"] / config["r"] * torch.kron(C, D)
+
+
+def lokr() -> Iterator[Case]:
+    config = {"r": 1, "alpha": 3.0, "factor": -1, "decompose_both": False}
+    equation = Equation(
+        "lokr",
+        "arXiv:2309.14859, section 3.3; sizes of the factors as LyCORIS",
+        lokr_shapes,
+        lambda f, x, weight, t, config: f(x) + x @ lokr_delta(t, config).mT,
+        merged=lambda weight, t, config: weight + lokr_delta(t, config),
+        peft=lambda config, targets: peft.LoKrConfig(
+            r=config["r"],
+            alpha=config["alpha"],
+            decompose_both=config["decompose_both"],
+            decompose_factor=config["factor"],
+            target_modules=targets,
+        ),
+        names={
+            f"{name}{part}": f"lokr_w{i}{part and '_' + part}.default"
+            for i, name in ((1, "C"), (2, "D"))
+            for part in ("", "a", "b")
+        },
+        flags="Scaling ScaleTwice KroneckerOrder",
+    )
+    whole = {"out": 6, "inp": 15, "flags": "LokrWhole"}
+    variants = (
+        Variant("whole", config | {"r": 4}, comment="both factors are whole, and s is 3 / 4 as ever", **whole),
+        Variant("both", config | {"factor": 3, "decompose_both": True}, out=12, inp=9, comment="both are of rank 1"),
+        Variant("factor", config | {"factor": 4}, out=12, inp=9, comment="12 is 4 * 3, and 9, not a multiple, 3 * 3"),
+        Variant("prime", config, out=7, inp=5, comment="a factor of 1 * 1 and one as large as the weight"),
+    )
+    plain = without_conv1d(shapes_of(config, out=12, inp=8))
+    yield from cases_of(equation, *plain, *variants, models=config)

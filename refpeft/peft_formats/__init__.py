@@ -2,7 +2,7 @@
 
 from .common import PREFIX, Entry, Format, Settings
 from .lora import DORA, LORA
-from .low_rank import VERA
+from .low_rank import LOHA, LOKR, VERA
 from .others import IA3, LN_TUNING, PREFIX_TUNING, PROMPT_TUNING
 from .structured import BOFT, OFT
 
@@ -12,6 +12,8 @@ FORMATS = {
     "dora": DORA,
     "lora": LORA,
     "vera": VERA,
+    "loha": LOHA,
+    "lokr": LOKR,
     "ia3": IA3,
     "ln_tuning": LN_TUNING,
     "prompt_tuning": PROMPT_TUNING,

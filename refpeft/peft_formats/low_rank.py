@@ -61,3 +61,62 @@ VERA = Format(
     any_value=(*_FITTED, "fan_in_fan_out", "projection_prng_key"),
     values=_VALUES | {"bias": ("none",)},
 )
+
+
+# ---- LoHa and LoKr ---------------------------------------------------------------------------------------------------
+
+
+def _patterns(adapter: Adapter) -> dict[str, Any]:
+    cfg = adapter.cfg
+    return {"alpha": cfg.alpha, "rank_pattern": cfg.rank_pattern, "alpha_pattern": cfg.alpha_pattern}
+
+
+def _lycoris_options(config: Settings, model: Any) -> dict[str, Any]:
+    return _options(config, model) | {
+        "alpha": config.need("alpha"),
+        "rank_pattern": config.get("rank_pattern", {}),
+        "alpha_pattern": config.get("alpha_pattern", {}),
+    }
+
+
+LOHA = Format(
+    "LOHA",
+    renamed({"A1": "hada_w1_a", "B1": "hada_w1_b", "A2": "hada_w2_a", "B2": "hada_w2_b"}),
+    lambda adapter, model: _settings(adapter, model) | _patterns(adapter),
+    lambda config, model: _lycoris_options(config, model) | {"init": "kaiming"},
+    any_value=(*_FITTED, "use_effective_conv2d"),
+    values=_VALUES,
+)
+
+
+def _lokr_settings(adapter: Adapter, model: Any) -> dict[str, Any]:
+    cfg = adapter.cfg
+    return (
+        _settings(adapter, model)
+        | _patterns(adapter)
+        | {
+            "decompose_factor": cfg.factor,
+            "decompose_both": cfg.decompose_both,
+            "init_weights": "lycoris" if cfg.init == "lycoris" else True,
+        }
+    )
+
+
+def _lokr_options(config: Settings, model: Any) -> dict[str, Any]:
+    return _lycoris_options(config, model) | {
+        "factor": config.get("decompose_factor", -1),
+        "decompose_both": config.get("decompose_both", False),
+        "init": "lycoris" if config.get("init_weights") == "lycoris" else "peft",
+    }
+
+
+_PARTS = {"": "", "a": "_a", "b": "_b"}
+
+LOKR = Format(
+    "LOKR",
+    renamed({f"{name}{part}": f"lokr_w{i}{end}" for i, name in ((1, "C"), (2, "D")) for part, end in _PARTS.items()}),
+    _lokr_settings,
+    _lokr_options,
+    any_value=("runtime_config", "use_effective_conv2d"),
+    values=_VALUES,
+)
