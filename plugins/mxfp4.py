@@ -48,4 +48,5 @@ def _unpack(values, packed, scales):
 
 
 def _power(exponent):
-    return xp_of(exponent).ldexp(np.float32(1), exponent)[..., None]
+    xp = xp_of(exponent)
+    return xp.ldexp(xp.ones(exponent.shape, "f4"), exponent)[..., None]

@@ -31,12 +31,12 @@ class Config:
 
 
 @cache
-def levels_of(xp):
+def levels_of():
     """The 16 levels."""
     below, above = (
         [NormalDist().inv_cdf(p) for p in np.linspace(OUTERMOST, 0.5, count, endpoint=False)] for count in (7, 8)
     )
-    return xp.asarray(np.sort(np.array([-level for level in below] + [0.0] + above, "f4")))
+    return np.sort(np.array([-level for level in below] + [0.0] + above, "f4"))
 
 
 @hookimpl
@@ -48,7 +48,7 @@ def quant_pack(weight, cfg):
         centred /= xp.maximum(std, np.finfo("f4").tiny)[:, None]
         return pack_nibbles(ranks(centred, middles).reshape(-1), unused=ZERO), mean, std
 
-    xp, middles = xp_of(weight), (levels_of(np)[1:] + levels_of(np)[:-1]) / 2
+    xp, middles = xp_of(weight), (levels_of()[1:] + levels_of()[:-1]) / 2
     blocks = blocks_of(weight.reshape(-1), cfg.block)[0]
     count = xp.minimum(weight.size - xp.arange(len(blocks)) * cfg.block, cfg.block)  # the last block may be short
     packed, mean, std = pack_rows(pack, blocks, count)
@@ -58,7 +58,7 @@ def quant_pack(weight, cfg):
 @hookimpl
 def quant_unpack(parts, cfg, shape, dtype):
     def unpack(values, packed, mean, std):
-        look_up(tuple(levels_of(np).tolist()), packed, values)
+        look_up(tuple(levels_of().tolist()), packed, values)
         values *= std[:, None]
         values += mean[:, None]
 

@@ -11,7 +11,7 @@ from refpeft.api import make_quantizer
 from refpeft.backend import to_host
 
 F4 = np.dtype("f4")
-LEVELS = manager.load("nf4_normal").levels_of(np)
+LEVELS = manager.load("nf4_normal").levels_of()
 
 
 def round_trip(weight, name="nf4_normal", **options):

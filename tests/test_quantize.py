@@ -14,7 +14,7 @@ import tiny_files
 from click.testing import CliRunner
 
 import refpeft
-from refpeft import api, files, memory
+from refpeft import api, files, manager, memory
 from refpeft.cli import main
 from refpeft.errors import RefpeftError
 from refpeft.models import saving
@@ -96,6 +96,12 @@ def test_mistakes_are_one_line_and_leave_nothing(model, tmp_path):
         assert result.exit_code == 2 and message in result.stderr, result.output
         assert len(result.stderr.splitlines()) == 1 and not result.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "there"]
+
+
+def test_options_of_no_quantizer_are_refused(model):
+    for options in ({"double_quant": True}, {"options": {"block": 128}}):
+        with pytest.raises(RefpeftError, match="quantizer.* but (no quantizer|none) is given"):
+            refpeft.load(model, **options)
 
 
 def test_double_quantization_without_constants_is_refused(model, tmp_path):
@@ -197,6 +203,7 @@ SHAPES = {  # three of 32 MiB in float32, and little else
     "llama": tiny.TIED_LLAMA | {"hidden_size": 1024, "intermediate_size": 8192, "num_hidden_layers": 1},
     "gpt2": tiny.GPT2_SMALL | {"n_embd": 1024, "n_inner": 8192, "n_layer": 1},
 }
+QUANTIZERS = [name for name, listing in manager.catalogue().items() if listing.kind == "quantizer"]
 LARGEST = 1024 * 8192 * 4
 MEASURE = """
 import sys
@@ -245,7 +252,7 @@ def large(request, tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
-@pytest.mark.parametrize("quantizer, double", [("nf4", True), ("fp4", False), ("int8", False)])
+@pytest.mark.parametrize("quantizer, double", [("nf4", True), *((name, False) for name in QUANTIZERS)])
 def test_quantizing_takes_less_than_three_times_the_largest_tensor(large, tmp_path, quantizer, double):
     peak, _, _ = measured("quantize", large, tmp_path / "out", quantizer, double)
     assert peak < 3 * LARGEST
