@@ -61,8 +61,15 @@ def shipped() -> Path:
 
 def add(*sources: str | Path) -> None:
     """Makes plugins known: each source is a `.py` file, a folder of them, or the name of an importable module."""
+    before = dict(_added)
     for source in sources:
         _added.update(_files(source))
+    try:
+        find()
+    except RefpeftError:  # two of one name: neither stays, or no plugin could be found any more
+        _added.clear()
+        _added.update(before)
+        raise
 
 
 def find() -> dict[str, Path]:

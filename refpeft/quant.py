@@ -148,6 +148,8 @@ def make_quantizer(name: str | None, options: Any = None, double_quant: bool = F
     if name is None:
         if double_quant:
             raise RefpeftError("double_quant quantizes a quantizer's constants, but no quantizer is given")
+        if options:
+            raise RefpeftError("options are those of a quantizer, but none is given")
         return None
     plugin = manager.load(str(manager.path_of(name, "quantizer")) if not name.endswith(".py") else name)
     cfg = plugin_options(plugin, options or {}) if options is None or isinstance(options, dict) else options

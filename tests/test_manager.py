@@ -117,8 +117,9 @@ def test_nothing_comes_from_the_current_directory(tmp_path, monkeypatch):
 def test_a_name_stands_for_one_file(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    manager.add(write(tmp_path / "a", GOOD), write(tmp_path / "a", GOOD), write(tmp_path / "b", GOOD))
-    assert refusal(manager.find).startswith("two plugins are named 'scaled'")
+    manager.add(write(tmp_path / "a", GOOD), write(tmp_path / "a", GOOD))
+    assert refusal(manager.add, write(tmp_path / "b", GOOD)).startswith("two plugins are named 'scaled'")
+    assert manager.find()["scaled"] == tmp_path / "a" / "scaled.py"  # what was refused is not remembered
 
 
 def test_unknown_name_has_the_nearest(tmp_path):

@@ -100,7 +100,7 @@ def test_mistakes_are_one_line_and_leave_nothing(model, tmp_path):
 
 def test_options_of_no_quantizer_are_refused(model):
     for options in ({"double_quant": True}, {"options": {"block": 128}}):
-        with pytest.raises(RefpeftError, match="quantizer.* but (no quantizer|none) is given"):
+        with pytest.raises(RefpeftError, match=r"quantizer.* but (no quantizer|none) is given"):
             refpeft.load(model, **options)
 
 
