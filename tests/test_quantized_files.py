@@ -329,6 +329,13 @@ def test_a_wrong_state_is_one_line_that_names_it(tmp_path, nested, name):
     fails(path, f"{UP}.weight", message)
 
 
+@pytest.mark.parametrize("name", ["lm_head.weight.absmax", "lm_head.SCB", "model.embed_tokens.weight.absmax"])
+def test_quantized_heads_and_embeddings_are_refused_as_such(tmp_path, name):
+    path = written(tmp_path)
+    change(path, {name: np.ones(32, "f4")})
+    fails(path, name, "of a quantized head or embedding, and these are not supported")
+
+
 @pytest.mark.parametrize(
     "name, value, message",
     [

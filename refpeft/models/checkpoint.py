@@ -223,6 +223,11 @@ def checked(path: Path, config: ModelConfig, stored: dict[str, Stored]) -> dict[
     unexpected = [name for name in found if name not in expected]
     if unexpected:
         file, first = found[unexpected[0]].file, unexpected[0]
+        if scheme is not None and any(table in first for table in _TABLES):
+            raise RefpeftError(
+                f"{file}: tensor {first!r} is of a quantized head or embedding, and these are not supported: take the "
+                "original model, or quantize it with its head in llm_int8_skip_modules"
+            )
         raise RefpeftError(f"{file}: tensor {first!r}{_others(unexpected)} not part of a model of this config")
     for name, shape in expected.items():
         entry = found[name]
