@@ -144,6 +144,8 @@ PEFTS = {
     "loha": lambda f: peft.LoHaConfig(r=3, alpha=5, target_modules="all-linear", rank_pattern={r"0\.mlp\..*": 2}),
     "lokr": lambda f: peft.LoKrConfig(r=2, alpha=3, target_modules="all-linear", alpha_pattern={"down_proj": 7}),
     "lokr-both": lambda f: peft.LoKrConfig(r=1, decompose_both=True, decompose_factor=8, target_modules="all-linear"),
+    "hira": lambda f: peft.HiraConfig(r=3, target_modules="all-linear", rank_pattern={r"1\..*": 2}),
+    "delora": lambda f: peft.DeloraConfig(r=3, delora_lambda=2, target_modules="all-linear"),
     "ia3": lambda f: peft.IA3Config(),
     "ln_tuning": lambda f: peft.LNTuningConfig(
         target_modules=["ln_1", "ln_2", "ln_f"]
@@ -159,7 +161,7 @@ PEFTS = {
     "boft": lambda f: peft.BOFTConfig(boft_block_size=2, boft_n_butterfly_factor=3, target_modules="all-linear"),
 }
 FAMILIES = ("llama", "qwen2", "gpt2")
-LINEAR_ONLY = ("boft", "loha", "lokr", "delora")
+LINEAR_ONLY = ("oft", "boft", "loha", "lokr", "delora")
 """Methods that PEFT has not at GPT-2's Conv1D."""
 
 
@@ -221,6 +223,8 @@ OURS = {
     "vera": ("vera", {"r": 5, "targets": ["@q", "@down"]}),
     "loha": ("loha", {"r": 3, "targets": "all-linear", "alpha_pattern": {".*_proj": 3}}),
     "lokr": ("lokr", {"r": 2, "targets": ["@q", "@v", "@down"], "factor": 4}),
+    "hira": ("hira", {"r": 3, "targets": ["@q", "@down"]}),
+    "delora": ("delora", {"r": 3, "lambda_pattern": {r".*1.*": 2}}),
     "ia3": ("ia3", {}),
     "ia3-other": ("ia3", {"targets": ["@o", "@up"], "feedforward": ["@up"]}),
     "ln_tuning": ("ln_tuning", {}),

@@ -13,6 +13,7 @@ from refpeft.errors import RefpeftError
 
 CHANGE_AT_THE_START = {"prompt_tuning", "prefix_tuning", "loftq"}
 NEARLY_AS_IT_WAS = {"houlsby": 1e-3, "pfeiffer": 0.03, "lin": 0.03, "adapterdrop": 0.03}
+NEARLY_AS_IT_WAS |= dict.fromkeys(("compacter", "compacter_pp", "phm_adapter"), 1e-6)
 """By how much first values change logits at most, where small random weights are multiplied."""
 
 
@@ -109,6 +110,8 @@ DIM, FF, KV, VOCAB, LAYERS = 24, 32, 12, 40, 2
         ("gpt2", "ln_tuning", {}, (2 * LAYERS + 1) * 2 * DIM),
         ("llama", "houlsby", {"size": 5, "norms": False}, LAYERS * 2 * (2 * 5 * DIM + 5 + DIM)),
         ("llama", "vera", {"r": 5}, LAYERS * (2 * 5 + DIM + KV)),
+        ("llama", "hira", {"r": 3}, LAYERS * 3 * ((DIM + DIM) + (DIM + KV))),
+        ("llama", "delora", {"r": 3}, LAYERS * (3 * ((DIM + DIM) + (DIM + KV)) + 2)),
         ("llama", "loha", {"r": 3}, LAYERS * 2 * 3 * ((DIM + DIM) + (DIM + KV))),
         ("llama", "lokr", {"r": 2, "targets": ["@q"]}, LAYERS * (4 * 4 + 2 * (6 + 6))),
         ("llama", "lokr", {"r": 8, "targets": ["@v"]}, LAYERS * (3 * 4 + 4 * 6)),
@@ -118,6 +121,9 @@ DIM, FF, KV, VOCAB, LAYERS = 24, 32, 12, 40, 2
         ("llama", "lin", {"size": 5}, LAYERS * (2 * 5 * DIM + 5 + 3 * DIM)),
         ("llama", "adapterdrop", {"size": 5}, LAYERS * (2 * 5 * DIM + 5 + DIM)),
         ("llama", "adapterdrop", {"size": 5, "drop": 1, "robust": False}, (LAYERS - 1) * (2 * 5 * DIM + 5 + DIM)),
+        ("llama", "compacter", {"size": 8, "norms": False}, 4**3 + LAYERS * 2 * (2 * (8 + DIM) + 8 + DIM)),
+        ("llama", "compacter_pp", {"size": 8, "rank": 2, "norms": False}, 64 + LAYERS * (4 * (8 + DIM) + 8 + DIM)),
+        ("llama", "phm_adapter", {"size": 8, "norms": False}, LAYERS * 2 * (2 * 8 * DIM // 4 + 128 + 8 + DIM)),
         ("llama", "prompt_tuning", {"tokens": 3}, 3 * DIM),
         ("llama", "prefix_tuning", {"tokens": 3}, LAYERS * 2 * 3 * KV),
         ("llama", "boft", {}, LAYERS * (2 * (2 * DIM * 4) + DIM + KV)),
@@ -249,6 +255,20 @@ def test_adapterdrop_of_more_layers_than_there_are_is_an_error():
         sites.attach(tiny.model(), "adapterdrop", {"drop": 2})
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"size": 8, "n": 5}, "n is 5, which does not divide size, 8: n = 4 does"),
+        ({"size": 20, "n": 10}, r"n is 10, which does not divide the width of model.layers.0.attn_out, 24: n = 4 does"),
+        ({"size": 8, "n": 0}, "n is 0, which does not divide size, 8: n = 1 does"),
+    ],
+)
+@pytest.mark.parametrize("method", ["compacter", "phm_adapter"])
+def test_kronecker_factors_that_do_not_divide_a_side_are_an_error(method, options, message):
+    with pytest.raises(RefpeftError, match=message):
+        sites.attach(tiny.model(), method, options)
+
+
 def test_a_prefix_of_the_models_own_keys_is_the_text_itself():
     """Keys and values of earlier tokens as the prefix give what the model says of the whole text."""
     model, ids = tiny.model(), tiny.ids(1, 8)
@@ -349,8 +369,9 @@ def test_on_nf4_weights_a_method_is_what_it_is_on_their_dense_values(family, nam
     for site in dense.sites.values():
         if site.kind == "linear" and "head" not in site.roles:
             site.weight.array = packed.sites[site.name].weight()
-    for key, tensor in packed.trained():  # some start from the weights, which were others before packing
-        dict(dense.trained())[key].data[...] = tensor.data
+    for source, copy in zip(packed.adapters, dense.adapters, strict=True):
+        for key, tensor in (source.params | source.constants).items():  # some are made of the weights
+            (copy.params | copy.constants)[key].data[...] = tensor.data
     assert np.allclose(packed(tiny.ids()).data, dense(tiny.ids()).data, rtol=0, atol=1e-12)
     ours, theirs = tiny.gradients(packed, tiny.batch()), tiny.gradients(dense, tiny.batch())
     assert all(np.allclose(ours[key], theirs[key], rtol=1e-9, atol=1e-12) for key in theirs)

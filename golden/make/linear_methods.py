@@ -68,14 +68,18 @@ class Variant:
     comment: str = ""
 
 
-def shapes_of(config: dict, **more: Any) -> tuple[Variant, ...]:
-    """The layers that every method is tried on: with and without a bias and a time axis, and as GPT-2 stores them."""
+def shapes_of(config: dict, peft_conv1d: bool = True, **more: Any) -> tuple[Variant, ...]:
+    """The layers that every method is tried on: with and without a bias and a time axis, and as GPT-2 stores them.
+
+    `peft_conv1d`: whether PEFT has the method for layers as GPT-2 stores them.
+    """
+    as_gpt2 = more if peft_conv1d else more | {"peft": False}
     return (
         Variant("plain", config, **more),
         Variant("bias", config, bias=True, flags="BaseBias", **more),
         Variant("two-axes", config, rows=(4,), comment="x without a time axis", **more),
         Variant(
-            "conv1d", config, bias=True, conv1d=True, flags="TransposedWeight", comment="weight is (in, out)", **more
+            "conv1d", config, bias=True, conv1d=True, flags="TransposedWeight", comment="weight is (in, out)", **as_gpt2
         ),
     )
 

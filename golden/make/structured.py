@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import peft
 import torch
 from common import Case
 from linear_methods import Equation, Variant, cases_of, shapes_of
+from peft.tuners.boft import layer as peft_boft
 
 
 def cases() -> Iterator[Case]:
     yield from oft()
+    yield from boft()
 
 
 # ---- OFT ---------------------------------------------------------------------------------------------------------
@@ -72,4 +75,69 @@ def oft() -> Iterator[Case]:
         ),
         Variant("neumann-terms", neumann | {"block_size": 4, "terms": 6}, bias=True, flags="OftSeries BaseBias"),
         models=config | {"block_size": 4},
+    )
+
+
+# ---- BOFT --------------------------------------------------------------------------------------------------------
+
+
+class BlockDiagonal:
+    """What PEFT's CUDA extension does, without which PEFT computes one factor alone."""
+
+    @staticmethod
+    def apply(blocks: torch.Tensor) -> torch.Tensor:
+        return torch.stack([torch.block_diag(*factor) for factor in blocks])
+
+
+peft_boft.get_fbd_cuda = lambda: True
+peft_boft.FastBlockDiag = BlockDiagonal
+
+
+def boft_rotation(t: dict, config: dict) -> torch.Tensor:
+    n, half = config["block_size"], config["block_size"] // 2
+    one, product = torch.eye(n, dtype=t["A"].dtype), None
+    for number, A in enumerate(t["A"]):
+        S, apart = (A - A.mT) / 2, 2**number
+        inp = len(A) * n
+        # the inputs in the order in which the blocks take them: halves that lie `apart` halves from each other
+        order = torch.arange(inp).reshape(-1, 2, apart, half).transpose(1, 2).flatten() if number else torch.arange(inp)
+        place = torch.argsort(order)
+        factor = torch.block_diag(*((one - S) @ torch.linalg.inv(one + S)))[place][:, place]
+        product = factor if product is None else factor @ product
+    return product
+
+
+def boft() -> Iterator[Case]:
+    config = {"block_size": 2, "butterfly_factors": 2}
+
+    def trained(config, out, inp):
+        n = config["block_size"]
+        return {"A": (config["butterfly_factors"], inp // n, n, n), "s": (out,)}
+
+    def value(f, x, weight, t, config):
+        return (x @ boft_rotation(t, config)) @ weight.mT * t["s"] + f(torch.zeros_like(x))
+
+    equation = Equation(
+        "boft",
+        "arXiv:2311.06243, section 4; S and its sign: the authors' code",
+        trained,
+        value,
+        merged=lambda weight, t, config: t["s"][:, None] * (weight @ boft_rotation(t, config).mT),
+        merged_bias=lambda bias, t, config: bias,
+        start=lambda letters, weight, config: letters | {"s": letters["s"] + np.float32(1)},
+        peft=lambda config, targets: peft.BOFTConfig(
+            boft_block_size=config["block_size"],
+            boft_n_butterfly_factor=config["butterfly_factors"],
+            target_modules=targets,
+        ),
+        names={"A": "boft_R.default", "s": "boft_s.default"},
+        flags="OftSide ButterflyOrder",
+    )
+    yield from cases_of(
+        equation,
+        *shapes_of(config, peft_conv1d=False),
+        Variant("one-factor", config | {"block_size": 3, "butterfly_factors": 1}, inp=6, bias=True, flags="BaseBias"),
+        Variant("three-factors", config | {"butterfly_factors": 3}, inp=8),
+        Variant("wide-blocks", {"block_size": 4, "butterfly_factors": 2}, inp=16, out=5),
+        models=config,
     )

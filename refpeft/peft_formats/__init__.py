@@ -2,7 +2,7 @@
 
 from .common import PREFIX, Entry, Format, Settings
 from .lora import DORA, LORA
-from .low_rank import LOHA, LOKR, VERA
+from .low_rank import DELORA, HIRA, LOHA, LOKR, VERA
 from .others import IA3, LN_TUNING, PREFIX_TUNING, PROMPT_TUNING
 from .structured import BOFT, OFT
 
@@ -14,6 +14,8 @@ FORMATS = {
     "vera": VERA,
     "loha": LOHA,
     "lokr": LOKR,
+    "hira": HIRA,
+    "delora": DELORA,
     "ia3": IA3,
     "ln_tuning": LN_TUNING,
     "prompt_tuning": PROMPT_TUNING,

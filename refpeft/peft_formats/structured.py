@@ -16,8 +16,9 @@ def _settings(adapter: Adapter, model: Any) -> dict[str, Any]:
     return {"target_modules": module_names(adapter.sites, model)}
 
 
-def _transposed(adapter: Adapter) -> dict[str, Any]:
-    return {"fan_in_fan_out": any(site.transposed for site in adapter.sites)}
+def _linear_only(adapter: Adapter, model: Any) -> bool:
+    """Whether PEFT has the method at all of the sites: many of its classes refuse GPT-2's Conv1D."""
+    return not any(site.transposed for site in adapter.sites)
 
 
 def _options(config: Settings, model: Any) -> dict[str, Any]:
@@ -47,17 +48,13 @@ def _oft_entries(adapter: Adapter) -> list[Entry]:
 
 def _oft_settings(adapter: Adapter, model: Any) -> dict[str, Any]:
     cfg = adapter.cfg
-    return (
-        _settings(adapter, model)
-        | _transposed(adapter)
-        | {
-            "r": 0,
-            "oft_block_size": cfg.block_size,
-            "block_share": cfg.block_share,
-            "use_cayley_neumann": cfg.cayley == "neumann",
-            "num_cayley_neumann_terms": cfg.terms,
-        }
-    )
+    return _settings(adapter, model) | {
+        "r": 0,
+        "oft_block_size": cfg.block_size,
+        "block_share": cfg.block_share,
+        "use_cayley_neumann": cfg.cayley == "neumann",
+        "num_cayley_neumann_terms": cfg.terms,
+    }
 
 
 def _oft_options(config: Settings, model: Any) -> dict[str, Any]:
@@ -70,5 +67,46 @@ def _oft_options(config: Settings, model: Any) -> dict[str, Any]:
 
 
 OFT = Format(
-    "OFT", _oft_entries, _oft_settings, _oft_options, any_value=(*_ANY_VALUE, "eps", "module_dropout"), values=_VALUES
+    "OFT",
+    _oft_entries,
+    _oft_settings,
+    _oft_options,
+    fits=_linear_only,
+    any_value=(*_ANY_VALUE, "eps", "module_dropout"),
+    values=_VALUES,
+)
+
+
+# ---- BOFT ------------------------------------------------------------------------------------------------------------
+
+
+def _boft_entries(adapter: Adapter) -> list[Entry]:
+    def entries(name: str) -> list[Entry]:
+        column = lambda array: array.reshape(-1, 1)  # noqa: E731
+        start = f"{PREFIX}{name}."
+        return [
+            Entry(f"{start}boft_R", (f"{name}.A",)),
+            Entry(f"{start}boft_s", (f"{name}.s",), column, lambda array: (array.reshape(-1),)),
+        ]
+
+    return [entry for site in adapter.sites for entry in entries(site.name)]
+
+
+BOFT = Format(
+    "BOFT",
+    _boft_entries,
+    lambda adapter, model: (
+        _settings(adapter, model)
+        | {"boft_block_size": adapter.cfg.block_size, "boft_n_butterfly_factor": adapter.cfg.butterfly_factors}
+    ),
+    lambda config, model: (
+        _options(config, model)
+        | {
+            "block_size": config.need("boft_block_size"),
+            "butterfly_factors": config.get("boft_n_butterfly_factor", 1),
+        }
+    ),
+    fits=_linear_only,
+    any_value=(*_ANY_VALUE, "boft_dropout"),
+    values=_VALUES,
 )
