@@ -63,6 +63,11 @@ def test_addmm_keeps_the_two_small_factors_at_most():
     assert keeps(fused.addmm(Tensor(y), Tensor(u), parameter(B), alpha=2), u)
 
 
+def test_hadamard_linear_keeps_the_factors_and_nothing_dense():
+    w, x, B, A = normal((5, 4)), normal((3, 4), 1), normal((5, 2), 2), normal((2, 4), 3)
+    assert keeps(fused.hadamard_linear(parameter(x), parameter(B), parameter(A), weight=lambda: w), x, B, A)
+
+
 def test_embedding_adds_up_the_rows_of_repeated_ids():
     table = parameter(normal((4, 2)))
     fused.embedding(table, ids=np.array([[1, 1], [3, 1]])).backward()

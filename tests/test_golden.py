@@ -231,7 +231,8 @@ def run_site(case: Case, given: Arrays, dtype: str) -> Arrays:
     adapter = attach(model, case.name, options)
     values = {name.removeprefix("site."): t for name, t in adapter.params.items()}
     constants = {name.removeprefix("site.").removeprefix("shared."): t for name, t in adapter.constants.items()}
-    for name, tensor in (constants | values).items():
+    given_constants = {name: t for name, t in constants.items() if name in given}  # the others are made of the weight
+    for name, tensor in (given_constants | values).items():
         tensor.data[...] = given[name]
     leaves = {name: parameter(given[name]) for name in ("x", "q", "k", "v") if name in given}
     inputs = list(leaves.values()) or [given["ids"]]

@@ -20,6 +20,8 @@ def cases() -> Iterator[Case]:
     yield from vera()
     yield from loha()
     yield from lokr()
+    yield from hira()
+    yield from delora()
 
 
 def without_conv1d(variants: tuple[Variant, ...]) -> tuple[Variant, ...]:
@@ -182,3 +184,40 @@ def lokr() -> Iterator[Case]:
     )
     plain = without_conv1d(shapes_of(config, out=12, inp=8))
     yield from cases_of(equation, *plain, *variants, models=config)
+
+
+def hira() -> Iterator[Case]:
+    config = {"r": 2, "dropout": 0.0}
+    equation = Equation(
+        "hira",
+        "https://openreview.net/forum?id=TwJrTz9cRS, section 3.2",
+        lambda config, out, inp: {"A": (config["r"], inp), "B": (out, config["r"])},
+        lambda f, x, weight, t, config: f(x) + x @ (weight * (t["B"] @ t["A"])).mT,
+        merged=lambda weight, t, config: weight * (1 + t["B"] @ t["A"]),
+        peft=lambda config, targets: peft.HiraConfig(r=config["r"], target_modules=targets),
+        names={"A": "hira_A.default", "B": "hira_B.default"},
+        flags="HadamardOfProducts NoScale",
+    )
+    yield from cases_of(equation, *shapes_of(config), models=config)
+
+
+def delora_delta(weight, t, config) -> torch.Tensor:
+    inner = (t["B"].square().sum(0) * t["A"].square().sum(1)).sqrt()
+    of_inputs = weight.square().sum(0).sqrt()
+    return t["B"] @ torch.diag(t["strength"] / (config["r"] * inner)) @ t["A"] * of_inputs
+
+
+def delora() -> Iterator[Case]:
+    config = {"r": 3, "dropout": 0.0}
+    equation = Equation(
+        "delora",
+        "arXiv:2503.18225, section 3; norms of W's columns as PEFT",
+        lambda config, out, inp: {"A": (config["r"], inp), "B": (out, config["r"]), "strength": (1,)},
+        lambda f, x, weight, t, config: f(x) + x @ delora_delta(weight, t, config).mT,
+        merged=lambda weight, t, config: weight + delora_delta(weight, t, config),
+        start=lambda letters, weight, config: letters | {"strength": np.float32([2.5])},
+        peft=lambda config, targets: peft.DeloraConfig(r=config["r"], target_modules=targets),
+        names={"A": "delora_A.default", "B": "delora_B.default", "strength": "delora_lambda.default"},
+        flags="DeloraNorms",
+    )
+    yield from cases_of(equation, *without_conv1d(shapes_of(config)), models=config)

@@ -120,3 +120,55 @@ LOKR = Format(
     any_value=("runtime_config", "use_effective_conv2d"),
     values=_VALUES,
 )
+
+
+# ---- HiRA and DeLoRA -------------------------------------------------------------------------------------------------
+
+
+def _hira_settings(adapter: Adapter, model: Any) -> dict[str, Any]:
+    more = {"hira_dropout": adapter.cfg.dropout, "rank_pattern": adapter.cfg.rank_pattern}
+    return _settings(adapter, model) | more | _transposed(adapter)
+
+
+def _hira_options(config: Settings, model: Any) -> dict[str, Any]:
+    more = {"dropout": config.get("hira_dropout", 0.0), "rank_pattern": config.get("rank_pattern", {})}
+    return _options(config, model) | more
+
+
+HIRA = Format(
+    "HIRA",
+    renamed({"A": "hira_A", "B": "hira_B"}),
+    _hira_settings,
+    _hira_options,
+    any_value=(*_FITTED, "fan_in_fan_out"),
+    values=_VALUES,
+)
+
+
+def _delora_settings(adapter: Adapter, model: Any) -> dict[str, Any]:
+    cfg = adapter.cfg
+    return _settings(adapter, model) | {
+        "delora_lambda": cfg.lambda_initial,
+        "module_dropout": cfg.dropout,  # of single inputs, whatever the name says
+        "rank_pattern": cfg.rank_pattern,
+        "lambda_pattern": cfg.lambda_pattern,
+    }
+
+
+def _delora_options(config: Settings, model: Any) -> dict[str, Any]:
+    return _options(config, model) | {
+        "lambda_initial": config.get("delora_lambda", 15.0),
+        "dropout": config.get("module_dropout", 0.0),
+        "rank_pattern": config.get("rank_pattern", {}),
+        "lambda_pattern": config.get("lambda_pattern", {}),
+    }
+
+
+DELORA = Format(
+    "DELORA",
+    renamed({"A": "delora_A", "B": "delora_B", "strength": "delora_lambda", "w": "delora_w_norm"}),
+    _delora_settings,
+    _delora_options,
+    any_value=_FITTED,
+    values=_VALUES | {"bias": ("none",)},
+)
