@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from . import fused, ops
+from .errors import RefpeftError
 from .rng import Stream
 from .tensor import Tensor
+
+if TYPE_CHECKING:
+    from .sites import Site
 
 ACTIVATIONS = {
     "gelu_tanh": lambda x: fused.gelu(x, approximate=True),
@@ -36,3 +41,46 @@ def bottleneck(x: Tensor, p: SimpleNamespace, activation: str) -> Tensor:
     """up f(down x + down_bias) + up_bias, with down (size, in) and up (out, size)."""
     inner = ACTIVATIONS[activation](ops.linear(x, p.down, p.down_bias))
     return ops.linear(inner, p.up, p.up_bias)
+
+
+# ---- PHM layers (arXiv:2106.04647, section 3; Zhang et al., 2021, arXiv:2102.08597) ----------------------------------
+
+RULE_STD = 1e-4  # of the first values of the small matrices, in Compacter's authors' code
+
+
+def check_phm(sites: list[Site], cfg: Any) -> None:
+    """Raises RefpeftError where a bottleneck cannot be cut into `cfg.n` parts on both sides."""
+    for name, width in [("size", cfg.size), *((f"the width of {site.name}", site.shape[0]) for site in sites)]:
+        if cfg.n < 1 or width % cfg.n:
+            fits = max(n for n in range(1, min(max(cfg.n, 1), width) + 1) if width % n == 0 and cfg.size % n == 0)
+            raise RefpeftError(f"n is {cfg.n}, which does not divide {name}, {width}: n = {fits} does")
+
+
+def glorot(rng: Stream, *shape: int) -> np.ndarray:
+    """Matrices (..., rows, columns), uniform in +-sqrt(12 / (rows + columns)): Glorot's, with gain sqrt(2)."""
+    bound = math.sqrt(12 / (shape[-2] + shape[-1]))
+    return rng.uniform(-bound, bound, shape)
+
+
+def phm(rule: Tensor, blocks: Tensor) -> Tensor:
+    """The sum over i of kron(rule[i], blocks[i]): rule (n, n, n), blocks (n, out / n, in / n); gives (out, in)."""
+    n, out, width = blocks.shape
+    products = rule.reshape(n, n * n).T @ blocks.reshape(n, out * width)
+    return products.reshape(n, n, out, width).transpose(0, 2, 1, 3).reshape(n * out, n * width)
+
+
+def factored_values(rng: Stream, cfg: Any, dim: int) -> dict[str, np.ndarray]:
+    """First values of Compacter's bottleneck, without the rule that all of them share."""
+    n, rank, values = cfg.n, cfg.rank, {}
+    for name, out, width in (("down", cfg.size, dim), ("up", dim, cfg.size)):
+        values[f"{name}_s"] = glorot(rng, n, out // n, rank)
+        values[f"{name}_t"] = glorot(rng, n, rank, width // n)
+        values[f"{name}_bias"] = np.zeros(out)
+    return values
+
+
+def factored_bottleneck(x: Tensor, p: SimpleNamespace, rule: Tensor, activation: str) -> Tensor:
+    """A bottleneck whose matrices are the sums of kron(rule[i], s[i] t[i])."""
+    down, up = phm(rule, p.down_s @ p.down_t), phm(rule, p.up_s @ p.up_t)
+    weights = SimpleNamespace(down=down, down_bias=p.down_bias, up=up, up_bias=p.up_bias)
+    return bottleneck(x, weights, activation)

@@ -13,7 +13,7 @@ from refpeft.errors import RefpeftError
 
 CHANGE_AT_THE_START = {"prompt_tuning", "prefix_tuning", "loftq"}
 NEARLY_AS_IT_WAS = {"houlsby": 1e-3, "pfeiffer": 0.03, "lin": 0.03, "adapterdrop": 0.03}
-NEARLY_AS_IT_WAS |= dict.fromkeys(("compacter", "compacter_pp", "phm_adapter"), 1e-6)
+NEARLY_AS_IT_WAS |= dict.fromkeys(("compacter", "compacter_pp", "phm_adapter"), 1e-5)
 """By how much first values change logits at most, where small random weights are multiplied."""
 
 

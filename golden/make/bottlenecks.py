@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import equations
 import methods
@@ -16,6 +16,8 @@ from torch.nn import functional
 Shapes = dict[str, tuple[int, ...]]
 
 SMALL = {"size": 3, "activation": "relu"}
+PHM = {"size": 4, "n": 2, "activation": "gelu_tanh", "norms": False}
+HYPER = PHM | {"rank": 1}
 
 
 def cases() -> Iterator[Case]:
@@ -29,6 +31,9 @@ def cases() -> Iterator[Case]:
     )
     yield from parallel_at_linear()
     yield from block_cases(LIN, ("plain", SMALL | {"eps": 1e-5}, "BottleneckSkip NormEps"))
+    yield from block_cases(COMPACTER, ("plain", HYPER, ""), ("rank", HYPER | {"rank": 2}, ""))
+    yield from block_cases(COMPACTER_PP, ("plain", HYPER, ""))
+    yield from block_cases(PHM_ADAPTER, ("plain", PHM, ""))
     yield from model_cases(DROP, SMALL | {"robust": False, "drop": 1}, layers=(1,))
 
 
@@ -159,6 +164,63 @@ def parallel_at_linear() -> Iterator[Case]:
     yield _at_one_place(PARALLEL, "series", beside | {"placement": "series"}, "", "linear", 5)
 
 
+def phm(rule: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+    """The sum of Kronecker products, the second factors of which are (out / n, in / n)."""
+    return sum(torch.kron(a, b) for a, b in zip(rule, blocks, strict=True))
+
+
+def compacter_letters(config: dict, inp: int, out: int) -> Shapes:
+    n, rank, size = config["n"], config["rank"], config["size"]
+    return {
+        "down_s": (n, size // n, rank),
+        "down_t": (n, rank, inp // n),
+        "down_bias": (size,),
+        "up_s": (n, out // n, rank),
+        "up_t": (n, rank, size // n),
+        "up_bias": (out,),
+    }
+
+
+def compacter_value(f, x, t, config) -> torch.Tensor:
+    rule = t["shared.rule"]
+    weights = {name: phm(rule, t[f"{name}_s"] @ t[f"{name}_t"]) for name in ("down", "up")}
+    return pfeiffer_value(f, x, t | weights, config)
+
+
+def phm_letters(config: dict, inp: int, out: int) -> Shapes:
+    n, size = config["n"], config["size"]
+    rules = {"down_rule": (n, n, n), "up_rule": (n, n, n)}
+    biases = {"down_bias": (size,), "up_bias": (out,)}
+    return {"down": (n, size // n, inp // n), "up": (n, out // n, size // n)} | rules | biases
+
+
+def phm_value(f, x, t, config) -> torch.Tensor:
+    weights = {name: phm(t[f"{name}_rule"], t[name]) for name in ("down", "up")}
+    return pfeiffer_value(f, x, t | weights, config)
+
+
+def shared_rule(config: dict) -> Shapes:
+    return {"shared.rule": (config["n"],) * 3}
+
+
+COMPACTER = Block(
+    "compacter",
+    "arXiv:2106.04647, sections 4.1 and 4.2",
+    compacter_letters,
+    compacter_value,
+    ("attn_out", "mlp_out"),
+    shared_rule,
+    flags="KroneckerOrder SharedGradient",
+)
+COMPACTER_PP = replace(COMPACTER, method="compacter_pp", source="arXiv:2106.04647, section 4.2", places=("mlp_out",))
+PHM_ADAPTER = Block(
+    "phm_adapter",
+    "arXiv:2106.04647, section 4; arXiv:2102.08597",
+    phm_letters,
+    phm_value,
+    ("attn_out", "mlp_out"),
+    flags="KroneckerOrder",
+)
 PFEIFFER = Block(
     "pfeiffer", "arXiv:2005.00052, section 3.2; place as AdapterHub", letters, pfeiffer_value, ("block_out",)
 )
