@@ -10,7 +10,7 @@ from .backend import Array, xp_of
 def nearest(matrix: Array, r: int) -> tuple[Array, Array]:
     """(left (m, r), right (r, n)), float64: left @ right is nearest to a matrix (m, n) among those of rank r.
 
-    A column of `left` is as long as its row of `right`. They are the SVD's, found as eigenvectors of the smaller of
+    A column of `left` is as long as its row of `right`, where the matrix has that rank. They are the SVD's, found as eigenvectors of the smaller of
     M M^T and M^T M: several times faster, and exact to about 1e-8 of the largest singular value.
     """
     xp = xp_of(matrix)
@@ -19,5 +19,7 @@ def nearest(matrix: Array, r: int) -> tuple[Array, Array]:
         return right.T, left.T
     matrix = matrix.astype("f8", copy=False)
     squares, vectors = xp.linalg.eigh(matrix @ matrix.T)  # of singular values, ascending
-    vectors, root = vectors[:, : -r - 1 : -1], xp.maximum(squares[: -r - 1 : -1], np.finfo("f8").tiny) ** 0.25
+    finfo = np.finfo("f8")
+    least = xp.maximum(finfo.eps * squares[-1], finfo.tiny)  # what is below is rounding; `root` shares out, no more
+    vectors, root = vectors[:, : -r - 1 : -1], xp.maximum(squares[: -r - 1 : -1], least) ** 0.25
     return vectors * root, vectors.T @ matrix / root[:, None]

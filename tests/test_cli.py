@@ -268,6 +268,9 @@ def test_a_run_on_quantized_weights_is_evaluated_and_merged_as_it_was_trained(re
     records = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     found = json.loads(refpeft("eval", "--adapter", "out", "--json").stdout)
     assert found["eval_loss"] == pytest.approx(records[-1]["eval_loss"], rel=1e-5)
+    moved = ("eval", "--adapter", "out", "--model", "model", "--json")  # the run's quantizer, wherever its model is
+    assert json.loads(refpeft(*moved).stdout) == found
+    assert json.loads(refpeft(*moved, "--quantizer", "none").stdout)["eval_loss"] != found["eval_loss"]
     said = refpeft("merge", "--adapter", "out", "--out", "merged").stdout
     assert said.startswith("./model with out merged, in merged: its weights as the run had them, nf4 made dense")
     with_adapter, merged = (api.load(*source) for source in (("model", "out", "nf4"), ("merged",)))

@@ -25,3 +25,11 @@ def test_a_matrix_of_less_rank_is_met():
     assert abs(left @ right - matrix).max() < 1e-6
     left, right = nearest(np.zeros((3, 4)), 2)
     assert not (left @ right).any() and np.isfinite(left).all() and np.isfinite(right).all()
+
+
+def test_more_rank_than_there_is_gives_no_large_numbers():
+    rng = np.random.default_rng(2)
+    matrix = rng.standard_normal((96, 5)) @ rng.standard_normal((5, 96))
+    left, right = nearest(matrix, 94)
+    assert abs(left @ right - matrix).max() < 1e-10 * abs(matrix).max()
+    assert max(abs(left).max(), abs(right).max()) <= np.sqrt(np.linalg.norm(matrix, 2))

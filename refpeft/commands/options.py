@@ -38,7 +38,9 @@ def model(command: Callable) -> Callable:
     for option in (
         click.option("--dtype", type=click.Choice(choices.DTYPES), help="Default: the adapter's run's."),
         click.option("--device", type=click.Choice(choices.DEVICES), default="cpu", show_default=True),
-        click.option("--quantizer", metavar="NAME", help="Quantize frozen weights. Default: as in the adapter's run."),
+        click.option(
+            "--quantizer", metavar="NAME|none", help="Quantize frozen weights. Default: as in the adapter's run."
+        ),
         click.option("--double-quant", is_flag=True, help="Quantize the quantizer's constants, too."),
         click.option("--adapter", metavar="DIR", help="An adapter directory, such as a run's."),
         click.option(
