@@ -7,7 +7,6 @@ With `compat` weights become float16 first, as in bitsandbytes; on a CPU 127 / s
 """
 
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 
@@ -15,9 +14,9 @@ from refpeft import hookimpl
 from refpeft.backend import xp_of
 from refpeft.compat import Compat
 from refpeft.errors import RefpeftError
-from refpeft.rowwise import pack_rows, unpack_rows
 
 LEAST = np.float32(4e-37)  # 127 / scale of a smaller scale is more than float32 holds
+CHUNK = 1 << 20  # weights in work at a time
 
 
 @dataclass(frozen=True)
@@ -27,29 +26,30 @@ class Config:
 
 @hookimpl
 def quant_pack(weight, cfg):
-    codes, scale = pack_rows(partial(_pack, compat=cfg.compat), weight)
+    xp, rows = xp_of(weight), weight.reshape(-1, weight.shape[-1])
+    codes, scale = xp.empty(rows.shape, "i1"), xp.empty(len(rows), "f4")
+    step = max(1, CHUNK // rows.shape[1])
+    for at in range(0, len(rows), step):
+        some = slice(at, at + step)
+        part = rows[some] if cfg.compat == "none" else _in_float16(rows[some])
+        codes[some], scale[some] = _quantize(part, cfg.compat)
     return {"codes": codes.reshape(weight.shape), "scale": scale.reshape(weight.shape[:-1])}
 
 
 @hookimpl
 def quant_unpack(parts, cfg, shape, dtype):
-    return unpack_rows(_unpack, shape, dtype, (parts["codes"].reshape(-1, shape[-1]), parts["scale"].reshape(-1)))
+    values = parts["codes"].astype("f4")
+    values *= parts["scale"][..., None]
+    values *= np.float32(1 / 127)
+    return values.astype(dtype, copy=False)
 
 
-def _pack(rows, compat):
+def _quantize(rows, compat):
     xp = xp_of(rows)
-    if compat != "none":
-        rows = _in_float16(rows)
     scale = xp.abs(rows).max(axis=1)
     divisor = xp.maximum(scale, LEAST)
     factor = (1 / divisor * 127 if compat == "bnb-cpu" else 127 / divisor) * (scale >= LEAST)
-    return xp.rint(rows * factor[:, None]).astype("i1"), scale
-
-
-def _unpack(values, codes, scale):
-    values[:] = codes
-    values *= scale[:, None]
-    values *= np.float32(1 / 127)
+    return xp.rint(rows * factor[:, None]), scale
 
 
 def _in_float16(rows):

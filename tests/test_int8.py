@@ -63,9 +63,10 @@ def test_scales_can_be_quantized_themselves():
     assert abs(kept() - weight).max() < 0.01 * abs(weight).max()
 
 
-def test_the_device_does_not_change_a_bit(monkeypatch):
+def test_pieces_and_the_device_do_not_change_a_bit(monkeypatch):
     weight = normal(37, 50)
     whole = make_quantizer("int8")(weight, F4)
+    monkeypatch.setattr(int8, "CHUNK", 120)
     xp = device.install(monkeypatch)
     for array in weight, xp.asarray(weight):
         kept = make_quantizer("int8")(array, F4)
