@@ -44,7 +44,7 @@ def quant_pack(weight, cfg):
     def pack(blocks, count):
         mean = (blocks.sum(axis=1, dtype="f8") / count).astype("f4")
         centred = (blocks - mean[:, None]) * (xp.arange(cfg.block) < count[:, None])
-        std = xp.sqrt((centred * centred).sum(axis=1, dtype="f8") / count).astype("f4")
+        std = xp.sqrt((centred.astype("f8") ** 2).sum(axis=1) / count).astype("f4")
         centred /= xp.maximum(std, np.finfo("f4").tiny)[:, None]
         return pack_nibbles(ranks(centred, middles).reshape(-1), unused=ZERO), mean, std
 

@@ -208,7 +208,7 @@ class AdamW8bit(AdamW):
     """AdamW with both moments in 8 bits (Dettmers et al., 2021, arXiv:2110.02861): 2 bytes and 1/32 for each value.
 
     A step decodes them, computes as AdamW does, updates the values from the new moments before these are rounded, and
-    encodes them: in blocks of 256 of the flat buffer, m with the signed dynamic map and v with the unsigned one, to the
+    encodes them: in blocks of 256 of a parameter, m with the signed dynamic map and v with the unsigned one, to the
     nearest level. Zero is a level of both, so a value without gradients never moves (bitsandbytes 0.50 on the CPU
     looks codes up in a table of 65,536 bins that has no zero, and moves it). The other side of that zero: where all
     gradients of a value are below 1/2,500 of the largest in its block, its v is kept as 0 but its m is not, and its
@@ -216,6 +216,16 @@ class AdamW8bit(AdamW):
     """
 
     BLOCK = 256
+
+    @classmethod
+    def pieces(cls, shapes: Sequence[Shape], page: int) -> list[Shape]:
+        """Stretches that end where a parameter ends within a block."""
+        stretches = [0]
+        for size in map(math.prod, shapes):
+            stretches[-1] += size
+            if stretches[-1] % cls.BLOCK:
+                stretches.append(0)
+        return [piece for size in stretches for piece in Optimizer.pieces([(size,)], page)]
 
     @classmethod
     def needs(cls, shape: Shape, dtype: np.dtype) -> dict[str, tuple[int, np.dtype]]:

@@ -163,6 +163,25 @@ def test_the_first_step_of_adamw_has_the_length_of_the_learning_rate():
     assert params["a"].data == pytest.approx([0.875, -1.875])
 
 
+def test_blocks_of_8_bits_are_of_one_parameter():
+    """A parameter moves as it does alone, whatever stands beside it in the flat buffer."""
+    rng = np.random.default_rng(3)
+    arrays = {"large": rng.normal(0, 1e3, 300), "small": rng.normal(0, 1e-3, (2, 40)), "whole": rng.normal(0, 1, 512)}
+    arrays |= {"after": rng.normal(0, 1e-2, 700)}
+
+    def moved(names) -> dict[str, np.ndarray]:
+        flat = Flat((name, parameter(arrays[name].astype("f4"))) for name in names)
+        optimizer = AdamW8bit(flat)
+        for _ in range(3):
+            flat.grads[...] = flat.values
+            optimizer.step(0.1)
+        return {name: tensor.data.copy() for name, tensor in flat.params.items()}
+
+    together = moved(arrays)
+    for name in arrays:
+        assert np.array_equal(moved([name])[name], together[name]), name
+
+
 @pytest.mark.parametrize("kind", [AdamW, AdamW8bit, Lion, Adafactor])
 def test_weight_decay_is_decoupled_from_the_gradient(kind):
     params = {"a": parameter(np.array([2.0]))}
@@ -171,7 +190,7 @@ def test_weight_decay_is_decoupled_from_the_gradient(kind):
 
 
 def test_adamw_in_8_bits_updates_from_exact_moments_and_then_keeps_their_nearest_codes():
-    exact, rounded = AdamW(flat_of(dtype="f4")), AdamW8bit(flat_of(dtype="f4"))
+    exact, rounded = AdamW(flat_of((25, 41), dtype="f4")), AdamW8bit(flat_of((25, 41), dtype="f4"))
     assert np.array_equal(trained(exact, steps=1), trained(rounded, steps=1))
     for name, moment in exact.state.items():
         levels = blockwise.dynamic_map(signed=name == "m").astype("f8")

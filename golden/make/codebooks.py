@@ -325,7 +325,7 @@ def normal_encode(weight: np.ndarray, block: int = 64) -> Parts:
         part = values[at : at + block]
         mean = f32(math.fsum(part.astype(float)) / len(part))
         centred = part - mean
-        deviation = f32(math.sqrt(math.fsum((centred * centred).astype(float)) / len(part)))
+        deviation = f32(math.sqrt(math.fsum(centred.astype(float) ** 2) / len(part)))
         scaled = centred / deviation if deviation else centred
         if np.abs(scaled[:, None] / NORMAL_BOUNDARIES - 1).min() < 1e-6:
             raise SystemExit("nf4_normal: a value is too close to a boundary")
