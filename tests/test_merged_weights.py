@@ -8,10 +8,13 @@ from variants import CASES, VARIANTS, WITH_BIASES, attached, quantizer
 from refpeft import manager, sites
 from refpeft.errors import RefpeftError
 
+BESIDE_PARTS = {"krona-residual"}
+"""Variants at parts of layers, which have no weight, of methods that merge elsewhere."""
+
 MERGED = [
     (family, name)
     for family, name in CASES
-    if "peft_merge" in manager.catalogue()[(VARIANTS | WITH_BIASES)[name][0]].hooks
+    if "peft_merge" in manager.catalogue()[(VARIANTS | WITH_BIASES)[name][0]].hooks and name not in BESIDE_PARTS
 ]
 
 

@@ -12,7 +12,7 @@ from refpeft import manager, ops, sites
 from refpeft.errors import RefpeftError
 
 CHANGE_AT_THE_START = {"prompt_tuning", "prefix_tuning", "loftq"}
-NEARLY_AS_IT_WAS = {"houlsby": 1e-3, "pfeiffer": 0.03, "lin": 0.03, "adapterdrop": 0.03}
+NEARLY_AS_IT_WAS = {"hra": 1e-12, "houlsby": 1e-3, "pfeiffer": 0.03, "lin": 0.03, "adapterdrop": 0.03}
 NEARLY_AS_IT_WAS |= dict.fromkeys(("compacter", "compacter_pp", "phm_adapter"), 1e-5)
 """By how much first values change logits at most, where small random weights are multiplied."""
 
@@ -110,6 +110,8 @@ DIM, FF, KV, VOCAB, LAYERS = 24, 32, 12, 40, 2
         ("gpt2", "ln_tuning", {}, (2 * LAYERS + 1) * 2 * DIM),
         ("llama", "houlsby", {"size": 5, "norms": False}, LAYERS * 2 * (2 * 5 * DIM + 5 + DIM)),
         ("llama", "vera", {"r": 5}, LAYERS * (2 * 5 + DIM + KV)),
+        ("llama", "krona", {"targets": ["@v"]}, LAYERS * (3 * 4 + 4 * 6)),
+        ("llama", "krona", {"a_out": 2, "residual": True, "targets": ["@mlp_out"]}, LAYERS * (2 * 4 + 12 * 6 + 1)),
         ("llama", "hira", {"r": 3}, LAYERS * 3 * ((DIM + DIM) + (DIM + KV))),
         ("llama", "delora", {"r": 3}, LAYERS * (3 * ((DIM + DIM) + (DIM + KV)) + 2)),
         ("llama", "loha", {"r": 3}, LAYERS * 2 * 3 * ((DIM + DIM) + (DIM + KV))),
@@ -126,6 +128,7 @@ DIM, FF, KV, VOCAB, LAYERS = 24, 32, 12, 40, 2
         ("llama", "phm_adapter", {"size": 8, "norms": False}, LAYERS * 2 * (2 * 8 * DIM // 4 + 128 + 8 + DIM)),
         ("llama", "prompt_tuning", {"tokens": 3}, 3 * DIM),
         ("llama", "prefix_tuning", {"tokens": 3}, LAYERS * 2 * 3 * KV),
+        ("llama", "hra", {"r": 4}, LAYERS * 2 * 4 * DIM),
         ("llama", "boft", {}, LAYERS * (2 * (2 * DIM * 4) + DIM + KV)),
         ("llama", "oft", {"block_size": 6}, LAYERS * 2 * DIM * 5 // 2),
     ],

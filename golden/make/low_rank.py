@@ -8,9 +8,10 @@ from dataclasses import replace
 import numpy as np
 import peft
 import torch
-from common import Case
+from common import Case, Draw
 from equations import lora_scale
 from linear_methods import Equation, Variant, cases_of, shapes_of
+from method_sites import site_case
 
 LORA_NAMES = {"A": "lora_A.default.weight", "B": "lora_B.default.weight"}
 
@@ -22,6 +23,7 @@ def cases() -> Iterator[Case]:
     yield from lokr()
     yield from hira()
     yield from delora()
+    yield from krona()
 
 
 def without_conv1d(variants: tuple[Variant, ...]) -> tuple[Variant, ...]:
@@ -221,3 +223,43 @@ def delora() -> Iterator[Case]:
         flags="DeloraNorms",
     )
     yield from cases_of(equation, *without_conv1d(shapes_of(config)), models=config)
+
+
+KRONA = {"scale": 3.0, "a_out": 2, "a_in": 2}
+
+
+def krona_shapes(config: dict, out: int, inp: int) -> dict[str, tuple[int, ...]]:
+    sides = (config["a_out"], config["a_in"])
+    return {"A": sides, "B": (out // sides[0], inp // sides[1])}
+
+
+def krona() -> Iterator[Case]:
+    equation = Equation(
+        "krona",
+        "arXiv:2212.10650, section 3",
+        krona_shapes,
+        lambda f, x, weight, t, config: f(x) + config["scale"] * x @ torch.kron(t["A"], t["B"]).mT,
+        merged=lambda weight, t, config: weight + config["scale"] * torch.kron(t["A"], t["B"]),
+        flags="Scaling KroneckerOrder",
+    )
+    yield from cases_of(equation, *shapes_of(KRONA), Variant("tall", KRONA | {"a_out": 3, "a_in": 1}), models=KRONA)
+    for variant, residual in (("plain", False), ("residual", True)):
+        draw = Draw(f"krona-block-{variant}")
+        inputs = {"x": draw.normal(2, 3, 6), "weight": draw.normal(6, 6, scale=0.4)}
+        inputs |= {"A": draw.normal(2, 2, scale=0.5), "B": draw.normal(3, 3, scale=0.5)}
+        inputs |= {"gain": draw.normal(1)} if residual else {}
+
+        def forward(x, weight, A, B, gain=0.0):
+            return x @ weight.mT + KRONA["scale"] * x @ torch.kron(A, B).mT + gain * x
+
+        yield site_case(
+            "krona",
+            "block",
+            variant,
+            inputs,
+            forward,
+            "x A B gain" if residual else "x A B",
+            config=KRONA | {"residual": residual},
+            comment="what it stands beside is x @ weight.T",
+            flags="Scaling KroneckerOrder",
+        )

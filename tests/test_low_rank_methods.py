@@ -1,0 +1,71 @@
+"""What the low-rank methods beside LoRA claim, and what they refuse."""
+
+import json
+
+import numpy as np
+import pytest
+import tiny
+
+from refpeft import adapters, manager, sites
+from refpeft.errors import RefpeftError
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("vera", {"r": 0}, "expected r of at least 1"),
+        ("loha", {"rank_pattern": {".*": 0}}, "expected r of at least 1"),
+        ("lokr", {"factor": 0}, "factor of at least 1, or -1"),
+        ("hira", {"dropout": 1.0}, "less than 1"),
+        ("delora", {"r": -1}, "expected r of at least 1"),
+        ("krona", {"a_in": 7}, "a_in = 7 does not divide the 24 of model.layers.0.self_attn.q_proj; 6 does"),
+        ("krona", {"a_out": 24}, "a_out = 24 does not divide the 12 of model.layers.0.self_attn.v_proj; 12 does"),
+        ("krona", {"residual": True}, "residual is for parts of layers, as @mlp_out; .*q_proj is a linear layer"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(method, options, message):
+    with pytest.raises(RefpeftError, match=message):
+        sites.attach(tiny.model(), method, options)
+
+
+def test_a_vera_file_without_its_matrices_is_refused(tmp_path):
+    model = tiny.model()
+    sites.attach(model, "vera", {"r": 4})
+    adapters.save(tmp_path, model)
+    config = json.loads((tmp_path / adapters.CONFIG).read_text("utf-8"))
+    (tmp_path / adapters.CONFIG).write_text(json.dumps(config | {"save_projection": False}), "utf-8")
+    with pytest.raises(RefpeftError, match="save_projection is false: A and B are not in the file"):
+        adapters.load(tiny.model(), tmp_path)
+
+
+def test_veras_matrices_are_as_large_as_the_largest_target_and_spread_as_kaimings():
+    shared = sites.attach(tiny.model(), "vera", {"r": 64, "targets": ["@v", "@down"]}).constants
+    assert shared["shared.A"].shape == (64, 32) and shared["shared.B"].shape == (24, 64)
+    assert shared["shared.A"].data.std() == pytest.approx((2 / 32) ** 0.5, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("options", "side", "parts"),
+    [
+        ({}, 4096, (64, 64)),
+        ({}, 14336, (112, 128)),
+        ({}, 127, (1, 127)),
+        ({"factor": 8}, 4096, (8, 512)),
+        ({"factor": 5}, 4096, (4, 1024)),
+        ({"factor": 64}, 128, (64, 2)),
+    ],
+)
+def test_lokr_cuts_sides_as_lycoris_does(options, side, parts):
+    assert manager.load("lokr").Config(**options).split(side) == parts
+
+
+def test_a_delora_update_is_no_longer_than_its_strength():
+    model = tiny.model()
+    adapter = sites.attach(model, "delora", {"lambda_initial": 0.3})
+    for scale in (1e-3, 1.0, 1e3):
+        tiny.scramble(adapter, scale=scale)
+        for layer in adapter.layers:
+            p = layer.arrays
+            p.strength[...] = 0.3
+            update = (layer.merged(layer.site.weight(), None)["weight"] - layer.site.weight()) / p.w
+            assert np.linalg.norm(update) <= 0.3 * (1 + 1e-6)
