@@ -159,9 +159,10 @@ PEFTS = {
         oft_block_size=8, target_modules="all-linear", use_cayley_neumann=False, block_share=True
     ),
     "boft": lambda f: peft.BOFTConfig(boft_block_size=2, boft_n_butterfly_factor=3, target_modules="all-linear"),
+    "hra": lambda f: peft.HRAConfig(r=4, target_modules="all-linear"),
 }
 FAMILIES = ("llama", "qwen2", "gpt2")
-LINEAR_ONLY = ("oft", "boft", "loha", "lokr", "delora")
+LINEAR_ONLY = ("oft", "boft", "hra", "loha", "lokr", "delora")
 """Methods that PEFT has not at GPT-2's Conv1D."""
 
 
@@ -235,6 +236,7 @@ OURS = {
     "oft-neumann": ("oft", {"block_size": 4, "cayley": "neumann", "terms": 6, "targets": ["@o", "@up"]}),
     "boft": ("boft", {"block_size": 8, "butterfly_factors": 1}),
     "boft-factors": ("boft", {"targets": ["@o", "@up"]}),
+    "hra": ("hra", {"r": 6, "targets": ["@q", "@down"]}),
 }
 
 

@@ -15,6 +15,7 @@ from peft.tuners.boft import layer as peft_boft
 def cases() -> Iterator[Case]:
     yield from oft()
     yield from boft()
+    yield from hra()
 
 
 # ---- OFT ---------------------------------------------------------------------------------------------------------
@@ -139,5 +140,36 @@ def boft() -> Iterator[Case]:
         Variant("one-factor", config | {"block_size": 3, "butterfly_factors": 1}, inp=6, bias=True, flags="BaseBias"),
         Variant("three-factors", config | {"butterfly_factors": 3}, inp=8),
         Variant("wide-blocks", {"block_size": 4, "butterfly_factors": 2}, inp=16, out=5),
+        models=config,
+    )
+
+
+# ---- HRA ---------------------------------------------------------------------------------------------------------
+
+
+def reflections(t: dict) -> torch.Tensor:
+    """H_1 ... H_r"""
+    product = torch.eye(len(t["U"]), dtype=t["U"].dtype)
+    for u in t["U"].mT:
+        product = product @ (torch.eye(len(u), dtype=u.dtype) - 2 * torch.outer(u, u) / (u @ u))
+    return product
+
+
+def hra() -> Iterator[Case]:
+    config = {"r": 2}
+    equation = Equation(
+        "hra",
+        "arXiv:2405.17484, section 3.1",
+        lambda config, out, inp: {"U": (inp, config["r"])},
+        lambda f, x, weight, t, config: f(x @ reflections(t).mT),
+        merged=lambda weight, t, config: weight @ reflections(t),
+        peft=lambda config, targets: peft.HRAConfig(r=config["r"], target_modules=targets),
+        names={"U": "hra_u.default"},
+        flags="OftSide ReflectionOrder",
+    )
+    yield from cases_of(
+        equation,
+        *shapes_of(config, peft_conv1d=False),
+        Variant("four", {"r": 4}, inp=6, comment="reflections do not commute"),
         models=config,
     )

@@ -4,7 +4,7 @@ from .common import PREFIX, Entry, Format, Settings
 from .lora import DORA, LORA
 from .low_rank import DELORA, HIRA, LOHA, LOKR, VERA
 from .others import IA3, LN_TUNING, PREFIX_TUNING, PROMPT_TUNING
-from .structured import BOFT, OFT
+from .structured import BOFT, HRA, OFT
 
 __all__ = ["FORMATS", "PREFIX", "Entry", "Format", "Settings"]
 
@@ -22,5 +22,6 @@ FORMATS = {
     "prefix_tuning": PREFIX_TUNING,
     "oft": OFT,
     "boft": BOFT,
+    "hra": HRA,
 }
 """By the plugin's name; of those that share a peft_type, the first that an adapter_config.json means."""

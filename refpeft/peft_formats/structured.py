@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..sites import Adapter
-from .common import PREFIX, Entry, Format, Settings, module_names, present, targets_of
+from .common import PREFIX, Entry, Format, Settings, module_names, present, renamed, targets_of
 
 _ANY_VALUE = ("fan_in_fan_out", "init_weights", "runtime_config")
 _VALUES = {"layers_pattern": ("layers", "h"), "bias": ("none",)}
@@ -108,5 +108,18 @@ BOFT = Format(
     ),
     fits=_linear_only,
     any_value=(*_ANY_VALUE, "boft_dropout"),
+    values=_VALUES,
+)
+
+
+# ---- HRA -------------------------------------------------------------------------------------------------------------
+
+HRA = Format(
+    "HRA",
+    renamed({"U": "hra_u"}),
+    lambda adapter, model: _settings(adapter, model) | {"r": adapter.cfg.r},
+    lambda config, model: _options(config, model) | {"r": config.need("r")},
+    fits=_linear_only,
+    any_value=_ANY_VALUE,
     values=_VALUES,
 )
