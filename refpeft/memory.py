@@ -94,7 +94,7 @@ def skeleton(checkpoint: Checkpoint) -> Model:
     model = api.build(_NoWeights(checkpoint), "float32")
     for weight in model.frozen.values():
         weight.array = weight.array.view(Absent)
-    model.weightless, model.stream, model.place = True, _NoDraws, lambda array: absent(np.shape(array))
+    model.weightless, model.stream, model.place = True, _NoDraws, lambda array, dtype=None: absent(np.shape(array))
     return model
 
 

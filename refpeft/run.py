@@ -177,8 +177,6 @@ def train(resolved: Resolved, directory: Path, resume: bool = False, say: Callab
     run = resolved.run
     for line in rows.summary.lines() + (held_out.summary.lines()[:2] if held_out else []):
         say(line)
-    compare = Comparison(model, held_out, exact=data_files(run)[1] == HERE / "held_out.jsonl")
-    compare.ask()
     for method in run.methods:
         if manager.hook(manager.load(method), "peft_fit"):
             say(f"{method} is fitted to the weights: with large ones this takes minutes")
@@ -188,6 +186,9 @@ def train(resolved: Resolved, directory: Path, resume: bool = False, say: Callab
     if packer:
         for adapter in model.adapters:
             adapters.packed(adapter, packer)  # what it cannot keep is said now, not after hours of training
+    compare = Comparison(model, held_out, exact=data_files(run)[1] == HERE / "held_out.jsonl")
+    with sites.bypassed(model):
+        compare.ask()
     say(f"{' + '.join(run.methods)} trains {trained:,} numbers, {trained / model.parameters():.2%} of the model's")
     say(_frozen(model))
 
