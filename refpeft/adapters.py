@@ -81,7 +81,7 @@ def save(
 def _written(adapter: Adapter, model: Model, quantizer: Quantizer | None) -> tuple[list[Entry], dict[str, Any]]:
     """The tensors and the settings of an adapter: in PEFT's form where it has one, else in refpeft's own."""
     form = FORMATS.get(adapter.parts[0].name)
-    if form is not None and quantizer is None and form.fits(adapter, model):
+    if form is not None and not form.fitted and quantizer is None and form.fits(adapter, model):
         return form.entries(adapter), {"peft_type": form.peft_type} | form.settings(adapter, model)
     settings = {
         "peft_type": OWN,
@@ -187,8 +187,8 @@ def _load_one(model: Model, directory: Path) -> Adapter:
     try:
         method, form, options = _understood(config, model)
         _refuse_sizes(options, tensors)
-        adapter = prepare(model, method, options, fit=False)
-        _refuse_other_base(config, adapter)
+        adapter = prepare(model, method, options, fit=form is not None and form.fitted)
+        _refuse_other_base({"base": None} if form else config, adapter)  # PEFT's weights were dense
         quantizer = own_quantizer(config["quantizer"], "quantizer") if not form and "quantizer" in config else None
     except RefpeftError as error:
         raise RefpeftError(f"{directory / CONFIG}: {error}") from None
@@ -197,6 +197,8 @@ def _load_one(model: Model, directory: Path) -> Adapter:
         if quantizer:
             tensors = _unpacked(tensors, adapter, quantizer)
         _fill(_values(adapter), entries, _without_base(tensors, adapter, model), model)
+        for layer in adapter.layers:
+            layer.part.call("peft_check_values", site=layer.site, p=layer.arrays)
         put_on(model, adapter)
     except RefpeftError as error:
         raise RefpeftError(f"{directory / TENSORS}: {error}") from None
@@ -284,7 +286,10 @@ def _fill(values: dict[str, Tensor], entries: list[Entry], tensors: dict[str, Ar
         array, shape = tensors[entry.name], entry.pack(*(to_host(values[name].data) for name in entry.params)).shape
         if array.shape != shape:
             raise RefpeftError(f"tensor {entry.name!r} has shape {array.shape}: expected {shape}")
-        if array.dtype.kind != "f" and array.dtype != bfloat16:
+        if values[entry.params[0]].dtype.kind == "i":
+            if not (array == array.astype("i4")).all():  # PEFT writes integers as float32 on Windows
+                raise RefpeftError(f"tensor {entry.name!r} is of {array.dtype}: expected integers")
+        elif array.dtype.kind != "f" and array.dtype != bfloat16:
             raise RefpeftError(f"tensor {entry.name!r} is of {array.dtype}: expected floating-point numbers")
         for name, part in zip(entry.params, entry.unpack(array), strict=True):
-            values[name].data[...] = model.place(part)
+            values[name].data[...] = model.place(part, values[name].dtype)

@@ -45,6 +45,36 @@ def test_what_is_saved_comes_back_exactly(family, name, tmp_path):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda a: a - 1,
+            r"indices of model.layers.0.self_attn.q_proj are outside of its weight \(24, 24\), or there tw",
+        ),
+        (lambda a: a + 12, "are outside of its weight"),
+        (lambda a: a * 0, "or there twice"),
+        (lambda a: a + np.float32(0.5), "is of float32: expected integers"),
+        (lambda a: a * np.float32(np.nan), "is of float32: expected integers"),
+    ],
+)
+def test_places_of_a_file_that_cannot_be_are_refused(change, message, tmp_path):
+    model, _ = attached("llama", "shira")
+    adapters.save(tmp_path, model)
+    replace(tmp_path, {name: change(a) if "indices" in name else a for name, a in tensors(tmp_path).items()})
+    with pytest.raises(RefpeftError, match=message):
+        adapters.load(tiny.model(), tmp_path)
+
+
+def test_places_that_a_file_has_as_floats_are_read(tmp_path):
+    model, _ = attached("llama", "shira")
+    adapters.save(tmp_path, model)
+    replace(tmp_path, {name: array.astype("f4") for name, array in tensors(tmp_path).items()})
+    other = tiny.model()
+    adapters.load(other, tmp_path)
+    assert abs(other(tiny.ids()).data - model(tiny.ids()).data).max() < 1e-5
+
+
 def test_several_adapters_have_a_folder_each_and_keep_their_order(tmp_path):
     model, _ = attached("llama", "prefix_tuning")
     for method in ("lora", "ia3"):
@@ -160,8 +190,8 @@ def test_a_tensor_of_integers_is_refused(saved):
         ({"trainable_token_indices": [3]}, "trainable_token_indices"),
         ({"something_new": 3}, "something_new = 3 is not"),
         (
-            {"init_lora_weights": "pissa"},
-            "init_lora_weights = 'pissa' changes frozen weights too; refpeft knows True, False, 'gaussian'",
+            {"init_lora_weights": "corda"},
+            "init_lora_weights = 'corda' changes frozen weights too; refpeft knows True, False, 'gaussian'",
         ),
         ({"r": None}, "r is missing, which LORA needs"),
         ({"r": 10**9}, r"r = 1000000000, but no tensor in adapter_model.safetensors has a side of more than 24"),

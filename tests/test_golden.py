@@ -8,7 +8,7 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from refpeft import fused, ops, schedule
+from refpeft import fourier, fused, ops, schedule
 from refpeft.api import make_quantizer
 from refpeft.batches import Batch, collate
 from refpeft.conformance.compare import compare
@@ -39,10 +39,11 @@ def run_op(case: Case, given: Arrays, dtype: str) -> Arrays:
     options = {name: tuple(v) if isinstance(v, list) else v for name, v in case.config.items()}
     if case.name == "getitem":
         options["key"] = tuple(slice(*part) if isinstance(part, list) else part for part in case.config["key"])
-    options |= {name: given.pop(name) for name in ("condition", "indices") if name in given}
+    options |= {name: given.pop(name) for name in ("condition", "indices", "places") if name in given}
     g = given.pop("g")
     leaves = {name: parameter(array) for name, array in given.items()}
-    return gradients(getattr(ops, case.name)(*leaves.values(), **options), g, leaves)
+    op = getattr(fourier if hasattr(fourier, case.name) else ops, case.name)
+    return gradients(op(*leaves.values(), **options), g, leaves)
 
 
 def run_fused(case: Case, given: Arrays, dtype: str) -> Arrays:
@@ -215,8 +216,8 @@ def run_site(case: Case, given: Arrays, dtype: str) -> Arrays:
     weights = {f"site.{name}": given[name] for name in ("weight", "bias") if name in given}
     model = Model(None, frozen(weights, dtype), np.dtype(dtype))
     has_bias = "bias" in given
-    if case.name == "loftq":
-        return run_loftq(options, weights, given, dtype)
+    if "base" in case.checks:
+        return run_first_values(case.name, options, weights, given, dtype)
     if case.at in ("linear", "conv1d"):
         site = model.linear("site", "q", bias=has_bias, transposed=case.at == "conv1d")
     elif case.at == "embedding":
@@ -251,19 +252,19 @@ def run_site(case: Case, given: Arrays, dtype: str) -> Arrays:
     return answer
 
 
-def run_loftq(options: dict, arrays: Arrays, given: Arrays, dtype: str) -> Arrays:
-    """The base and the update of first values, and what they compute together."""
-    quantizer, dense = make_quantizer(options.pop("quantizer"), {"block": options.pop("block")}), frozen(arrays, dtype)
+def run_first_values(method: str, options: dict, arrays: Arrays, given: Arrays, dtype: str) -> Arrays:
+    """The frozen weight and the update of first values, and what they compute together."""
+    dense, name = frozen(arrays, dtype), options.pop("quantizer", None)
+    quantizer = make_quantizer(name, {"block": options.pop("block")}) if name else None
 
     def weights(name: str, linear: bool = False, transposed: bool = False) -> Frozen:
         array = dense(name, linear, transposed)
-        return quantizer(array(), np.dtype(dtype)) if linear else array
+        return quantizer(array(), np.dtype(dtype)) if linear and quantizer else array
 
     model = Model(None, weights, np.dtype(dtype))
     site = model.linear("site", "q")
-    adapter = attach(model, "loftq", options)
-    values = {name: tensor.data for name, tensor in adapter.params.items()}
-    update = adapter.cfg.scale * values["site.B"] @ values["site.A"]
+    (layer,) = attach(model, method, options).layers
+    update = layer.merged(np.zeros_like(site.weight()), None)["weight"]
     return {"base": site.weight(), "update": update, "y": site(Tensor(given["x"])).data}
 
 

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import tiny
+from variants import quantizer
 
 from refpeft import adapters, manager, sites
 from refpeft.errors import RefpeftError
@@ -13,6 +14,9 @@ from refpeft.errors import RefpeftError
 @pytest.mark.parametrize(
     ("method", "options", "message"),
     [
+        ("pissa", {"r": 13}, "r is 13, but model.layers.0.self_attn.v_proj has 12 singular values: r of at most 12"),
+        ("olora", {"r": 13}, "r is 13, but the smaller side of model.layers.0.self_attn.v_proj is 12: r of at most 12"),
+        ("olora", {"alpha_pattern": {"q_proj": 0}}, "alpha above 0"),
         ("vera", {"r": 0}, "expected r of at least 1"),
         ("loha", {"rank_pattern": {".*": 0}}, "expected r of at least 1"),
         ("lokr", {"factor": 0}, "factor of at least 1, or -1"),
@@ -69,3 +73,41 @@ def test_a_delora_update_is_no_longer_than_its_strength():
             p.strength[...] = 0.3
             update = (layer.merged(layer.site.weight(), None)["weight"] - layer.site.weight()) / p.w
             assert np.linalg.norm(update) <= 0.3 * (1 + 1e-6)
+
+
+def test_first_values_of_pissa_are_balanced_halves_of_the_svd():
+    plain = tiny.model()
+    for layer in sites.attach(tiny.model(), "pissa", {"r": 3, "alpha": 6.0}).layers:
+        U, S, Vt = np.linalg.svd(plain.sites[layer.site.name].weight())
+        assert np.allclose(2.0 * layer.arrays.B @ layer.arrays.A, (U[:, :3] * S[:3]) @ Vt[:3], atol=1e-13)
+        assert np.allclose(np.square(layer.arrays.A).sum(axis=1), np.square(layer.arrays.B).sum(axis=0))
+
+
+def test_first_values_of_olora_are_orthonormal_columns_and_their_rows():
+    plain = tiny.model()
+    for layer in sites.attach(tiny.model(), "olora", {"r": 3}).layers:
+        Q, R = np.linalg.qr(plain.sites[layer.site.name].weight())
+        assert np.allclose(layer.arrays.B @ layer.arrays.A, Q[:, :3] @ R[:3], atol=1e-13)
+        assert np.allclose(layer.arrays.B.T @ layer.arrays.B, np.eye(3), atol=1e-13)
+
+
+def test_pissa_loses_less_to_a_quantizer_than_the_weight_does():
+    for layer in sites.attach(tiny.model(quantizer=quantizer()), "pissa", {"r": 8}).layers:
+        name, p = layer.site.name, layer.arrays
+        weight, plain = tiny.model().sites[name].weight(), tiny.model(quantizer=quantizer()).sites[name].weight()
+        ours = layer.site.weight() + layer.part.cfg.scale(layer.site) * p.B @ p.A
+        assert np.linalg.norm(weight - ours) < np.linalg.norm(weight - plain)
+
+
+def test_a_pissa_file_of_peft_is_of_dense_weights_and_of_the_whole_svd(tmp_path):
+    model = tiny.model()
+    sites.attach(model, "lora")
+    adapters.save(tmp_path, model)
+    config = json.loads((tmp_path / adapters.CONFIG).read_text("utf-8"))
+    (tmp_path / adapters.CONFIG).write_text(json.dumps(config | {"init_lora_weights": "pissa"}), "utf-8")
+    adapters.load(tiny.model(), tmp_path)
+    with pytest.raises(RefpeftError, match="fitted to weights that were dense, and these are nf4"):
+        adapters.load(tiny.model(quantizer=quantizer()), tmp_path)
+    (tmp_path / adapters.CONFIG).write_text(json.dumps(config | {"init_lora_weights": "pissa_niter_4"}), "utf-8")
+    with pytest.raises(RefpeftError, match="init_lora_weights = 'pissa_niter_4' changes frozen weights too"):
+        adapters.load(tiny.model(), tmp_path)

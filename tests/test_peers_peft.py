@@ -152,6 +152,8 @@ PEFTS = {
         if f == "gpt2"
         else ["input_layernorm", "post_attention_layernorm", "norm"]
     ),
+    "shira": lambda f: peft.ShiraConfig(r=2, target_modules=["q_proj", "down_proj"]),
+    "trainable_tokens": lambda f: peft.TrainableTokensConfig(token_indices=[7, 3, 12]),
     "prompt_tuning": lambda f: peft.PromptTuningConfig(num_virtual_tokens=3),
     "prefix_tuning": lambda f: peft.PrefixTuningConfig(num_virtual_tokens=3),
     "oft": lambda f: peft.OFTConfig(oft_block_size=4, target_modules="all-linear"),
@@ -162,7 +164,7 @@ PEFTS = {
     "hra": lambda f: peft.HRAConfig(r=4, target_modules="all-linear"),
 }
 FAMILIES = ("llama", "qwen2", "gpt2")
-LINEAR_ONLY = ("oft", "boft", "hra", "loha", "lokr", "delora")
+LINEAR_ONLY = ("shira", "oft", "boft", "hra", "loha", "lokr", "delora")
 """Methods that PEFT has not at GPT-2's Conv1D."""
 
 
@@ -194,6 +196,24 @@ def test_an_adapter_of_peft_gives_the_same_logits_and_gradients_here(name, famil
     for key in want:
         assert got[key].shape == want[key].shape, key
         assert abs(got[key] - want[key]).max() < LIMIT * scale, key
+
+
+@pytest.mark.parametrize(("init", "family"), [("pissa", "llama"), ("pissa", "gpt2"), ("olora", "llama")])
+def test_what_peft_takes_out_of_the_weights_is_taken_out_here_too(init, family, tmp_path):
+    """PEFT decomposes in float32, and cannot do so with OLoRA at Conv1D."""
+    config = peft.LoraConfig(
+        r=3, lora_alpha=6, init_lora_weights=init, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    theirs = scrambled(peft.get_peft_model(peer(family, tmp_path).float(), config))
+    theirs.save_pretrained(tmp_path / "adapter")
+    ours = tiny.model(family)
+    (adapter,) = adapters.load(ours, tmp_path / "adapter")
+    assert adapter.name == init
+    assert error(ours(IDS).data, peer_logits(theirs).detach().numpy()) < 2e-6
+    adapters.save(tmp_path / "own", ours)  # with what was taken out, so that nobody repeats it
+    again = tiny.model(family)
+    adapters.load(again, tmp_path / "own")
+    assert error(again(IDS).data, ours(IDS).data) < 2e-6
 
 
 def saved_and_loaded_by_peft(name: str, options: dict, family: str, folder: Path) -> tuple[Model, object]:
@@ -230,6 +250,9 @@ OURS = {
     "ia3-other": ("ia3", {"targets": ["@o", "@up"], "feedforward": ["@up"]}),
     "ln_tuning": ("ln_tuning", {}),
     "ln_tuning-layers": ("ln_tuning", {"layers": [0]}),
+    "shira": ("shira", {"r": 3}),
+    "shira-magnitude": ("shira", {"r": 3, "mask": "magnitude", "targets": ["@o", "@up"]}),
+    "trainable_tokens": ("trainable_tokens", {"token_indices": [9, 2]}),
     "prompt_tuning": ("prompt_tuning", {"tokens": 4}),
     "prefix_tuning": ("prefix_tuning", {"tokens": 4}),
     "oft": ("oft", {"block_size": 6}),

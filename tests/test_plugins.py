@@ -10,9 +10,18 @@ from variants import CASES, FAMILIES, VARIANTS, WITH_BIASES, attached, bare, qua
 
 from refpeft import manager, ops, sites
 from refpeft.errors import RefpeftError
+from refpeft.rng import Stream
 
 CHANGE_AT_THE_START = {"prompt_tuning", "prefix_tuning", "loftq"}
-NEARLY_AS_IT_WAS = {"hra": 1e-12, "houlsby": 1e-3, "pfeiffer": 0.03, "lin": 0.03, "adapterdrop": 0.03}
+NEARLY_AS_IT_WAS = {
+    "hra": 1e-12,
+    "pissa": 1e-12,
+    "olora": 1e-12,
+    "houlsby": 1e-3,
+    "pfeiffer": 0.03,
+    "lin": 0.03,
+    "adapterdrop": 0.03,
+}
 NEARLY_AS_IT_WAS |= dict.fromkeys(("compacter", "compacter_pp", "phm_adapter"), 1e-5)
 """By how much first values change logits at most, where small random weights are multiplied."""
 
@@ -109,6 +118,8 @@ DIM, FF, KV, VOCAB, LAYERS = 24, 32, 12, 40, 2
         ("llama", "ln_tuning", {}, (2 * LAYERS + 1) * DIM),
         ("gpt2", "ln_tuning", {}, (2 * LAYERS + 1) * 2 * DIM),
         ("llama", "houlsby", {"size": 5, "norms": False}, LAYERS * 2 * (2 * 5 * DIM + 5 + DIM)),
+        ("llama", "pissa", {"r": 3}, LAYERS * 3 * ((DIM + DIM) + (DIM + KV))),
+        ("llama", "olora", {"r": 3}, LAYERS * 3 * ((DIM + DIM) + (DIM + KV))),
         ("llama", "vera", {"r": 5}, LAYERS * (2 * 5 + DIM + KV)),
         ("llama", "krona", {"targets": ["@v"]}, LAYERS * (3 * 4 + 4 * 6)),
         ("llama", "krona", {"a_out": 2, "residual": True, "targets": ["@mlp_out"]}, LAYERS * (2 * 4 + 12 * 6 + 1)),
@@ -126,6 +137,14 @@ DIM, FF, KV, VOCAB, LAYERS = 24, 32, 12, 40, 2
         ("llama", "compacter", {"size": 8, "norms": False}, 4**3 + LAYERS * 2 * (2 * (8 + DIM) + 8 + DIM)),
         ("llama", "compacter_pp", {"size": 8, "rank": 2, "norms": False}, 64 + LAYERS * (4 * (8 + DIM) + 8 + DIM)),
         ("llama", "phm_adapter", {"size": 8, "norms": False}, LAYERS * 2 * (2 * 8 * DIM // 4 + 128 + 8 + DIM)),
+        ("llama", "rows", {"rows": [1, 2]}, LAYERS * 2 * 2 * DIM),
+        ("llama", "shira", {"r": 3}, LAYERS * 3 * ((DIM + DIM) + (DIM + KV))),
+        ("llama", "trainable_tokens", {"token_indices": [1, 2]}, 2 * 2 * DIM),
+        ("tied", "trainable_tokens", {"token_indices": [1, 2]}, 2 * DIM),
+        ("llama", "top_layers", {"count": 1}, 2 * DIM + DIM * (2 * DIM + 2 * KV + 3 * FF)),
+        ("llama", "top_layers", {"count": 1, "head": True}, (3 + VOCAB) * DIM + DIM * (2 * DIM + 2 * KV + 3 * FF)),
+        ("llama", "by_type", {}, LAYERS * DIM * (2 * DIM + 2 * KV)),
+        ("tied", "by_type", {"types": ["embedding", "head"]}, VOCAB * DIM),
         ("llama", "prompt_tuning", {"tokens": 3}, 3 * DIM),
         ("llama", "prefix_tuning", {"tokens": 3}, LAYERS * 2 * 3 * KV),
         ("llama", "hra", {"r": 4}, LAYERS * 2 * 4 * DIM),
@@ -270,6 +289,56 @@ def test_adapterdrop_of_more_layers_than_there_are_is_an_error():
 def test_kronecker_factors_that_do_not_divide_a_side_are_an_error(method, options, message):
     with pytest.raises(RefpeftError, match=message):
         sites.attach(tiny.model(), method, options)
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "options", "message"),
+    [
+        ("llama", "top_layers", {"count": 3}, "count is 3: expected 1 to 2, the layers that there are"),
+        ("tied", "top_layers", {"head": True}, "lm_head shares its weight with model.embed_tokens, which stays frozen"),
+        ("tied", "by_type", {"types": ["head"]}, "lm_head shares its weight with model.embed_tokens: choose 'embedd"),
+        ("llama", "by_type", {"types": ["head"], "targets": ["@q"]}, "none of the 2 layers .* is of type 'head'"),
+        ("llama", "rows", {"rows": [3, 12]}, "names 12: model.layers.0.self_attn.v_proj has rows 0 to 11"),
+        ("llama", "rows", {"count": 13}, "rows.count is 13: model.layers.0.self_attn.v_proj has 12 rows"),
+        ("llama", "rows", {"rows": [3, 3]}, "expected rows to be named once"),
+        ("llama", "shira", {"r": 9}, "more numbers than model.layers.0.self_attn.v_proj has: expected 8 or less"),
+        ("llama", "trainable_tokens", {}, "token_indices is empty: name the tokens whose rows are trained"),
+        ("llama", "trainable_tokens", {"token_indices": [40]}, "names 40: the model has tokens 0 to 39"),
+        ("llama", "trainable_tokens", {"token_indices": [4, 4]}, "expected token_indices to name a token once"),
+        ("tied", "trainable_tokens", {"token_indices": [4], "targets": ["@head"]}, "lm_head shares .*: target both"),
+        ("llama", "trainable_tokens", {"token_indices": [4], "targets": ["@q"]}, "q_proj has no rows of tokens"),
+    ],
+)
+def test_what_a_selection_cannot_choose_is_an_error(family, method, options, message):
+    with pytest.raises(RefpeftError, match=message):
+        sites.attach(tiny.model(family), method, options)
+
+
+def test_only_the_chosen_tokens_change_and_all_others_keep_their_bits():
+    model = tiny.model("llama")
+    options = {"token_indices": [5, 2], "targets": ["@embed"]}
+    before = model.embed(tiny.ids()).data
+    tiny.scramble(sites.attach(model, "trainable_tokens", options))
+    ids, after = tiny.ids(), model.embed(tiny.ids()).data
+    chosen = np.isin(ids, [5, 2])
+    assert chosen.any() and np.array_equal(after[~chosen], before[~chosen])
+    assert (after[chosen] != before[chosen]).any(axis=-1).all()
+
+
+@pytest.mark.parametrize(("size", "count"), [(100, 90), (2**17, 2**16), (2**17, 2**14)])
+def test_places_drawn_at_random_are_distinct_and_spread(size, count):
+    places = manager.load("shira")._random(Stream(0, "places"), size, count)
+    assert len(np.unique(places)) == count and places.min() >= 0 and places.max() < size
+    assert abs(places.mean() / size - 0.5) < 0.05
+
+
+def test_places_by_magnitude_are_those_of_the_largest_numbers():
+    model = tiny.model("llama")
+    adapter = sites.attach(model, "shira", {"r": 2, "mask": "magnitude", "targets": ["0.self_attn.q_proj"]})
+    (site,) = adapter.sites
+    rows, columns = adapter.constants[f"{site.name}.indices"].data
+    magnitudes = abs(site.weight())
+    assert np.array_equal(np.sort(magnitudes[rows, columns]), np.sort(magnitudes.reshape(-1))[-2 * 48 :])
 
 
 def test_a_prefix_of_the_models_own_keys_is_the_text_itself():

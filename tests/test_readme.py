@@ -50,7 +50,7 @@ def test_the_table_of_methods_is_that_of_the_plugins():
         hooks = listed[name].hooks
         assert kinds.split(", ") == [kind for kind in sites.INPUTS if f"peft_{kind}" in hooks], name
         assert (merges == "yes") == ("peft_merge" in hooks), name
-        assert (file == "PEFT's") == (name in FORMATS), name
+        assert (file == "PEFT's") == (name in FORMATS and not FORMATS[name].fitted), name
 
 
 def test_the_table_of_quantizers_is_that_of_the_plugins_and_its_numbers_are_theirs():

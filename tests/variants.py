@@ -14,6 +14,8 @@ VARIANTS = {
     "lora-everywhere": ("lora", {"targets": ["all-linear", "@embed", "@head"], "rslora": True, "init": "gaussian"}),
     "lora-patterns": ("lora", {"targets": "all-linear", "rank_pattern": {"mlp.*": 2}, "alpha_pattern": {".*1.*": 3}}),
     "lora-saved": ("lora", {"targets": "all-linear", "modules_to_save": ["@norm", "@head", "@down"]}),
+    "pissa": ("pissa", {"r": 3, "alpha_pattern": {".*1.*": 2}}),
+    "olora": ("olora", {"r": 3, "rslora": True, "rank_pattern": {"v_proj|c_attn": 2}}),
     "vera": ("vera", {"r": 5, "d_initial": 0.5, "targets": ["@q", "@v", "@down"]}),
     "loha": ("loha", {"r": 2, "rank_pattern": {".*1.*": 3}, "alpha_pattern": {"v_proj|c_attn": 3}}),
     "loha-kaiming": ("loha", {"r": 5, "init": "kaiming", "targets": "all-linear"}),
@@ -49,6 +51,14 @@ VARIANTS = {
     "compacter": ("compacter", {"size": 8, "rank": 2}),
     "compacter_pp": ("compacter_pp", {"size": 6, "n": 2, "norms": False}),
     "phm_adapter": ("phm_adapter", {"size": 6, "n": 3}),
+    "top_layers": ("top_layers", {"count": 1}),
+    "by_type": ("by_type", {}),
+    "by_type-others": ("by_type", {"types": ["norm", "embedding", "head"]}),
+    "rows": ("rows", {"rows": [7, 2], "targets": "all-linear"}),
+    "rows-longest": ("rows", {"count": 3}),
+    "shira": ("shira", {"r": 3}),
+    "shira-magnitude": ("shira", {"r": 2, "mask": "magnitude", "targets": "all-linear"}),
+    "trainable_tokens": ("trainable_tokens", {"token_indices": [5, 2, 30]}),
     "prompt_tuning": ("prompt_tuning", {"tokens": 3}),
     "prefix_tuning": ("prefix_tuning", {"tokens": 3, "init_std": 0.5}),
     "prefix_tuning-zero": ("prefix_tuning", {"tokens": 3, "positions": "zero"}),
@@ -58,7 +68,7 @@ WITH_BIASES = {
     "lora-bias": ("lora", {"bias": "lora_only"}),
     "lora-all-biases": ("lora", {"bias": "all", "modules_to_save": ["@k"], "targets": ["@q", "@o"]}),
 }
-TO_FIT = {"oft": {"block_size": 4}}
+TO_FIT = {"trainable_tokens": {"token_indices": [5, 2]}, "oft": {"block_size": 4}}
 """Options without which a method's sizes do not fit tiny models."""
 FAMILIES = ("llama", "tied", "qwen2", "gpt2")
 CASES = [(family, name) for family in FAMILIES for name in VARIANTS] + [

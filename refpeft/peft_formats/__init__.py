@@ -1,15 +1,18 @@
 """How Hugging Face PEFT 0.21 writes methods down: settings, names and layouts of tensors, in both directions."""
 
 from .common import PREFIX, Entry, Format, Settings
-from .lora import DORA, LORA
+from .lora import DORA, LORA, OLORA, PISSA
 from .low_rank import DELORA, HIRA, LOHA, LOKR, VERA
 from .others import IA3, LN_TUNING, PREFIX_TUNING, PROMPT_TUNING
+from .selective import SHIRA, TRAINABLE_TOKENS
 from .structured import BOFT, HRA, OFT
 
 __all__ = ["FORMATS", "PREFIX", "Entry", "Format", "Settings"]
 
 FORMATS = {
     "dora": DORA,
+    "pissa": PISSA,
+    "olora": OLORA,
     "lora": LORA,
     "vera": VERA,
     "loha": LOHA,
@@ -18,6 +21,8 @@ FORMATS = {
     "delora": DELORA,
     "ia3": IA3,
     "ln_tuning": LN_TUNING,
+    "shira": SHIRA,
+    "trainable_tokens": TRAINABLE_TOKENS,
     "prompt_tuning": PROMPT_TUNING,
     "prefix_tuning": PREFIX_TUNING,
     "oft": OFT,

@@ -36,6 +36,7 @@ class Format:
     means      whether an adapter_config.json of this peft_type means this method, where several share the type
     any_value  keys of adapter_config.json that do not change the function
     values     keys that may, with the values with which they do not
+    fitted     whether a file lacks values, which are fitted to the model's weights again; none such is written
     """
 
     peft_type: str
@@ -46,6 +47,7 @@ class Format:
     means: Callable[[dict[str, Any]], bool] = lambda config: True
     any_value: tuple[str, ...] = ()
     values: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    fitted: bool = False
 
 
 class Settings:

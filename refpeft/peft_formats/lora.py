@@ -125,3 +125,28 @@ DORA = Format(
     any_value=_ANY_VALUE,
     values=_VALUES | {"use_dora": (True,), "bias": ("none",)},
 )
+
+
+def _of_weights(init: str) -> Format:
+    """LoRA that starts from a decomposition of the weight, which PEFT repeats whenever it reads the file."""
+
+    def entries(adapter: Adapter) -> list[Entry]:
+        return [
+            Entry(f"{PREFIX}{site.name}.{_LORA_NAMES['linear'][letter]}", (f"{site.name}.{letter}",))
+            for site in adapter.sites
+            for letter in "AB"
+        ]
+
+    return Format(
+        "LORA",
+        entries,
+        _settings,
+        _options,
+        means=lambda config: config.get("init_lora_weights") == init and not config.get("use_dora"),
+        any_value=_ANY_VALUE,
+        values=_VALUES | {"init_lora_weights": (init,), "bias": ("none",)},
+        fitted=True,
+    )
+
+
+PISSA, OLORA = _of_weights("pissa"), _of_weights("olora")

@@ -1,0 +1,80 @@
+"""OLoRA: LoRA from a weight's QR decomposition, the rest frozen: y = (W - s B0 A0 + s B A) x + b, s = alpha / r.
+
+Buyukakyuz, 2024, arXiv:2406.01775, section 3. W = Q R; first values, also kept as A0 and B0, are B = Q_r, the first r
+columns, orthonormal, and A = R_r, the first r rows, so that the model is as it was, up to rounding. No pivots: B spans
+the first r columns of W, and A = B^T W. With a quantizer W - s B0 A0 is what is quantized.
+
+Trained: A (r, in) and B (out, r), r (in + out) numbers a target. Constant: A0 and B0, as large.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from refpeft import RefpeftError, fused, hookimpl, ops
+from refpeft.backend import xp_of
+from refpeft.targets import patterned
+from refpeft.tensor import Tensor
+
+
+@dataclass(frozen=True)
+class Config:
+    r: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0  # rate, of what A reads, in training
+    rslora: bool = False  # scale by alpha / sqrt(r)
+    rank_pattern: dict[str, int] = field(default_factory=dict)  # r for names that end in the key, a regular expression
+    alpha_pattern: dict[str, float] = field(default_factory=dict)  # alpha, likewise
+    targets: tuple[str, ...] | str = ("@q", "@v")
+    exclude: tuple[str, ...] | str = ()
+    layers: tuple[int, ...] | None = None  # numbers of the layers; none: all
+
+    def __post_init__(self):
+        if min((self.r, *self.rank_pattern.values())) < 1 or min((self.alpha, *self.alpha_pattern.values())) <= 0:
+            raise ValueError("expected r of at least 1, and alpha above 0")
+        if not 0 <= self.dropout < 1:
+            raise ValueError("expected dropout of at least 0 and less than 1")
+
+    def rank(self, site):
+        return patterned(self.rank_pattern, site, self.r)
+
+    def scale(self, site):
+        return patterned(self.alpha_pattern, site, self.alpha) / self.rank(site) ** (0.5 if self.rslora else 1)
+
+
+@hookimpl
+def peft_check(sites, cfg):
+    for site in sites:
+        r, most = cfg.rank(site), min(site.shape)
+        if r > most:
+            raise RefpeftError(f"olora: r is {r}, but the smaller side of {site.name} is {most}: r of at most {most}")
+
+
+@hookimpl
+def peft_params(site, cfg):
+    r, (out, width) = cfg.rank(site), site.shape
+    A, B = np.zeros((r, width)), np.zeros((out, r))
+    return {"A": A, "B": B, "A0": Tensor(A), "B0": Tensor(B)}
+
+
+@hookimpl
+def peft_fit(site, cfg, original):
+    B, _ = xp_of(original).linalg.qr(original[:, : cfg.rank(site)].astype("f8"))
+    A = B.T @ original
+    return {"A": A, "B": B, "A0": A, "B0": B}
+
+
+@hookimpl
+def peft_base(site, cfg, p, original):
+    return original - cfg.scale(site) * (p.B0.astype("f8") @ p.A0.astype("f8"))
+
+
+@hookimpl
+def peft_linear(x, base, p, cfg, site, train):
+    dropped = train.dropout(x, cfg.dropout) if train else x
+    return fused.addmm(base(x), ops.linear(dropped, p.A), p.B, alpha=cfg.scale(site))
+
+
+@hookimpl
+def peft_merge(weight, p, cfg, site):
+    return weight + cfg.scale(site) * (p.B @ p.A)
