@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from refpeft import RefpeftError, hookimpl, ops
+from refpeft import RefpeftError, hookimpl
 from refpeft.backend import xp_of
+from refpeft.structured import kron_linear
 
 
 @dataclass(frozen=True)
@@ -64,12 +65,12 @@ def peft_params(site, cfg, rng):
 
 @hookimpl
 def peft_linear(x, base, p, cfg):
-    return base(x) + ops.kron_linear(x, cfg.scale * p.A, p.B)
+    return base(x) + kron_linear(x, cfg.scale * p.A, p.B)
 
 
 @hookimpl
 def peft_block(x, base, p, cfg):
-    y = base(x) + ops.kron_linear(x, cfg.scale * p.A, p.B)
+    y = base(x) + kron_linear(x, cfg.scale * p.A, p.B)
     return y + p.gain * x if cfg.residual else y
 
 

@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from math import isqrt
 from typing import Literal
 
-from refpeft import hookimpl, ops
+from refpeft import hookimpl
 from refpeft.backend import xp_of
+from refpeft.structured import kron_linear
 from refpeft.targets import patterned
 
 
@@ -63,7 +64,7 @@ def peft_params(site, cfg, rng):
 
 @hookimpl
 def peft_linear(x, base, p, cfg, site):
-    return base(x) + ops.kron_linear(x, cfg.scale(site) * _whole(p, "C"), _whole(p, "D"))
+    return base(x) + kron_linear(x, cfg.scale(site) * _whole(p, "C"), _whole(p, "D"))
 
 
 @hookimpl

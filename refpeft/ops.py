@@ -454,16 +454,6 @@ def _(g, w, x, bias, inputs):
     return (dx, dw, rows.sum(axis=0) if bias else None)[:inputs]
 
 
-def kron_linear(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """x @ kron(a, b).T, without the product: x (..., a.shape[1] * b.shape[1])."""
-    (a_out, a_in), (b_out, b_in) = a.shape, b.shape
-    rows = x.shape[:-1]
-    x = linear(reshape(x, shape=(*rows, a_in, b_in)), b)
-    swap = (*range(len(rows)), len(rows) + 1, len(rows))
-    x = linear(transpose(x, axes=swap), a)
-    return reshape(transpose(x, axes=swap), shape=(*rows, a_out * b_out))
-
-
 @op
 def solve(needs, a, b):
     """The x with a @ x = b: a (..., n, n), b (..., n, k)."""

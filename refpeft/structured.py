@@ -56,3 +56,12 @@ def times_blocks(x: Tensor, blocks: Tensor) -> Tensor:
     """x (..., k n) times the block-diagonal matrix of `blocks`: (k, n, n), or (1, n, n) for k equal ones."""
     parts = x.reshape(-1, x.shape[-1] // blocks.shape[-1], blocks.shape[-1]).transpose(1, 0, 2)
     return (parts @ blocks).transpose(1, 0, 2).reshape(*x.shape)
+
+
+def kron_linear(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """x @ kron(a, b).T, without the product: x (..., columns of a times columns of b)."""
+    rows, columns = x.shape[:-1], (a.shape[1], b.shape[1])
+    swap = (*range(len(rows)), len(rows) + 1, len(rows))
+    x = ops.linear(ops.reshape(x, shape=(*rows, *columns)), b)
+    x = ops.linear(ops.transpose(x, axes=swap), a)
+    return ops.reshape(ops.transpose(x, axes=swap), shape=(*rows, a.shape[0] * b.shape[0]))

@@ -52,8 +52,8 @@ def run_fused(case: Case, given: Arrays, dtype: str) -> Arrays:
     constants = {name: given.pop(name) for name in names if name in given}
     leaves = {name: parameter(array) for name, array in given.items()}
     arguments = list(leaves.values())
-    if case.name == "frozen_linear":
-        y = fused.frozen_linear(*arguments, weight=lambda: constants["weight"])
+    if case.name in ("frozen_linear", "hadamard_linear"):
+        y = getattr(fused, case.name)(*arguments, weight=lambda: constants["weight"])
     elif case.name == "linear_cross_entropy":
         options = {"targets": constants["targets"], **config}
         y = fused.linear_cross_entropy(*arguments, weight=lambda: constants["weight"], **options)

@@ -9,6 +9,8 @@ from variants import quantizer
 
 from refpeft import adapters, manager, sites
 from refpeft.errors import RefpeftError
+from refpeft.structured import kron_linear
+from refpeft.tensor import parameter
 
 
 @pytest.mark.parametrize(
@@ -61,6 +63,14 @@ def test_veras_matrices_are_as_large_as_the_largest_target_and_spread_as_kaiming
 )
 def test_lokr_cuts_sides_as_lycoris_does(options, side, parts):
     assert manager.load("lokr").Config(**options).split(side) == parts
+
+
+def test_a_product_with_a_kronecker_product_needs_none():
+    rng = np.random.default_rng(1)
+    a, b, x = (rng.standard_normal(shape) for shape in ((3, 2), (4, 5), (2, 3, 10)))
+    tensors = [parameter(array) for array in (x, a, b)]
+    assert np.allclose(kron_linear(*tensors).data, x @ np.kron(a, b).T, atol=1e-14)
+    assert np.allclose(kron_linear(parameter(x[0, 0]), a, b).data, np.kron(a, b) @ x[0, 0], atol=1e-14)
 
 
 def test_a_delora_update_is_no_longer_than_its_strength():

@@ -66,6 +66,23 @@ def _linear() -> Iterator[Case]:
             spec="x @ weight.T + bias, weight (out, in) frozen",
             flags=("TransposedWeight",),
         )
+    for variant, rows in (("plain", (5,)), ("3d", (2, 3))):
+        draw = Draw(f"hadamard_linear-{variant}")
+        inputs = {
+            "x": draw.normal(*rows, 4),
+            "B": draw.normal(6, 2),
+            "A": draw.normal(2, 4),
+            "weight": draw.normal(6, 4),
+        }
+        yield _case(
+            "hadamard_linear",
+            variant,
+            inputs,
+            lambda x, B, A, weight: x @ (weight * (B @ A)).mT,
+            "x B A",
+            spec="x @ (weight * (B @ A)).T, weight (out, in) frozen",
+            flags=("HadamardOfProducts",),
+        )
     for variant, rows, alpha in (("plain", (5,), 2.0), ("3d", (2, 3), 0.25)):
         draw = Draw(f"addmm-{variant}")
         inputs = {"y": draw.normal(*rows, 6), "u": draw.normal(*rows, 2), "B": draw.normal(6, 2)}
