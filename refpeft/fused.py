@@ -83,6 +83,42 @@ def _(g, weight, x, B, A, needs):
 
 
 @op
+def sparse_linear(needs, x, values, *, rows, columns, out):
+    """x (..., in) times a matrix (out, in) with `values` (k,) at k distinct places and zeros: (..., out).
+
+    The dense matrix is made and dropped again, both ways; nothing of its size is kept.
+    """
+    y = x @ _sparse(values, rows, columns, out, x.shape[-1]).T
+    return y, (x, values, rows, columns, out, needs)
+
+
+@sparse_linear.backward
+def _(g, x, values, rows, columns, out, needs):
+    dx = g @ _sparse(values, rows, columns, out, x.shape[-1]) if needs[0] else None
+    dense = g.reshape(-1, out).T @ x.reshape(-1, x.shape[-1]) if needs[1] else None
+    return dx, None if dense is None else dense[rows, columns]
+
+
+def _sparse(values: Array, rows: Array, columns: Array, out: int, width: int) -> Array:
+    dense = xp_of(values).zeros((out, width), values.dtype)
+    dense[rows, columns] = values
+    return dense
+
+
+@op
+def add_columns(needs, y, z, *, columns):
+    """y (..., out) with z (..., k) added to k distinct columns of it, given by an array."""
+    total = y.copy()
+    total[..., columns] += z
+    return total, (columns, needs)
+
+
+@add_columns.backward
+def _(g, columns, needs):
+    return g if needs[0] else None, g[..., columns] if needs[1] else None
+
+
+@op
 def embedding(needs, table, *, ids):
     """table[ids]: table (vocab, dim), ids integers of any shape. Gives (*ids.shape, dim)."""
     return table[ids], (ids, table.shape)

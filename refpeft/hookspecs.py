@@ -43,6 +43,11 @@ def peft_params(site, sites, cfg, rng, weight, bias):
 
 
 @hookspec
+def peft_check_values(site, cfg, p):
+    """Raises RefpeftError where constants that came from a file cannot be, such as places outside of a weight."""
+
+
+@hookspec
 def peft_fit(site, cfg, rng, weight, original, requantize):
     """Better first values, from the weights: {name: array} in place of some of `peft_params`, which is called before.
 

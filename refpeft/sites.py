@@ -372,9 +372,9 @@ def _add_part(model: Any, adapter: Adapter, part: Part, seed: int, fit: bool) ->
 
 
 def _value(model: Any, first: Any) -> Tensor:
-    """A first value where the model computes: trained, or the constant that a Tensor says it is."""
+    """A first value where the model computes: trained, or the constant that a Tensor says it is (integers stay such)."""
     if isinstance(first, Tensor):
-        return Tensor(model.place(first.data))
+        return Tensor(model.place(first.data, first.data.dtype if first.data.dtype.kind == "i" else None))
     return parameter(model.place(first))
 
 

@@ -54,8 +54,8 @@ def test_what_is_saved_comes_back_exactly(family, name, tmp_path):
         ),
         (lambda a: a + 12, "are outside of its weight"),
         (lambda a: a * 0, "or there twice"),
-        (lambda a: a + np.float32(0.5), "is of float32: expected integers"),
-        (lambda a: a * np.float32(np.nan), "is of float32: expected integers"),
+        (lambda a: a.astype("f4") + np.float32(0.5), "is of float32: expected integers"),
+        (lambda a: a.astype("f4") * np.float32(np.nan), "is of float32: expected integers"),
     ],
 )
 def test_places_of_a_file_that_cannot_be_are_refused(change, message, tmp_path):

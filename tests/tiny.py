@@ -88,9 +88,9 @@ def scramble(adapter: sites.Adapter, seed: int = 2, scale: float = 0.1) -> None:
 
 
 def gradients(built: Model, one: Batch) -> dict[str, np.ndarray]:
-    """The gradient of the loss by everything that is trained, by name."""
+    """The gradient of the loss by everything that is trained, by name; zeros where a step leaves a value out."""
     tensors = dict(built.trained())
     for tensor in tensors.values():
         tensor.node.grad = None
     built.loss(one).backward()
-    return {name: tensor.grad for name, tensor in tensors.items()}
+    return {name: np.zeros_like(t.data) if t.grad is None else t.grad for name, t in tensors.items()}

@@ -70,9 +70,9 @@ class Model:
 
     # ---- building ----
 
-    def place(self, array: np.ndarray) -> Array:
-        """A copy of an array in the compute dtype where this model computes."""
-        return self.xp.array(array, dtype=self.dtype)
+    def place(self, array: Array, dtype: np.dtype | None = None) -> Array:
+        """A copy of an array in the compute dtype, or another one, where this model computes."""
+        return self.xp.array(array, dtype=dtype or self.dtype)
 
     def weight(self, name: str, linear: bool = False, transposed: bool = False) -> Frozen:
         """The frozen weight of this checkpoint name, made once."""

@@ -1,0 +1,80 @@
+"""SHiRA: W' = W + S, with S sparse: chosen numbers of a weight are trained, a share so small that it is switched fast.
+
+Bhardwaj et al., 2024, arXiv:2406.13175, section 3. `mask` chooses them: at random (SHiRA-Rand, as in PEFT), or those of
+largest magnitude (SHiRA-WM). There are as many as LoRA of rank r would train.
+
+First values, which leave the model as it is: zero. Trained: values (r (in + out),) a target; their places, indices (2,
+r (in + out)) of rows and columns, are kept with them.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from refpeft import RefpeftError, fused, hookimpl
+from refpeft.backend import to_host, xp_of
+from refpeft.tensor import Tensor
+
+
+@dataclass(frozen=True)
+class Config:
+    r: int = 8
+    mask: Literal["random", "magnitude"] = "random"
+    targets: tuple[str, ...] | str = ("@q", "@v")
+    exclude: tuple[str, ...] | str = ()
+    layers: tuple[int, ...] | None = None  # numbers of the layers; none: all
+
+    def __post_init__(self):
+        if self.r < 1:
+            raise ValueError(f"r is {self.r}: expected 1 or more")
+
+
+@hookimpl
+def peft_check(sites, cfg):
+    for site in sites:
+        out, width = site.shape
+        most = out * width // (out + width)
+        if cfg.r > most:
+            raise RefpeftError(f"shira: r is {cfg.r}, more numbers than {site.name} has: expected {most} or less")
+
+
+@hookimpl
+def peft_params(site, cfg, rng, weight):
+    out, width = site.shape
+    count = cfg.r * (out + width)
+    if cfg.mask == "magnitude":
+        places = to_host(xp_of(weight).argpartition(-abs(weight).reshape(-1), count - 1)[:count])
+    else:
+        places = _random(rng, out * width, count)
+    indices = np.stack(np.divmod(np.sort(places), width)).astype(np.int32)
+    return {"values": np.zeros(count), "indices": Tensor(indices)}
+
+
+@hookimpl
+def peft_check_values(site, p):
+    (rows, columns), (out, width) = to_host(p.indices).astype(np.int64), site.shape
+    inside = min(rows.min(), columns.min()) >= 0 and rows.max() < out and columns.max() < width
+    if not inside or len(np.unique(rows * width + columns)) < len(rows):
+        raise RefpeftError(f"indices of {site.name} are outside of its weight ({out}, {width}), or there twice")
+
+
+@hookimpl
+def peft_linear(x, base, p, site):
+    rows, columns = p.indices.data[0], p.indices.data[1]
+    return base(x) + fused.sparse_linear(x, p.values, rows=rows, columns=columns, out=site.shape[0])
+
+
+@hookimpl
+def peft_merge(weight, p):
+    merged = xp_of(weight).array(weight)
+    merged[p.indices[0], p.indices[1]] += p.values
+    return merged
+
+
+def _random(rng, size, count):
+    """`count` distinct numbers below `size`; few of many are drawn, and those drawn twice are left out."""
+    if size < 2**16 or 4 * count > size:
+        return rng.permutation(size)[:count]
+    _, first = np.unique(drawn := rng.uniform(0, size, 2 * count).astype(np.int64), return_index=True)
+    return drawn[np.sort(first)[:count]]

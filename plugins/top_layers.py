@@ -1,0 +1,55 @@
+"""The last layers alone are trained: every weight and bias of theirs, in place of the frozen one.
+
+FT-Top2 of Li and Liang, 2021, arXiv:2101.00190, section 5.2, and "freeze all but the last k" of Lee et al., 2019,
+arXiv:1911.03090. What comes after the last layer (its normalization, the output head) stays frozen without `head`.
+
+First values: the frozen ones. Trained: as many numbers as these layers have.
+"""
+
+from dataclasses import dataclass
+
+from refpeft import RefpeftError, hookimpl
+
+
+@dataclass(frozen=True)
+class Config:
+    count: int = 2  # how many of the last layers
+    head: bool = False  # train the normalization after the last layer and the output head too
+    targets: tuple[str, ...] | str = ("*",)
+    exclude: tuple[str, ...] | str = ()
+
+
+@hookimpl
+def peft_check(sites, cfg):
+    layers = len({site.index for site in sites} - {None})
+    if not 1 <= cfg.count <= layers:
+        raise RefpeftError(f"top_layers: count is {cfg.count}: expected 1 to {layers}, the layers that there are")
+    for site in sites:
+        if cfg.head and site.tied:
+            raise RefpeftError(
+                f"top_layers: {site.name} shares its weight with {site.tied}, which stays frozen: leave out `head`"
+            )
+
+
+@hookimpl
+def peft_params(site, sites, cfg, weight, bias):
+    indices = sorted({other.index for other in sites} - {None})
+    after = cfg.head and {"norm", "head"} & set(site.roles)
+    if site.index not in indices[-cfg.count :] and not (site.index is None and after):
+        return None
+    return {"weight": weight} | ({} if bias is None else {"bias": bias})
+
+
+@hookimpl
+def peft_linear(x, base, p):
+    return base(x, **vars(p))
+
+
+@hookimpl
+def peft_norm(x, base, p):
+    return base(x, **vars(p))
+
+
+@hookimpl
+def peft_merge(p):
+    return vars(p)
