@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from refpeft import fused, ops
+from refpeft import fourier, fused, ops
 from refpeft.rng import Stream
 from refpeft.tensor import Op, Tensor
 
@@ -77,6 +77,22 @@ def invertible(x: np.ndarray) -> np.ndarray:
 
 
 # ---- formulas --------------------------------------------------------------------------------------------------------
+
+
+def circulant(w):
+    outs, ins, size = w.shape
+    row, column = np.indices((outs * size, ins * size))
+    return w[row // size, column // size, (column - row) % size]
+
+
+def waves(c, places, shape):
+    """A matrix as a sum of cosines."""
+    down, across = np.indices(shape)
+    terms = (
+        a * np.cos(2 * np.pi * (place // shape[1] * down / shape[0] + place % shape[1] * across / shape[1]))
+        for a, place in zip(c, places, strict=True)
+    )
+    return sum(terms) / (shape[0] * shape[1])
 
 
 def sigmoid(x):
@@ -197,6 +213,16 @@ OPS = [
     Case(ops.tanh, ((3, 4),), np.tanh),
     Case(ops.sigmoid, ((3, 4),), sigmoid),
     Case(ops.silu, ((3, 4),), lambda x: x * sigmoid(x)),
+    Case(fourier.sin, ((3, 4),), np.sin),
+    Case(fourier.cos, ((3, 4),), np.cos),
+    Case(fourier.circulant_linear, ((2, 3, 8), (3, 2, 4)), lambda x, w: np.einsum("bti,oi->bto", x, circulant(w))),
+    Case(fourier.circulant_linear, ((2, 9), (1, 3, 3)), lambda x, w: x @ circulant(w).T, note="odd sizes"),
+    Case(
+        fourier.spectral_linear,
+        ((2, 3, 4), (3,)),
+        lambda x, c, places, shape: np.einsum("bti,oi->bto", x, waves(c, places, shape)),
+        given(places=np.array([1, 23, 10]), shape=(6, 4)),
+    ),
     Case(ops.softmax, ((3, 4),), softmax),
     Case(ops.softmax, ((3, 4, 2),), softmax, given(axis=1), note="axis 1"),
     Case(ops.log_softmax, ((3, 4),), lambda x: np.log(softmax(x))),
@@ -257,6 +283,24 @@ FUSED = [
         ((2, 3, 4), (5, 2), (2, 4)),
         lambda x, B, A, weight: np.einsum("bti,oi,or,ri->bto", x, weight(), B, A),
         given(weight=weight(WEIGHT)),
+    ),
+    Case(
+        fused.sparse_linear,
+        ((2, 3, 5), (4,)),
+        lambda x, values, rows, columns, out: np.stack(
+            [
+                sum(v * x[..., c] for v, r, c in zip(values, rows, columns, strict=True) if r == o) + 0 * x[..., 0]
+                for o in range(out)
+            ],
+            -1,
+        ),
+        given(rows=np.array([2, 0, 2, 1], np.int32), columns=np.array([4, 0, 1, 4], np.int32), out=4),
+    ),
+    Case(
+        fused.add_columns,
+        ((2, 3, 5), (2, 3, 2)),
+        lambda y, z, columns: y + z @ np.eye(5)[columns],
+        given(columns=np.array([3, 0], np.int32)),
     ),
     Case(
         fused.embedding,

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from refpeft import fused, ops
+from refpeft import fourier, fused, ops
 from refpeft.conformance.gradcheck import gradcheck
 from refpeft.errors import RefpeftError
 from refpeft.tensor import Op, Tensor, parameter
@@ -30,7 +30,7 @@ def close(got, expected, limit=64):
 
 
 def test_no_op_is_missing_from_the_table():
-    defined = {value.name for module in (ops, fused) for value in vars(module).values() if isinstance(value, Op)}
+    defined = {value.name for module in (ops, fused, fourier) for value in vars(module).values() if isinstance(value, Op)}
     assert defined == {case.op.name for case in ALL}
 
 

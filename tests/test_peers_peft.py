@@ -78,9 +78,20 @@ def scrambled(model):
     return model.double().eval()
 
 
+class Float64(torch.overrides.TorchFunctionMode):
+    """Inside, who asks for float32 gets float64: PEFT's layers with Fourier transforms do."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        func = torch.Tensor.double if func is torch.Tensor.float else func
+        args = [torch.float64 if a is torch.float32 else a for a in args]
+        answer = func(*args, **(kwargs or {}))
+        return answer.double() if func is torch.zeros and answer.dtype == torch.float32 else answer
+
+
 def peer_logits(model, ids: np.ndarray = IDS, mask: np.ndarray | None = None):
     given = {} if mask is None else {"attention_mask": torch.from_numpy(mask)}
-    return model(input_ids=torch.from_numpy(ids).long(), **given).logits[:, -ids.shape[1] :]
+    with Float64():
+        return model(input_ids=torch.from_numpy(ids).long(), **given).logits[:, -ids.shape[1] :]
 
 
 def peer_gradients(model) -> dict[str, np.ndarray]:
@@ -103,7 +114,8 @@ def our_gradients(model: Model) -> dict[str, np.ndarray]:
     grads = tiny.gradients(model, tiny.Batch(IDS, TARGETS))
     (adapter,) = model.adapters
     entries, _ = adapters._written(adapter, model, None)
-    return {entry.name: entry.pack(*(grads[name] for name in entry.params)) for entry in entries}
+    once = {entry.params: entry for entry in reversed(entries) if grads.keys() >= set(entry.params)}  # no constants
+    return {entry.name: entry.pack(*(grads[name] for name in entry.params)) for entry in once.values()}
 
 
 def error(got: np.ndarray, want: np.ndarray) -> float:
@@ -162,9 +174,15 @@ PEFTS = {
     ),
     "boft": lambda f: peft.BOFTConfig(boft_block_size=2, boft_n_butterfly_factor=3, target_modules="all-linear"),
     "hra": lambda f: peft.HRAConfig(r=4, target_modules="all-linear"),
+    "road": lambda f: peft.RoadConfig(variant="road_4", group_size=4, target_modules=["q_proj", "down_proj"]),
+    # of two: for larger blocks PEFT's gradient of what is below is not that of its output
+    "c3a": lambda f: peft.C3AConfig(block_size=1, block_size_pattern={"down_proj": 2}, target_modules="all-linear"),
+    "fourierft": lambda f: peft.FourierFTConfig(
+        n_frequency=30, n_frequency_pattern={"(o_proj|c_fc)": 7}, target_modules="all-linear"
+    ),
 }
 FAMILIES = ("llama", "qwen2", "gpt2")
-LINEAR_ONLY = ("shira", "oft", "boft", "hra", "loha", "lokr", "delora")
+LINEAR_ONLY = ("road", "c3a", "shira", "oft", "boft", "hra", "loha", "lokr", "delora")
 """Methods that PEFT has not at GPT-2's Conv1D."""
 
 
@@ -260,6 +278,10 @@ OURS = {
     "boft": ("boft", {"block_size": 8, "butterfly_factors": 1}),
     "boft-factors": ("boft", {"targets": ["@o", "@up"]}),
     "hra": ("hra", {"r": 6, "targets": ["@q", "@down"]}),
+    "road": ("road", {"group_size": 12}),
+    "road-two": ("road", {"numbers": 2, "group_size": 6, "targets": ["@k", "@down"]}),
+    "c3a": ("c3a", {"block_size": 12}),
+    "fourierft": ("fourierft", {"frequencies": 20, "targets": ["@q", "@down"], "places_seed": 5}),
 }
 
 

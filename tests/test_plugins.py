@@ -12,7 +12,7 @@ from refpeft import manager, ops, sites
 from refpeft.errors import RefpeftError
 from refpeft.rng import Stream
 
-CHANGE_AT_THE_START = {"prompt_tuning", "prefix_tuning", "loftq"}
+CHANGE_AT_THE_START = {"c3a", "fourierft", "prompt_tuning", "prefix_tuning", "loftq"}
 NEARLY_AS_IT_WAS = {
     "hra": 1e-12,
     "pissa": 1e-12,
@@ -147,6 +147,9 @@ DIM, FF, KV, VOCAB, LAYERS = 24, 32, 12, 40, 2
         ("tied", "by_type", {"types": ["embedding", "head"]}, VOCAB * DIM),
         ("llama", "prompt_tuning", {"tokens": 3}, 3 * DIM),
         ("llama", "prefix_tuning", {"tokens": 3}, LAYERS * 2 * 3 * KV),
+        ("gpt2", "road", {"group_size": 12, "numbers": 4}, LAYERS * 4 * 3 * DIM),
+        ("llama", "c3a", {"block_size": 6}, LAYERS * (DIM + KV) * DIM // 6),
+        ("llama", "fourierft", {"frequencies": 50}, LAYERS * 2 * 50),
         ("llama", "hra", {"r": 4}, LAYERS * 2 * 4 * DIM),
         ("llama", "boft", {}, LAYERS * (2 * (2 * DIM * 4) + DIM + KV)),
         ("llama", "oft", {"block_size": 6}, LAYERS * 2 * DIM * 5 // 2),

@@ -31,6 +31,10 @@ VARIANTS = {
     "boft": ("boft", {}),
     "boft-one": ("boft", {"block_size": 3, "butterfly_factors": 1, "targets": ["@q", "@o"]}),
     "hra": ("hra", {"r": 4}),
+    "road": ("road", {"group_size": 4}),
+    "road-four": ("road", {"numbers": 4, "group_size": 6, "targets": ["@q", "@o"]}),
+    "c3a": ("c3a", {"block_size": 4, "block_size_pattern": {"mlp.*": 8}, "targets": "all-linear"}),
+    "fourierft": ("fourierft", {"frequencies": 9, "scaling": 40}),
     "loftq": ("loftq", {"r": 3, "iterations": 2}),
     "ia3": ("ia3", {}),
     "ia3-other": ("ia3", {"targets": ["@q", "@up"], "feedforward": ["@up"]}),
@@ -68,7 +72,8 @@ WITH_BIASES = {
     "lora-bias": ("lora", {"bias": "lora_only"}),
     "lora-all-biases": ("lora", {"bias": "all", "modules_to_save": ["@k"], "targets": ["@q", "@o"]}),
 }
-TO_FIT = {"trainable_tokens": {"token_indices": [5, 2]}, "oft": {"block_size": 4}}
+TO_FIT = {"trainable_tokens": {"token_indices": [5, 2]}, "oft": {"block_size": 4}, "road": {"group_size": 4}}
+TO_FIT |= {"c3a": {"block_size": 4}, "fourierft": {"frequencies": 50}}
 """Options without which a method's sizes do not fit tiny models."""
 FAMILIES = ("llama", "tied", "qwen2", "gpt2")
 CASES = [(family, name) for family in FAMILIES for name in VARIANTS] + [

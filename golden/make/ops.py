@@ -42,11 +42,28 @@ OPS: dict[str, Callable[..., torch.Tensor]] = {
     "softmax": lambda x, axis: torch.softmax(x, dim=axis),
     "log_softmax": lambda x, axis: torch.log_softmax(x, dim=axis),
     "solve": torch.linalg.solve,
+    "sin": torch.sin,
+    "cos": torch.cos,
+    "circulant_linear": lambda x, w: x @ _circulant(w).mT,
+    "spectral_linear": lambda x, c, places, shape: x @ _spectral(c, places.long(), shape).mT,
 }
 
 
 def _axes(x: torch.Tensor, axis: int | list[int] | None) -> list[int]:
     return list(range(x.dim())) if axis is None else [axis] if isinstance(axis, int) else axis
+
+
+def _circulant(w: torch.Tensor) -> torch.Tensor:
+    outs, ins, size = w.shape
+    j, k = torch.arange(size)[:, None], torch.arange(size)
+    return w[:, :, (k - j) % size].permute(0, 2, 1, 3).reshape(outs * size, ins * size)
+
+
+def _spectral(c: torch.Tensor, places: torch.Tensor, shape: list[int]) -> torch.Tensor:
+    """A sum of cosines: the real part of the inverse Fourier transform, by its definition."""
+    down, across = torch.arange(shape[0])[:, None, None], torch.arange(shape[1])[:, None]
+    turns = (places // shape[1]) * down / shape[0] + (places % shape[1]) * across / shape[1]
+    return (c * torch.cos(2 * math.pi * turns)).sum(-1) / (shape[0] * shape[1])
 
 
 def _case(
@@ -110,7 +127,7 @@ def _binary() -> Iterator[Case]:
 
 
 def _unary() -> Iterator[Case]:
-    for name in ("neg", "exp", "abs", "tanh", "sigmoid", "relu", "silu"):
+    for name in ("neg", "exp", "abs", "tanh", "sigmoid", "relu", "silu", "sin", "cos"):
         yield _case("basic", {"x": Draw(f"{name}-basic").normal(3, 5)}, name=name)
     for name in ("log", "sqrt"):
         yield _case("basic", {"x": Draw(f"{name}-basic").uniform(3, 5, low=0.1, high=4.0)}, name=name)
@@ -232,3 +249,16 @@ def _algebra() -> Iterator[Case]:
         draw = Draw(f"solve-{variant}")
         matrix = draw.normal(*a, scale=1 / math.sqrt(a[-1])) + 2 * np.eye(a[-1], dtype=np.float32)
         yield _case(variant, {"a": matrix, "b": draw.normal(*b)}, name="solve", comment="the x with a @ x = b")
+    for variant, (x, w) in {
+        "plain": ((2, 3, 8), (3, 2, 4)),
+        "odd": ((2, 9), (1, 3, 3)),
+        "one": ((2, 5), (1, 1, 5)),
+    }.items():
+        draw = Draw(f"circulant_linear-{variant}")
+        inputs = {"x": draw.normal(*x), "w": draw.normal(*w)}
+        yield _case(variant, inputs, name="circulant_linear", flags=("CirculantDirection",))
+    for variant, shape, rows in (("plain", [6, 4], (2, 3)), ("square", [5, 5], (4,))):
+        draw = Draw(f"spectral_linear-{variant}")
+        places = draw.generator.permutation(shape[0] * shape[1])[:7].astype(np.int32)
+        inputs = {"x": draw.normal(*rows, shape[1]), "c": draw.normal(7), "places": places}
+        yield _case(variant, inputs, name="spectral_linear", shape=shape)

@@ -52,6 +52,10 @@ def site(
     """
 
     def compute(t: Tensors) -> Tensors:
+        with precision():
+            return answer(t)
+
+    def answer(t: Tensors) -> Tensors:
         model = peft.get_peft_model(OneSite(base_layer(t, conv1d)), config)
         parameters = {
             letter: model.get_parameter(f"base_model.model.site.{names(letter)}") for letter in letters.split()
@@ -63,12 +67,12 @@ def site(
         x = t["ids"].long() if "ids" in t else t["x"].clone().requires_grad_()
         y = model(x)
         y.backward(t["g"])
-        answer = {"y": y, **{f"grad.{letter}": p.grad.reshape(t[letter].shape) for letter, p in parameters.items()}}
+        found = {"y": y, **{f"grad.{letter}": p.grad.reshape(t[letter].shape) for letter, p in parameters.items()}}
         if "x" in t:
-            answer["grad.x"] = x.grad
+            found["grad.x"] = x.grad
         merged = model.merge_and_unload().site
-        answer["merged.weight"] = merged.weight
-        return answer | ({"merged.bias": merged.bias} if t.get("bias") is not None else {})
+        found["merged.weight"] = merged.weight
+        return found | ({"merged.bias": merged.bias} if t.get("bias") is not None else {})
 
     return compute
 

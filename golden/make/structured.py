@@ -16,6 +16,9 @@ def cases() -> Iterator[Case]:
     yield from oft()
     yield from boft()
     yield from hra()
+    yield from road()
+    yield from c3a()
+    yield from fourierft()
 
 
 # ---- OFT ---------------------------------------------------------------------------------------------------------
@@ -171,5 +174,133 @@ def hra() -> Iterator[Case]:
         equation,
         *shapes_of(config, peft_conv1d=False),
         Variant("four", {"r": 4}, inp=6, comment="reflections do not commute"),
+        models=config,
+    )
+
+
+# ---- RoAd --------------------------------------------------------------------------------------------------------
+
+
+def road_matrix(t: dict, config: dict, out: int) -> torch.Tensor:
+    """R (out, out), plane by plane."""
+    group, half = config["group_size"], config["group_size"] // 2
+    R = torch.zeros(out, out, dtype=t["theta"].dtype)
+    for g in range(out // group):
+        for j in range(half):
+            for side, here, there in (
+                (0, g * group + j, g * group + half + j),
+                (1, g * group + half + j, g * group + j),
+            ):
+                if config["numbers"] == 1:
+                    first = second = g * half + j
+                elif config["numbers"] == 2:
+                    first = second = here
+                else:
+                    first, second = 2 * g * group + side * half + j, (2 * g + 1) * group + side * half + j
+                R[here, here] = t["alpha"][first] * torch.cos(t["theta"][first])
+                R[here, there] = (1 if side else -1) * t["alpha"][second] * torch.sin(t["theta"][second])
+    return R
+
+
+def road() -> Iterator[Case]:
+    config = {"numbers": 1, "group_size": 2}
+
+    def trained(config, out, inp):
+        return dict.fromkeys(("theta", "alpha"), (out * config["numbers"] // 2,))
+
+    equation = Equation(
+        "road",
+        "arXiv:2409.00119, section 3.2; the planes: PEFT's, by the authors",
+        trained,
+        lambda f, x, weight, t, config: f(x) @ road_matrix(t, config, len(weight)).mT,
+        merged=lambda weight, t, config: road_matrix(t, config, len(weight)) @ weight,
+        merged_bias=lambda bias, t, config: road_matrix(t, config, len(bias)) @ bias,
+        start=lambda letters, weight, config: letters | {"alpha": letters["alpha"] + np.float32(1)},
+        peft=lambda config, targets: peft.RoadConfig(
+            variant=f"road_{config['numbers']}", group_size=config["group_size"], target_modules=targets
+        ),
+        names={"theta": "road_theta.default", "alpha": "road_alpha.default"},
+        flags="RoadPlanes",
+    )
+    yield from cases_of(
+        equation,
+        *shapes_of(config, peft_conv1d=False),
+        Variant("two", {"numbers": 2, "group_size": 4}, out=8, bias=True),
+        Variant("four", {"numbers": 4, "group_size": 4}, out=8, bias=True),
+        Variant("one-group", {"numbers": 1, "group_size": 6}, comment="outputs 0 and 3, 1 and 4, 2 and 5"),
+        models={"numbers": 4, "group_size": 4},
+    )
+
+
+# ---- C3A ---------------------------------------------------------------------------------------------------------
+
+
+def circulant(kernel: torch.Tensor) -> torch.Tensor:
+    """Blocks whose first row is the kernel's, each row the one above turned by one."""
+    rows = [torch.stack([row.roll(j) for j in range(len(row))]) for row in kernel.flatten(0, 1)]
+    return torch.cat([torch.cat(list(blocks), 1) for blocks in torch.stack(rows).unflatten(0, kernel.shape[:2])])
+
+
+def c3a() -> Iterator[Case]:
+    config = {"block_size": 2}
+    wrong = "PEFT 0.21 has another gradient of x for blocks of more than two, which is not that of its output"
+
+    def trained(config, out, inp):
+        size = config["block_size"]
+        return {"kernel": (out // size, inp // size, size)}
+
+    equation = Equation(
+        "c3a",
+        "arXiv:2407.19342, section 3; 1 / in: the authors' code",
+        trained,
+        lambda f, x, weight, t, config: f(x) + x @ circulant(t["kernel"]).mT / x.shape[-1],
+        merged=lambda weight, t, config: weight + circulant(t["kernel"]) / weight.shape[1],
+        start=lambda letters, weight, config: {"kernel": letters["kernel"] * np.float32(8)},
+        peft=lambda config, targets: peft.C3AConfig(block_size=config["block_size"], target_modules=targets),
+        names={"kernel": "c3a_kernel.default"},
+        flags="CirculantDirection CirculantScale",
+    )
+    yield from cases_of(
+        equation,
+        *shapes_of(config, peft_conv1d=False),
+        Variant("three", {"block_size": 3}, out=3, inp=6, peft=False, comment=wrong, flags="CirculantGradient"),
+        Variant("one-block", {"block_size": 5}, out=5, inp=5, bias=True, peft=False, flags="CirculantGradient"),
+        models={"block_size": 4},
+    )
+
+
+# ---- FourierFT ---------------------------------------------------------------------------------------------------
+
+
+def fourier_update(t: dict, config: dict, weight: torch.Tensor) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(config["places_seed"])
+    places = torch.randperm(weight.numel(), generator=generator)[: config["frequencies"]]
+    spectrum = torch.zeros(weight.numel(), dtype=weight.dtype).index_put((places,), t["c"])
+    return config["scaling"] * torch.fft.ifft2(spectrum.reshape(weight.shape)).real
+
+
+def fourierft() -> Iterator[Case]:
+    config = {"frequencies": 7, "scaling": 10.0, "places_seed": 777}
+    equation = Equation(
+        "fourierft",
+        "arXiv:2405.03003, section 3.1; places: PEFT's",
+        lambda config, out, inp: {"c": (config["frequencies"],)},
+        lambda f, x, weight, t, config: f(x) + x @ fourier_update(t, config, weight).mT,
+        merged=lambda weight, t, config: weight + fourier_update(t, config, weight),
+        peft=lambda config, targets: peft.FourierFTConfig(
+            n_frequency=config["frequencies"],
+            scaling=config["scaling"],
+            random_loc_seed=config["places_seed"],
+            target_modules=targets,
+        ),
+        names={"c": "fourierft_spectrum.default"},
+        flags="FourierScale FourierPlaces",
+    )
+    yield from cases_of(
+        equation,
+        *shapes_of(config),
+        Variant("odd", config | {"frequencies": 9}, out=5, inp=7, comment="odd sides"),
+        Variant("seed", config | {"places_seed": 3, "scaling": 150.0}, out=4, inp=6),
+        Variant("all", config | {"frequencies": 24}, comment="every place"),
         models=config,
     )

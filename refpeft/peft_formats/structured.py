@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..errors import RefpeftError
 from ..sites import Adapter
 from .common import PREFIX, Entry, Format, Settings, module_names, present, renamed, targets_of
 
@@ -120,6 +121,90 @@ HRA = Format(
     lambda adapter, model: _settings(adapter, model) | {"r": adapter.cfg.r},
     lambda config, model: _options(config, model) | {"r": config.need("r")},
     fits=_linear_only,
+    any_value=_ANY_VALUE,
+    values=_VALUES,
+)
+
+
+# ---- RoAd, C3A, FourierFT --------------------------------------------------------------------------------------------
+
+
+def _variant(config: Settings) -> int:
+    """How many numbers RoAd has for a plane."""
+    variant = config.get("variant", "road_1")
+    if variant not in ("road_1", "road_2", "road_4"):
+        raise RefpeftError(f"variant is {variant!r}: expected road_1, road_2 or road_4")
+    return int(variant[-1])
+
+
+ROAD = Format(
+    "ROAD",
+    renamed({"theta": "road_theta", "alpha": "road_alpha"}),
+    lambda adapter, model: (
+        _settings(adapter, model) | {"variant": f"road_{adapter.cfg.numbers}", "group_size": adapter.cfg.group_size}
+    ),
+    lambda config, model: (
+        _options(config, model) | {"numbers": _variant(config), "group_size": config.get("group_size", 64)}
+    ),
+    fits=_linear_only,
+    any_value=_ANY_VALUE,
+    values=_VALUES,
+)
+
+
+def _c3a_init(config: Settings) -> str:
+    init = config.get("init_weights", False)
+    return {True: "zeros", False: "xavier_uniform"}.get(init, init)
+
+
+C3A = Format(
+    "C3A",
+    renamed({"kernel": "c3a_kernel"}),
+    lambda adapter, model: (
+        _settings(adapter, model)
+        | {
+            "block_size": adapter.cfg.block_size,
+            "block_size_pattern": adapter.cfg.block_size_pattern,
+            "init_weights": adapter.cfg.init == "zeros" or adapter.cfg.init,
+        }
+    ),
+    lambda config, model: (
+        _options(config, model)
+        | {
+            "block_size": config.need("block_size"),
+            "block_size_pattern": config.get("block_size_pattern", {}),
+            "init": _c3a_init(config),
+        }
+    ),
+    fits=_linear_only,
+    any_value=_ANY_VALUE,
+    values=_VALUES,
+)
+
+FOURIERFT = Format(
+    "FOURIERFT",
+    renamed({"c": "fourierft_spectrum"}),
+    lambda adapter, model: (
+        _settings(adapter, model)
+        | {
+            "n_frequency": adapter.cfg.frequencies,
+            "n_frequency_pattern": adapter.cfg.frequencies_pattern,
+            "scaling": adapter.cfg.scaling,
+            "random_loc_seed": adapter.cfg.places_seed,
+            "init_weights": adapter.cfg.init == "zeros",
+            "fan_in_fan_out": any(site.transposed for site in adapter.sites),
+        }
+    ),
+    lambda config, model: (
+        _options(config, model)
+        | {
+            "frequencies": config.need("n_frequency"),
+            "frequencies_pattern": config.get("n_frequency_pattern", {}),
+            "scaling": config.get("scaling", 150.0),
+            "places_seed": config.need("random_loc_seed"),
+            "init": "zeros" if config.get("init_weights", False) else "gaussian",
+        }
+    ),
     any_value=_ANY_VALUE,
     values=_VALUES,
 )
