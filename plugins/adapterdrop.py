@@ -1,6 +1,6 @@
 """Bottlenecks that the first n layers go without: y + U f(D y + d) + u from layer n on, y the layer's output.
 
-Rücklé et al., 2021, arXiv:2010.11918, section 3.2. `robust` training draws n anew for every step, from 0 up to the last
+Rücklé et al., 2021, arXiv:2010.11918, section 3. `robust` training draws n anew for every step, from 0 up to the last
 adapted layer, so that one adapter serves with any n; afterwards n is `drop`. Without it the first `drop` layers have no
 adapters at all (specialized training). Below the first adapter nothing runs backwards, which is what makes it fast.
 

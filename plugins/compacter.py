@@ -1,13 +1,13 @@
 """Compacter: bottlenecks whose matrices are sums of Kronecker products with shared factors: h + U f(D h + d) + u.
 
 D = sum_i A_i (x) (s_i t_i), i < n, and U likewise, with s_i (out / n, rank) and t_i (rank, in / n) of their own and the
-same A_i (n, n) everywhere: the slow weights. Karimi Mahabadi et al., 2021, arXiv:2106.04647, sections 4.1 and 4.2;
-places as houlsby's. The authors' code trains the normalizations too (`norms`), and has f = gelu in its tanh form and
-size dim / 32.
+same A_i (n, n) everywhere: the slow weights. Karimi Mahabadi et al., 2021, arXiv:2106.04647; places as houlsby's. The
+authors' code trains the normalizations too (`norms`), and has f = gelu in its tanh form and size dim / 32.
 
 First values, as there: A normal of deviation 1e-4, s and t uniform in +-sqrt(12 / (rows + columns)) (Glorot's, gain
-sqrt(2)), d and u zero: nearly the identity. Trained: rule (n, n, n), the A_i, once; at each place down_s (n, size / n,
-rank), down_t (n, rank, dim / n), down_bias, up_s, up_t, up_bias: 2 rank (size + dim) + size + dim numbers.
+sqrt(2); in AdapterHub normal), d and u zero: nearly the identity. Trained: rule (n, n, n), the A_i, once; at each place
+down_s (n, size / n, rank), down_t (n, rank, dim / n), down_bias, up_s, up_t, up_bias: 2 rank (size + dim) + size + dim
+numbers.
 """
 
 from dataclasses import dataclass

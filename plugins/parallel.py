@@ -1,9 +1,8 @@
 """Adapters beside a part of a layer, or behind it: y = f(x) + s (U a(D x + d) + u), a the activation, f what is there.
 
-He et al., 2022, arXiv:2110.04366, sections 3.2 and 4.6: the scaled parallel adapter at the feed-forward part, s = 4;
-with s = 1 the parallel one. `placement` = "series" reads f(x) in place of x (Hu et al., 2023, arXiv:2304.01933, section
-2.2: LLM-Adapters, with both placements, s = 1 and tanh). It also stands at single linear layers, as LLM-Adapters' code
-does.
+He et al., 2022, arXiv:2110.04366, section 3.3: the scaled parallel adapter at the feed-forward part, s = 4; with s = 1
+the parallel one. `placement` = "series" reads f(x) in place of x (Hu et al., 2023, arXiv:2304.01933, section 2:
+LLM-Adapters, with both placements, s = 1 and tanh). It also stands at single linear layers, as LLM-Adapters' code does.
 
 First values, which leave the model as it is: D uniform in +-1 / sqrt(in), the rest zero. Trained: down (size, in),
 down_bias, up (out, size), up_bias: size (in + out) + size + out numbers a target; s (1,) too where `learn_scale`.

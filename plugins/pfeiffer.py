@@ -1,6 +1,6 @@
 """One bottleneck adapter a layer, after its feed-forward part: y + U f(D y + d) + u, y the layer's output.
 
-Pfeiffer et al., 2020, arXiv:2005.00052, section 3.2 (MAD-X), found by search in arXiv:2005.00247. There the adapter
+Pfeiffer et al., 2020, arXiv:2005.00052, equation 1 (MAD-X), found by search in arXiv:2005.00247. There the adapter
 reads what a post-norm layer's last normalization gives, and is added before it. A pre-norm decoder has none there: it
 reads the layer's output, its residual included, as in AdapterHub. To read what the feed-forward part alone gives, and
 be added inside its residual, as in arXiv:2110.04366 (sequential) and LLM-Adapters (series): targets = ["@mlp_out"].

@@ -1,8 +1,8 @@
 """PHM adapters: bottlenecks whose matrices are sums of Kronecker products: h + U f(D h + d) + u.
 
 D = sum_i A_i (x) B_i, i < n, with A_i (n, n) and B_i (size / n, dim / n), and U likewise; nothing is shared. Karimi
-Mahabadi et al., 2021, arXiv:2106.04647, section 4 (the baseline PHM-Adapter), of layers of arXiv:2102.08597; places as
-houlsby's. The authors' code trains the normalizations too (`norms`).
+Mahabadi et al., 2021, arXiv:2106.04647 (the baseline PHM-Adapter), of layers of arXiv:2102.08597; places as houlsby's.
+The authors' code trains the normalizations too (`norms`).
 
 First values: A normal of deviation 1e-4, B uniform in +-sqrt(12 / (rows + columns)), d and u zero: nearly the identity.
 Trained: down (n, size / n, dim / n), down_rule (n, n, n), down_bias, up (n, dim / n, size / n), up_rule, up_bias: 2

@@ -73,8 +73,7 @@ def peft_merge(weight, p):
 
 
 def _random(rng, size, count):
-    """`count` distinct numbers below `size`; few of many are drawn, and those drawn twice are left out."""
-    if size < 2**16 or 4 * count > size:
-        return rng.permutation(size)[:count]
-    _, first = np.unique(drawn := rng.uniform(0, size, 2 * count).astype(np.int64), return_index=True)
-    return drawn[np.sort(first)[:count]]
+    """`count` distinct numbers below `size`: the first that are drawn, or of a permutation where those are too few."""
+    drawn = rng.uniform(0, size, 2 * count).astype(np.int64)
+    _, first = np.unique(drawn, return_index=True)
+    return drawn[np.sort(first)[:count]] if len(first) >= count else rng.permutation(size)[:count]

@@ -43,7 +43,7 @@ def bottleneck(x: Tensor, p: SimpleNamespace, activation: str) -> Tensor:
     return ops.linear(inner, p.up, p.up_bias)
 
 
-# ---- PHM layers (arXiv:2106.04647, section 3; Zhang et al., 2021, arXiv:2102.08597) ----------------------------------
+# ---- PHM layers (Zhang et al., 2021, arXiv:2102.08597; Compacter: arXiv:2106.04647) ----------------------------------
 
 RULE_STD = 1e-4  # of the first values of the small matrices, in Compacter's authors' code
 

@@ -44,11 +44,11 @@ class Absent(np.ndarray):
         return getattr(ufunc, method)(*map(_plain, inputs), **keywords)
 
 
-def absent(shape: int | tuple[int, ...]) -> Absent:
-    """float32 zeros that are not there. Raises MemoryError where NumPy could not count them."""
+def absent(shape: int | tuple[int, ...], dtype: np.dtype | None = None) -> Absent:
+    """Zeros, float32 or another dtype, that are not there. Raises MemoryError where NumPy could not count them."""
     if np.prod(shape, dtype=float) >= 2**60:
         raise MemoryError(f"{shape} numbers are wanted at once")
-    return np.broadcast_to(np.zeros((), np.float32), shape).view(Absent)
+    return np.broadcast_to(np.zeros((), dtype or np.float32), shape).view(Absent)
 
 
 def _plain(array: Any) -> Any:
@@ -94,7 +94,8 @@ def skeleton(checkpoint: Checkpoint) -> Model:
     model = api.build(_NoWeights(checkpoint), "float32")
     for weight in model.frozen.values():
         weight.array = weight.array.view(Absent)
-    model.weightless, model.stream, model.place = True, _NoDraws, lambda array, dtype=None: absent(np.shape(array))
+    model.weightless, model.stream = True, _NoDraws
+    model.place = lambda array, dtype=None: absent(np.shape(array), dtype)
     return model
 
 

@@ -73,7 +73,10 @@ def test_the_plan_of_a_shape_is_that_of_its_model(tmp_path):
     assert found["memory"]["activations of 2 x 9 tokens"] > 0
 
 
-@pytest.mark.parametrize("method", ["full", "ia3", "bitfit", "houlsby", "prefix_tuning", "prompt_tuning", "ln_tuning"])
+OF_ALL_KINDS = ["full", "ia3", "bitfit", "houlsby", "prefix_tuning", "prompt_tuning", "ln_tuning"]
+
+
+@pytest.mark.parametrize("method", [*OF_ALL_KINDS, "adapterdrop", "compacter", "rows", "shira"])
 def test_any_method_is_planned_without_its_weights(method):
     found = planned("--shape", "gpt2-xl", "--method", method)
     assert found["trained"] > 0

@@ -205,30 +205,30 @@ def shared_rule(config: dict) -> Shapes:
 
 COMPACTER = Block(
     "compacter",
-    "arXiv:2106.04647, sections 4.1 and 4.2",
+    "arXiv:2106.04647",
     compacter_letters,
     compacter_value,
     ("attn_out", "mlp_out"),
     shared_rule,
     flags="KroneckerOrder SharedGradient",
 )
-COMPACTER_PP = replace(COMPACTER, method="compacter_pp", source="arXiv:2106.04647, section 4.2", places=("mlp_out",))
+COMPACTER_PP = replace(COMPACTER, method="compacter_pp", source="arXiv:2106.04647", places=("mlp_out",))
 PHM_ADAPTER = Block(
     "phm_adapter",
-    "arXiv:2106.04647, section 4; arXiv:2102.08597",
+    "arXiv:2106.04647; arXiv:2102.08597",
     phm_letters,
     phm_value,
     ("attn_out", "mlp_out"),
     flags="KroneckerOrder",
 )
 PFEIFFER = Block(
-    "pfeiffer", "arXiv:2005.00052, section 3.2; place as AdapterHub", letters, pfeiffer_value, ("block_out",)
+    "pfeiffer", "arXiv:2005.00052, equation 1; place as AdapterHub", letters, pfeiffer_value, ("block_out",)
 )
 PARALLEL = Block("parallel", "arXiv:2110.04366; arXiv:2304.01933", parallel_letters, parallel_value, ("mlp_out",))
 LIN = Block("lin", "arXiv:2004.03829, section 3", lin_letters, lin_value, ("block_out",))
 DROP = Block(
     "adapterdrop",
-    "arXiv:2010.11918, section 3.2",
+    "arXiv:2010.11918, section 3",
     letters,
     pfeiffer_value,
     ("block_out",),
