@@ -58,9 +58,9 @@ def peft_linear(x, base, p, cfg, site, train):
 
 
 @hookimpl
-def peft_merge(weight, p, cfg, site):
-    direction = weight + cfg.scale(site) * (p.B @ p.A)
-    return (p.m / _row_norms(direction))[:, None] * direction
+def peft_merge(weight, frozen, p, cfg, site):
+    direction = frozen + cfg.scale(site) * (p.B @ p.A)
+    return weight + ((p.m / _row_norms(direction))[:, None] * direction - frozen)
 
 
 def _row_norms(weight):

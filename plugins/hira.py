@@ -41,5 +41,5 @@ def peft_linear(x, base, p, cfg, site, train):
 
 
 @hookimpl
-def peft_merge(weight, p):
-    return weight + weight * (p.B @ p.A)
+def peft_merge(weight, frozen, p):
+    return weight + frozen * (p.B @ p.A)

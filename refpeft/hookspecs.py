@@ -122,8 +122,10 @@ def peft_block(x, base, p, cfg, site, sites, shared, train):
 
 
 @hookspec
-def peft_merge(weight, bias, p, cfg, site, shared):
+def peft_merge(weight, bias, frozen, p, cfg, site, shared):
     """The dense weight with the adapter folded in, or those of {"weight": ..., "bias": ...} that change.
+
+    `weight` and `bias` have in them what was attached before; `frozen` is the weight that base.frozen multiplies with.
 
     A hook that names neither weight nor bias gives what stands in for them, and is folded in before all others.
     """

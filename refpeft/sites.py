@@ -237,7 +237,8 @@ class Layer:
         """{"weight": ..., "bias": ...} with this layer folded in. Raises RefpeftError where the method cannot."""
         if manager.hook(self.part.plugin, "peft_merge") is None or weight is None:
             raise RefpeftError(f"method '{self.part.name}' cannot be merged into weights (at {self.site.name})")
-        out = self.part.call("peft_merge", weight=weight, bias=bias, p=self.arrays, site=self.site)
+        have = {"weight": weight, "bias": bias, "frozen": _Lazy(self.site.weight)}
+        out = self.part.call("peft_merge", **have, p=self.arrays, site=self.site)
         return {"weight": weight, "bias": bias} | (out if isinstance(out, dict) else {"weight": out})
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import tiny
-from variants import CASES, VARIANTS, WITH_BIASES, attached, quantizer
+from variants import CASES, VARIANTS, WITH_BIASES, attached, bare, quantizer
 
 from refpeft import manager, sites
 from refpeft.errors import RefpeftError
@@ -25,6 +25,19 @@ def test_the_merged_model_says_the_same_without_an_adapter(family, name):
     assert abs(before - tiny.model(family)(tiny.ids()).data).max() > 1e-6
     sites.merge(model)
     assert not model.adapters and not any(site.layers for site in model.sites.values())
+    assert abs(model(tiny.ids()).data - before).max() < 1e-12
+
+
+@pytest.mark.parametrize("name", [name for family, name in MERGED if family == "llama"])
+def test_every_method_merges_together_with_another_one(name):
+    """The other is inside, unless the method changes frozen weights, which then must come first."""
+    method, options = VARIANTS[name]
+    model, order = bare("llama", name), [(method, options), ("lora", {"targets": "all-linear"})]
+    first_only = "peft_base" in manager.catalogue()[method].hooks
+    for one in order if first_only else order[::-1]:
+        tiny.scramble(sites.attach(model, *one))
+    before = model(tiny.ids()).data
+    sites.merge(model)
     assert abs(model(tiny.ids()).data - before).max() < 1e-12
 
 
