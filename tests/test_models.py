@@ -140,7 +140,7 @@ def test_packed_documents_have_the_logits_that_they_have_alone(name, method):
         at += n
 
 
-@pytest.mark.parametrize("method", ["lora", "prompt_tuning", "prefix_tuning", "houlsby"])
+@pytest.mark.parametrize("method", ["lora", "prompt_tuning", "prefix_tuning", "houlsby", "pfeiffer"])
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_a_packed_row_has_the_loss_and_the_gradients_of_its_documents(name, method):
     model, (row, alone) = built(name, method), packed()
