@@ -105,6 +105,7 @@ def peer_gradients(model) -> dict[str, np.ndarray]:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             name = name.replace(".modules_to_save", "").replace(".default", "").replace("_vector.weight", "_vector")
+            name = "base_model.vblora_vector_bank" if name.endswith("vblora_vector_bank") else name
             found["prompt_embeddings" if name.startswith("prompt_encoder") else name] = parameter.grad.numpy()
     return found
 
@@ -180,9 +181,12 @@ PEFTS = {
     "fourierft": lambda f: peft.FourierFTConfig(
         n_frequency=30, n_frequency_pattern={"(o_proj|c_fc)": 7}, target_modules="all-linear"
     ),
+    "miss": lambda f: peft.MissConfig(r=7, target_modules="all-linear"),
+    "miss-mini": lambda f: peft.MissConfig(r=5, mini_r=4, init_weights="mini", target_modules="all-linear"),
+    "vblora": lambda f: peft.VBLoRAConfig(r=3, num_vectors=7, vector_length=4, target_modules="all-linear"),
 }
 FAMILIES = ("llama", "qwen2", "gpt2")
-LINEAR_ONLY = ("road", "c3a", "shira", "oft", "boft", "hra", "loha", "lokr", "delora")
+LINEAR_ONLY = ("miss", "road", "c3a", "shira", "oft", "boft", "hra", "loha", "lokr", "delora")
 """Methods that PEFT has not at GPT-2's Conv1D."""
 
 
@@ -282,6 +286,9 @@ OURS = {
     "road-two": ("road", {"numbers": 2, "group_size": 6, "targets": ["@k", "@down"]}),
     "c3a": ("c3a", {"block_size": 12}),
     "fourierft": ("fourierft", {"frequencies": 20, "targets": ["@q", "@down"], "places_seed": 5}),
+    "miss": ("miss", {"r": 9}),
+    "miss-mini": ("miss", {"r": 8, "mini_r": 6, "targets": ["@q", "@down"]}),
+    "vblora": ("vblora", {"vector_length": 12, "num_vectors": 5, "targets": ["@q", "@o"]}),
 }
 
 

@@ -14,6 +14,7 @@ from refpeft.rng import Stream
 
 CHANGE_AT_THE_START = {"c3a", "fourierft", "prompt_tuning", "prefix_tuning", "loftq"}
 NEARLY_AS_IT_WAS = {
+    "vblora": 0.01,
     "hra": 1e-12,
     "pissa": 1e-12,
     "olora": 1e-12,
@@ -147,6 +148,14 @@ DIM, FF, KV, VOCAB, LAYERS = 24, 32, 12, 40, 2
         ("tied", "by_type", {"types": ["embedding", "head"]}, VOCAB * DIM),
         ("llama", "prompt_tuning", {"tokens": 3}, 3 * DIM),
         ("llama", "prefix_tuning", {"tokens": 3}, LAYERS * 2 * 3 * KV),
+        ("llama", "miss", {"r": 7}, LAYERS * 7 * (DIM + KV)),
+        ("llama", "miss", {"r": 7, "mini_r": 6}, LAYERS * 2 * 7 * 6),
+        (
+            "llama",
+            "vblora",
+            {"r": 2, "num_vectors": 5, "vector_length": 6},
+            5 * 6 + LAYERS * 2 * 5 * (DIM + DIM + DIM + KV) // 6,
+        ),
         ("gpt2", "road", {"group_size": 12, "numbers": 4}, LAYERS * 4 * 3 * DIM),
         ("llama", "c3a", {"block_size": 6}, LAYERS * (DIM + KV) * DIM // 6),
         ("llama", "fourierft", {"frequencies": 50}, LAYERS * 2 * 50),

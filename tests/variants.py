@@ -35,6 +35,9 @@ VARIANTS = {
     "road-four": ("road", {"numbers": 4, "group_size": 6, "targets": ["@q", "@o"]}),
     "c3a": ("c3a", {"block_size": 4, "block_size_pattern": {"mlp.*": 8}, "targets": "all-linear"}),
     "fourierft": ("fourierft", {"frequencies": 9, "scaling": 40}),
+    "miss": ("miss", {"r": 7}),
+    "miss-mini": ("miss", {"r": 8, "mini_r": 6, "dropout": 0.2, "targets": ["@q", "@o"]}),
+    "vblora": ("vblora", {"vector_length": 6, "num_vectors": 5, "r": 2, "topk": 3}),
     "loftq": ("loftq", {"r": 3, "iterations": 2}),
     "ia3": ("ia3", {}),
     "ia3-other": ("ia3", {"targets": ["@q", "@up"], "feedforward": ["@up"]}),
@@ -73,6 +76,7 @@ WITH_BIASES = {
     "lora-all-biases": ("lora", {"bias": "all", "modules_to_save": ["@k"], "targets": ["@q", "@o"]}),
 }
 TO_FIT = {"trainable_tokens": {"token_indices": [5, 2]}, "oft": {"block_size": 4}, "road": {"group_size": 4}}
+TO_FIT |= {"miss": {"r": 5}, "vblora": {"vector_length": 4, "num_vectors": 7}}
 TO_FIT |= {"c3a": {"block_size": 4}, "fourierft": {"frequencies": 50}}
 """Options without which a method's sizes do not fit tiny models."""
 FAMILIES = ("llama", "tied", "qwen2", "gpt2")

@@ -33,6 +33,7 @@ class Equation:
     merged_bias  the same for the bias, where that changes
     constants  (draw, config, out, in) -> tensors that are given and not trained
     shared     (config, largest out, largest in) -> shapes of constants that all layers share, by letter
+    bank       config -> shapes of trained tensors that all layers share, by letter: `shared.<letter>` in a case
     start      (letters as drawn, weight, config) -> values to test at, where normal numbers around 0 will not do
     peft       (config, target names) -> PEFT's config, and `names` its parameters of a layer, by letter
     """
@@ -45,6 +46,7 @@ class Equation:
     merged_bias: Callable[..., torch.Tensor] | None = None
     constants: Callable[..., Arrays] = lambda draw, config, out, inp: {}
     shared: Callable[[dict, int, int], Shapes] = lambda config, out, inp: {}
+    bank: Callable[[dict], Shapes] = lambda config: {}
     start: Callable[..., Arrays] = lambda letters, weight, config: letters
     peft: Callable[[dict, list[str]], Any] | None = None
     names: dict[str, str] = field(default_factory=dict)
@@ -84,6 +86,13 @@ def shapes_of(config: dict, peft_conv1d: bool = True, **more: Any) -> tuple[Vari
     )
 
 
+def dropout_of(config: dict, **more: Any) -> Variant:
+    """In training: the mask `keep` is given, of what the method itself reads of x."""
+    comment = "in training: the mask `keep` is given; only what the method itself reads is dropped"
+    config = config | {"dropout": 0.25}
+    return Variant("dropout", config, bias=True, flags="DropoutPlace DropoutScale", comment=comment, **more)
+
+
 def cases_of(equation: Equation, *variants: Variant, models: dict | None = None) -> Iterator[Case]:
     """Cases of every variant at one layer and, with the config `models`, on a tiny Llama and GPT-2."""
     equations.PAPERS[equation.method] = equation.source
@@ -97,9 +106,19 @@ def cases_of(equation: Equation, *variants: Variant, models: dict | None = None)
 def _letters(equation: Equation, draw: Draw, config: dict, weight: np.ndarray) -> tuple[Arrays, Arrays]:
     """(trained, constant) tensors of one layer."""
     out, inp = weight.shape
-    drawn = {letter: draw.normal(*shape, scale=0.5) for letter, shape in equation.trained(config, out, inp).items()}
+    shapes = equation.trained(config, out, inp) | _bank(equation, config)
+    drawn = {letter: draw.normal(*shape, scale=0.5) for letter, shape in shapes.items()}
     constants = {letter: draw.normal(*shape) for letter, shape in equation.shared(config, out, inp).items()}
     return equation.start(drawn, weight, config), constants | equation.constants(draw, config, out, inp)
+
+
+def _bank(equation: Equation, config: dict) -> Shapes:
+    return {f"shared.{letter}": shape for letter, shape in equation.bank(config).items()}
+
+
+def _plainly(letters: Tensors) -> Tensors:
+    """Without saying which of them are shared."""
+    return {name.removeprefix("shared."): tensor for name, tensor in letters.items()}
 
 
 def _at_one_layer(equation: Equation, variant: Variant) -> Case:
@@ -110,21 +129,26 @@ def _at_one_layer(equation: Equation, variant: Variant) -> Case:
     weight = draw.normal(variant.out, variant.inp, scale=variant.inp**-0.5)
     bias = {"bias": draw.normal(variant.out)} if variant.bias else {}
     trained, constants = _letters(equation, draw, config, weight)
+    if config.get("dropout"):
+        constants["keep"] = (draw.generator.random(x.shape) >= config["dropout"]).astype(np.float32)
     stored = np.ascontiguousarray(weight.T) if variant.conv1d else weight
     plain = (lambda weight: weight.mT) if variant.conv1d else (lambda weight: weight)
 
-    def forward(x, weight, bias=None, **letters):
+    def forward(x, weight, bias=None, keep=None, **letters):
         weight = plain(weight)
-        return equation.value(lambda x: functional.linear(x, weight, bias), x, weight, letters, config)
+        if keep is None:
+            return equation.value(lambda x: functional.linear(x, weight, bias), x, weight, _plainly(letters), config)
+        y, dropped = functional.linear(x, weight, bias), x * keep / (1 - config["dropout"])
+        return equation.value(lambda _: y, dropped, weight, _plainly(letters), config)  # f reads all of x
 
     def merged(t: Tensors) -> Tensors:
-        found = {"merged.weight": plain(equation.merged(plain(t["weight"]), t, config))}
+        found = {"merged.weight": plain(equation.merged(plain(t["weight"]), _plainly(t), config))}
         if equation.merged_bias and "bias" in t:
             found["merged.bias"] = equation.merged_bias(t["bias"], t, config)
         return found
 
     witness = None
-    if equation.peft and variant.peft:
+    if equation.peft and variant.peft and "keep" not in constants:
         settings = equation.peft(config, ["site"])
         witness = peft_witness.site(
             settings, equation.names.__getitem__, " ".join(trained), variant.conv1d, equation.peft_constants
@@ -158,7 +182,7 @@ def _on(equation: Equation, config: dict, sites: Shapes) -> Iterator[methods.Ada
         f"{site}.{letter}": shape
         for site, (out, inp) in sites.items()
         for letter, shape in equation.trained(config, out, inp).items()
-    }
+    } | _bank(equation, config)
 
     largest = (max(side) for side in zip(*sites.values(), strict=True))
     shared = {f"shared.{letter}": shape for letter, shape in equation.shared(config, *largest).items()}

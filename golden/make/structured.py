@@ -19,6 +19,8 @@ def cases() -> Iterator[Case]:
     yield from road()
     yield from c3a()
     yield from fourierft()
+    yield from miss()
+    yield from vblora()
 
 
 # ---- OFT ---------------------------------------------------------------------------------------------------------
@@ -303,4 +305,92 @@ def fourierft() -> Iterator[Case]:
         Variant("seed", config | {"places_seed": 3, "scaling": 150.0}, out=4, inp=6),
         Variant("all", config | {"frequencies": 24}, comment="every place"),
         models=config,
+    )
+
+
+# ---- MiSS --------------------------------------------------------------------------------------------------------
+
+
+def shards(M: torch.Tensor, out: int, inp: int) -> torch.Tensor:
+    """M^T (out, r) again and again, to the right and, where it has fewer rows, down: (out, in)."""
+    rows, columns = torch.arange(out) % M.shape[1], torch.arange(inp) % len(M)
+    return M.mT[rows][:, columns]
+
+
+def miss() -> Iterator[Case]:
+    config = {"r": 2, "mini_r": None}
+    equation = Equation(
+        "miss",
+        "arXiv:2409.15371, section 3",
+        lambda config, out, inp: {"M": (config["r"], config["mini_r"] or out)},
+        lambda f, x, weight, t, config: f(x) + x @ shards(t["M"], *weight.shape).mT,
+        merged=lambda weight, t, config: weight + shards(t["M"], *weight.shape),
+        peft=lambda config, targets: peft.MissConfig(
+            r=config["r"],
+            mini_r=config["mini_r"] or 1,
+            init_weights="mini" if config["mini_r"] else True,
+            target_modules=targets,
+        ),
+        names={"M": "miss_block.default"},
+        flags="MissShards",
+    )
+    yield from cases_of(
+        equation,
+        *shapes_of(config, peft_conv1d=False),
+        Variant("rest", {"r": 3, "mini_r": None}, inp=7, comment="the last shard has one input"),
+        Variant("mini", {"r": 2, "mini_r": 3}, bias=True),
+        models={"r": 4, "mini_r": 2},
+    )
+
+
+# ---- VB-LoRA -----------------------------------------------------------------------------------------------------
+
+
+def mixtures(logits: torch.Tensor, bank: torch.Tensor, topk: int) -> torch.Tensor:
+    """The weighted sum of the `topk` vectors with the largest logits."""
+    top = logits.topk(topk, dim=-1)
+    return (torch.softmax(top.values, dim=-1)[..., None] * bank[top.indices]).sum(-2)
+
+
+def vblora_factors(t: dict, config: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    A, B = (mixtures(t[name], t["bank"], config["topk"]) for name in ("logits_A", "logits_B"))
+    return A.flatten(1), torch.cat(list(B.mT))
+
+
+def vblora() -> Iterator[Case]:
+    config = {"r": 2, "num_vectors": 5, "vector_length": 2, "topk": 2}
+
+    def trained(config, out, inp):
+        r, length, count = config["r"], config["vector_length"], config["num_vectors"]
+        return {"logits_A": (r, inp // length, count), "logits_B": (out // length, r, count)}
+
+    def value(f, x, weight, t, config):
+        A, B = vblora_factors(t, config)
+        return f(x) + x @ A.mT @ B.mT
+
+    def merged(weight, t, config):
+        A, B = vblora_factors(t, config)
+        return weight + B @ A
+
+    equation = Equation(
+        "vblora",
+        "arXiv:2405.15179, section 3",
+        trained,
+        value,
+        merged=merged,
+        bank=lambda config: {"bank": (config["num_vectors"], config["vector_length"])},
+        peft=lambda config, targets: peft.VBLoRAConfig(**config, target_modules=targets),
+        names={
+            "logits_A": "vblora_logits_A.default",
+            "logits_B": "vblora_logits_B.default",
+            "shared.bank": "vblora_vector_bank.default",
+        },
+        flags="TopOfLogits",
+    )
+    yield from cases_of(
+        equation,
+        *shapes_of(config),
+        Variant("three", config | {"vector_length": 1, "topk": 3}, out=3, inp=5),
+        Variant("all", config | {"topk": 5}, comment="every vector"),
+        models=config | {"vector_length": 4},
     )

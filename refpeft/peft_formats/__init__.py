@@ -5,7 +5,7 @@ from .lora import DORA, LORA, OLORA, PISSA
 from .low_rank import DELORA, HIRA, LOHA, LOKR, VERA
 from .others import IA3, LN_TUNING, PREFIX_TUNING, PROMPT_TUNING
 from .selective import SHIRA, TRAINABLE_TOKENS
-from .structured import BOFT, C3A, FOURIERFT, HRA, OFT, ROAD
+from .structured import BOFT, C3A, FOURIERFT, HRA, MISS, OFT, ROAD, VBLORA
 
 __all__ = ["FORMATS", "PREFIX", "Entry", "Format", "Settings"]
 
@@ -31,5 +31,7 @@ FORMATS = {
     "road": ROAD,
     "c3a": C3A,
     "fourierft": FOURIERFT,
+    "miss": MISS,
+    "vblora": VBLORA,
 }
 """By the plugin's name; of those that share a peft_type, the first that an adapter_config.json means."""

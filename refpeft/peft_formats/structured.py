@@ -208,3 +208,62 @@ FOURIERFT = Format(
     any_value=_ANY_VALUE,
     values=_VALUES,
 )
+
+
+# ---- MiSS, VB-LoRA ---------------------------------------------------------------------------------------------------
+
+
+def _miss_settings(adapter: Adapter, model: Any) -> dict[str, Any]:
+    cfg = adapter.cfg
+    return _settings(adapter, model) | {
+        "r": cfg.r,
+        "mini_r": cfg.mini_r or 1,
+        "init_weights": "mini" if cfg.mini_r else True,
+        "miss_dropout": cfg.dropout,
+    }
+
+
+def _miss_options(config: Settings, model: Any) -> dict[str, Any]:
+    form, mini_r = config.get("init_weights", True), config.get("mini_r", 1)
+    if form not in (True, False, "mini"):
+        raise RefpeftError(f"init_weights = {form!r}: of MiSS refpeft knows true, false and 'mini'")
+    return _options(config, model) | {
+        "r": config.need("r"),
+        "mini_r": mini_r if form == "mini" else None,
+        "dropout": config.get("miss_dropout", 0.0),
+    }
+
+
+MISS = Format(
+    "MISS",
+    renamed({"M": "miss_block"}),
+    _miss_settings,
+    _miss_options,
+    fits=_linear_only,
+    any_value=_ANY_VALUE,
+    values=_VALUES,
+)
+
+_logits = renamed({"logits_A": "vblora_logits_A", "logits_B": "vblora_logits_B"})
+_SAME_IN_VBLORA = ("r", "num_vectors", "vector_length", "topk")
+
+VBLORA = Format(
+    "VBLORA",
+    lambda adapter: [Entry("base_model.vblora_vector_bank", ("shared.bank",)), *_logits(adapter)],
+    lambda adapter, model: (
+        _settings(adapter, model)
+        | {name: getattr(adapter.cfg, name) for name in _SAME_IN_VBLORA}
+        | {
+            "vblora_dropout": adapter.cfg.dropout,
+            "save_only_topk_weights": False,
+            "fan_in_fan_out": any(site.transposed for site in adapter.sites),
+        }
+    ),
+    lambda config, model: (
+        _options(config, model)
+        | {name: config.need(name) for name in _SAME_IN_VBLORA}
+        | {"dropout": config.get("vblora_dropout", 0.0)}
+    ),
+    any_value=(*_ANY_VALUE, "init_vector_bank_bound", "init_logits_std"),
+    values=_VALUES,
+)
