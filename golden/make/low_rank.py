@@ -10,7 +10,7 @@ import peft
 import torch
 from common import Case, Draw
 from equations import lora_scale
-from linear_methods import Equation, Variant, cases_of, shapes_of
+from linear_methods import Equation, Variant, cases_of, dropout_of, shapes_of
 from method_sites import site_case
 
 LORA_NAMES = {"A": "lora_A.default.weight", "B": "lora_B.default.weight"}
@@ -77,6 +77,7 @@ def dora() -> Iterator[Case]:
         *shapes_of(config),
         Variant("rslora", config | {"rslora": True, "r": 4}, flags="RsLoraScale"),
         Variant("square", config, out=5, inp=5, comment="norms are of rows, one for each output"),
+        dropout_of(config),
         models=config,
     )
 
@@ -101,7 +102,7 @@ def vera() -> Iterator[Case]:
         flags="VeraShared",
     )
     wide = Variant("wide", config | {"r": 7}, comment="r is above both sides of the weight")
-    yield from cases_of(equation, *shapes_of(config), wide, models=config)
+    yield from cases_of(equation, *shapes_of(config), wide, dropout_of(config), models=config)
 
 
 def loha_delta(t, config) -> torch.Tensor:
@@ -200,7 +201,7 @@ def hira() -> Iterator[Case]:
         names={"A": "hira_A.default", "B": "hira_B.default"},
         flags="HadamardOfProducts NoScale",
     )
-    yield from cases_of(equation, *shapes_of(config), models=config)
+    yield from cases_of(equation, *shapes_of(config), dropout_of(config), models=config)
 
 
 def delora_delta(weight, t, config) -> torch.Tensor:
@@ -222,7 +223,7 @@ def delora() -> Iterator[Case]:
         names={"A": "delora_A.default", "B": "delora_B.default", "strength": "delora_lambda.default"},
         flags="DeloraNorms",
     )
-    yield from cases_of(equation, *without_conv1d(shapes_of(config)), models=config)
+    yield from cases_of(equation, *without_conv1d(shapes_of(config)), dropout_of(config), models=config)
 
 
 KRONA = {"scale": 3.0, "a_out": 2, "a_in": 2}
