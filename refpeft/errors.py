@@ -10,5 +10,10 @@ class RefpeftError(ValueError):
 
 def nearest(word: str, names: Iterable[str]) -> str:
     """The end of an error message: "; did you mean 'lora'?", or "" where no name is close to `word`."""
-    close = difflib.get_close_matches(word.lower(), list(names), n=1, cutoff=0.6)
+    word = word.lower()
+    # of names that are equally close, the one of the same letters: 'lroa' is 'lora' rather than 'road'
+    names = sorted(names, key=lambda name: sorted(name) != sorted(word))
+    ratios = {name: difflib.SequenceMatcher(None, name, word).ratio() for name in names}
+    best = max(ratios.values(), default=0)
+    close = [name for name in names if ratios[name] == best >= 0.6]
     return f"; did you mean {close[0]!r}?" if close else ""
