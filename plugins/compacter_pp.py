@@ -1,7 +1,8 @@
 """Compacter++: `compacter` after the feed-forward part alone: h + U f(D h + d) + u, D and U sums of Kronecker products.
 
 D = sum_i A_i (x) (s_i t_i), i < n, and U likewise, the A_i (n, n) the same in all layers. Karimi Mahabadi et al., 2021,
-arXiv:2106.04647. The authors' code trains the normalizations too (`norms`).
+arXiv:2106.04647. The authors' code trains the normalizations too (`norms`). AdapterHub's reads the layer's output, its
+residual included: targets = ["@block_out"].
 
 First values: A normal of deviation 1e-4, s and t uniform in +-sqrt(12 / (rows + columns)), d and u zero: nearly the
 identity. Trained: rule (n, n, n), the A_i, once; in each layer down_s (n, size / n, rank), down_t (n, rank, dim / n),

@@ -3,6 +3,8 @@
 He et al., 2022, arXiv:2110.04366, section 3.3: the scaled parallel adapter at the feed-forward part, s = 4; with s = 1
 the parallel one. `placement` = "series" reads f(x) in place of x (Hu et al., 2023, arXiv:2304.01933, section 2:
 LLM-Adapters, with both placements, s = 1 and tanh). It also stands at single linear layers, as LLM-Adapters' code does.
+In pre-norm models x is what the part reads, behind its normalization; AdapterHub's adapter reads the residual stream
+before it, which is not offered.
 
 First values, which leave the model as it is: D uniform in +-1 / sqrt(in), the rest zero. Trained: down (size, in),
 down_bias, up (out, size), up_bias: size (in + out) + size + out numbers a target; s (1,) too where `learn_scale`.
