@@ -184,6 +184,7 @@ PEFTS = {
     "miss": lambda f: peft.MissConfig(r=7, target_modules="all-linear"),
     "miss-mini": lambda f: peft.MissConfig(r=5, mini_r=4, init_weights="mini", target_modules="all-linear"),
     "vblora": lambda f: peft.VBLoRAConfig(r=3, num_vectors=7, vector_length=4, target_modules="all-linear"),
+    "randlora": lambda f: peft.RandLoraConfig(r=5, target_modules="all-linear"),
 }
 FAMILIES = ("llama", "qwen2", "gpt2")
 LINEAR_ONLY = ("miss", "road", "c3a", "shira", "oft", "boft", "hra", "loha", "lokr", "delora")
@@ -289,6 +290,7 @@ OURS = {
     "miss": ("miss", {"r": 9}),
     "miss-mini": ("miss", {"r": 8, "mini_r": 6, "targets": ["@q", "@down"]}),
     "vblora": ("vblora", {"vector_length": 12, "num_vectors": 5, "targets": ["@q", "@o"]}),
+    "randlora": ("randlora", {"r": 5, "alpha": 9.0, "targets": ["@q", "@v", "@down"]}),
 }
 
 

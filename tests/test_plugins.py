@@ -148,6 +148,7 @@ DIM, FF, KV, VOCAB, LAYERS = 24, 32, 12, 40, 2
         ("tied", "by_type", {"types": ["embedding", "head"]}, VOCAB * DIM),
         ("llama", "prompt_tuning", {"tokens": 3}, 3 * DIM),
         ("llama", "prefix_tuning", {"tokens": 3}, LAYERS * 2 * 3 * KV),
+        ("llama", "randlora", {"r": 5}, LAYERS * (5 * (5 + DIM) + 3 * (5 + KV))),
         ("llama", "miss", {"r": 7}, LAYERS * 7 * (DIM + KV)),
         ("llama", "miss", {"r": 7, "mini_r": 6}, LAYERS * 2 * 7 * 6),
         (

@@ -38,6 +38,7 @@ VARIANTS = {
     "miss": ("miss", {"r": 7}),
     "miss-mini": ("miss", {"r": 8, "mini_r": 6, "dropout": 0.2, "targets": ["@q", "@o"]}),
     "vblora": ("vblora", {"vector_length": 6, "num_vectors": 5, "r": 2, "topk": 3}),
+    "randlora": ("randlora", {"r": 5, "alpha": 10, "targets": ["@q", "@v", "@down"]}),
     "loftq": ("loftq", {"r": 3, "iterations": 2}),
     "ia3": ("ia3", {}),
     "ia3-other": ("ia3", {"targets": ["@q", "@up"], "feedforward": ["@up"]}),
@@ -77,6 +78,7 @@ WITH_BIASES = {
 }
 TO_FIT = {"trainable_tokens": {"token_indices": [5, 2]}, "oft": {"block_size": 4}, "road": {"group_size": 4}}
 TO_FIT |= {"miss": {"r": 5}, "vblora": {"vector_length": 4, "num_vectors": 7}}
+TO_FIT |= {"randlora": {"r": 5}}
 TO_FIT |= {"c3a": {"block_size": 4}, "fourierft": {"frequencies": 50}}
 """Options without which a method's sizes do not fit tiny models."""
 FAMILIES = ("llama", "tied", "qwen2", "gpt2")

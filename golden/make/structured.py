@@ -21,6 +21,7 @@ def cases() -> Iterator[Case]:
     yield from fourierft()
     yield from miss()
     yield from vblora()
+    yield from randlora()
 
 
 # ---- OFT ---------------------------------------------------------------------------------------------------------
@@ -393,4 +394,49 @@ def vblora() -> Iterator[Case]:
         Variant("three", config | {"vector_length": 1, "topk": 3}, out=3, inp=5),
         Variant("all", config | {"topk": 5}, comment="every vector"),
         models=config | {"vector_length": 4},
+    )
+
+
+# ---- RandLoRA ----------------------------------------------------------------------------------------------------
+
+
+def randlora_update(t: dict, config: dict, weight: torch.Tensor) -> torch.Tensor:
+    """The sum of B_j L_j A G_j (larger side, smaller side), so turned that it is (out, in)."""
+    (out, inp), (count, small) = weight.shape, t["G"].shape
+    A, B = t["A"][:, 0, :small], t["B"][: max(out, inp), :count].flatten(1)
+    terms = [B[:, j::count] @ torch.diag(t["L"][:, j]) @ A @ torch.diag(t["G"][j]) for j in range(count)]
+    return config["alpha"] / config["r"] * (sum(terms) if inp == small else sum(terms).mT)
+
+
+def randlora() -> Iterator[Case]:
+    config = {"r": 2, "alpha": 6.0}
+
+    def trained(config, out, inp):
+        count = -(-min(out, inp) // config["r"])
+        return {"L": (config["r"], count), "G": (count, min(out, inp))}
+
+    def shared(config, out, inp):
+        count = -(-min(out, inp) // config["r"])
+        return {"A": (config["r"], 1, min(out, inp)), "B": (max(out, inp), count, config["r"])}
+
+    equation = Equation(
+        "randlora",
+        "arXiv:2502.00987, section 4; which columns of B make a term: PEFT's, by the authors",
+        trained,
+        lambda f, x, weight, t, config: f(x) + x @ randlora_update(t, config, weight).mT,
+        merged=lambda weight, t, config: weight + randlora_update(t, config, weight),
+        shared=shared,
+        peft=lambda config, targets: peft.RandLoraConfig(
+            r=config["r"], randlora_alpha=config["alpha"], target_modules=targets
+        ),
+        names={"L": "randlora_lambda.default", "G": "randlora_gamma.default"},
+        peft_constants={"A": "randlora_A.default", "B": "randlora_B.default"},
+        flags="Scaling RandomColumns",
+    )
+    yield from cases_of(
+        equation,
+        *shapes_of(config),
+        Variant("narrow", config, out=3, inp=8, bias=True, comment="more inputs than outputs; the last term is cut"),
+        Variant("three", config | {"r": 3}, out=6, inp=7, comment="N and r differ, so that columns of B show"),
+        models=config | {"r": 3},
     )

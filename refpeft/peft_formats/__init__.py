@@ -5,7 +5,7 @@ from .lora import DORA, LORA, OLORA, PISSA
 from .low_rank import DELORA, HIRA, LOHA, LOKR, VERA
 from .others import IA3, LN_TUNING, PREFIX_TUNING, PROMPT_TUNING
 from .selective import SHIRA, TRAINABLE_TOKENS
-from .structured import BOFT, C3A, FOURIERFT, HRA, MISS, OFT, ROAD, VBLORA
+from .structured import BOFT, C3A, FOURIERFT, HRA, MISS, OFT, RANDLORA, ROAD, VBLORA
 
 __all__ = ["FORMATS", "PREFIX", "Entry", "Format", "Settings"]
 
@@ -33,5 +33,6 @@ FORMATS = {
     "fourierft": FOURIERFT,
     "miss": MISS,
     "vblora": VBLORA,
+    "randlora": RANDLORA,
 }
 """By the plugin's name; of those that share a peft_type, the first that an adapter_config.json means."""

@@ -267,3 +267,45 @@ VBLORA = Format(
     any_value=(*_ANY_VALUE, "init_vector_bank_bound", "init_logits_std"),
     values=_VALUES,
 )
+
+
+# ---- RandLoRA --------------------------------------------------------------------------------------------------------
+
+_diagonals = renamed({"L": "randlora_lambda", "G": "randlora_gamma"})
+
+
+def _randlora_entries(adapter: Adapter) -> list[Entry]:
+    """PEFT has A and B once for the model, and again in every layer."""
+    places = ["base_model", *(f"{PREFIX}{site.name}" for site in adapter.sites)]
+    bases = [Entry(f"{place}.randlora_{letter}", (f"shared.{letter}",)) for place in places for letter in "AB"]
+    return bases + _diagonals(adapter)
+
+
+def _randlora_options(config: Settings, model: Any) -> dict[str, Any]:
+    if not config.get("save_projection", True):
+        raise RefpeftError("save_projection is false: A and B are not in the file, and depend on the machine")
+    return _options(config, model) | {
+        "r": config.need("r"),
+        "alpha": config.need("randlora_alpha"),
+        "dropout": config.get("randlora_dropout", 0.0),
+    }
+
+
+RANDLORA = Format(
+    "RANDLORA",
+    _randlora_entries,
+    lambda adapter, model: (
+        _settings(adapter, model)
+        | {
+            "r": adapter.cfg.r,
+            "randlora_alpha": adapter.cfg.alpha,
+            "randlora_dropout": adapter.cfg.dropout,
+            "save_projection": True,
+            "projection_prng_key": 0,
+            "fan_in_fan_out": any(site.transposed for site in adapter.sites),
+        }
+    ),
+    _randlora_options,
+    any_value=(*_ANY_VALUE, "projection_prng_key", "sparse", "very_sparse"),
+    values=_VALUES,
+)
