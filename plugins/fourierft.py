@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from refpeft import RefpeftError, fourier, hookimpl
+from refpeft import RefpeftError, fourier, hookimpl, torch_random
 from refpeft.backend import xp_of
 from refpeft.targets import patterned
 
@@ -43,7 +43,7 @@ def peft_check(sites, cfg):
         size = site.shape[0] * site.shape[1]
         if cfg.count(site) > size:
             raise RefpeftError(f"fourierft: frequencies is {cfg.count(site)}, but {site.name} has {size} numbers")
-        if size > fourier.LARGEST_CHOICE:
+        if size > torch_random.LARGEST_CHOICE:
             raise RefpeftError(f"fourierft: {site.name} has {size} numbers: no more than 2^32 / 20 are drawn from")
 
 
@@ -64,5 +64,5 @@ def peft_merge(weight, p, cfg, site):
 
 
 def _places(cfg, site, c):
-    chosen = fourier.torch_choice(cfg.places_seed, site.shape[0] * site.shape[1], len(c))
+    chosen = torch_random.torch_choice(cfg.places_seed, site.shape[0] * site.shape[1], len(c))
     return xp_of(c).asarray(chosen)

@@ -1,7 +1,8 @@
 """VeRA: y = W x + b + beta * (B (d * (A x))): frozen random A and B that all targets share, trained gains d and beta.
 
 Kopiczko et al., 2023, arXiv:2310.11454, section 3.1. Targets of several shapes use the first columns of A and the first
-rows of B, as in PEFT. A and B are in the adapter's file: a seed alone would tie it to one generator of random numbers.
+rows of B, as in PEFT. A and B are in the adapter's file; with `torch_seed` they are those that PEFT draws with torch's
+generator on CPUs, and a file in PEFT's form has the seed instead (save_projection = false).
 
 First values (section 3.2), which leave the model as it is: A and B uniform in +-sqrt(6 / columns), which is Kaiming's
 initialization, d all `d_initial`, beta zero. Trained: d (r,) and beta (out,), called b here: r + out numbers a target.
@@ -13,6 +14,7 @@ import numpy as np
 
 from refpeft import hookimpl, ops
 from refpeft.tensor import Tensor
+from refpeft.torch_random import torch_uniform
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,7 @@ class Config:
     r: int = 256
     d_initial: float = 0.1
     dropout: float = 0.0  # rate, of what A reads, in training
+    torch_seed: int | None = None  # of A and B, as PEFT draws them; none: from the run's own seed
     targets: tuple[str, ...] | str = ("@q", "@v")
     exclude: tuple[str, ...] | str = ()
     layers: tuple[int, ...] | None = None  # numbers of the layers; none: all
@@ -27,13 +30,17 @@ class Config:
     def __post_init__(self):
         if self.r < 1 or not 0 <= self.dropout < 1:
             raise ValueError("expected r of at least 1, and dropout of at least 0 and less than 1")
+        if self.torch_seed is not None and self.torch_seed < 0:
+            raise ValueError("expected torch_seed of at least 0, or none")
 
 
 @hookimpl
 def peft_shared(sites, cfg, rng):
     out, width = (max(sides) for sides in zip(*(site.shape for site in sites), strict=True))
-    shapes = {"A": (cfg.r, width), "B": (out, cfg.r)}
-    return {name: rng.uniform(-((6 / cut) ** 0.5), (6 / cut) ** 0.5, (n, cut)) for name, (n, cut) in shapes.items()}
+    wanted = [((6 / columns) ** 0.5, (rows, columns)) for rows, columns in ((cfg.r, width), (out, cfg.r))]
+    if cfg.torch_seed is not None:
+        return dict(zip("AB", torch_uniform(cfg.torch_seed, *wanted), strict=True))
+    return {name: rng.uniform(-bound, bound, shape) for name, (bound, shape) in zip("AB", wanted, strict=True)}
 
 
 @hookimpl

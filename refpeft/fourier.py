@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
-import numpy as np
-
 from .backend import Array, xp_of
 from .tensor import op
 
@@ -99,24 +95,3 @@ def spectral_weight(c: Array, places: Array, shape: tuple[int, int]) -> Array:
     spectrum = xp.zeros(shape[0] * shape[1], c.dtype)
     spectrum[places] = c
     return xp.ascontiguousarray(xp.fft.ifft2(spectrum.reshape(shape)).real).astype(c.dtype, copy=False)
-
-
-LARGEST_CHOICE = (2**32 - 1) // 20 - 1
-
-
-@functools.lru_cache(maxsize=64)
-def torch_choice(seed: int, size: int, count: int) -> np.ndarray:
-    """torch.randperm(size)[:count] of torch's generator on CPUs with this seed: PEFT keeps such places as a seed.
-
-    Raises ValueError where torch draws in another way: for sizes of 2^32 / 20 and more.
-    """
-    if size > LARGEST_CHOICE:
-        raise ValueError(f"a permutation of {size} numbers is drawn in another way: expected fewer than 2^32 / 20")
-    draws = np.random.RandomState(seed % 2**32).randint(0, 2**32, count, np.uint32).tolist()
-    moved: dict[int, int] = {}
-    chosen = np.empty(count, np.int64)
-    for i, drawn in enumerate(draws):
-        j = i + drawn % (size - i)
-        chosen[i] = moved.get(j, j)
-        moved[j] = moved.get(i, i)
-    return chosen

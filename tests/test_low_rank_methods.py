@@ -11,6 +11,7 @@ from refpeft import adapters, manager, sites
 from refpeft.errors import RefpeftError
 from refpeft.structured import kron_linear
 from refpeft.tensor import parameter
+from refpeft.torch_random import torch_uniform
 
 
 @pytest.mark.parametrize(
@@ -34,14 +35,26 @@ def test_options_that_do_not_fit_are_refused(method, options, message):
         sites.attach(tiny.model(), method, options)
 
 
-def test_a_vera_file_without_its_matrices_is_refused(tmp_path):
+def test_a_vera_file_that_holds_a_seed_brings_the_matrices_back(tmp_path):
     model = tiny.model()
-    sites.attach(model, "vera", {"r": 4})
+    tiny.scramble(sites.attach(model, "vera", {"r": 4, "torch_seed": 5}))
     adapters.save(tmp_path, model)
     config = json.loads((tmp_path / adapters.CONFIG).read_text("utf-8"))
-    (tmp_path / adapters.CONFIG).write_text(json.dumps(config | {"save_projection": False}), "utf-8")
-    with pytest.raises(RefpeftError, match="save_projection is false: A and B are not in the file"):
+    assert config["save_projection"] is False and config["projection_prng_key"] == 5
+    again = tiny.model()
+    adapters.load(again, tmp_path)
+    assert abs(again(tiny.ids()).data - model(tiny.ids()).data).max() < 1e-5  # the file is float32
+    (tmp_path / adapters.CONFIG).write_text(json.dumps(config | {"projection_prng_key": -1}), "utf-8")
+    with pytest.raises(RefpeftError, match="expected torch_seed of at least 0"):
         adapters.load(tiny.model(), tmp_path)
+
+
+def test_what_torch_draws_is_known():
+    """The first of torch.empty(3).uniform_(-1, 1) and of the next two, with torch.manual_seed(7), in torch 2.13."""
+    first, second = torch_uniform(7, (1.0, (3,)), (0.5, (2,)))
+    assert first.dtype == np.float32
+    assert np.array_equal(first, np.float32([0.06984508037567139, -0.602393627166748, 0.31842339038848877]))
+    assert np.array_equal(second, np.float32([0.15689027309417725, -0.26723843812942505]))
 
 
 def test_veras_matrices_are_as_large_as_the_largest_target_and_spread_as_kaimings():

@@ -154,6 +154,9 @@ PEFTS = {
     ),
     "dora": lambda f: peft.LoraConfig(r=2, lora_alpha=3, target_modules="all-linear", use_dora=True),
     "vera": lambda f: peft.VeraConfig(r=4, target_modules="all-linear"),
+    "vera-drawn": lambda f: peft.VeraConfig(
+        r=3, target_modules="all-linear", save_projection=False, projection_prng_key=11
+    ),
     "loha": lambda f: peft.LoHaConfig(r=3, alpha=5, target_modules="all-linear", rank_pattern={r"0\.mlp\..*": 2}),
     "lokr": lambda f: peft.LoKrConfig(r=2, alpha=3, target_modules="all-linear", alpha_pattern={"down_proj": 7}),
     "lokr-both": lambda f: peft.LoKrConfig(r=1, decompose_both=True, decompose_factor=8, target_modules="all-linear"),
@@ -265,6 +268,7 @@ OURS = {
     "lora-bias-all": ("lora", {"bias": "all"}),
     "lora-saved": ("lora", {"targets": ["@q"], "modules_to_save": ["@down", "@norm"]}),
     "vera": ("vera", {"r": 5, "targets": ["@q", "@down"]}),
+    "vera-drawn": ("vera", {"r": 5, "targets": "all-linear", "torch_seed": 3}),
     "loha": ("loha", {"r": 3, "targets": "all-linear", "alpha_pattern": {".*_proj": 3}}),
     "lokr": ("lokr", {"r": 2, "targets": ["@q", "@v", "@down"], "factor": 4}),
     "hira": ("hira", {"r": 3, "targets": ["@q", "@down"]}),

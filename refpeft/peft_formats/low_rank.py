@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..errors import RefpeftError
 from ..sites import Adapter
 from .common import Entry, Format, Settings, module_names, present, renamed, targets_of
 
@@ -37,20 +36,28 @@ _vera_gains = renamed({"d": "vera_lambda_d", "b": "vera_lambda_b"})
 
 
 def _vera_entries(adapter: Adapter) -> list[Entry]:
-    return [*(Entry(f"base_model.vera_{letter}", (f"shared.{letter}",)) for letter in "AB"), *_vera_gains(adapter)]
+    shared = [Entry(f"base_model.vera_{letter}", (f"shared.{letter}",)) for letter in "AB"]
+    return (shared if adapter.cfg.torch_seed is None else []) + _vera_gains(adapter)
 
 
 def _vera_settings(adapter: Adapter, model: Any) -> dict[str, Any]:
     cfg = adapter.cfg
-    more = {"vera_dropout": cfg.dropout, "d_initial": cfg.d_initial, "save_projection": True, "projection_prng_key": 0}
+    more = {
+        "vera_dropout": cfg.dropout,
+        "d_initial": cfg.d_initial,
+        "save_projection": cfg.torch_seed is None,
+        "projection_prng_key": cfg.torch_seed or 0,
+    }
     return _settings(adapter, model) | more | _transposed(adapter)
 
 
 def _vera_options(config: Settings, model: Any) -> dict[str, Any]:
-    if not config.get("save_projection", True):
-        raise RefpeftError("save_projection is false: A and B are not in the file; save it again with them in PEFT")
-    more = {"dropout": config.get("vera_dropout", 0.0), "d_initial": config.get("d_initial", 0.1)}
-    return _options(config, model) | more
+    drawn = not config.get("save_projection", True)
+    return _options(config, model) | {
+        "dropout": config.get("vera_dropout", 0.0),
+        "d_initial": config.get("d_initial", 0.1),
+        "torch_seed": config.get("projection_prng_key", 0) if drawn else None,
+    }
 
 
 VERA = Format(
