@@ -88,6 +88,7 @@ def sparse_linear(needs, x, values, *, rows, columns, out):
 
     The dense matrix is made and dropped again, both ways; nothing of its size is kept.
     """
+    expect("values", values, *rows.shape)
     y = x @ _sparse(values, rows, columns, out, x.shape[-1]).T
     return y, (x, values, rows, columns, out, needs)
 
@@ -108,6 +109,7 @@ def _sparse(values: Array, rows: Array, columns: Array, out: int, width: int) ->
 @op
 def add_columns(needs, y, z, *, columns):
     """y (..., out) with z (..., k) added to k distinct columns of it, given by an array."""
+    expect("z", z, *y.shape[:-1], len(columns))
     total = y.copy()
     total[..., columns] += z
     return total, (columns, needs)

@@ -48,7 +48,7 @@ def run_op(case: Case, given: Arrays, dtype: str) -> Arrays:
 
 def run_fused(case: Case, given: Arrays, dtype: str) -> Arrays:
     g, config = given.pop("g"), case.config
-    names = ("weight", "segments", "targets", "ids", "cos", "sin")
+    names = ("weight", "segments", "targets", "ids", "cos", "sin", "rows", "columns")
     constants = {name: given.pop(name) for name in names if name in given}
     leaves = {name: parameter(array) for name, array in given.items()}
     arguments = list(leaves.values())

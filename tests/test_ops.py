@@ -30,7 +30,9 @@ def close(got, expected, limit=64):
 
 
 def test_no_op_is_missing_from_the_table():
-    defined = {value.name for module in (ops, fused, fourier) for value in vars(module).values() if isinstance(value, Op)}
+    defined = {
+        value.name for module in (ops, fused, fourier) for value in vars(module).values() if isinstance(value, Op)
+    }
     assert defined == {case.op.name for case in ALL}
 
 
@@ -126,6 +128,11 @@ WRONG = {
     "frozen_linear with a short bias": lambda: fused.frozen_linear(x(2, 3), x(1), weight=lambda: np.zeros((4, 3))),
     "addmm": lambda: fused.addmm(x(2, 3), x(2, 2), x(3, 4), alpha=1),
     "addmm of one row too many": lambda: fused.addmm(x(2, 3), x(1, 4), x(3, 4), alpha=1),
+    "sparse_linear": lambda: fused.sparse_linear(x(2, 3), x(1), rows=np.array([0, 1]), columns=np.array([0, 1]), out=4),
+    "add_columns": lambda: fused.add_columns(x(2, 3), x(2, 1), columns=np.array([0, 1])),
+    "hadamard_linear": lambda: fused.hadamard_linear(x(2, 3), x(4, 2), x(2, 5), weight=lambda: np.zeros((4, 3))),
+    "circulant_linear": lambda: fourier.circulant_linear(x(2, 3), x(1, 2, 2)),
+    "spectral_linear": lambda: fourier.spectral_linear(x(2, 3), x(1), places=np.array([0]), shape=(4, 5)),
     "embedding": lambda: fused.embedding(x(2, 3), ids=np.array([2])),
     "rms_norm": lambda: fused.rms_norm(x(2, 3), x(1), eps=1e-5),
     "layer_norm": lambda: fused.layer_norm(x(2, 3), x(3), x(2, 3), eps=1e-5),
@@ -157,7 +164,21 @@ def test_wrong_shapes_are_an_error_that_names_the_op_and_the_shapes(call, reques
 
 
 def test_every_op_that_can_be_given_wrong_shapes_was():
-    of_any_shape = {"neg", "power", "exp", "log", "sqrt", "abs", "relu", "tanh", "sigmoid", "silu", "gelu"}
+    of_any_shape = {
+        "neg",
+        "power",
+        "exp",
+        "log",
+        "sqrt",
+        "abs",
+        "relu",
+        "tanh",
+        "sigmoid",
+        "silu",
+        "gelu",
+        "sin",
+        "cos",
+    }
     assert {case.op.name for case in ALL} == of_any_shape | {name.split()[0] for name in WRONG}
 
 

@@ -83,6 +83,30 @@ def _linear() -> Iterator[Case]:
             spec="x @ (weight * (B @ A)).T, weight (out, in) frozen",
             flags=("HadamardOfProducts",),
         )
+    for variant, rows in (("plain", (5,)), ("3d", (2, 3))):
+        draw = Draw(f"sparse_linear-{variant}")
+        places = {"rows": np.int32([5, 0, 5]), "columns": np.int32([3, 0, 1])}
+        yield _case(
+            "sparse_linear",
+            variant,
+            {"x": draw.normal(*rows, 4), "values": draw.normal(3)} | places,
+            lambda x, values, rows, columns: (
+                x @ x.new_zeros(6, 4).index_put((rows.long(), columns.long()), values, accumulate=True).mT
+            ),
+            "x values",
+            spec="x @ S.T, S (out, in) with values at rows and columns and zeros",
+            flags=("SparseIndices",),
+            out=6,
+        )
+        draw = Draw(f"add_columns-{variant}")
+        yield _case(
+            "add_columns",
+            variant,
+            {"y": draw.normal(*rows, 6), "z": draw.normal(*rows, 2), "columns": np.int32([4, 1])},
+            lambda y, z, columns: y + z @ torch.eye(6, dtype=z.dtype)[columns.long()],
+            "y z",
+            spec="y with z added to its columns",
+        )
     for variant, rows, alpha in (("plain", (5,), 2.0), ("3d", (2, 3), 0.25)):
         draw = Draw(f"addmm-{variant}")
         inputs = {"y": draw.normal(*rows, 6), "u": draw.normal(*rows, 2), "B": draw.normal(6, 2)}
