@@ -48,7 +48,7 @@ def site_case(
         name=method,
         at=at,
         comment=comment,
-        flags=tuple(flags.split()),
+        flags=tuple(dict.fromkeys(flags.split())),
         config=config or {},
         inputs=inputs | {"g": Draw(f"{case_id} g").normal(*y.shape)},
         compute=compute,
