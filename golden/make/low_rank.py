@@ -126,9 +126,7 @@ def loha() -> Iterator[Case]:
         names={f"{letter}{i}": f"hada_w{i}_{letter.lower()}.default" for i in "12" for letter in "AB"},
         flags="Scaling ScaleTwice HadamardOfProducts",
     )
-    wide = Variant(
-        "high-rank", config | {"r": 5}, flags="HadamardOfProducts", comment="r is above a side of the weight"
-    )
+    wide = Variant("high-rank", config | {"r": 5}, comment="r is above a side of the weight")
     yield from cases_of(equation, *without_conv1d(shapes_of(config)), wide, models=config)
 
 
