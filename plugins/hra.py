@@ -54,5 +54,6 @@ def peft_merge(weight, p):
 def _inverse(U):
     """T^-1 (r, r)."""
     xp, r = xp_of(U.data), U.shape[1]
-    half_diagonal = xp.triu(xp.ones((r, r), U.dtype)) - xp.eye(r, dtype=U.dtype) / 2
-    return (U.T @ U) * Tensor(half_diagonal)
+    upper = xp.triu(xp.ones((r, r), U.dtype)) - xp.eye(r, dtype=U.dtype) / 2
+    least = xp.eye(r, dtype=U.dtype) * xp.finfo(U.dtype).tiny  # a column of zeros reflects nothing
+    return (U.T @ U) * Tensor(upper) + Tensor(least)

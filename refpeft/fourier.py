@@ -85,7 +85,11 @@ def _(g, x, c, places, shape, x_needed):
     if x is None:
         return dx, None
     dw = g.reshape(-1, shape[0]).T @ x.reshape(-1, shape[1])
-    return dx, xp_of(g).fft.ifft2(dw).real.reshape(-1)[places].astype(c.dtype, copy=False)
+    down, across = places // shape[1], places % shape[1]
+    mirrored = across > shape[1] // 2  # the other half is the same, turned around
+    where_ = xp_of(g).where
+    down, across = where_(mirrored, -down % shape[0], down), where_(mirrored, shape[1] - across, across)
+    return dx, _cosines(dw)[down, across]
 
 
 def spectral_weight(c: Array, places: Array, shape: tuple[int, int]) -> Array:
@@ -94,4 +98,11 @@ def spectral_weight(c: Array, places: Array, shape: tuple[int, int]) -> Array:
     xp = xp_of(c)
     spectrum = xp.zeros(shape[0] * shape[1], c.dtype)
     spectrum[places] = c
-    return xp.ascontiguousarray(xp.fft.ifft2(spectrum.reshape(shape)).real).astype(c.dtype, copy=False)
+    half = _cosines(spectrum.reshape(shape))
+    rest = xp.roll(half[::-1, (shape[1] - 1) // 2 : 0 : -1], 1, axis=0)
+    return xp.concatenate((half, rest), axis=1)
+
+
+def _cosines(matrix: Array) -> Array:
+    """The left half of the real part of a real matrix's Fourier transform, divided by its size."""
+    return (xp_of(matrix).fft.rfft2(matrix).real / matrix.size).astype(matrix.dtype, copy=False)

@@ -8,7 +8,7 @@ import numpy as np
 import peft
 import torch
 from common import Case
-from linear_methods import Equation, Variant, cases_of, shapes_of
+from linear_methods import Equation, Variant, cases_of, dropout_of, shapes_of
 from peft.tuners.boft import layer as peft_boft
 
 
@@ -340,6 +340,7 @@ def miss() -> Iterator[Case]:
         *shapes_of(config, peft_conv1d=False),
         Variant("rest", {"r": 3, "mini_r": None}, inp=7, comment="the last shard has one input"),
         Variant("mini", {"r": 2, "mini_r": 3}, bias=True),
+        dropout_of(config),
         models={"r": 4, "mini_r": 2},
     )
 
@@ -393,6 +394,7 @@ def vblora() -> Iterator[Case]:
         *shapes_of(config),
         Variant("three", config | {"vector_length": 1, "topk": 3}, out=3, inp=5),
         Variant("all", config | {"topk": 5}, comment="every vector"),
+        dropout_of(config),
         models=config | {"vector_length": 4},
     )
 
@@ -437,6 +439,7 @@ def randlora() -> Iterator[Case]:
         equation,
         *shapes_of(config),
         Variant("narrow", config, out=3, inp=8, bias=True, comment="more inputs than outputs; the last term is cut"),
+        dropout_of(config),
         Variant("three", config | {"r": 3}, out=6, inp=7, comment="N and r differ, so that columns of B show"),
         models=config | {"r": 3},
     )
