@@ -10,8 +10,9 @@ from .backend import Array, xp_of
 def nearest(matrix: Array, r: int) -> tuple[Array, Array]:
     """(left (m, r), right (r, n)), float64: left @ right is nearest to a matrix (m, n) among those of rank r.
 
-    A column of `left` is as long as its row of `right`, where the matrix has that rank. They are the SVD's, found as eigenvectors of the smaller of
-    M M^T and M^T M: several times faster, and exact to about 1e-8 of the largest singular value.
+    A column of `left` is as long as its row of `right`, where the matrix has that rank. They are the SVD's, found as
+    eigenvectors of the smaller of M M^T and M^T M: several times faster, and exact to about 1e-8 of the largest
+    singular value.
     """
     xp = xp_of(matrix)
     if matrix.shape[0] > matrix.shape[1]:

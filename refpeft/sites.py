@@ -373,7 +373,7 @@ def _add_part(model: Any, adapter: Adapter, part: Part, seed: int, fit: bool) ->
 
 
 def _value(model: Any, first: Any) -> Tensor:
-    """A first value where the model computes: trained, or the constant that a Tensor says it is (integers stay such)."""
+    """A first value where the model computes: trained, or the constant that a Tensor says it is, also of integers."""
     if isinstance(first, Tensor):
         return Tensor(model.place(first.data, first.data.dtype if first.data.dtype.kind == "i" else None))
     return parameter(model.place(first))

@@ -1,6 +1,7 @@
 """`refpeft quantize`, training on what it wrote, a GGUF file's own blocks, and the memory that all of it takes."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -235,7 +236,9 @@ print(memory("VmHWM") - before, memory("VmRSS") - before, kept)
 def measured(*arguments) -> list[int]:
     """Bytes beyond the start: at the peak, at the end, and those of the model."""
     command = [sys.executable, "-c", MEASURE, *map(str, arguments)]
-    return [int(word) for word in subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()]
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20)}  # or malloc keeps freed arrays for later
+    found = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    return [int(word) for word in found.stdout.split()]
 
 
 @pytest.fixture(scope="module", params=[(f, d) for f in SHAPES for d in ("float32", "bfloat16")], ids="-".join)

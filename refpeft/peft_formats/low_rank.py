@@ -133,13 +133,11 @@ LOKR = Format(
 
 
 def _hira_settings(adapter: Adapter, model: Any) -> dict[str, Any]:
-    more = {"hira_dropout": adapter.cfg.dropout, "rank_pattern": adapter.cfg.rank_pattern}
-    return _settings(adapter, model) | more | _transposed(adapter)
+    return _settings(adapter, model) | {"hira_dropout": adapter.cfg.dropout} | _transposed(adapter)
 
 
 def _hira_options(config: Settings, model: Any) -> dict[str, Any]:
-    more = {"dropout": config.get("hira_dropout", 0.0), "rank_pattern": config.get("rank_pattern", {})}
-    return _options(config, model) | more
+    return _options(config, model) | {"dropout": config.get("hira_dropout", 0.0)}
 
 
 HIRA = Format(
@@ -147,6 +145,7 @@ HIRA = Format(
     renamed({"A": "hira_A", "B": "hira_B"}),
     _hira_settings,
     _hira_options,
+    fits=lambda adapter, model: not adapter.cfg.rank_pattern,  # PEFT 0.21 has the key, and takes r all the same
     any_value=(*_FITTED, "fan_in_fan_out"),
     values=_VALUES,
 )
