@@ -14,11 +14,11 @@ from typing import Literal
 import numpy as np
 
 from refpeft import fused, hookimpl, ops
-from refpeft.targets import patterned
+from refpeft.lowrank import Scaled
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Scaled):
     r: int = 8
     alpha: float = 8.0
     init: Literal["lycoris", "kaiming"] = "lycoris"
@@ -31,12 +31,6 @@ class Config:
     def __post_init__(self):
         if min((self.r, *self.rank_pattern.values())) < 1:
             raise ValueError("expected r of at least 1")
-
-    def rank(self, site):
-        return patterned(self.rank_pattern, site, self.r)
-
-    def scale(self, site):
-        return patterned(self.alpha_pattern, site, self.alpha) / self.rank(site)
 
 
 @hookimpl

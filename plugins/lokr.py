@@ -15,12 +15,12 @@ from typing import Literal
 
 from refpeft import hookimpl
 from refpeft.backend import xp_of
+from refpeft.lowrank import Scaled
 from refpeft.structured import kron_linear
-from refpeft.targets import patterned
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Scaled):
     r: int = 8
     alpha: float = 8.0
     factor: int = -1  # bound of C's sides; -1: none but the square root
@@ -35,12 +35,6 @@ class Config:
     def __post_init__(self):
         if min((self.r, *self.rank_pattern.values())) < 1 or (self.factor < 1 and self.factor != -1):
             raise ValueError("expected r of at least 1, and factor of at least 1, or -1")
-
-    def rank(self, site):
-        return patterned(self.rank_pattern, site, self.r)
-
-    def scale(self, site):
-        return patterned(self.alpha_pattern, site, self.alpha) / self.rank(site)
 
     def split(self, side):
         """(what C has, what D has) of a side of the weight."""

@@ -15,11 +15,12 @@ from typing import Literal
 import numpy as np
 
 from refpeft import fused, hookimpl, ops
-from refpeft.targets import matches, patterned
+from refpeft.lowrank import Scaled
+from refpeft.targets import matches
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Scaled):
     r: int = 8
     alpha: float = 16.0
     dropout: float = 0.0  # rate, of what A reads, in training
@@ -36,12 +37,6 @@ class Config:
     def __post_init__(self):
         if min((self.r, *self.rank_pattern.values())) < 1 or not 0 <= self.dropout < 1:
             raise ValueError("expected r of at least 1, and dropout of at least 0 and less than 1")
-
-    def rank(self, site):
-        return patterned(self.rank_pattern, site, self.r)
-
-    def scale(self, site):
-        return patterned(self.alpha_pattern, site, self.alpha) / self.rank(site) ** (0.5 if self.rslora else 1)
 
 
 @hookimpl

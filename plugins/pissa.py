@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from refpeft import RefpeftError, fused, hookimpl, lowrank, ops
-from refpeft.targets import patterned
+from refpeft.lowrank import Scaled
 from refpeft.tensor import Tensor
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Scaled):
     r: int = 8
     alpha: float = 8.0  # the paper has r: s is 1
     dropout: float = 0.0  # rate, of what A reads, in training
@@ -33,12 +33,6 @@ class Config:
             raise ValueError("expected r of at least 1, and alpha above 0")
         if not 0 <= self.dropout < 1:
             raise ValueError("expected dropout of at least 0 and less than 1")
-
-    def rank(self, site):
-        return patterned(self.rank_pattern, site, self.r)
-
-    def scale(self, site):
-        return patterned(self.alpha_pattern, site, self.alpha) / self.rank(site) ** (0.5 if self.rslora else 1)
 
 
 @hookimpl

@@ -1,10 +1,25 @@
-"""The matrix of low rank that is nearest to another: for authors of methods that start from weights."""
+"""What methods of low rank have in common, for their authors: ranks, scales, the nearest matrix of a rank."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from .backend import Array, xp_of
+from .targets import patterned
+
+
+class Scaled:
+    """For a Config with `r`, `alpha`, `rank_pattern` and `alpha_pattern`, and `rslora` where the method has that."""
+
+    rslora = False
+
+    def rank(self, site) -> int:
+        """The rank at this site."""
+        return patterned(self.rank_pattern, site, self.r)
+
+    def scale(self, site) -> float:
+        """alpha / r at this site; alpha / sqrt(r) with rslora (arXiv:2312.03732)."""
+        return patterned(self.alpha_pattern, site, self.alpha) / self.rank(site) ** (0.5 if self.rslora else 1)
 
 
 def nearest(matrix: Array, r: int) -> tuple[Array, Array]:

@@ -111,14 +111,9 @@ def merge(
     """
     if Path(out).exists():
         raise RefpeftError(f"{out} exists: merged models are not written over anything; choose another --out")
-    said, name = config.written(adapter), model or run.base_model(adapter)
-    load = partial(api.load, name, adapter, dtype=said.get("dtype", "float32"))
-    as_trained = partial(
-        load,
-        quantizer=said.get("quantizer"),
-        double_quant=said.get("double_quant", False),
-        options=said.get(said.get("quantizer")),
-    )
+    name, how = model or run.base_model(adapter), run.how_kept(adapter)
+    load = partial(api.load, name, adapter, dtype=how["dtype"])
+    as_trained = partial(api.load, name, adapter, **how)
     trained = as_trained()
     packed = {key: weight for key, weight in trained.frozen.items() if isinstance(weight, Quantized)}
     into = into or ("dequantized" if packed else "original")

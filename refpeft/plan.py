@@ -10,10 +10,11 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from refpeft import api, memory, report, run, schedule, shapes, sites, toml
+from refpeft import memory, report, run, schedule, shapes, sites, toml
 from refpeft.config import EMBEDDED, Resolved
 from refpeft.models.checkpoint import Checkpoint, open_checkpoint
 from refpeft.models.hub import resolve as resolve_model
+from refpeft.quant import make_quantizer
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def plan_shape(resolved: Resolved) -> ShapePlan:
 def _sizes(resolved: Resolved, checkpoint: Checkpoint, rows: int, longest: int) -> dict[str, Any]:
     """The fields of Sizes, for steps of so many rows of so many tokens."""
     config, shape = resolved.run, checkpoint.config
-    quantizer = api.make_quantizer(config.quantizer, resolved.options.get(config.quantizer), config.double_quant)
+    quantizer = make_quantizer(config.quantizer, resolved.options.get(config.quantizer), config.double_quant)
     model = memory.skeleton(checkpoint)
     for method in config.methods:
         sites.attach(model, method, resolved.options[method], seed=config.seed)

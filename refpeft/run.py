@@ -20,6 +20,7 @@ from refpeft.errors import RefpeftError
 from refpeft.generate import generate
 from refpeft.models.base import Model
 from refpeft.models.config import ModelConfig
+from refpeft.quant import make_quantizer
 from refpeft.rng import Stream
 from refpeft.tokenizer import Tokenizer
 from refpeft.trainer import Summary, Trainer, mean_loss
@@ -131,6 +132,15 @@ def base_model(adapter: str | Path) -> str:
     return name
 
 
+def how_kept(adapter: str | Path | None, quantizer: str | None = None) -> dict[str, Any]:
+    """How an adapter's run kept its frozen weights, as keywords of refpeft.load; `quantizer` wins, "none" is dense."""
+    said = config.written(adapter)
+    chosen = None if quantizer == "none" else quantizer or said.get("quantizer")
+    double_quant = quantizer in (None, said.get("quantizer")) and said.get("double_quant", False)
+    dtype = said.get("dtype", "float32")
+    return {"quantizer": chosen, "double_quant": double_quant, "options": said.get(chosen), "dtype": dtype}
+
+
 # ---- the run ----
 
 
@@ -182,7 +192,7 @@ def train(resolved: Resolved, directory: Path, resume: bool = False, say: Callab
             say(f"{method} is fitted to the weights: with large ones this takes minutes")
         sites.attach(model, method, resolved.options[method], seed=run.seed)
     trained = sum(adapter.size for adapter in model.adapters)
-    packer = api.make_quantizer(run.adapter_quantizer, resolved.options.get(run.adapter_quantizer))
+    packer = make_quantizer(run.adapter_quantizer, resolved.options.get(run.adapter_quantizer))
     if packer:
         for adapter in model.adapters:
             adapters.packed(adapter, packer)  # what it cannot keep is said now, not after hours of training

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refpeft.api import make_quantizer
 from refpeft.backend import to_host
 from refpeft.errors import RefpeftError
+from refpeft.quant import make_quantizer
 
 EXAMPLE = np.array([0.35, -1.2, 2.7, -0.45], "f4")
 F4 = np.dtype("f4")

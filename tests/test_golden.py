@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from refpeft import fourier, fused, ops, schedule
-from refpeft.api import make_quantizer
 from refpeft.batches import Batch, collate
 from refpeft.conformance.compare import compare
 from refpeft.conformance.vectors import Arrays, Case, cases
@@ -21,7 +20,7 @@ from refpeft.models.decoder import Decoder
 from refpeft.models.gpt2 import GPT2
 from refpeft.models.quantized_files import tensors_of
 from refpeft.optim import OPTIMIZERS, AdamW, Flat
-from refpeft.quant import Dense, Quantized
+from refpeft.quant import Dense, Quantized, make_quantizer
 from refpeft.rng import Stream, philox4x32
 from refpeft.sites import Adapter, Train, attach, merge
 from refpeft.tensor import Tensor, parameter

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from refpeft import manager
-from refpeft.api import make_quantizer
 from refpeft.backend import to_host
+from refpeft.quant import make_quantizer
 
 F4 = np.dtype("f4")
 LEVELS = manager.load("nf4_normal").levels_of()

@@ -11,11 +11,10 @@ from cases import FUSED, OPS, Case, Place
 from variants import TO_FIT, needed_quantizer
 
 from refpeft import manager, sites
-from refpeft.api import make_quantizer
 from refpeft.backend import to_host
 from refpeft.batches import Batch
 from refpeft.optim import AdamW, Flat
-from refpeft.quant import Quantizer
+from refpeft.quant import Quantizer, make_quantizer
 from refpeft.rng import Stream
 from refpeft.tensor import parameter
 

@@ -8,9 +8,8 @@ import tiny
 from variants import TO_FIT, has_constants
 
 from refpeft import RefpeftError, manager, sites
-from refpeft.api import make_quantizer
 from refpeft.fused import frozen_linear
-from refpeft.quant import Dense, Quantized, Quantizer
+from refpeft.quant import Dense, Quantized, Quantizer, make_quantizer
 from refpeft.tensor import parameter
 
 LISTED = manager.catalogue()

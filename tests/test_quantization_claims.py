@@ -5,8 +5,7 @@ import pytest
 from variants import has_constants
 
 from refpeft import manager
-from refpeft.api import make_quantizer
-from refpeft.quant import Quantizer
+from refpeft.quant import Quantizer, make_quantizer
 
 F4 = np.dtype("f4")
 QUANTIZERS = [name for name, listing in manager.catalogue().items() if listing.kind == "quantizer"]

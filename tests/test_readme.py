@@ -9,8 +9,8 @@ from variants import has_constants
 
 import refpeft
 from refpeft import adapters, manager, sites
-from refpeft.api import make_quantizer
 from refpeft.peft_formats import FORMATS
+from refpeft.quant import make_quantizer
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")

@@ -4,8 +4,7 @@ import numpy as np
 import tiny
 
 from refpeft import sites
-from refpeft.api import make_quantizer
-from refpeft.quant import Quantizer
+from refpeft.quant import Quantizer, make_quantizer
 
 # name: (method, options)
 VARIANTS = {

@@ -15,17 +15,15 @@ def _load(
     model: str | None, adapter: str | None, quantizer: str | None, double_quant: bool, dtype: str | None, device: str
 ) -> Any:
     """The model that the options name, kept as the adapter's run had it where they do not say how."""
-    from refpeft import api, config, run
+    from refpeft import api, run
     from refpeft.errors import RefpeftError
 
     if not (model or adapter):
         raise RefpeftError("there is no model: give --model, or --adapter with a run's directory")
-    said = config.written(adapter)
-    double_quant = double_quant or (quantizer in (None, said.get("quantizer")) and said.get("double_quant", False))
-    quantizer = None if quantizer == "none" else quantizer or said.get("quantizer")
-    dtype = dtype or said.get("dtype", "float32")
-    how = {"double_quant": double_quant, "options": said.get(quantizer)}
-    return api.load(model or run.base_model(adapter), adapter, quantizer, dtype, device, **how)
+    how = run.how_kept(adapter, quantizer)
+    how["double_quant"] |= double_quant
+    how["dtype"] = dtype or how["dtype"]
+    return api.load(model or run.base_model(adapter), adapter, device=device, **how)
 
 
 @click.command("eval")

@@ -29,16 +29,11 @@ WAYS = {
 COLUMNS = ("bits", "frozen MiB", "loaded MiB", "trained MiB", "before", "after", "s a step")
 
 
-def peak() -> float:
-    """The most memory that this process has had, in MiB."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
-
-
 def measure(model_path: str, data: Path, way: dict, steps: int, threads: int, device: str) -> dict:
     import threadpoolctl
 
     import refpeft
+    from refpeft import report
     from refpeft.batches import Batches
     from refpeft.config import Train
     from refpeft.data import load_data
@@ -46,7 +41,7 @@ def measure(model_path: str, data: Path, way: dict, steps: int, threads: int, de
 
     with threadpoolctl.threadpool_limits(threads):
         model = refpeft.load(model_path, device=device, **way)
-        found = {"frozen MiB": model.nbytes / 2**20, "loaded MiB": peak()}
+        found = {"frozen MiB": model.nbytes / 2**20, "loaded MiB": report.peak() / 2**20}
         weights = [model.frozen[name] for name in model.quantizable]
         found["bits"] = 8 * sum(w.nbytes for w in weights) / sum(w.shape[0] * w.shape[1] for w in weights)
         rows = {name: load_data(data / f"{name}.jsonl", model.tokenizer, length=LENGTH) for name in ("train", "valid")}
@@ -65,7 +60,7 @@ def measure(model_path: str, data: Path, way: dict, steps: int, threads: int, de
         found["before"] = mean_loss(model, valid)
         started = time.perf_counter()
         Trainer(model, train, None, settings, listeners=[watch]).run()
-        found["trained MiB"] = peak()
+        found["trained MiB"] = report.peak() / 2**20
         found["after"] = mean_loss(model, valid)
     return found | {"s a step": statistics.median(seconds)}
 

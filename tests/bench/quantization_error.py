@@ -13,12 +13,11 @@ import sys
 import numpy as np
 
 from refpeft import manager
-from refpeft.api import make_quantizer
 from refpeft.backend import cast
 from refpeft.errors import RefpeftError
 from refpeft.models.checkpoint import linear_weights, open_checkpoint
 from refpeft.models.hub import resolve
-from refpeft.quant import Quantizer
+from refpeft.quant import Quantizer, make_quantizer
 
 VARIANTS = {
     "affine": [{}, {"bits": 8}],

@@ -4,8 +4,8 @@ import cupy
 import numpy as np
 import pytest
 
-from refpeft.api import make_quantizer
 from refpeft.backend import to_host
+from refpeft.quant import make_quantizer
 
 torch = pytest.importorskip("torch")
 bnb = pytest.importorskip("bitsandbytes").functional

@@ -13,7 +13,6 @@ from variants import TO_FIT, needed_quantizer
 
 import refpeft
 from refpeft import adapters, fused, manager, sites
-from refpeft.api import make_quantizer
 from refpeft.backend import bfloat16, module, to_host
 from refpeft.batches import Batch, Batches
 from refpeft.cli import main
@@ -21,7 +20,7 @@ from refpeft.config import Train
 from refpeft.data import Example
 from refpeft.generate import generate
 from refpeft.models.base import Model
-from refpeft.quant import Dense, Quantizer
+from refpeft.quant import Dense, Quantizer, make_quantizer
 from refpeft.rng import Stream
 from refpeft.special import erf
 from refpeft.tensor import Tensor, parameter

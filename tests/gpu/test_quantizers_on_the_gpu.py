@@ -6,8 +6,8 @@ import pytest
 from variants import has_constants
 
 from refpeft import manager
-from refpeft.api import make_quantizer
 from refpeft.backend import to_host
+from refpeft.quant import make_quantizer
 
 NAMES = sorted(name for name, listing in manager.catalogue().items() if listing.kind == "quantizer")
 VARIANTS = [(name, {}) for name in NAMES] + [
