@@ -10,6 +10,8 @@ import numpy as np
 
 from refpeft import RefpeftError, hookimpl
 
+FAMILY = "selective"
+
 
 @dataclass(frozen=True)
 class Config:

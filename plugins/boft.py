@@ -17,6 +17,8 @@ from refpeft import hookimpl
 from refpeft.structured import IN, cayley, check_divides, times_blocks
 from refpeft.tensor import Tensor
 
+FAMILY = "reparametrisation"
+
 
 @dataclass(frozen=True)
 class Config:

@@ -13,6 +13,8 @@ from typing import Literal
 
 from refpeft import RefpeftError, hookimpl
 
+FAMILY = "selective"
+
 ROLES = {
     "attention": {"q", "k", "v", "o", "qk_norm"},
     "mlp": {"gate", "up", "down"},

@@ -19,6 +19,8 @@ from refpeft.structured import IN, OUT, check_divides
 from refpeft.targets import patterned
 from refpeft.tensor import Tensor
 
+FAMILY = "reparametrisation"
+
 
 @dataclass(frozen=True)
 class Config:

@@ -16,6 +16,8 @@ from refpeft import hookimpl
 from refpeft.bottleneck import RULE_STD, check_phm, factored_bottleneck, factored_values
 from refpeft.tensor import parameter
 
+FAMILY = "additive"
+
 
 @dataclass(frozen=True)
 class Config:

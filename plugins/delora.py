@@ -17,6 +17,8 @@ from refpeft.backend import xp_of
 from refpeft.targets import patterned
 from refpeft.tensor import Tensor
 
+FAMILY = "reparametrisation"
+
 LEAST = 1e-4  # that a norm counts as
 
 

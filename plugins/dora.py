@@ -15,6 +15,8 @@ from refpeft import fused, hookimpl, ops
 from refpeft.backend import xp_of
 from refpeft.lowrank import Scaled
 
+FAMILY = "reparametrisation"
+
 
 @dataclass(frozen=True)
 class Config(Scaled):

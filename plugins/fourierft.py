@@ -17,6 +17,8 @@ from refpeft import RefpeftError, fourier, hookimpl, torch_random
 from refpeft.backend import xp_of
 from refpeft.targets import patterned
 
+FAMILY = "reparametrisation"
+
 
 @dataclass(frozen=True)
 class Config:

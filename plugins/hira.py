@@ -13,6 +13,8 @@ import numpy as np
 from refpeft import fused, hookimpl
 from refpeft.targets import patterned
 
+FAMILY = "reparametrisation"
+
 
 @dataclass(frozen=True)
 class Config:

@@ -14,6 +14,8 @@ from refpeft import RefpeftError, fused, hookimpl, ops
 from refpeft.backend import xp_of
 from refpeft.tensor import Tensor
 
+FAMILY = "reparametrisation"
+
 
 @dataclass(frozen=True)
 class Config:

@@ -14,6 +14,8 @@ import numpy as np
 from refpeft import RefpeftError, hookimpl
 from refpeft.targets import matcher
 
+FAMILY = "additive"
+
 
 @dataclass(frozen=True)
 class Config:

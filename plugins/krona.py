@@ -2,8 +2,7 @@
 
 Edalati et al., 2022, arXiv:2212.10650, section 3. At a feed-forward part (targets = ["@mlp_out"]) it is the paper's
 KronA^B, beside f: f(x) + s (A kron B) x; with `residual`, KronA^B_res, + gain x, too. A is (a_out, a_in) and B (out /
-a_out, in / a_in). Where a_out or a_in is 0 it is the largest divisor up to the square root of what it divides, which
-makes A and B smallest.
+a_out, in / a_in). An a_out or a_in of 0 is the largest divisor up to the square root: A and B are smallest then.
 
 First values, which leave the model as it is: A uniform in +-1 / sqrt(a_in), B and the gain zero.
 Trained: A, B and the gain (1,): a_out a_in + out in / (a_out a_in) numbers a target, 1 more with `residual`.
@@ -16,6 +15,8 @@ import numpy as np
 from refpeft import RefpeftError, hookimpl
 from refpeft.backend import xp_of
 from refpeft.structured import kron_linear
+
+FAMILY = "reparametrisation"
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,8 @@ import numpy as np
 from refpeft import fused, hookimpl
 from refpeft.bottleneck import bottleneck, check_size, normal_values
 
+FAMILY = "additive"
+
 
 @dataclass(frozen=True)
 class Config:

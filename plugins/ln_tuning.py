@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from refpeft import hookimpl
 
+FAMILY = "selective"
+
 
 @dataclass(frozen=True)
 class Config:

@@ -8,7 +8,6 @@ Trained: A (r, in) and B (out, r), r (in + out) numbers a target. Constant: A0 a
 """
 
 from dataclasses import dataclass
-from math import inf
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,6 +16,8 @@ from refpeft import RefpeftError, fused, hookimpl, lowrank, ops
 from refpeft.backend import xp_of
 from refpeft.quant import Quantized
 from refpeft.tensor import Tensor
+
+FAMILY = "reparametrisation"
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def peft_fit(site, cfg, original, requantize):
         raise RefpeftError(f"loftq: {site.name} is dense: give a quantizer, such as nf4, and target what it quantizes")
     if cfg.r > min(site.shape):
         raise RefpeftError(f"loftq: r is {cfg.r}, more than a side of {site.name}, which is {site.shape}")
-    xp, least = xp_of(original), inf
+    xp, least = xp_of(original), np.inf
     A, B = xp.zeros((cfg.r, site.shape[1])), xp.zeros((site.shape[0], cfg.r))
     for _ in range(cfg.iterations):
         before = SimpleNamespace(A0=A, B0=B)

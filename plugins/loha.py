@@ -16,6 +16,8 @@ import numpy as np
 from refpeft import fused, hookimpl, ops
 from refpeft.lowrank import Scaled
 
+FAMILY = "reparametrisation"
+
 
 @dataclass(frozen=True)
 class Config(Scaled):

@@ -18,6 +18,8 @@ from refpeft.backend import xp_of
 from refpeft.lowrank import Scaled
 from refpeft.structured import kron_linear
 
+FAMILY = "reparametrisation"
+
 
 @dataclass(frozen=True)
 class Config(Scaled):

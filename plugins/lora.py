@@ -18,6 +18,8 @@ from refpeft import fused, hookimpl, ops
 from refpeft.lowrank import Scaled
 from refpeft.targets import matches
 
+FAMILY = "reparametrisation"
+
 
 @dataclass(frozen=True)
 class Config(Scaled):

@@ -16,6 +16,8 @@ from refpeft.backend import xp_of
 from refpeft.structured import OUT, check_divides
 from refpeft.tensor import Tensor
 
+FAMILY = "reparametrisation"
+
 
 @dataclass(frozen=True)
 class Config:

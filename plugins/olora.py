@@ -16,6 +16,8 @@ from refpeft.backend import xp_of
 from refpeft.lowrank import Scaled
 from refpeft.tensor import Tensor
 
+FAMILY = "reparametrisation"
+
 
 @dataclass(frozen=True)
 class Config(Scaled):

@@ -18,6 +18,8 @@ import numpy as np
 from refpeft import hookimpl
 from refpeft.bottleneck import bottleneck, check_size
 
+FAMILY = "additive"
+
 
 @dataclass(frozen=True)
 class Config:

@@ -15,6 +15,8 @@ from typing import Literal
 from refpeft import hookimpl
 from refpeft.bottleneck import bottleneck, check_size, normal_values
 
+FAMILY = "additive"
+
 
 @dataclass(frozen=True)
 class Config:

@@ -18,6 +18,8 @@ import numpy as np
 from refpeft import hookimpl
 from refpeft.bottleneck import RULE_STD, bottleneck, check_phm, check_size, glorot, phm
 
+FAMILY = "additive"
+
 
 @dataclass(frozen=True)
 class Config:

@@ -15,6 +15,8 @@ from refpeft import RefpeftError, fused, hookimpl, lowrank, ops
 from refpeft.lowrank import Scaled
 from refpeft.tensor import Tensor
 
+FAMILY = "reparametrisation"
+
 
 @dataclass(frozen=True)
 class Config(Scaled):

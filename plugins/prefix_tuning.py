@@ -12,6 +12,8 @@ from typing import Literal
 
 from refpeft import hookimpl, ops
 
+FAMILY = "soft prompt"
+
 
 @dataclass(frozen=True)
 class Config:

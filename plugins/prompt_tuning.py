@@ -15,6 +15,8 @@ import numpy as np
 
 from refpeft import hookimpl, ops
 
+FAMILY = "soft prompt"
+
 
 @dataclass(frozen=True)
 class Config:

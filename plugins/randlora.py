@@ -17,6 +17,8 @@ import numpy as np
 from refpeft import RefpeftError, hookimpl, ops
 from refpeft.tensor import Tensor, checkpoint
 
+FAMILY = "reparametrisation"
+
 
 @dataclass(frozen=True)
 class Config:

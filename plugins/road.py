@@ -18,6 +18,8 @@ from refpeft import fourier, hookimpl, ops
 from refpeft.structured import OUT, check_divides
 from refpeft.tensor import Tensor
 
+FAMILY = "reparametrisation"
+
 
 @dataclass(frozen=True)
 class Config:

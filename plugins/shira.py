@@ -3,8 +3,7 @@
 Bhardwaj et al., 2024, arXiv:2406.13175, section 3. `mask` chooses them: at random (SHiRA-Rand, as in PEFT), or those of
 largest magnitude (SHiRA-WM). There are as many as LoRA of rank r would train.
 
-First values, which leave the model as it is: zero. Trained: values (r (in + out),) a target; their places, indices (2,
-r (in + out)) of rows and columns, are kept with them.
+First values, which leave the model as it is: zero. Trained: values (r (in + out),) a target. Constant: their indices.
 """
 
 from dataclasses import dataclass
@@ -15,6 +14,8 @@ import numpy as np
 from refpeft import RefpeftError, fused, hookimpl
 from refpeft.backend import to_host, xp_of
 from refpeft.tensor import Tensor
+
+FAMILY = "selective"
 
 
 @dataclass(frozen=True)

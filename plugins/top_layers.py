@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 from refpeft import RefpeftError, hookimpl
 
+FAMILY = "selective"
+
 
 @dataclass(frozen=True)
 class Config:

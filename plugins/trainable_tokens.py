@@ -15,6 +15,8 @@ from refpeft import RefpeftError, fused, hookimpl, ops
 from refpeft.backend import xp_of
 from refpeft.tensor import Tensor
 
+FAMILY = "selective"
+
 
 @dataclass(frozen=True)
 class Config:

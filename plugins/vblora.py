@@ -15,6 +15,8 @@ from refpeft.backend import xp_of
 from refpeft.structured import IN, OUT, check_divides
 from refpeft.tensor import Tensor, parameter
 
+FAMILY = "reparametrisation"
+
 
 @dataclass(frozen=True)
 class Config:

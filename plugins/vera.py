@@ -16,6 +16,8 @@ from refpeft import hookimpl, ops
 from refpeft.tensor import Tensor
 from refpeft.torch_random import torch_uniform
 
+FAMILY = "reparametrisation"
+
 
 @dataclass(frozen=True)
 class Config:
