@@ -7,7 +7,7 @@ REFPEFT, the method's name and options in the config, and its tensors under refp
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,9 @@ def save(
 
 def _written(adapter: Adapter, model: Model, quantizer: Quantizer | None) -> tuple[list[Entry], dict[str, Any]]:
     """The tensors and the settings of an adapter: in PEFT's form where it has one, else in refpeft's own."""
+    inside = [part for part in adapter.parts if not part.is_recipe]
+    if len(inside) == 1:  # a recipe of one method is written as that method
+        adapter = replace(adapter, parts=inside)
     form = FORMATS.get(adapter.parts[0].name)
     if form is not None and not form.fitted and quantizer is None and form.fits(adapter, model):
         return form.entries(adapter), {"peft_type": form.peft_type} | form.settings(adapter, model)
@@ -200,6 +203,7 @@ def _load_one(model: Model, directory: Path) -> Adapter:
         for layer in adapter.layers:
             layer.part.call("peft_check_values", site=layer.site, p=layer.arrays)
         put_on(model, adapter)
+        adapter.settled = True
     except RefpeftError as error:
         raise RefpeftError(f"{directory / TENSORS}: {error}") from None
     return adapter

@@ -50,7 +50,7 @@ def generate(
     padded = bool((segments < 0).any())
     before = np.asarray([longest - len(p) for p in prompts])[:, None]  # padding of each row
     streams = [Stream(seed, "sample", *map(int, prompt)) for prompt in prompts]
-    cache, out = Cache(model.config.layers), [[] for _ in prompts]
+    cache, out = Cache(), [[] for _ in prompts]
     live, now = np.ones(len(prompts), bool), ids
     with no_grad(), blas_threads(model.parameters()):
         for _ in range(steps):

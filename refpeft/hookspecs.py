@@ -9,8 +9,11 @@ A method's Config must have `targets`, and may have `exclude` and `layers`: thes
 (refpeft.targets.select). Fields that end in `_pattern` map regular expressions to values for the sites that match
 (refpeft.targets.patterned). A ValueError from `__post_init__` reaches the user as a mistake in the options.
 
+A recipe has no forward hook, and so no targets: it brings other methods along (`peft_companions`).
+
 The arguments:
     site    refpeft.sites.Site: .name, .kind, .shape, .roles, .index, .tied; sites: the list of those that were chosen
+            (a recipe is given all of the model's)
     cfg     the plugin's Config
     rng     refpeft.rng.Stream of this site: .uniform(low, high, shape), .standard_normal(shape), .permutation(n)
     weight  the frozen dense array: linear (out, in), embedding (vocab, dim), norm (dim,)
@@ -19,10 +22,15 @@ The arguments:
     bias    the frozen bias (out,), or None
     x       Tensor (batch, time, in); ids: integer array (batch, time)
     base    the layer below, to be called once: base(x). Keywords stand in for its frozen parts: base(x, bias=p.bias).
-            base.weight and base.bias are those parts as constants; base.frozen(x) is x times the weight alone
+            base.weight and base.bias are those parts as constants; base.frozen(x) is x times the weight alone;
+            base.attention(q, k, v), in a block's hook, is attention such as the layer's own for a sub-network
     p       the site's values by name, p.A: Tensors; in peft_merge and peft_base their arrays
     shared  the values of `peft_shared` by name
-    train   None outside of training; otherwise refpeft.sites.Train: .dropout(x, rate), .draw(n), .step
+    near    the layers beside an attention or a block, by role: near("k", x) is what the layer's `k` makes of x
+    memo    what the hooks of a method hand on from site to site, upward, within one forward pass: a namespace
+    virtual how many rows at the front of x are virtual tokens, not those of text
+    train   None outside of training; otherwise refpeft.layers.Train: .dropout(x, rate), .draw(n), .uniform(like), .step
+    layers  the list of refpeft.layers.Layer of the method, one a site: .site, .p, .arrays, .grads, .state
 """
 
 from pluggy import HookimplMarker, HookspecMarker
@@ -34,7 +42,7 @@ hookimpl = HookimplMarker("refpeft")
 
 
 @hookspec
-def peft_params(site, sites, cfg, rng, weight, bias):
+def peft_params(site, sites, cfg, rng, weight, bias, tokenizer):
     """First values of what is trained at `site`: {name: array}; None leaves the site alone.
 
     In place of an array, the name of another parameter of this adapter ("model.embed_tokens.weight") makes the two one;
@@ -70,6 +78,16 @@ def peft_shared(sites, cfg, rng):
 
 
 @hookspec
+def peft_survey(layers, cfg, rng, survey):
+    """Values that the data decide, such as which numbers of a weight are trained, found before the first step.
+
+    Gives {site name: {name: array}}, in place of some of `peft_params`, of any shape; None in place of the dict takes
+    the method off that site. `survey` is a refpeft.survey.Survey: .gradients, .own_gradients, .inputs, .changes. Not
+    called where a file brings the values.
+    """
+
+
+@hookspec
 def peft_positions(cfg):
     """The position of the first real token, for methods that put keys before it without adding rows."""
 
@@ -88,12 +106,12 @@ def peft_check(sites, cfg):
 
 
 @hookspec
-def peft_linear(x, base, p, cfg, site, sites, shared, train):
+def peft_linear(x, base, p, cfg, site, sites, shared, train, memo):
     """At a linear layer: x (batch, time, in), gives (batch, time, out)."""
 
 
 @hookspec
-def peft_embedding(ids, base, p, cfg, site, sites, shared, train):
+def peft_embedding(ids, base, p, cfg, site, sites, shared, train, memo):
     """At the token embedding: ids (batch, time), gives (batch, time, dim).
 
     Extra leading rows are virtual tokens. A method that adds them is attached after those that change the rows of text.
@@ -101,12 +119,12 @@ def peft_embedding(ids, base, p, cfg, site, sites, shared, train):
 
 
 @hookspec
-def peft_norm(x, base, p, cfg, site, sites, shared, train):
+def peft_norm(x, base, p, cfg, site, sites, shared, train, memo):
     """At a LayerNorm or RMSNorm."""
 
 
 @hookspec
-def peft_attention(q, k, v, base, p, cfg, site, sites, shared, train):
+def peft_attention(q, k, v, base, p, cfg, site, sites, shared, train, memo, near):
     """At the attention of one layer, after rotary positions: (batch, heads, time, head_dim), k and v with kv_heads.
 
     Extra leading keys are seen by every token.
@@ -114,8 +132,45 @@ def peft_attention(q, k, v, base, p, cfg, site, sites, shared, train):
 
 
 @hookspec
-def peft_block(x, base, p, cfg, site, sites, shared, train):
+def peft_block(x, base, p, cfg, site, sites, shared, train, memo, near, virtual):
     """Around a sub-layer before its residual is added (`attn_out`, `mlp_out`), or a whole layer (`block_out`)."""
+
+
+# ---- a method: in training -------------------------------------------------------------------------------------------
+
+
+@hookspec
+def peft_objective(logits, loss, mean, cfg):
+    """What is minimised in place of the mean -log p of the next token: a scalar Tensor.
+
+    logits()   the logits of all supervised positions (positions, vocab), in a forward pass of its own at every call
+    loss(z)    the mean -log p that logits say
+    mean(e)    the mean of one number a position (positions,), over the batch that the step is for
+    """
+
+
+@hookspec
+def peft_penalty(site, sites, p, cfg, shared, train):
+    """A term of the objective for this site, a scalar Tensor, added once a step; evaluation is without it."""
+
+
+@hookspec
+def peft_rates(site, cfg):
+    """Learning rates of some of the site's parameters as multiples of the run's: {name: factor}."""
+
+
+@hookspec
+def peft_state(site, cfg, p):
+    """Arrays of floats that the method keeps in training: {name: array}; in checkpoints, not in adapters."""
+
+
+@hookspec
+def peft_step(update, layers, cfg, step, total):
+    """Around the optimizer's step: `update()` makes it. `step` counts from 0 to `total` - 1.
+
+    A layer's .arrays and .state may be changed in place; .grads are the gradients that the optimizer uses. Nothing may
+    be read by the host here.
+    """
 
 
 # ---- a method: its results -------------------------------------------------------------------------------------------

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -24,10 +25,12 @@ class Flat:
     """All trained values in one buffer and all their gradients in another; the tensors become views of them.
 
     Optimizing, clipping, saving and comparing are then one operation each. The order is that of the names given.
+    `rates` are the parameters' learning rates as multiples of the optimizer's, 1 where a name is not among them.
     """
 
-    def __init__(self, params: Iterable[tuple[str, Tensor]]):
+    def __init__(self, params: Iterable[tuple[str, Tensor]], rates: Mapping[str, float] | None = None):
         self.params = dict(params)
+        self.rates = [(rates or {}).get(name, 1.0) for name in self.params]
         if not self.params:
             raise RefpeftError("nothing is trained: attach a method to the model first")
         tensors = list(self.params.values())
@@ -75,6 +78,7 @@ class Part:
     span: slice
     shape: Shape
     state: dict[str, slice]
+    rate: float  # of learning, as a multiple of the optimizer's
 
 
 @dataclass(frozen=True)
@@ -113,24 +117,28 @@ class Optimizer:
     def __init__(self, flat: Flat, weight_decay: float = 0.0, paged: bool = False):
         xp = xp_of(flat.values)
         self.flat, self.weight_decay, self.step_count = flat, weight_decay, 0
-        layout = self.layout(list(flat.shapes.values()), flat.values.dtype, _device(flat.values))
+        layout = self.layout(list(flat.shapes.values()), flat.values.dtype, _device(flat.values), flat.rates)
         self._parts = layout.parts
         self._state = {name: paging.zeros(xp, size, dtype, paged) for name, (size, dtype) in layout.arrays.items()}
 
     @classmethod
-    def layout(cls, shapes: Sequence[Shape], dtype: np.dtype, device: str) -> Layout:
-        """Parts and state for parameters of these shapes and this dtype."""
+    def layout(
+        cls, shapes: Sequence[Shape], dtype: np.dtype, device: str, rates: Sequence[float] | None = None
+    ) -> Layout:
+        """Parts and state for parameters of these shapes, this dtype and these rates (None: all 1)."""
         parts: list[Part] = []
         arrays: dict[str, tuple[int, np.dtype]] = {}
         at = 0
-        for shape in cls.pieces(shapes, PAGES[device]):
-            state = {}
-            for name, (count, kept) in cls.needs(shape, dtype).items():
-                start, _ = arrays.get(name, (0, kept))
-                state[name] = slice(start, start + count)
-                arrays[name] = start + count, kept
-            parts.append(Part(slice(at, at + math.prod(shape)), shape, state))
-            at += math.prod(shape)
+        of_a_rate = itertools.groupby(zip(rates or [1.0] * len(shapes), shapes, strict=True), lambda pair: pair[0])
+        for rate, pairs in of_a_rate:
+            for shape in cls.pieces([shape for _, shape in pairs], PAGES[device]):
+                state = {}
+                for name, (count, kept) in cls.needs(shape, dtype).items():
+                    start, _ = arrays.get(name, (0, kept))
+                    state[name] = slice(start, start + count)
+                    arrays[name] = start + count, kept
+                parts.append(Part(slice(at, at + math.prod(shape)), shape, state, rate))
+                at += math.prod(shape)
         return Layout(parts, arrays)
 
     @classmethod
@@ -155,7 +163,8 @@ class Optimizer:
         values, grads = self.flat.values, self.flat.grads
         pages = paging.in_turn(self._state, [part.state for part in self._parts])
         for state, part in zip(pages, self._parts, strict=True):  # pages first: the last one has to go back, too
-            self.update(values[part.span].reshape(part.shape), grads[part.span].reshape(part.shape), lr, **state)
+            p, g = (array[part.span].reshape(part.shape) for array in (values, grads))
+            self.update(p, g, lr * part.rate, **state)
         grads.fill(0)
 
     def update(self, p: Array, g: Array, lr: float, **state: Array) -> None:

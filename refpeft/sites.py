@@ -10,25 +10,16 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
-from . import fused, manager
-from .backend import Array, xp_of
+from . import manager
+from .backend import Array
 from .errors import RefpeftError
+from .layers import Layer, Lazy, Near, Part
 from .quant import Dense
-from .rng import Stream
 from .targets import check_patterns, select
 from .tensor import Tensor, parameter
-
-INPUTS = {
-    "linear": ("x",),
-    "embedding": ("ids",),
-    "norm": ("x",),
-    "attention": ("q", "k", "v"),
-    "block": ("x",),
-}
-"""The kinds of site, and what a hook of each kind is given first."""
 
 
 class Site:
@@ -81,167 +72,6 @@ class Site:
             self._call = layer.around(self._call)
 
 
-class Base:
-    """What a hook gets as `base`: the layer below, callable, and its frozen parts."""
-
-    __slots__ = ("_call", "_keywords", "_site")
-
-    def __init__(self, site: Site, call: Callable[..., Tensor], keywords: dict[str, Any]):
-        self._site, self._call, self._keywords = site, call, keywords
-
-    def __call__(self, *args: Any, **stand_ins: Any) -> Tensor:
-        twice = stand_ins.keys() & self._keywords.keys() & {"weight", "bias"}
-        if twice:
-            raise RefpeftError(f"two methods replace the {twice.pop()} of {self._site.name}: attach only one of them")
-        return self._call(*args, **self._keywords, **stand_ins)
-
-    def frozen(self, x: Tensor) -> Tensor:
-        """x (..., in) times a linear layer's frozen weight, without its bias and the methods below: (..., out)."""
-        return fused.frozen_linear(x, weight=self._site.weight)
-
-    @property
-    def weight(self) -> Tensor:
-        """The frozen dense weight as a constant; within a product with x it stays on the tape: see `frozen`."""
-        return Tensor(self._site.weight())
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The frozen bias as a constant, or None."""
-        return None if self._site.bias is None else Tensor(self._site.bias)
-
-
-@dataclass
-class Mode:
-    """What all sites of a model know of the moment: whether it trains, with which seed, which forward pass this is."""
-
-    training: bool = False
-    seed: int = 0
-    step: int = 0  # of the optimizer, from 0
-    part: int = 0  # of the step's batch, where its gradients are accumulated
-    chunk: int = 0  # of the rows, where the loss gives them to the head in chunks
-
-
-class Train:
-    """What a hook knows of training: the optimizer's step, and dropout that is the same in every run of a seed."""
-
-    def __init__(self, mode: Mode, purpose: tuple[str, ...]):
-        self.step = mode.step
-        self._key = (mode.seed, "dropout", *purpose, mode.step, mode.part, mode.chunk)
-        self._of_the_step = (mode.seed, "draw", *purpose[:-1], mode.step)
-        self._stream: Stream | None = None
-
-    def draw(self, n: int) -> int:
-        """A number of 0 ... n - 1, drawn by the host: the same at every site of the method during a step."""
-        return int(Stream(*self._of_the_step).uniform(0, n))
-
-    def dropout(self, x: Tensor, rate: float) -> Tensor:
-        """`x` with elements zeroed at `rate` and the rest scaled by 1 / (1 - rate)."""
-        if not rate:
-            return x
-        self._stream = self._stream or Stream(*self._key, xp=xp_of(x.data))
-        return fused.dropout(x, rate=rate, stream=self._stream)
-
-
-@dataclass
-class Part:
-    """One plugin's share of an adapter: the method itself, or a companion that it brings."""
-
-    plugin: ModuleType
-    cfg: Any
-    shared: SimpleNamespace = field(default_factory=SimpleNamespace)
-    sites: list[Site] = field(default_factory=list)
-
-    @property
-    def name(self) -> str:
-        return self.plugin.__name__.rpartition(".")[2]
-
-    def call(self, hook: str, **have: Any) -> Any:
-        """What the plugin's `hook` returns, or None where it has none; values of `have` may be thunks."""
-        found = manager.hook(self.plugin, hook)
-        if found is None:
-            return None
-        function, names = found
-        have = {"cfg": self.cfg, "shared": self.shared, "sites": self.sites} | have
-        return function(*(have[name]() if isinstance(have[name], _Lazy) else have[name] for name in names))
-
-
-class _Lazy:
-    """A value that is computed only if a hook names it."""
-
-    def __init__(self, make: Callable[[], Any]):
-        self.make = make
-
-    def __call__(self) -> Any:
-        return self.make()
-
-
-class Layer:
-    """One part at one site, with its values.
-
-    `frozen` is the frozen weight that the site has in place of its own while this is on it, and the site's own one
-    then; None of methods that leave it alone.
-    """
-
-    def __init__(self, part: Part, site: Site, values: dict[str, Tensor], mode: Mode, adapter: str):
-        self.part, self.site, self.values, self.mode = part, site, values, mode
-        self.frozen: Any = None
-        self.p = SimpleNamespace(**values)
-        self._purpose = (adapter, part.name, site.name)
-        self._function, self._names = manager.hook(part.plugin, f"peft_{site.kind}")
-        missing = [name for name in INPUTS[site.kind] if name not in self._names]
-        if missing:
-            raise RefpeftError(f"plugin '{part.name}': peft_{site.kind} does not take {', '.join(missing)}")
-
-    def around(self, inner: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """A function like `inner` that runs the plugin's hook around it. Keywords travel inward to the frozen layer."""
-        inputs = INPUTS[self.site.kind]
-        part = self.part
-        fixed = {"p": self.p, "cfg": part.cfg, "site": self.site, "sites": part.sites, "shared": part.shared}
-
-        def call(*args: Any, **keywords: Any) -> Tensor:
-            train = Train(self.mode, self._purpose) if self.mode.training and "train" in self._names else None
-            have = fixed | {"base": Base(self.site, inner, keywords), "train": train}
-            have |= zip(inputs, args, strict=True)
-            return self._function(*(have[name] for name in self._names))
-
-        return call
-
-    def put_on(self, model: Any) -> None:
-        """Puts it on its site, outermost."""
-        self.site.layers.append(self)
-        self._exchange(model)
-
-    def take_off(self, model: Any) -> None:
-        """Takes it off its site, which has its own frozen weight again."""
-        self.site.layers.remove(self)
-        self._exchange(model)
-
-    def _exchange(self, model: Any) -> None:
-        if self.frozen is not None:
-            self.site.weight, self.frozen = self.frozen, self.site.weight
-            model.frozen[f"{self.site.name}.weight"] = self.site.weight
-        self.site.compose()
-
-    @property
-    def arrays(self) -> SimpleNamespace:
-        """Its values by name, as arrays."""
-        return SimpleNamespace(**{name: value.data for name, value in self.values.items()})
-
-    @property
-    def stands_in(self) -> bool:
-        """Whether its merged form takes the place of frozen parts, whatever they are, as base(x, weight=...) does."""
-        merge = manager.hook(self.part.plugin, "peft_merge")
-        return merge is not None and not {"weight", "bias"} & set(merge[1])
-
-    def merged(self, weight: Array, bias: Array | None) -> dict[str, Array]:
-        """{"weight": ..., "bias": ...} with this layer folded in. Raises RefpeftError where the method cannot."""
-        if manager.hook(self.part.plugin, "peft_merge") is None or weight is None:
-            raise RefpeftError(f"method '{self.part.name}' cannot be merged into weights (at {self.site.name})")
-        have = {"weight": weight, "bias": bias, "frozen": _Lazy(self.site.weight)}
-        out = self.part.call("peft_merge", **have, p=self.arrays, site=self.site)
-        return {"weight": weight, "bias": bias} | (out if isinstance(out, dict) else {"weight": out})
-
-
 @dataclass
 class Adapter:
     """A method attached to a model: what it trains and what it keeps constant, by name, and where."""
@@ -252,6 +82,7 @@ class Adapter:
     layers: list[Layer] = field(default_factory=list)
     params: dict[str, Tensor] = field(default_factory=dict)
     constants: dict[str, Tensor] = field(default_factory=dict)
+    settled: bool = False  # whether the values that data decide (peft_survey) are there
 
     @property
     def plugin(self) -> ModuleType:
@@ -263,8 +94,9 @@ class Adapter:
 
     @property
     def sites(self) -> list[Site]:
-        """The sites that the method itself acts on."""
-        return [layer.site for layer in self.layers if layer.part is self.parts[0]]
+        """The sites that the method itself acts on; of a recipe those of its methods."""
+        own = self.parts[0]
+        return [layer.site for layer in self.layers if layer.part is own or own.is_recipe]
 
     def kind(self, value: Tensor) -> dict[str, Tensor]:
         """Where a value belongs: among those that are trained, or the constants."""
@@ -297,18 +129,22 @@ def prepare(model: Any, method: str | ModuleType, config: Any = None, *, seed: i
     plugin = method if isinstance(method, ModuleType) else manager.load(method)
     cfg = plugin_options(plugin, config or {}) if config is None or isinstance(config, dict) else config
     part = Part(plugin, cfg)
-    if not hasattr(cfg, "targets"):
+    if not hasattr(cfg, "targets") and not part.is_recipe:
         raise RefpeftError(
             f"plugin '{part.name}' needs a dataclass Config with a field 'targets', the sites it acts on"
         )
     taken = {adapter.name for adapter in model.adapters}
     name = next(n for n in (part.name, *(f"{part.name}{i}" for i in range(2, 1000))) if n not in taken)
-    adapter = Adapter(name, part.call("peft_positions") or 0)
-    fit = fit and not model.weightless
-    _add_part(model, adapter, part, seed, fit)
-    for companion, options in (part.call("peft_companions", sites=adapter.sites) or {}).items():
-        other = manager.load(companion)
-        _add_part(model, adapter, Part(other, plugin_options(other, options)), seed, fit)
+    adapter = Adapter(name)
+    waiting = [part]
+    while waiting:
+        part = waiting.pop(0)
+        adapter.parts.append(part)
+        adapter.positions += part.call("peft_positions") or 0
+        chosen = _add_part(model, adapter, part, seed, fit and not model.weightless)
+        for companion, options in (part.call("peft_companions", sites=chosen) or {}).items():
+            other = manager.load(companion)
+            waiting.append(Part(other, plugin_options(other, options)))
     if not adapter.params:
         raise RefpeftError(f"method '{name}' trains nothing on this model: no matched site has what it changes")
     return adapter
@@ -332,12 +168,19 @@ def _has_hook(plugin: ModuleType) -> Callable[[Site], bool]:
     return lambda site: manager.hook(plugin, f"peft_{site.kind}") is not None
 
 
-def _add_part(model: Any, adapter: Adapter, part: Part, seed: int, fit: bool) -> None:
-    """Chooses the sites of `part` and makes its values; the layers are not yet on the sites."""
-    adapter.parts.append(part)
+def _add_part(model: Any, adapter: Adapter, part: Part, seed: int, fit: bool) -> list[Site]:
+    """Chooses the sites of `part` and makes its values; the layers are not yet on the sites. Returns the sites it has.
+
+    A recipe has none of its own, and is given all of the model's.
+    """
+    if part.is_recipe:
+        part.sites = list(model.sites.values())
+        part.call("peft_check")
+        return part.sites
     part.sites = select(model.sites.values(), part.cfg, _has_hook(part.plugin))
     check_patterns(part.name, part.cfg, part.sites)
     part.call("peft_check")
+    made: list[Site] = []
     shared = part.call("peft_shared", rng=model.stream(seed, "init", adapter.name, "shared")) or {}
     for key, value in shared.items():
         tensor = value if isinstance(value, Tensor) else Tensor(value)
@@ -349,20 +192,22 @@ def _add_part(model: Any, adapter: Adapter, part: Part, seed: int, fit: bool) ->
         have = {
             "site": site,
             "rng": model.stream(seed, "init", adapter.name, site.name),
-            "weight": _Lazy(lambda site=site: site.weight() if site.weight else None),
+            "weight": Lazy(lambda site=site: site.weight() if site.weight else None),
         }
-        first = part.call("peft_params", bias=site.bias, **have)
+        tokenizer = Lazy(lambda: _tokenizer(model, part.name))
+        first = part.call("peft_params", bias=site.bias, tokenizer=tokenizer, **have)
         if first is None:
             continue
+        made.append(site)
         values = {k: _value(model, v) for k, v in first.items() if not isinstance(v, str)}
         for key, value in values.items():
             if adapter.kind(value).setdefault(f"{site.name}.{key}", value) is not value:
                 raise RefpeftError(f"two parts of method '{adapter.name}' train {key!r} at {site.name}")
         if fit:
-            more = {"original": _original(model, site), "requantize": _Lazy(lambda site=site: _requantize(site))}
+            more = {"original": _original(model, site), "requantize": Lazy(lambda site=site: _requantize(site))}
             for key, array in (part.call("peft_fit", **have, **more) or {}).items():
                 values[key].data[...] = model.place(array)  # in the layout that a file's values have: equal bits
-        layer = Layer(part, site, values, model.mode, adapter.name)
+        layer = Layer(part, site, values, model.mode, adapter.name, Near(model.sites.values(), site.index))
         adapter.layers.append(layer)
         references += [(layer, key, v) for key, v in first.items() if isinstance(v, str)]
     for layer, key, other in references:
@@ -370,6 +215,13 @@ def _add_part(model: Any, adapter: Adapter, part: Part, seed: int, fit: bool) ->
             raise RefpeftError(f"plugin '{part.name}': {layer.site.name}.{key} refers to {other}, which is not trained")
         layer.values[key] = adapter.params[other]
         setattr(layer.p, key, adapter.params[other])
+    return made
+
+
+def _tokenizer(model: Any, name: str) -> Any:
+    if model.tokenizer is None:
+        raise RefpeftError(f"method '{name}' is given text, and the model has no tokenizer: give token ids instead")
+    return model.tokenizer
 
 
 def _value(model: Any, first: Any) -> Tensor:
@@ -379,8 +231,8 @@ def _value(model: Any, first: Any) -> Tensor:
     return parameter(model.place(first))
 
 
-def _original(model: Any, site: Site) -> _Lazy:
-    return _Lazy(lambda: model.original(site))
+def _original(model: Any, site: Site) -> Lazy:
+    return Lazy(lambda: model.original(site))
 
 
 def _requantize(site: Site) -> Callable[[Array], Any]:

@@ -16,12 +16,13 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from . import backend, files, memory, schedule
+from . import backend, files, learning, memory, schedule, survey
 from .backend import Array, to_host
 from .batches import Batch, Batches, split
 from .config import Train as Settings
@@ -81,9 +82,13 @@ class Trainer:
                 f"the longest row has {longest:,} tokens, but beside what is attached the model has room for "
                 f"{model.room:,}: set a smaller length"
             )
+        if s.checkpoint_activations:
+            learning.refuse_recomputation(model)
         options = {name: value for name in OPTIONS if (value := getattr(s, name)) is not None}
-        with self._room():
-            self.flat = Flat(model.trained())
+        with backend.blas_threads(model.parameters()), self._room():
+            self._settle()
+            self.flat = Flat(model.trained(), learning.rates(model))
+            self.kept = learning.states(model)
             self.optimizer = OPTIMIZERS[s.optimizer](self.flat, weight_decay=s.weight_decay, paged=s.paged, **options)
         self.summary = Summary()
         if s.best and (evaluation is None or out is None):
@@ -148,9 +153,13 @@ class Trainer:
         try:
             for i, part in enumerate(parts):
                 model.mode.step, model.mode.part = step, i
-                part_loss = model.loss(part, batch.supervised)  # the whole batch's count: exact for any split
+                part_loss = learning.objective(model, part, batch.supervised)  # the whole batch's count: exact
                 part_loss.backward()
                 loss = loss + part_loss.data
+            penalty = learning.penalty(model)
+            if penalty is not None:
+                penalty.backward()
+                loss = loss + penalty.data
         finally:
             model.mode.training = False
         norm = self.flat.clip(self.settings.clip)
@@ -159,7 +168,7 @@ class Trainer:
             what = "the gradient is not finite" if math.isfinite(loss) else f"loss is {loss}"
             raise RefpeftError(self._not_finite(f"{what} at step {step + 1}"))
         lr = self.settings.lr * schedule.factor(self.settings.schedule, step, self.total, self.warmup)
-        self.optimizer.step(lr)
+        learning.step(model, partial(self.optimizer.step, lr), step, self.total)
         self.summary.steps = step + 1
         self.summary.train_losses.append(loss)
         self._tell(
@@ -238,24 +247,44 @@ class Trainer:
             "warm-up steps": self.warmup,
             "rows": len(self.train.rows),
             "rows' checksum": crc,
-            "parameters": self.flat.shapes,
-            "dtype": self.flat.values.dtype.name,
+            "dtype": self.model.dtype.name,
             "bytes of frozen weights": self.model.nbytes,
             "quantizers of frozen weights": sorted(formats),
         }
         found |= {name: getattr(s, name) for name in same}
         return json.loads(json.dumps(found | options, default=str))  # as it will be read: tuples are lists then
 
+    def _of_a_step(self) -> dict[str, Any]:
+        """The same, with what is known once there are values to train."""
+        return self._fingerprint() | {"parameters": self.flat.shapes}
+
+    def _settle(self) -> None:
+        """Lets the data decide what methods leave to them; a run that goes on takes what was decided at its start."""
+        waiting = survey.waiting(self.model)
+        if not waiting:
+            return
+        directory = self.checkpoints / "survey" if self.checkpoints else None
+        now = self._fingerprint()
+        if directory and directory.is_dir() and files.read_json(directory / "state.json").get("run") == now:
+            survey.restore(self.model, waiting, files.read_safetensors(directory / "state.safetensors"))
+            return
+        survey.settle(self.model, self.train, self.settings, self.seed)
+        if directory:
+            with files.replace_directory(directory) as new:
+                arrays = {name: to_host(array) for name, array in survey.values(waiting).items()}
+                files.write_safetensors(new / "state.safetensors", arrays)
+                files.write_json(new / "state.json", {"run": now})
+
     @property
     def _arrays(self) -> dict[str, Array]:
         """What a checkpoint holds."""
-        return {"values": self.flat.values} | self.optimizer.state
+        return {"values": self.flat.values} | self.optimizer.state | self.kept
 
     def _save(self, name: str | None = None) -> None:
         if self.checkpoints is None:
             return
         target = self.checkpoints / (name or f"step-{self.summary.steps:08d}")
-        state = {"run": self._fingerprint(), "summary": asdict(self.summary)}
+        state = {"run": self._of_a_step(), "summary": asdict(self.summary)}
         with files.replace_directory(target) as directory:
             arrays = {key: to_host(array) for key, array in self._arrays.items()}
             files.write_safetensors(directory / "state.safetensors", arrays)
@@ -281,7 +310,7 @@ class Trainer:
             raise RefpeftError(
                 f"checkpoint {newest} cannot be read: {error}; remove it to go on from an older one"
             ) from None
-        now = self._fingerprint()
+        now = self._of_a_step()
         other = [f"{key} was {saved.get(key)}, now {now[key]}" for key in now if saved.get(key) != now[key]]
         if other:
             raise RefpeftError(f"checkpoint {newest} is of another run: {'; '.join(other)[:500]}; use another --out")

@@ -13,6 +13,7 @@ from refpeft.batches import Batch, collate
 from refpeft.conformance.compare import compare
 from refpeft.conformance.vectors import Arrays, Case, cases
 from refpeft.data import Example
+from refpeft.layers import Train
 from refpeft.models.base import Frozen, Model
 from refpeft.models.checkpoint import expected_tensors
 from refpeft.models.config import from_hf
@@ -22,7 +23,7 @@ from refpeft.models.quantized_files import tensors_of
 from refpeft.optim import OPTIMIZERS, AdamW, Flat
 from refpeft.quant import Dense, Quantized, make_quantizer
 from refpeft.rng import Stream, philox4x32
-from refpeft.sites import Adapter, Train, attach, merge
+from refpeft.sites import Adapter, attach, merge
 from refpeft.tensor import Tensor, parameter
 
 # ---- operations ------------------------------------------------------------------------------------------------------

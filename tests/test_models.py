@@ -181,7 +181,7 @@ def test_what_padding_holds_is_of_no_matter():
 def test_token_by_token_the_logits_are_those_of_the_whole(name, method):
     model, ids = built(name, *(METHODS[2:] if method == "both" else [method])), tiny.ids(2, 11)
     whole = model(ids).data
-    cache, at, parts = Cache(model.config.layers), 0, []
+    cache, at, parts = Cache(), 0, []
     with no_grad():
         for n in (5, 1, 1, 3, 1):
             parts.append(model(ids[:, at : at + n], cache=cache).data)
@@ -200,7 +200,7 @@ def test_rows_padded_on_the_left_have_the_logits_that_they_have_alone(name, meth
     for row, n in enumerate(before):
         rows[row, n:] = ids[row, : 9 - n]
     positions = np.maximum(np.arange(9) - before[:, None], 0)
-    cache, parts = Cache(model.config.layers), []
+    cache, parts = Cache(), []
     with no_grad():
         for start, stop in ((0, 6), (6, 7), (7, 8), (8, 9)):
             parts.append(model(rows[:, start:stop], positions[:, start:stop], segments[:, :stop], cache).data)
@@ -220,7 +220,7 @@ def test_dynamic_rope_scaling_counts_what_stands_before_the_text(method, monkeyp
     monkeypatch.setitem(CONFIGS, "dynamic", tiny.LLAMA | scaling)
     lengths, plain = [], rope.inverse_frequencies
     monkeypatch.setattr(rope, "inverse_frequencies", lambda *args: lengths.append(args[-1]) or plain(*args))
-    model, cache = built("dynamic", method), Cache(2)
+    model, cache = built("dynamic", method), Cache()
     with no_grad():
         model(tiny.ids(1, 6))
         model(tiny.ids(1, 6), cache=cache)
@@ -246,7 +246,7 @@ def test_gpt2_has_as_many_positions_as_it_has(method):
     model(tiny.ids(1, room))
     with pytest.raises(RefpeftError, match=r"^65 positions were asked for: this model has 64"):
         model(tiny.ids(1, room + 1))
-    cache = Cache(model.config.layers)
+    cache = Cache()
     with no_grad():
         model(tiny.ids(1, room), cache=cache)
         with pytest.raises(RefpeftError, match=r"^65 positions were asked for: this model has 64"):

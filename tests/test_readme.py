@@ -8,7 +8,7 @@ import pytest
 from variants import has_constants
 
 import refpeft
-from refpeft import adapters, manager, sites
+from refpeft import adapters, layers, manager
 from refpeft.peft_formats import FORMATS
 from refpeft.quant import make_quantizer
 
@@ -48,7 +48,7 @@ def test_the_table_of_methods_is_that_of_the_plugins():
     assert {row[0] for row in rows} == set(listed)
     for name, kinds, merges, file in rows:
         hooks = listed[name].hooks
-        assert kinds.split(", ") == [kind for kind in sites.INPUTS if f"peft_{kind}" in hooks], name
+        assert kinds.split(", ") == [kind for kind in layers.INPUTS if f"peft_{kind}" in hooks], name
         assert (merges == "yes") == ("peft_merge" in hooks), name
         assert (file == "PEFT's") == (name in FORMATS and not FORMATS[name].fitted), name
 

@@ -12,26 +12,30 @@ import numpy as np
 from refpeft import fused, ops
 from refpeft.backend import Array, xp_of
 from refpeft.errors import RefpeftError
+from refpeft.layers import Mode
 from refpeft.models.config import ModelConfig
 from refpeft.quant import Dense, Quantized
 from refpeft.rng import Stream
-from refpeft.sites import Adapter, Mode, Site
+from refpeft.sites import Adapter, Site
 from refpeft.tensor import Tensor, checkpoint, no_grad
 
 Frozen = Dense | Quantized
 
 
 class Cache:
-    """Keys and values of the tokens so far, one pair a layer, for generation: (batch, kv_heads, time, head_dim)."""
+    """Keys and values of the tokens so far, for generation: (batch, kv_heads, time, head_dim).
 
-    def __init__(self, layers: int):
-        self.layers: list[tuple[Array, Array] | None] = [None] * layers
+    There is a pair for each layer of the model, by its number, and for each that a method adds, by the site's name.
+    """
+
+    def __init__(self):
+        self.layers: dict[int | str, tuple[Array, Array]] = {}
         self.tokens = 0
         """How many real tokens are in it; keys of virtual tokens are not counted."""
 
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def extend(self, layer: int | str, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """All keys and values of a layer, with these appended."""
-        before = self.layers[layer]
+        before = self.layers.get(layer)
         if before is not None:
             xp = xp_of(k.data)
             k, v = (Tensor(xp.concatenate((old, new.data), axis=2)) for old, new in zip(before, (k, v), strict=True))
@@ -217,7 +221,11 @@ class Model:
                     "tokenizer is another model's, or got tokens that this model has no embedding for"
                 )
         arrays = (a if a is None else self.xp.asarray(a) for a in (ids, positions, segments))
-        return self.trunk(*arrays, cache)
+        try:
+            return self.trunk(*arrays, cache)
+        finally:
+            for part in (part for adapter in self.adapters for part in adapter.parts):
+                part.memo.__dict__.clear()
 
     @property
     def room(self) -> float:
@@ -256,7 +264,8 @@ class Model:
     def embedded(self, ids: Array, cache: Cache | None) -> Tensor:
         """The token embeddings, with virtual tokens before them at the start of a sequence only."""
         hidden = self.embed(ids)
-        return hidden[:, hidden.shape[1] - ids.shape[1] :] if cache and cache.tokens else hidden
+        self.mode.virtual = 0 if cache and cache.tokens else hidden.shape[1] - ids.shape[1]
+        return hidden[:, -ids.shape[1] :] if cache and cache.tokens else hidden
 
     def run(self, layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """layer(x), by recomputation where that is asked for."""

@@ -1,0 +1,258 @@
+"""Layers: one method at one site with its values, and what its hooks are given there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from types import ModuleType, SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from . import fused, manager
+from .backend import Array, xp_of
+from .errors import RefpeftError
+from .rng import Stream
+from .tensor import Tensor
+
+if TYPE_CHECKING:
+    from .sites import Site
+
+INPUTS = {
+    "linear": ("x",),
+    "embedding": ("ids",),
+    "norm": ("x",),
+    "attention": ("q", "k", "v"),
+    "block": ("x",),
+}
+"""The kinds of site, and what a hook of each kind is given first."""
+
+
+class Base:
+    """What a hook gets as `base`: the layer below, callable, and its frozen parts."""
+
+    __slots__ = ("_call", "_keywords", "_site")
+
+    def __init__(self, site: Site, call: Callable[..., Tensor], keywords: dict[str, Any]):
+        self._site, self._call, self._keywords = site, call, keywords
+
+    def __call__(self, *args: Any, **stand_ins: Any) -> Tensor:
+        twice = stand_ins.keys() & self._keywords.keys() & {"weight", "bias"}
+        if twice:
+            raise RefpeftError(f"two methods replace the {twice.pop()} of {self._site.name}: attach only one of them")
+        return self._call(*args, **self._keywords, **stand_ins)
+
+    def frozen(self, x: Tensor) -> Tensor:
+        """x (..., in) times a linear layer's frozen weight, without its bias and the methods below: (..., out)."""
+        return fused.frozen_linear(x, weight=self._site.weight)
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention (batch, heads, time, width) such as this layer's own: positions, window, documents, earlier tokens.
+
+        For sub-networks of a block's hook. Keys have as many heads as queries, or fewer. Rotary positions take every
+        n-th of the model's frequencies where `width` is an n-th of its head_dim, and so span the same range.
+        """
+        around = self._keywords
+        if "cos" in around:
+            every, odd = divmod(2 * around["cos"].shape[-1], q.shape[-1])
+            if odd:
+                raise RefpeftError(f"{self._site.name}: heads of {q.shape[-1]} numbers do not divide the model's")
+            cos, sin = (around[name][..., ::every] for name in ("cos", "sin"))
+            q, k = fused.rope(q, cos=cos, sin=sin), fused.rope(k, cos=cos, sin=sin)
+        if around["cache"]:
+            k, v = around["cache"].extend(self._site.name, k, v)
+        return fused.attention(q, k, v, mask=around["mask"])
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen dense weight as a constant; within a product with x it stays on the tape: see `frozen`."""
+        return Tensor(self._site.weight())
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The frozen bias as a constant, or None."""
+        return None if self._site.bias is None else Tensor(self._site.bias)
+
+
+class Near:
+    """The linear layers in the same layer of the model as a site: near("k", x) is what its `k` makes of x (..., in)."""
+
+    def __init__(self, sites: Iterable[Site], index: int | None):
+        linear = [site for site in sites if site.kind == "linear" and site.index == index]
+        self._by_role = {role: site for site in linear for role in site.roles}
+
+    def site(self, role: str) -> Site:
+        """The site of a role. Raises RefpeftError where the layer has none."""
+        if role not in self._by_role:
+            raise RefpeftError(f"this model's layers have no '{role}', but {', '.join(self._by_role)}")
+        return self._by_role[role]
+
+    def __call__(self, role: str, x: Tensor) -> Tensor:
+        site = self.site(role)
+        y, share = site(x), site.shape[0] // len(site.roles)  # one layer for q, k and v has them side by side
+        at = site.roles.index(role) * share
+        return y if len(site.roles) == 1 else y[..., at : at + share]
+
+
+@dataclass
+class Mode:
+    """What all sites of a model know of the moment: whether it trains, with which seed, which forward pass this is."""
+
+    training: bool = False
+    seed: int = 0
+    step: int = 0  # of the optimizer, from 0
+    part: int = 0  # of the step's batch, where its gradients are accumulated
+    again: int = 0  # how often the same rows were computed before, for methods that compare passes
+    chunk: int = 0  # of the rows, where the loss gives them to the head in chunks
+    virtual: int = 0  # rows that adapters put before those of the text, in this pass
+
+
+class Train:
+    """What a hook knows of training: the optimizer's step, and random numbers, the same in every run of a seed."""
+
+    def __init__(self, mode: Mode, purpose: tuple[str, ...]):
+        self.step = mode.step
+        again = ("again", mode.again) if mode.again else ()
+        self._key = (mode.seed, "dropout", *purpose, mode.step, mode.part, mode.chunk, *again)
+        self._of_the_pass = (mode.seed, "draw", *purpose, mode.step, mode.part, *again)
+        self._of_the_step = (mode.seed, "draw", *purpose[:-1], mode.step)
+        self._stream: Stream | None = None
+
+    def draw(self, n: int, apart: bool = False) -> int:
+        """A number of 0 ... n - 1, drawn by the host: the same at every site of the method during a step.
+
+        With `apart` each site draws its own, anew in every forward pass.
+        """
+        return int(Stream(*(self._of_the_pass if apart else self._of_the_step)).uniform(0, n))
+
+    def uniform(self, like: Tensor) -> Tensor:
+        """Numbers between 0 and 1 in the shape of `like`, constants, drawn where it is; call it in a fixed order."""
+        self._stream = self._stream or Stream(*self._key, xp=xp_of(like.data))
+        return Tensor(self._stream.uniform(0, 1, like.shape).astype(like.dtype))
+
+    def dropout(self, x: Tensor, rate: float) -> Tensor:
+        """`x` with elements zeroed at `rate` and the rest scaled by 1 / (1 - rate)."""
+        if not rate:
+            return x
+        self._stream = self._stream or Stream(*self._key, xp=xp_of(x.data))
+        return fused.dropout(x, rate=rate, stream=self._stream)
+
+
+@dataclass
+class Part:
+    """One plugin's share of an adapter: the method itself, or a companion that it brings."""
+
+    plugin: ModuleType
+    cfg: Any
+    shared: SimpleNamespace = field(default_factory=SimpleNamespace)
+    sites: list[Site] = field(default_factory=list)
+    memo: SimpleNamespace = field(default_factory=SimpleNamespace)
+
+    @property
+    def name(self) -> str:
+        return self.plugin.__name__.rpartition(".")[2]
+
+    @property
+    def is_recipe(self) -> bool:
+        """Whether it has no forward hook, and only brings other methods along."""
+        return not any(manager.hook(self.plugin, f"peft_{kind}") for kind in INPUTS)
+
+    def call(self, hook: str, **have: Any) -> Any:
+        """What the plugin's `hook` returns, or None where it has none; values of `have` may be thunks."""
+        found = manager.hook(self.plugin, hook)
+        if found is None:
+            return None
+        function, names = found
+        have = {"cfg": self.cfg, "shared": self.shared, "sites": self.sites} | have
+        return function(*(have[name]() if isinstance(have[name], Lazy) else have[name] for name in names))
+
+
+class Lazy:
+    """A value that is computed only if a hook names it."""
+
+    def __init__(self, make: Callable[[], Any]):
+        self.make = make
+
+    def __call__(self) -> Any:
+        return self.make()
+
+
+class Layer:
+    """One part at one site, with its values.
+
+    `frozen` is the frozen weight that the site has in place of its own while this is on it, and the site's own one
+    then; None of methods that leave it alone. `state` holds what the method keeps in training (peft_state).
+    """
+
+    def __init__(self, part: Part, site: Site, values: dict[str, Tensor], mode: Mode, adapter: str, near: Near):
+        self.part, self.site, self.values, self.mode, self.near = part, site, values, mode, near
+        self.frozen: Any = None
+        self.state = SimpleNamespace()
+        self.p = SimpleNamespace(**values)
+        self._purpose = (adapter, part.name, site.name)
+        self._function, self._names = manager.hook(part.plugin, f"peft_{site.kind}")
+        missing = [name for name in INPUTS[site.kind] if name not in self._names]
+        if missing:
+            raise RefpeftError(f"plugin '{part.name}': peft_{site.kind} does not take {', '.join(missing)}")
+
+    def around(self, inner: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """A function like `inner` that runs the plugin's hook around it. Keywords travel inward to the frozen layer."""
+        inputs = INPUTS[self.site.kind]
+        part = self.part
+        fixed = {"p": self.p, "cfg": part.cfg, "site": self.site, "sites": part.sites, "shared": part.shared}
+        fixed |= {"near": self.near, "memo": part.memo}
+
+        def call(*args: Any, **keywords: Any) -> Tensor:
+            train = self.train() if "train" in self._names else None
+            have = fixed | {"base": Base(self.site, inner, keywords), "train": train, "virtual": self.mode.virtual}
+            have |= zip(inputs, args, strict=True)
+            return self._function(*(have[name] for name in self._names))
+
+        return call
+
+    def train(self) -> Train | None:
+        """What its hooks are given of training; None outside of it."""
+        return Train(self.mode, self._purpose) if self.mode.training else None
+
+    @property
+    def remembers(self) -> bool:
+        """Whether its hook hands something on to those of other sites, in `memo`."""
+        return "memo" in self._names
+
+    def put_on(self, model: Any) -> None:
+        """Puts it on its site, outermost."""
+        self.site.layers.append(self)
+        self._exchange(model)
+
+    def take_off(self, model: Any) -> None:
+        """Takes it off its site, which has its own frozen weight again."""
+        self.site.layers.remove(self)
+        self._exchange(model)
+
+    def _exchange(self, model: Any) -> None:
+        if self.frozen is not None:
+            self.site.weight, self.frozen = self.frozen, self.site.weight
+            model.frozen[f"{self.site.name}.weight"] = self.site.weight
+        self.site.compose()
+
+    @property
+    def arrays(self) -> SimpleNamespace:
+        """Its values by name, as arrays."""
+        return SimpleNamespace(**{name: value.data for name, value in self.values.items()})
+
+    @property
+    def grads(self) -> SimpleNamespace:
+        """The gradients of its trained values by name, as arrays; None where there is none yet."""
+        return SimpleNamespace(**{name: v.grad for name, v in self.values.items() if v.node is not None})
+
+    @property
+    def stands_in(self) -> bool:
+        """Whether its merged form takes the place of frozen parts, whatever they are, as base(x, weight=...) does."""
+        merge = manager.hook(self.part.plugin, "peft_merge")
+        return merge is not None and not {"weight", "bias"} & set(merge[1])
+
+    def merged(self, weight: Array, bias: Array | None) -> dict[str, Array]:
+        """{"weight": ..., "bias": ...} with this layer folded in. Raises RefpeftError where the method cannot."""
+        if manager.hook(self.part.plugin, "peft_merge") is None or weight is None:
+            raise RefpeftError(f"method '{self.part.name}' cannot be merged into weights (at {self.site.name})")
+        have = {"weight": weight, "bias": bias, "frozen": Lazy(self.site.weight)}
+        out = self.part.call("peft_merge", **have, p=self.arrays, site=self.site)
+        return {"weight": weight, "bias": bias} | (out if isinstance(out, dict) else {"weight": out})

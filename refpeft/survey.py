@@ -1,0 +1,185 @@
+"""A look at the training data before the first step, for methods that let it decide what they train."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from . import manager, sites
+from .backend import Array
+from .batches import Batch, Batches, split
+from .config import Train as Settings
+from .layers import Layer
+from .models.base import Model
+from .sites import Adapter, Site
+from .tensor import Tensor, no_grad
+
+
+class Survey:
+    """What a plugin's `peft_survey` may ask of the model and the training data.
+
+    Rows come in the order of training, again from the start where there are too few. Everything that is attached to the
+    model is taken off meanwhile, but for `own_gradients`. `settings` are those of the run.
+    """
+
+    def __init__(self, model: Model, adapter: Adapter, batches: Batches, settings: Settings, seed: int):
+        self.model, self.adapter, self.batches = model, adapter, batches
+        self.settings, self.seed = settings, seed
+
+    @property
+    def rows(self) -> int:
+        """How many rows there are."""
+        return len(self.batches.rows)
+
+    def gradients(self, chosen: Sequence[Site], rows: int) -> Iterator[dict[str, Array]]:
+        """For each of `rows` rows, the gradient of its mean loss by each site's dense weight, by the site's name."""
+        with self._in_full(chosen) as full:
+            for row in self._rows(rows):
+                yield _gradients(self.model, row, {site.name: full.params[f"{site.name}.weight"] for site in chosen})
+
+    def own_gradients(self, rows: int) -> Iterator[dict[str, Array]]:
+        """For each of `rows` rows, the gradient of its mean loss by what the method trains, by the parameter's name."""
+        for row in self._rows(rows):
+            yield _gradients(self.model, row, self.adapter.params)
+
+    def inputs(self, chosen: Sequence[Site], batches: int) -> Iterator[dict[str, Array]]:
+        """For each of `batches` batches, what linear layers read: (tokens, in) without padding, by the site's name."""
+        seen: dict[str, Array] = {}
+        with sites.bypassed(self.model), _listening(chosen, seen), no_grad():
+            for step in range(batches):
+                batch = self.batches.at(step)
+                self.model.states(batch, (batch.targets.reshape(-1) >= 0).nonzero()[0])
+                real = slice(None) if batch.segments is None else (batch.segments.reshape(-1) >= 0).nonzero()[0]
+                yield {name: x.reshape(-1, x.shape[-1])[real] for name, x in seen.items()}
+
+    def changes(self, chosen: Sequence[Site], steps: int, lr: float) -> dict[str, Array]:
+        """By how much `steps` steps of training in full change the dense weight of each site, by the site's name.
+
+        AdamW with a constant learning rate; the biases of these sites are trained too.
+        """
+        from .trainer import Trainer
+
+        alone = {"eval_every": None, "save_every": None, "best": False, "early_stop": None, "warmup": 0}
+        settings = self.settings.model_copy(
+            update={"steps": steps, "lr": lr, "optimizer": "adamw", "schedule": "constant", **alone}
+        )
+        with self._in_full(chosen) as full:
+            weights = {site.name: full.params[f"{site.name}.weight"] for site in chosen}
+            before = {name: tensor.data.copy() for name, tensor in weights.items()}
+            Trainer(self.model, self.batches, None, settings, seed=self.seed).run()
+            return {name: tensor.data - before[name] for name, tensor in weights.items()}
+
+    @contextlib.contextmanager
+    def _in_full(self, chosen: Sequence[Site]) -> Iterator[Adapter]:
+        """Within it nothing is attached but `full`, on these sites."""
+        with sites.bypassed(self.model):
+            full = sites.attach(self.model, "full", {"targets": [site.name for site in chosen], "tie": False})
+            try:
+                yield full
+            finally:
+                sites.detach(self.model, full)
+
+    def _rows(self, count: int) -> Iterator[Batch]:
+        """One row after another, each a batch."""
+        step = 0
+        while count > 0:
+            rows = split(self.batches.at(step), 1)[:count]
+            yield from rows
+            step, count = step + 1, count - len(rows)
+
+
+def settle(model: Model, batches: Batches, settings: Settings, seed: int) -> None:
+    """Lets the training data decide what the attached methods leave to them (the hook peft_survey)."""
+    for adapter in waiting(model):
+        for part in adapter.parts:
+            layers = [layer for layer in adapter.layers if layer.part is part]
+            survey = Survey(model, adapter, batches, settings, seed)
+            rng = model.stream(seed, "survey", adapter.name, part.name)
+            found = part.call("peft_survey", layers=layers, survey=survey, rng=rng) or {}
+            _put(model, adapter, layers, found)
+        adapter.settled = True
+
+
+def waiting(model: Model) -> list[Adapter]:
+    """The adapters of which the data have to decide something."""
+    return [
+        adapter
+        for adapter in model.adapters
+        if not adapter.settled and any(manager.hook(part.plugin, "peft_survey") for part in adapter.parts)
+    ]
+
+
+def values(adapters: Sequence[Adapter]) -> dict[str, Array]:
+    """All values of these adapters by name, to be kept."""
+    return {
+        f"{number}.{name}": tensor.data
+        for number, adapter in enumerate(adapters)
+        for name, tensor in (adapter.params | adapter.constants).items()
+    }
+
+
+def restore(model: Model, adapters: Sequence[Adapter], kept: dict[str, Array]) -> None:
+    """Puts back what `values` gave of the same adapters after they were settled."""
+    for number, adapter in enumerate(adapters):
+        found: dict[str, Any] = {}
+        for layer in adapter.layers:
+            names = {key: f"{number}.{layer.site.name}.{key}" for key in layer.values}
+            there = {key: kept[name] for key, name in names.items() if name in kept}
+            found[layer.site.name] = there or None
+        _put(model, adapter, list(adapter.layers), found)
+        adapter.settled = True
+
+
+def _put(model: Model, adapter: Adapter, layers: Sequence[Layer], found: dict[str, Any]) -> None:
+    """Gives layers their values, by the site's name and theirs; takes those off their sites that get None."""
+    for layer in layers:
+        given = found.get(layer.site.name, {})
+        if given is None:
+            layer.take_off(model)
+            adapter.layers.remove(layer)
+            for key, value in layer.values.items():
+                adapter.kind(value).pop(f"{layer.site.name}.{key}", None)
+            continue
+        for key, array in given.items():
+            value = layer.values[key]
+            value.data = model.place(array, value.dtype)
+
+
+def _gradients(model: Model, batch: Batch, tensors: dict[str, Tensor]) -> dict[str, Array]:
+    """The gradients of the batch's mean loss by these leaves; zeros of those that it does not depend on."""
+    for tensor in tensors.values():
+        tensor.node.grad = None
+    model.loss(batch).backward()
+    found = {name: model.xp.zeros_like(t.data) if t.grad is None else t.grad for name, t in tensors.items()}
+    for tensor in tensors.values():
+        tensor.node.grad = None
+    return found
+
+
+class _Listener:
+    """In the place of a Layer: notes what the site reads."""
+
+    def __init__(self, name: str, seen: dict[str, Array]):
+        self.name, self.seen = name, seen
+
+    def around(self, inner: Any) -> Any:
+        def call(x: Tensor, **keywords: Any) -> Tensor:
+            self.seen[self.name] = x.data
+            return inner(x, **keywords)
+
+        return call
+
+
+@contextlib.contextmanager
+def _listening(chosen: Sequence[Site], seen: dict[str, Array]) -> Iterator[None]:
+    """Within it, what each of these sites reads is put into `seen` by its name."""
+    for site in chosen:
+        site.layers.append(_Listener(site.name, seen))
+        site.compose()
+    try:
+        yield
+    finally:
+        for site in chosen:
+            site.layers.pop()
+            site.compose()
