@@ -1,5 +1,7 @@
 """Full fine-tuning: every weight W and bias b of the targets is trained in place of the frozen one.
 
+The baseline of all others (the survey arXiv:2303.15647).
+
 First values: the frozen ones. Trained: as many numbers as the targets have. Where the checkpoint ties two weights
 (the head to the token embedding) they stay one parameter with both gradients, unless `tie` is false.
 """

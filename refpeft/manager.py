@@ -13,6 +13,7 @@ import importlib
 import importlib.util
 import inspect
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable
@@ -24,6 +25,9 @@ import pluggy
 
 from refpeft import hookspecs
 from refpeft.errors import RefpeftError, nearest
+
+FAMILIES = ("additive", "soft prompt", "selective", "reparametrisation", "hybrid")
+"""Of methods, in arXiv:2303.15647's words; a plugin says its own as FAMILY."""
 
 _pm = pluggy.PluginManager("refpeft")
 _pm.add_hookspecs(hookspecs)
@@ -42,11 +46,14 @@ class Option:
 
 @dataclass(frozen=True)
 class Listing:
-    """What a plugin's source says of it. `kind` is method, quantizer or application, by the hooks that it has."""
+    """What a plugin's source says of it. `kind` is method, quantizer or application, by the hooks that it has; `family`
+    is one of FAMILIES, or "" where the file does not say; `source` is the first paper or page of its docstring."""
 
     name: str
     kind: str
+    family: str
     summary: str
+    source: str
     hooks: tuple[str, ...]
     options: tuple[Option, ...]
     path: str
@@ -86,6 +93,14 @@ def find() -> dict[str, Path]:
 def catalogue() -> dict[str, Listing]:
     """Every known plugin by name, read from its source: no plugin is imported."""
     return {name: read(path) for name, path in sorted(find().items())}
+
+
+def by_family(listings: Iterable[Listing]) -> dict[str, list[Listing]]:
+    """Methods in the order of FAMILIES; those of no family, or of another one, come last."""
+    groups: dict[str, list[Listing]] = {family: [] for family in FAMILIES}
+    for listing in listings:
+        groups.setdefault(listing.family, []).append(listing)
+    return {family: group for family, group in groups.items() if group}
 
 
 def path_of(name: str, kind: str = "") -> Path:
@@ -141,9 +156,19 @@ def read(path: Path) -> Listing:
         raise RefpeftError(f"plugin {path}:{error.lineno}: {error.msg}") from None
     hooks = tuple(node.name for node in tree.body if isinstance(node, ast.FunctionDef) and _is_hook(node))
     config = next((node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Config"), None)
-    summary = (ast.get_docstring(tree) or "").partition("\n")[0]
+    doc = ast.get_docstring(tree) or ""
+    source = re.search(r"arXiv:\d{4}\.\d{5}|https://[^\s),;]+", doc)
     options = _options(config, text.splitlines()) if config else ()
-    return Listing(path.stem, _kind(hooks), summary, hooks, options, str(path))
+    return Listing(
+        name=path.stem,
+        kind=_kind(hooks),
+        family=_constant(tree, "FAMILY"),
+        summary=doc.partition("\n")[0],
+        source=source[0].rstrip(".") if source else "",
+        hooks=hooks,
+        options=options,
+        path=str(path),
+    )
 
 
 def _files(source: str | Path) -> dict[Path, str | None]:
@@ -229,6 +254,14 @@ def _specs() -> Iterable[tuple[str, Callable]]:
 def _is_hook(node: ast.FunctionDef) -> bool:
     """Whether a decorator of the function is `hookimpl`, bare, called or as an attribute of something."""
     return any(ast.unparse(d).partition("(")[0].rpartition(".")[2] == "hookimpl" for d in node.decorator_list)
+
+
+def _constant(tree: ast.Module, name: str) -> str:
+    """The text that a file gives to `name`; "" where it gives none."""
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name:
+            return node.value.value if isinstance(node.value, ast.Constant) else ""
+    return ""
 
 
 def _kind(hooks: Iterable[str]) -> str:

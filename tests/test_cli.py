@@ -73,6 +73,18 @@ def test_methods_lists_names_and_first_lines(refpeft, method):
     assert [line.split()[:3] for line in lines if line.startswith("gain ")] == [["gain", "Scales", "outputs"]]
 
 
+def test_methods_are_listed_by_family(refpeft, method):
+    blocks = refpeft("methods", "-p", method).stdout.split("\n\n")
+    headings = [block.splitlines()[0] for block in blocks]
+    assert headings == [f"# {family}" for family in [*manager.FAMILIES, "of no family"] if family in " ".join(headings)]
+    assert blocks[-1].startswith("# of no family\ngain ")
+
+
+def test_a_method_as_a_row_of_the_table(refpeft, method):
+    row = refpeft("methods", "gain", "--markdown", "-p", method).stdout.splitlines()[-1]
+    assert row == "| `gain` |  | Scales outputs (Someone, 2000): y = g W x | 131,072 | no | no | - |"
+
+
 def test_one_method_shows_its_options_as_toml(refpeft, method):
     assert refpeft("methods", "gain", "-p", method).stdout == (
         "Scales outputs (Someone, 2000): y = g W x.\n\n"

@@ -8,12 +8,13 @@ import pytest
 from variants import has_constants
 
 import refpeft
-from refpeft import adapters, layers, manager
-from refpeft.peft_formats import FORMATS
+from refpeft import adapters, manager, overview
 from refpeft.quant import make_quantizer
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
+TABLE = r"<!-- refpeft methods --markdown -->\n((?s:.*?))<!-- end -->\n"
+STALE = "README.md's table of methods is stale; `PYTHONPATH=. python tests/test_readme.py` makes it anew"
 
 
 def code(language: str) -> list[str]:
@@ -41,16 +42,28 @@ def test_the_tree_names_every_module_and_nothing_else():
     assert {name for name in named if not (ROOT / name).is_file()} == set()
 
 
+def methods() -> list[manager.Listing]:
+    listings = map(manager.read, sorted(manager.shipped().glob("*.py")))
+    return [listing for listing in listings if listing.kind == "method"]
+
+
+def test_every_method_is_of_a_family_and_has_a_source():
+    for listing in methods():
+        assert listing.family in manager.FAMILIES, listing.name
+        assert listing.source, listing.name
+
+
 def test_the_table_of_methods_is_that_of_the_plugins():
-    rows = re.findall(r"^\| `(\w+)` \| .+? \| (.+?) \| (yes|no) \| (PEFT's|own) \|$", README, re.M)
-    listings = map(manager.read, manager.shipped().glob("*.py"))
-    listed = {listing.name: listing for listing in listings if listing.kind == "method"}
-    assert {row[0] for row in rows} == set(listed)
-    for name, kinds, merges, file in rows:
-        hooks = listed[name].hooks
-        assert kinds.split(", ") == [kind for kind in layers.INPUTS if f"peft_{kind}" in hooks], name
-        assert (merges == "yes") == ("peft_merge" in hooks), name
-        assert (file == "PEFT's") == (name in FORMATS and not FORMATS[name].fitted), name
+    table = [row.strip("| ").split(" | ") for row in re.search(TABLE, README)[1].splitlines()[2:]]
+    expected = [overview.cells(listing, counted=False) for listing in overview.ordered(methods())]
+    for row in table:
+        row[overview.COUNT] = ""
+    assert table == expected, STALE
+
+
+@pytest.mark.slow
+def test_the_table_of_methods_counts_what_they_train():
+    assert re.search(TABLE, README)[1] == overview.markdown(methods()), STALE
 
 
 def test_the_table_of_quantizers_is_that_of_the_plugins_and_its_numbers_are_theirs():
@@ -85,3 +98,8 @@ def test_the_plugin_of_the_readme_trains_and_its_adapter_loads(tmp_path):
 
 def test_the_python_of_the_readme_runs():
     exec(code("python")[1], {})
+
+
+if __name__ == "__main__":
+    start, end = re.search(TABLE, README).span(1)
+    (ROOT / "README.md").write_text(README[:start] + overview.markdown(methods()) + README[end:], "utf-8")

@@ -18,11 +18,17 @@ from refpeft.commands import options
 
 @click.command()
 @click.argument("name", required=False)
+@click.option("--markdown", is_flag=True, help="Print a table with what each trains of Llama-3-8B, as in the README.")
 @options.as_json
 @options.plugins
-def methods(name: str | None, as_json: bool) -> None:
-    """Lists the methods, or one with its options."""
-    _list("method", name, as_json)
+def methods(name: str | None, markdown: bool, as_json: bool) -> None:
+    """Lists the methods by family, or one with its options."""
+    if markdown:
+        from refpeft import overview
+
+        click.echo(overview.markdown(_chosen("method", name)), nl=False)
+    else:
+        _list("method", name, as_json)
 
 
 @click.command()
@@ -34,14 +40,20 @@ def quantizers(name: str | None, as_json: bool) -> None:
     _list("quantizer", name, as_json)
 
 
-def _list(kind: str, name: str | None, as_json: bool) -> None:
+def _chosen(kind: str, name: str | None) -> list[Any]:
     from refpeft import manager
 
     if name:
         manager.path_of(name, kind)
-    chosen = [
+    return [
         listing for listing in manager.catalogue().values() if listing.kind == kind and name in (None, listing.name)
     ]
+
+
+def _list(kind: str, name: str | None, as_json: bool) -> None:
+    from refpeft import manager
+
+    chosen = _chosen(kind, name)
     if as_json:
         options.echo_json([dataclasses.asdict(listing) for listing in chosen])
     elif name:
@@ -49,9 +61,12 @@ def _list(kind: str, name: str | None, as_json: bool) -> None:
     else:
         width = max((len(listing.name) for listing in chosen), default=0)
         room = shutil.get_terminal_size().columns - width - 2 if sys.stdout.isatty() else math.inf
-        for listing in chosen:
-            text = listing.summary if len(listing.summary) <= room else listing.summary[: int(room) - 3] + "..."
-            click.echo(f"{listing.name:<{width}}  {text}")
+        for number, (family, listings) in enumerate(manager.by_family(chosen).items()):
+            if kind == "method":
+                click.echo("\n" * (number > 0) + f"# {family or 'of no family'}")
+            for listing in listings:
+                text = listing.summary if len(listing.summary) <= room else listing.summary[: int(room) - 3] + "..."
+                click.echo(f"{listing.name:<{width}}  {text}")
 
 
 def _details(listing: Any) -> list[str]:
