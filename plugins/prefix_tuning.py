@@ -1,16 +1,21 @@
 """Prefix tuning: learned keys and values before those of the text in every layer: attention(q, [K; k], [V; v]).
 
-Li & Liang, 2021, arXiv:2101.00190, section 4.2, without the network that the paper reparametrizes K and V by. Keys
-are not rotated. Real tokens start at position `tokens`, as in PEFT, or at 0 with `positions = "zero"`.
+Li & Liang, 2021, arXiv:2101.00190, section 4.2. With `hidden` they are reparametrised (section 4.3): [K, V] =
+U tanh(D P' + d) + u, with rows P' (tokens, w), w = kv_heads head_dim, D (hidden, w) and d that all layers share, and U
+and u of each layer; the authors have hidden = 512, or 800. Keys are not rotated. Real tokens start at position
+`tokens`, as in the authors' code and PEFT, or at 0 with `positions = "zero"`. A file in PEFT's form has K and V alone.
 
-First values: standard normal, as in PEFT (large beside a model's own keys: see `init_std`), so the model is changed
-at the start. Trained: keys and values (kv_heads, tokens, head_dim): 2 tokens kv_heads head_dim numbers a layer.
+First values, with which the model is changed at the start: K and V, or P', normal, of deviation 1 as in PEFT (large
+beside a model's own keys: see `init_std`); D, d, U, u uniform in +-1 / sqrt(their inputs), as torch has them. Trained:
+keys and values (kv_heads, tokens, head_dim), 2 tokens w numbers a layer. With `hidden`: shared.rows, shared.inner and
+shared.inner_bias, tokens w + hidden (w + 1) numbers, once; outer and outer_bias, 2 w (hidden + 1), in each layer.
 """
 
 from dataclasses import dataclass
 from typing import Literal
 
-from refpeft import hookimpl, ops
+from refpeft import hookimpl
+from refpeft.prompts import check_tokens, prefix, prefix_shared, prefix_values, with_prefix
 
 FAMILY = "soft prompt"
 
@@ -18,21 +23,25 @@ FAMILY = "soft prompt"
 @dataclass(frozen=True)
 class Config:
     tokens: int = 20  # length of the prefix
+    hidden: int = 0  # width of the network that gives keys and values; 0: none, they are trained themselves
     init_std: float = 1.0
+    dropout: float = 0.0  # rate, of keys and values, in training
     positions: Literal["after", "zero"] = "after"  # of real tokens: after the prefix, or as if it were not there
     targets: tuple[str, ...] | str = ("@attend",)
     layers: tuple[int, ...] | None = None  # numbers of the layers; none: all
 
     def __post_init__(self):
-        if self.tokens < 1:
-            raise ValueError(f"tokens is {self.tokens}: expected 1 or more")
+        check_tokens(self)
+
+
+@hookimpl
+def peft_shared(sites, cfg, rng):
+    return prefix_shared(rng, cfg, sites[0].shape)
 
 
 @hookimpl
 def peft_params(site, cfg, rng):
-    heads, head_dim = site.shape
-    keys, values = (cfg.init_std * rng.standard_normal((heads, cfg.tokens, head_dim)) for _ in range(2))
-    return {"keys": keys, "values": values}
+    return prefix_values(rng, cfg, site.shape)
 
 
 @hookimpl
@@ -41,6 +50,5 @@ def peft_positions(cfg):
 
 
 @hookimpl
-def peft_attention(q, k, v, base, p):
-    keys, values = (ops.broadcast_to(a, shape=(k.shape[0], *a.shape)) for a in (p.keys, p.values))
-    return base(q, ops.concat(keys, k, axis=2), ops.concat(values, v, axis=2))
+def peft_attention(q, k, v, base, p, cfg, site, shared, train):
+    return base(q, *with_prefix(prefix(p, shared, site.shape), k, v, cfg.dropout, train))

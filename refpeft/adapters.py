@@ -37,7 +37,7 @@ _OF_EVERY_METHOD = {
     "revision",
     "task_type",
 }
-_SIZES = ("r", "tokens", "size", "rank", "n")  # options that say how large trained tensors are
+_SIZES = ("r", "tokens", "hidden", "size", "rank", "n")  # options that say how large trained tensors are
 _NOTHING = (None, False, 0, "", [], {})  # values of keys that are unknown and say that they are not used
 
 

@@ -38,6 +38,8 @@ VARIANTS = {
     "miss-mini": ("miss", {"r": 8, "mini_r": 6, "dropout": 0.2, "targets": ["@q", "@o"]}),
     "vblora": ("vblora", {"vector_length": 6, "num_vectors": 5, "r": 2, "topk": 3}),
     "randlora": ("randlora", {"r": 5, "alpha": 10, "targets": ["@q", "@v", "@down"]}),
+    "intrinsic_said": ("intrinsic_said", {"d": 60}),
+    "intrinsic_said-did": ("intrinsic_said", {"d": 30, "said": False, "targets": ["all-linear", "@embed", "@head"]}),
     "loftq": ("loftq", {"r": 3, "iterations": 2}),
     "ia3": ("ia3", {}),
     "ia3-other": ("ia3", {"targets": ["@q", "@up"], "feedforward": ["@up"]}),
@@ -68,7 +70,8 @@ VARIANTS = {
     "trainable_tokens": ("trainable_tokens", {"token_indices": [5, 2, 30]}),
     "prompt_tuning": ("prompt_tuning", {"tokens": 3}),
     "prefix_tuning": ("prefix_tuning", {"tokens": 3, "init_std": 0.5}),
-    "prefix_tuning-zero": ("prefix_tuning", {"tokens": 3, "positions": "zero"}),
+    "prefix_tuning-mlp": ("prefix_tuning", {"tokens": 3, "hidden": 5}),
+    "prefix_tuning-zero": ("prefix_tuning", {"tokens": 3, "hidden": 4, "positions": "zero"}),
 }
 WITH_BIASES = {
     "bitfit": ("bitfit", {}),
@@ -77,9 +80,11 @@ WITH_BIASES = {
 }
 TO_FIT = {"trainable_tokens": {"token_indices": [5, 2]}, "oft": {"block_size": 4}, "road": {"group_size": 4}}
 TO_FIT |= {"miss": {"r": 5}, "vblora": {"vector_length": 4, "num_vectors": 7}}
-TO_FIT |= {"randlora": {"r": 5}}
+TO_FIT |= {"randlora": {"r": 5}, "intrinsic_said": {"d": 60}}
 TO_FIT |= {"c3a": {"block_size": 4}, "fourierft": {"frequencies": 50}}
 """Options without which a method's sizes do not fit tiny models."""
+WITH_A_NETWORK = {"prefix_tuning-mlp"}
+"""Variants whose files, in PEFT's form, have what a network gave, and not the network."""
 FAMILIES = ("llama", "tied", "qwen2", "gpt2")
 CASES = [(family, name) for family in FAMILIES for name in VARIANTS] + [
     (family, name)

@@ -51,6 +51,9 @@ class Adapted:
     comment: str = ""
     peft: bool = True
     settings: dict = field(default_factory=dict)  # changes of the model's config
+    label: str = ""  # in the names of its cases
+    virtual: bool = False  # whether it adds virtual tokens, so that rows with padding and packed ones are cases, too
+    witness: Compute | None = None  # PEFT's answer, where that takes more than the options
 
 
 def full(family: str, settings: dict, **changes) -> Adapted:
@@ -144,6 +147,7 @@ def _shared(embed: str, attentions: list[str], layers: list[str], kv: tuple[int,
         {f"{embed}.prompt": (3, 8)},
         lambda t: {embed: lambda f, ids: prompt(f, ids, t[f"{embed}.prompt"])},
         flags="PromptFirst PromptMaskedLoss",
+        virtual=True,
         comment="the first real token has position 3; logits and loss are of the real tokens alone",
     )
     shapes = {f"{a}.attend.{letter}": (kv[0], 3, kv[1]) for a in attentions for letter in ("keys", "values")}
@@ -161,6 +165,7 @@ def _shared(embed: str, attentions: list[str], layers: list[str], kv: tuple[int,
         prefixes,
         first_position=3,
         flags="PrefixPositions PrefixVisible",
+        virtual=True,
         comment="the first real token has position 3, as in PEFT; the prefix's keys are not rotated",
     )
 
@@ -216,7 +221,7 @@ def model_cases(family: str, settings: dict, methods: Iterator[Adapted]) -> Iter
     for adapted in methods:
         settings_here = settings | adapted.settings
         config = adapted.options | {"model": config_of(family, settings_here)}
-        peft = peft_witness.model(family, settings_here, adapted.method, adapted.options)
+        peft = adapted.witness or peft_witness.model(family, settings_here, adapted.method, adapted.options)
         alone = one_document_at_a_time(forward(config, adapted), settings_here["vocab_size"], list(adapted.trained))
         witnesses = {
             "model": {peft_witness.VERSION: peft} if adapted.peft else {},
@@ -229,9 +234,8 @@ def model_cases(family: str, settings: dict, methods: Iterator[Adapted]) -> Iter
             "packed": "every document of a row sees the virtual tokens, none another. ",
             "train": "three steps of AdamW. ",
         }
-        virtual = adapted.method in ("prompt_tuning", "prefix_tuning")
-        for variant in ("model", "train", "padded", "packed") if virtual else ("model", "train"):
-            case_id = f"{adapted.method}-{family}-{variant}"
+        for variant in ("model", "train", "padded", "packed") if adapted.virtual else ("model", "train"):
+            case_id = f"{adapted.method}-{family}-{adapted.label}{variant}"
             draw = Draw(case_id)
             inputs = tokens(draw, settings_here["vocab_size"])
             if variant in ("padded", "packed"):

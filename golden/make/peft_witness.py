@@ -157,12 +157,7 @@ def _virtual_tokens(adapted: nn.Module, t: Tensors, method: str, count: int):
         return torch.cat([x if x.dim() == 2 else x.transpose(0, 1).flatten(1) for x in tensors], dim=1)
 
     parameter.data.copy_(flat([t[n] for n in names]))
-    ids = t["ids"].long()
-    segments = t.get("segments")
-    mask = torch.ones_like(ids) if segments is None else (segments >= 0).long()
-    logits = real_only(adapted(input_ids=ids, attention_mask=mask).logits[:, -ids.shape[1] :], segments)
-    loss = mean_loss(logits, t["targets"])
-    loss.backward()
+    logits, loss = _of_real_tokens(adapted, t)
     parts = parameter.grad.split([t[n].numel() // count for n in names], dim=1)
     shapes = {n: t[n].shape for n in names}
     grads = {
@@ -170,3 +165,38 @@ def _virtual_tokens(adapted: nn.Module, t: Tensors, method: str, count: int):
         for n, part in zip(names, parts, strict=True)
     }
     return logits, loss, grads
+
+
+def _of_real_tokens(adapted: nn.Module, t: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits and loss, after its backward pass."""
+    ids = t["ids"].long()
+    segments = t.get("segments")
+    mask = torch.ones_like(ids) if segments is None else (segments >= 0).long()
+    logits = real_only(adapted(input_ids=ids, attention_mask=mask).logits[:, -ids.shape[1] :], segments)
+    loss = mean_loss(logits, t["targets"])
+    loss.backward()
+    return logits, loss
+
+
+def prompt_encoder(family: str, settings: dict, config: peft.PeftConfig, parts: dict[str, list[str]]) -> Compute:
+    """Outputs of a case on a model, from PEFT's network of virtual tokens.
+
+    `parts` has for each of its parameters the case's tensors that make it up, one below the other.
+    """
+
+    def compute(t: Tensors) -> Tensors:
+        with precision():
+            base = transformers_model(family, settings)
+            base.load_state_dict({n: t[n] for n, _ in base.named_parameters()}, strict=False)
+            adapted = peft.get_peft_model(base, config).to(torch.get_default_dtype())
+            parameters = dict(adapted.prompt_encoder["default"].named_parameters())
+            for name, parameter in parameters.items():
+                parameter.data.copy_(torch.cat([t[n] for n in parts[name]]))
+            logits, loss = _of_real_tokens(adapted, t)
+            found = {"logits": logits, "loss": loss}
+            for name, parameter in parameters.items():
+                pieces = parameter.grad.split([len(t[n]) for n in parts[name]])
+                found |= {f"grad.{n}": piece for n, piece in zip(parts[name], pieces, strict=True)}
+            return found
+
+    return compute

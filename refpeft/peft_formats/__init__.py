@@ -3,7 +3,8 @@
 from .common import PREFIX, Entry, Format, Settings
 from .lora import DORA, LORA, OLORA, PISSA
 from .low_rank import DELORA, HIRA, LOHA, LOKR, VERA
-from .others import IA3, LN_TUNING, PREFIX_TUNING, PROMPT_TUNING
+from .others import IA3, LN_TUNING
+from .prompts import PREFIX_TUNING, PROMPT_TUNING
 from .selective import SHIRA, TRAINABLE_TOKENS
 from .structured import BOFT, C3A, FOURIERFT, HRA, MISS, OFT, RANDLORA, ROAD, VBLORA
 

@@ -1,10 +1,8 @@
-"""Gains, norms, and what comes before the tokens."""
+"""Gains and norms."""
 
 from __future__ import annotations
 
 from typing import Any
-
-import numpy as np
 
 from ..sites import Adapter, Site
 from .common import PREFIX, Entry, Format, Settings, module_names, present, renamed, targets_of
@@ -56,68 +54,4 @@ LN_TUNING = Format(
     renamed({"weight": "ln_tuning_layers.weight", "bias": "ln_tuning_layers.bias"}),
     lambda adapter, model: {"target_modules": module_names(adapter.sites, model)},
     _norm_options,
-)
-
-
-# ---- prompts ---------------------------------------------------------------------------------------------------------
-
-_PROMPT_KEYS = ("num_attention_heads", "num_layers", "token_dim")  # PEFT's, derived from the model; shapes are checked
-
-
-def _virtual_tokens(adapter: Adapter, model: Any, heads: int, dim: int) -> dict[str, Any]:
-    return {
-        "num_virtual_tokens": adapter.cfg.tokens,
-        "num_transformer_submodules": 1,
-        "num_layers": model.config.layers,
-        "num_attention_heads": heads,
-        "token_dim": dim,
-    }
-
-
-def _prefix_entries(adapter: Adapter) -> list[Entry]:
-    """prompt_embeddings (tokens, layers * 2 * kv_heads * head_dim): key then value, layer after layer."""
-    keys = tuple(f"{site.name}.{letter}" for site in adapter.sites for letter in ("keys", "values"))
-    heads, head_dim = adapter.sites[0].shape
-
-    def pack(*arrays: np.ndarray) -> np.ndarray:
-        return np.stack(arrays).transpose(2, 0, 1, 3).reshape(arrays[0].shape[1], -1)
-
-    def unpack(array: np.ndarray) -> tuple[np.ndarray, ...]:
-        return tuple(array.reshape(len(array), len(keys), heads, head_dim).transpose(1, 2, 0, 3))
-
-    return [Entry("prompt_embeddings", keys, pack, unpack)]
-
-
-def _prefix_fits(adapter: Adapter, model: Any) -> bool:
-    everywhere = [site for site in model.sites.values() if site.kind == "attention"]
-    return adapter.cfg.positions == "after" and adapter.sites == everywhere
-
-
-PROMPT_TUNING = Format(
-    "PROMPT_TUNING",
-    lambda adapter: [Entry("prompt_embeddings", (f"{adapter.sites[0].name}.prompt",))],
-    lambda adapter, model: _virtual_tokens(adapter, model, model.config.heads, model.config.dim),
-    lambda config, model: {"tokens": config.need("num_virtual_tokens"), "init": "random"},
-    fits=lambda adapter, model: adapter.sites == [model.embed],
-    any_value=(
-        *_PROMPT_KEYS,
-        "prompt_tuning_init",
-        "prompt_tuning_init_text",
-        "tokenizer_kwargs",
-        "tokenizer_name_or_path",
-    ),
-    values={"num_transformer_submodules": (1,)},
-)
-
-PREFIX_TUNING = Format(
-    "PREFIX_TUNING",
-    _prefix_entries,
-    lambda adapter, model: _virtual_tokens(
-        adapter, model, model.config.kv_heads, model.config.kv_heads * model.config.head_dim
-    ),
-    lambda config, model: {"tokens": config.need("num_virtual_tokens")},
-    fits=_prefix_fits,
-    # the encoder of prefix_projection is not in the file: what is there are the keys and values that it gave
-    any_value=(*_PROMPT_KEYS, "encoder_hidden_size", "prefix_projection", "init_weights"),
-    values={"num_transformer_submodules": (1,)},
 )

@@ -1,0 +1,95 @@
+"""What comes before the tokens: rows, keys and values.
+
+PEFT's files hold these alone, and nothing of a network that gave them: read again, they are trained themselves.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from ..prompts import prefix
+from ..sites import Adapter
+from ..tensor import Tensor
+from .common import Entry, Format
+
+_KEYS = ("num_attention_heads", "num_layers", "token_dim")  # PEFT's, derived from the model; shapes are checked
+
+
+def _virtual_tokens(adapter: Adapter, model: Any, heads: int, dim: int) -> dict[str, Any]:
+    return {
+        "num_virtual_tokens": adapter.cfg.tokens,
+        "num_transformer_submodules": 1,
+        "num_layers": model.config.layers,
+        "num_attention_heads": heads,
+        "token_dim": dim,
+    }
+
+
+# ---- rows ------------------------------------------------------------------------------------------------------------
+
+PROMPT_TUNING = Format(
+    "PROMPT_TUNING",
+    lambda adapter: [Entry("prompt_embeddings", (f"{adapter.sites[0].name}.prompt",))],
+    lambda adapter, model: _virtual_tokens(adapter, model, model.config.heads, model.config.dim),
+    lambda config, model: {"tokens": config.need("num_virtual_tokens"), "init": "random"},
+    fits=lambda adapter, model: adapter.sites == [model.embed],
+    any_value=(
+        *_KEYS,
+        "prompt_tuning_init",
+        "prompt_tuning_init_text",
+        "tokenizer_kwargs",
+        "tokenizer_name_or_path",
+    ),
+    values={"num_transformer_submodules": (1,)},
+)
+
+
+# ---- keys and values -------------------------------------------------------------------------------------------------
+
+
+def _prefix_entries(adapter: Adapter) -> list[Entry]:
+    """prompt_embeddings (tokens, layers * 2 * kv_heads * head_dim): key then value, layer after layer."""
+    names, shape = tuple(adapter.params), adapter.sites[0].shape
+
+    def pack(*arrays: np.ndarray) -> np.ndarray:
+        values = dict(zip(names, map(Tensor, arrays), strict=True))
+        shared = _letters(values, "shared")
+        pairs = np.concatenate([prefix(_letters(values, site.name), shared, shape).data for site in adapter.sites])
+        return pairs.transpose(2, 0, 1, 3).reshape(pairs.shape[2], -1)
+
+    def unpack(array: np.ndarray) -> tuple[np.ndarray, ...]:
+        return tuple(array.reshape(len(array), len(names), *shape).transpose(1, 2, 0, 3))
+
+    return [Entry("prompt_embeddings", names, pack, unpack)]
+
+
+def _letters(values: dict[str, Tensor], place: str) -> SimpleNamespace:
+    """The values of one place, as a plugin has them."""
+    return SimpleNamespace(
+        **{name.rpartition(".")[2]: value for name, value in values.items() if name.rpartition(".")[0] == place}
+    )
+
+
+def _prefix_settings(adapter: Adapter, model: Any) -> dict[str, Any]:
+    heads, hidden = model.config.kv_heads, adapter.cfg.hidden
+    settings = _virtual_tokens(adapter, model, heads, heads * model.config.head_dim)
+    return settings | ({"prefix_projection": True, "encoder_hidden_size": hidden} if hidden else {})
+
+
+def _prefix_fits(adapter: Adapter, model: Any) -> bool:
+    everywhere = [site for site in model.sites.values() if site.kind == "attention"]
+    return adapter.positions == adapter.cfg.tokens and adapter.sites == everywhere
+
+
+PREFIX_TUNING = Format(
+    "PREFIX_TUNING",
+    _prefix_entries,
+    _prefix_settings,
+    lambda config, model: {"tokens": config.need("num_virtual_tokens")},
+    fits=_prefix_fits,
+    any_value=(*_KEYS, "encoder_hidden_size", "prefix_projection", "init_weights"),
+    values={"num_transformer_submodules": (1,)},
+)
