@@ -7,6 +7,7 @@ REFPEFT, the method's name and options in the config, and its tensors under refp
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,12 @@ import numpy as np
 from . import manager
 from .backend import Array, bfloat16, to_host
 from .errors import RefpeftError
-from .files import read_json, read_safetensors, write_json, write_safetensors
+from .files import expanded, read_json, read_safetensors, write_json, write_safetensors
 from .models.base import Frozen, Model
 from .models.quantized_files import own_quantizer, own_scheme, parts_of
 from .peft_formats import FORMATS, PREFIX, Entry, Format, Settings
 from .quant import Quantized, Quantizer
-from .sites import Adapter, detach, prepare, put_on
+from .sites import Adapter, Site, detach, prepare, put_on
 from .tensor import Tensor
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -185,7 +186,45 @@ def load(model: Model, directory: str | Path) -> list[Adapter]:
     return loaded
 
 
+def stored(directory: str | Path, sites: Iterable[Site]) -> Adapter:
+    """What `directory` holds, for methods that start from other adapters: an Adapter that is on no model.
+
+    Its .plugin and .cfg are the method and its options, .layers have its values at each site, .params and .constants
+    all of them by name ("model.embed_tokens.prompt"), in float64 on the host. `sites` are those that it may act on.
+    Raises RefpeftError as `load` does, where it acts on others, and where there are several adapters.
+    """
+    found = directories(expanded(directory))
+    if len(found) > 1:
+        names = ", ".join(str(one) for one in found)
+        raise RefpeftError(f"{directory} holds {len(found)} adapters: name one of {names}")
+    return _read(_Apart(sites), found[0])
+
+
+class _Apart(Model):
+    """Sites without the rest of their model, to make adapters for them that are not put on."""
+
+    def __init__(self, sites: Iterable[Site]):
+        super().__init__(None, self._refuse, np.dtype("f8"))
+        self.sites = {site.name: site for site in sites}
+
+    def place(self, array: Array, dtype: np.dtype | None = None) -> Array:
+        return super().place(to_host(array), dtype)
+
+    def _refuse(self, name: str, linear: bool, transposed: bool) -> Frozen:
+        raise RefpeftError("it lacks values, which are fitted to the model's weights: load it, save it, and take that")
+
+
 def _load_one(model: Model, directory: Path) -> Adapter:
+    adapter = _read(model, directory)
+    try:
+        put_on(model, adapter)
+    except RefpeftError as error:
+        raise RefpeftError(f"{directory / TENSORS}: {error}") from None
+    return adapter
+
+
+def _read(model: Model, directory: Path) -> Adapter:
+    """The adapter of a directory, made for the model and not put on it."""
     config, tensors = read_json(directory / CONFIG), read_safetensors(directory / TENSORS)
     try:
         method, form, options = _understood(config, model)
@@ -202,7 +241,6 @@ def _load_one(model: Model, directory: Path) -> Adapter:
         _fill(_values(adapter), entries, _without_base(tensors, adapter, model), model)
         for layer in adapter.layers:
             layer.part.call("peft_check_values", site=layer.site, p=layer.arrays)
-        put_on(model, adapter)
         adapter.settled = True
     except RefpeftError as error:
         raise RefpeftError(f"{directory / TENSORS}: {error}") from None

@@ -8,7 +8,7 @@ import pytest
 import tiny
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from variants import CASES, WITH_A_NETWORK, attached, bare
+from variants import CASES, VARIANTS, WITH_A_NETWORK, attached, bare, quantizer
 
 from refpeft import adapters, files, manager, sites
 from refpeft.errors import RefpeftError
@@ -56,6 +56,47 @@ def test_of_a_network_comes_back_what_it_gave(family, name, tmp_path):
     adapters.save(tmp_path / "b", other)
     a, b = (tmp_path / folder / "adapter_model.safetensors" for folder in "ab")
     assert a.read_bytes() == b.read_bytes()
+
+
+# ---- for methods that start from other adapters ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name not in WITH_A_NETWORK])
+def test_what_a_directory_holds_is_known_without_putting_it_on(name, tmp_path):
+    model, adapter = attached("llama", name)
+    adapters.save(tmp_path, model)
+    other = bare("llama", name)
+    found = adapters.stored(tmp_path, other.sites.values())
+    assert found.plugin is adapter.plugin and found.params.keys() == adapter.params.keys()
+    for key, tensor in (found.params | found.constants).items():
+        assert np.array_equal(tensor.data, (adapter.params | adapter.constants)[key].data), key
+    assert not other.adapters and not any(site.layers for site in other.sites.values())
+
+
+def test_what_is_stored_in_a_quantizers_format_is_dense_again(tmp_path):
+    model, adapter = attached("llama", "houlsby")
+    adapters.save(tmp_path, model, quantizer=quantizer(double_quant=False))
+    adapters.quantize(model, quantizer(double_quant=False))
+    found = adapters.stored(tmp_path, tiny.model().sites.values()).params
+    assert all(np.allclose(found[key].data, tensor.data, atol=1e-6) for key, tensor in adapter.params.items())
+
+
+def test_what_stands_elsewhere_than_asked_or_is_not_one_adapter_is_not_taken(tmp_path):
+    model, _ = attached("llama", "prompt_tuning")
+    adapters.save(tmp_path / "one", model)
+    embed, head = model.embed, model.head
+    assert [layer.site for layer in adapters.stored(str(tmp_path / "one"), [embed]).layers] == [embed]
+    with pytest.raises(RefpeftError, match=r"one/adapter_config.json: target '@embed' matches no site"):
+        adapters.stored(tmp_path / "one", [head])
+    sites.attach(model, "lora")
+    adapters.save(tmp_path / "two", model)
+    with pytest.raises(RefpeftError, match=r"two holds 2 adapters: name one of .*1-prompt_tuning, .*two/2-lora"):
+        adapters.stored(tmp_path / "two", [embed])
+    with pytest.raises(RefpeftError, match="holds no adapter"):
+        adapters.stored(tmp_path, [embed])
+
+
+# ---- files that cannot be --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -39,10 +39,9 @@ def _token_settings(adapter: Adapter, model: Any) -> dict[str, Any]:
 
 def _token_options(config: Settings, model: Any) -> dict[str, Any]:
     """A head that is tied to the embedding goes with it, as in PEFT."""
-    wanted = targets_of(config, model) if config.get("target_modules") else [model.embed.name]
+    wanted = targets_of(config, model) if config.get("target_modules") else ["@embed"]
     targets = [site.name for site in model.sites.values() if any(hits(site) for hits in matcher(wanted).values())]
-    if model.head.tied in targets and model.head.name not in targets:
-        targets.append(model.head.name)
+    targets += [name for name, site in model.sites.items() if site.tied in targets and name not in targets]
     return {"token_indices": config.need("token_indices"), "targets": targets or wanted}
 
 
