@@ -1,6 +1,33 @@
-"""One hypothesis profile for all tests: the same examples every time, and no deadline on a busy machine."""
+"""What all tests share: one hypothesis profile, and plugins that are made within a test."""
 
+from dataclasses import dataclass
+from types import ModuleType
+
+import pytest
 from hypothesis import settings
 
+from refpeft import hookimpl, manager
+
+# The same examples every time, and no deadline on a busy machine.
 settings.register_profile("refpeft", deadline=None, derandomize=True, database=None, max_examples=50)
 settings.load_profile("refpeft")
+
+
+@pytest.fixture
+def registered():
+    """A function of hooks by name: makes a plugin of them, whose Config has `targets` only (None: a recipe's)."""
+    made = []
+
+    def register(targets: tuple[str, ...] | None = ("@q",), **hooks) -> ModuleType:
+        module = ModuleType("refpeft_plugins.made_here")
+        fields = {} if targets is None else {"__annotations__": {"targets": tuple[str, ...]}, "targets": targets}
+        module.Config = dataclass(frozen=True)(type("Config", (), fields))
+        for name, function in hooks.items():
+            setattr(module, name, hookimpl(function))
+        made.append(module)
+        manager._pm.register(module, f"made here {len(made)}")
+        return module
+
+    yield register
+    for module in made:
+        manager._pm.unregister(module)

@@ -1,7 +1,6 @@
 """Choosing sites, attaching and detaching; every mistake in an option is one clear sentence."""
 
 from dataclasses import dataclass
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -10,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from variants import quantizer
 
-from refpeft import hookimpl, manager, sites
+from refpeft import manager, sites
 from refpeft.errors import RefpeftError
 from refpeft.targets import select
 from refpeft.tensor import parameter
@@ -141,31 +140,6 @@ def test_detaching_what_is_not_attached_is_an_error():
     sites.detach(model, adapter)
     with pytest.raises(RefpeftError, match="adapter 'lora' is not attached"):
         sites.detach(model, adapter)
-
-
-def plugin(**hooks) -> ModuleType:
-    """A plugin module with these hooks and a Config that has targets only."""
-    module = ModuleType("refpeft_plugins.made_here")
-    module.Config = dataclass(frozen=True)(
-        type("Config", (), {"__annotations__": {"targets": tuple[str, ...]}, "targets": ("@q",)})
-    )
-    for name, function in hooks.items():
-        setattr(module, name, hookimpl(function))
-    return module
-
-
-@pytest.fixture
-def registered(monkeypatch):
-    made = []
-
-    def register(**hooks):
-        made.append(plugin(**hooks))
-        manager._pm.register(made[-1])
-        return made[-1]
-
-    yield register
-    for module in made:
-        manager._pm.unregister(module)
 
 
 def test_a_hook_gets_what_it_names(registered):
