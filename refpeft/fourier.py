@@ -1,9 +1,12 @@
-"""Waves: sines, and linear layers whose weights are given by frequencies. For authors of methods."""
+"""Waves: sines, weights that are given by frequencies, and Walsh and Hadamard's square ones. For authors of methods."""
 
 from __future__ import annotations
 
+from math import prod
+
 from .backend import Array, xp_of
-from .tensor import op
+from .rng import Stream
+from .tensor import Tensor, op
 
 
 @op
@@ -106,3 +109,64 @@ def spectral_weight(c: Array, places: Array, shape: tuple[int, int]) -> Array:
 def _cosines(matrix: Array) -> Array:
     """The left half of the real part of a real matrix's Fourier transform, divided by its size."""
     return (xp_of(matrix).fft.rfft2(matrix).real / matrix.size).astype(matrix.dtype, copy=False)
+
+
+# ---- square waves ----------------------------------------------------------------------------------------------------
+
+_CHUNK = 64  # numbers that one product of `hadamard` transforms
+
+
+@op
+def fastfood(needs, x, *, signs, order, gauss, size):
+    """The first `size` numbers of H G P H B x / sqrt(size sum(G^2)), for x (d,) filled up with zeros.
+
+    A random projection (Le et al., 2013, "Fastfood", section 3) that about keeps lengths, and is nowhere a matrix: B is
+    `signs`, P takes what is at `order`, G is `gauss`, all (n,), n a power of 2 of at least d and `size`; H: `hadamard`.
+    """
+    gauss = gauss.astype(x.dtype, copy=False)
+    padded = xp_of(x).zeros(len(gauss), x.dtype)
+    padded[: len(x)] = x
+    y = hadamard(hadamard(padded * signs)[order] * gauss)[:size] / _length(gauss, size)
+    return y.astype(x.dtype, copy=False), (signs, order, gauss, len(x))
+
+
+@fastfood.backward
+def _(g, signs, order, gauss, count):
+    padded = xp_of(g).zeros(len(gauss), g.dtype)
+    padded[: len(g)] = g / _length(gauss, len(g))
+    back = xp_of(g).empty_like(padded)
+    back[order] = hadamard(padded) * gauss
+    return ((hadamard(back) * signs)[:count].astype(g.dtype, copy=False),)
+
+
+def fastfood_from_seed(x: Tensor, shape: tuple[int, ...], seed: int, name: str) -> Tensor:
+    """`fastfood` of x (d,) in any shape, with what is random in it made of a seed and a name, Gaussian numbers float32.
+
+    It is made where x is, of the same bits everywhere, and is larger than the result: see refpeft.tensor.checkpoint.
+    """
+    size, xp = prod(shape), xp_of(x.data)
+    n = 1 << (max(size, len(x.data)) - 1).bit_length()
+    signs, order, gauss = (Stream(seed, name, what, xp=xp) for what in ("signs", "order", "gauss"))
+    signs, gauss = (signs.bits(n) & 1).astype("i1") * 2 - 1, gauss.standard_normal(n).astype("f4")
+    return fastfood(x, signs=signs, order=order.permutation(n), gauss=gauss, size=size).reshape(*shape)
+
+
+def _length(gauss: Array, size: int) -> Array:
+    return xp_of(gauss).sqrt(size * (gauss * gauss).sum())
+
+
+def hadamard(x: Array) -> Array:
+    """H x for x (n,), n a power of 2: H[i, j] is -1 where i and j have an odd number of bits in common, or else 1."""
+    rest = n = len(x)
+    while rest > 1:  # H is a Kronecker product of small ones: each in turn meets the first axis, which then is the last
+        size = min(rest, _CHUNK)
+        x = x.reshape(size, -1).T @ _hadamard_matrix(size, x)
+        rest //= size
+    return x.reshape(n)
+
+
+def _hadamard_matrix(n: int, like: Array) -> Array:
+    xp, H = xp_of(like), xp_of(like).ones((1, 1), like.dtype)
+    while len(H) < n:
+        H = xp.concatenate((xp.concatenate((H, H), axis=1), xp.concatenate((H, -H), axis=1)))
+    return H

@@ -95,6 +95,13 @@ def waves(c, places, shape):
     return sum(terms) / (shape[0] * shape[1])
 
 
+def fastfood(x, *, signs, order, gauss, size):
+    rows, columns = np.indices((len(gauss), len(gauss)))
+    H = (-1.0) ** np.bitwise_count(rows & columns)
+    mixed = H @ (signs * np.pad(x, (0, len(gauss) - len(x))))
+    return (H @ (gauss * mixed[order]))[:size] / np.sqrt(size * (gauss.astype("f8") ** 2).sum())
+
+
 def sigmoid(x):
     return 1 / (1 + np.exp(-x))
 
@@ -222,6 +229,17 @@ OPS = [
         ((2, 3, 4), (3,)),
         lambda x, c, places, shape: np.einsum("bti,oi->bto", x, waves(c, places, shape)),
         given(places=np.array([1, 23, 10]), shape=(6, 4)),
+    ),
+    Case(
+        fourier.fastfood,
+        ((5,),),
+        fastfood,
+        given(
+            signs=np.array([1, -1, -1, 1, -1, 1, 1, 1], "i1"),
+            order=np.array([3, 1, 7, 0, 6, 2, 5, 4]),
+            gauss=np.array([0.5, -1.0, 2.0, 0.1, -0.3, 1.2, -2.0, 0.7], "f4"),
+            size=6,
+        ),
     ),
     Case(ops.softmax, ((3, 4),), softmax),
     Case(ops.softmax, ((3, 4, 2),), softmax, given(axis=1), note="axis 1"),

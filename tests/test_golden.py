@@ -39,7 +39,8 @@ def run_op(case: Case, given: Arrays, dtype: str) -> Arrays:
     options = {name: tuple(v) if isinstance(v, list) else v for name, v in case.config.items()}
     if case.name == "getitem":
         options["key"] = tuple(slice(*part) if isinstance(part, list) else part for part in case.config["key"])
-    options |= {name: given.pop(name) for name in ("condition", "indices", "places") if name in given}
+    constants = ("condition", "indices", "places", "signs", "order", "gauss")
+    options |= {name: given.pop(name) for name in constants if name in given}
     g = given.pop("g")
     leaves = {name: parameter(array) for name, array in given.items()}
     op = getattr(fourier if hasattr(fourier, case.name) else ops, case.name)

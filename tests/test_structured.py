@@ -61,6 +61,8 @@ def test_times_blocks_is_the_product_with_the_block_diagonal_matrix(count):
         ("miss", {"r": 4, "mini_r": 5}, "mini_r is 5, which does not divide the 24 outputs"),
         ("vblora", {"vector_length": 9}, "vector_length is 9, which does not divide the 24 inputs"),
         ("vblora", {"topk": 300}, "topk is 300, more than the 256 vectors"),
+        ("intrinsic_said", {"d": 21}, "d is 21: expected 22 to .* for these targets"),
+        ("intrinsic_said", {"said": False, "targets": ["@norm"]}, "d is 10000: expected 1 to 120 for these targets"),
         ("randlora", {"r": 13}, r"r is 13, more than a side of model.layers.0.self_attn.v_proj, which is \(12, 24\)"),
     ],
 )

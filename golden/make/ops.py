@@ -45,6 +45,7 @@ OPS: dict[str, Callable[..., torch.Tensor]] = {
     "sin": torch.sin,
     "cos": torch.cos,
     "circulant_linear": lambda x, w: x @ _circulant(w).mT,
+    "fastfood": lambda x, signs, order, gauss, size: fastfood(x, signs, order.long(), gauss, size),
     "spectral_linear": lambda x, c, places, shape: x @ _spectral(c, places.long(), shape).mT,
 }
 
@@ -66,6 +67,15 @@ def _spectral(c: torch.Tensor, places: torch.Tensor, shape: list[int]) -> torch.
     return (c * torch.cos(2 * math.pi * turns)).sum(-1) / (shape[0] * shape[1])
 
 
+def fastfood(x: torch.Tensor, signs: torch.Tensor, order: torch.Tensor, gauss: torch.Tensor, size: int):
+    """The first `size` of H G P H B x, divided by sqrt(size) and the length of G, from the matrix H itself."""
+    H = torch.ones(1, 1, dtype=x.dtype)
+    while len(H) < len(gauss):
+        H = torch.kron(H, torch.tensor([[1, 1], [1, -1]], dtype=x.dtype))
+    padded = torch.cat((x, x.new_zeros(len(gauss) - len(x))))
+    return (H @ (gauss * (H @ (signs * padded))[order]))[:size] / (size**0.5 * torch.linalg.norm(gauss))
+
+
 def _case(
     variant: str, inputs: dict[str, np.ndarray], *, name: str, comment: str = "", flags=(), level="must", **config
 ):
@@ -74,7 +84,7 @@ def _case(
     def forward(**tensors: torch.Tensor) -> torch.Tensor:
         return OPS[name](*tensors.values(), **config)
 
-    wrt = tuple(n for n, a in inputs.items() if a.dtype == np.float32)
+    wrt = tuple(n for n, a in inputs.items() if a.dtype == np.float32 and n != "gauss")
     y = forward(**{n: torch.from_numpy(a) for n, a in inputs.items()})
     inputs = inputs | {"g": Draw(f"{case_id} g").normal(*y.shape)}
     return Case(
@@ -262,3 +272,8 @@ def _algebra() -> Iterator[Case]:
         places = draw.generator.permutation(shape[0] * shape[1])[:7].astype(np.int32)
         inputs = {"x": draw.normal(*rows, shape[1]), "c": draw.normal(7), "places": places}
         yield _case(variant, inputs, name="spectral_linear", shape=shape)
+    for variant, count, n, size in (("plain", 5, 16, 12), ("short", 8, 8, 3), ("one", 1, 1, 1), ("long", 20, 256, 200)):
+        draw = Draw(f"fastfood-{variant}")
+        random = {"signs": 2 * draw.integers(0, 2, n) - 1, "order": draw.generator.permutation(n).astype(np.int32)}
+        inputs = {"x": draw.normal(count), **random, "gauss": draw.normal(n)}
+        yield _case(variant, inputs, name="fastfood", flags=("FastfoodOrder", "FastfoodLength"), size=size)
