@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from . import ops
+from .backend import xp_of
 from .rng import Stream
 from .tensor import Tensor, parameter
 
@@ -81,3 +83,76 @@ def with_prefix(pair: Tensor, k: Tensor, v: Tensor, rate: float, train: Train | 
     if train:
         pair = train.dropout(pair, rate)
     return ops.concat(pair[:, 0], k, axis=2), ops.concat(pair[:, 1], v, axis=2)
+
+
+# ---- networks that give rows -----------------------------------------------------------------------------------------
+
+
+def encoded(p: SimpleNamespace, rate: float = 0.0, train: Train | None = None) -> Tensor:
+    """`p.rows` (tokens, dim) through the LSTM and the MLP that `p` has the values of: (tokens, dim)."""
+    states = lstm(p.rows, p, rate, train) if hasattr(p, "weight_ih_l0") else p.rows
+    return mlp(states, p)
+
+
+def mlp_values(rng: Stream, widths: tuple[int, ...]) -> dict[str, np.ndarray]:
+    """First values of linear layers from each width to the next, called mlp0, mlp1, ..., as torch has them."""
+    values: dict[str, np.ndarray] = {}
+    for number, (width, out) in enumerate(pairwise(widths)):
+        values |= linear_values(rng, f"mlp{number}", out, width)
+    return values
+
+
+def mlp(x: Tensor, p: SimpleNamespace) -> Tensor:
+    """The layers mlp0, mlp1, ... of `p`, with ReLU between them."""
+    layers = [name for name in vars(p) if name.startswith("mlp") and not name.endswith("_bias")]
+    for number, name in enumerate(sorted(layers)):
+        x = ops.linear(ops.relu(x) if number else x, getattr(p, name), getattr(p, f"{name}_bias"))
+    return x
+
+
+LSTM_ENDS = (("l0", "l0_reverse"), ("l1", "l1_reverse"))  # of names of values, by layer: forward and backward in time
+
+
+def lstm_values(rng: Stream, width: int, hidden: int) -> dict[str, np.ndarray]:
+    """First values of an LSTM of two layers in both directions, all uniform in +-1 / sqrt(hidden), named as torch's.
+
+    weight_ih_l0 (4 hidden, width), weight_hh_l0 (4 hidden, hidden), bias_ih_l0 and bias_hh_l0 (4 hidden,); the same of
+    l0_reverse; and of l1 and l1_reverse, whose width is 2 hidden.
+    """
+    bound, rows = hidden**-0.5, 4 * hidden
+    values = {}
+    for inputs, ends in zip((width, 2 * hidden), LSTM_ENDS, strict=True):
+        for end in ends:
+            shapes = {"weight_ih": (rows, inputs), "weight_hh": (rows, hidden), "bias_ih": rows, "bias_hh": rows}
+            values |= {f"{name}_{end}": rng.uniform(-bound, bound, shape) for name, shape in shapes.items()}
+    return values
+
+
+def lstm(x: Tensor, p: SimpleNamespace, rate: float, train: Train | None) -> Tensor:
+    """The states of an LSTM of two layers in both directions: x (time, width) gives (time, 2 hidden).
+
+    In training what the second layer reads has dropout.
+    """
+    for number, (forward, backward) in enumerate(LSTM_ENDS):
+        if number and train:
+            x = train.dropout(x, rate)
+        x = ops.concat(_states(x, p, forward), _states(x, p, backward, backward=True), axis=1)
+    return x
+
+
+def _states(x: Tensor, p: SimpleNamespace, end: str, backward: bool = False) -> Tensor:
+    """The states h of one layer in one direction: x (time, width) gives (time, hidden).
+
+    i, f, g, o = W x + U h + b; c = sigmoid(f) c + sigmoid(i) tanh(g); h = sigmoid(o) tanh(c).
+    """
+    W, U, b, b_U = (getattr(p, f"{name}_{end}") for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
+    time, hidden = x.shape[0], U.shape[1]
+    of_inputs = ops.linear(x, W, b + b_U).reshape(time, 4, hidden)
+    h = c = Tensor(xp_of(x.data).zeros((1, hidden), x.dtype))
+    states = {}
+    for t in reversed(range(time)) if backward else range(time):
+        gates = of_inputs[t] + ops.linear(h, U).reshape(4, hidden)
+        i, f, o = (ops.sigmoid(gates[n : n + 1]) for n in (0, 1, 3))
+        c = f * c + i * ops.tanh(gates[2:3])
+        h = states[t] = o * ops.tanh(c)
+    return ops.concat(*(states[t] for t in range(time)), axis=0)

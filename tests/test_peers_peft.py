@@ -173,6 +173,7 @@ PEFTS = {
     "trainable_tokens": lambda f: peft.TrainableTokensConfig(token_indices=[7, 3, 12]),
     "prompt_tuning": lambda f: peft.PromptTuningConfig(num_virtual_tokens=3),
     "prefix_tuning": lambda f: peft.PrefixTuningConfig(num_virtual_tokens=3),
+    "llama_adapter": lambda f: peft.AdaptionPromptConfig(adapter_len=3, adapter_layers=1),
     "oft": lambda f: peft.OFTConfig(oft_block_size=4, target_modules="all-linear"),
     "oft-exact": lambda f: peft.OFTConfig(
         oft_block_size=8, target_modules="all-linear", use_cayley_neumann=False, block_share=True
@@ -191,6 +192,10 @@ PEFTS = {
     "randlora": lambda f: peft.RandLoraConfig(r=5, target_modules="all-linear"),
 }
 NETWORKS = {
+    "p_tuning": lambda f: peft.PromptEncoderConfig(num_virtual_tokens=3),
+    "p_tuning-lstm": lambda f: peft.PromptEncoderConfig(
+        num_virtual_tokens=3, encoder_reparameterization_type="LSTM", encoder_hidden_size=6
+    ),
     "prefix_tuning-network": lambda f: peft.PrefixTuningConfig(
         num_virtual_tokens=3, prefix_projection=True, encoder_hidden_size=7
     ),
@@ -298,6 +303,9 @@ OURS = {
     "trainable_tokens": ("trainable_tokens", {"token_indices": [9, 2]}),
     "prompt_tuning": ("prompt_tuning", {"tokens": 4}),
     "prefix_tuning": ("prefix_tuning", {"tokens": 4}),
+    "llama_adapter": ("llama_adapter", {"tokens": 4, "compat": "peft"}),
+    "p_tuning": ("p_tuning", {"tokens": 4, "encoder": "mlp"}),
+    "p_tuning-lstm": ("p_tuning", {"tokens": 4, "hidden": 5}),
     "prefix_tuning-network": ("prefix_tuning", {"tokens": 4, "hidden": 5}),
     "oft": ("oft", {"block_size": 6}),
     "oft-neumann": ("oft", {"block_size": 4, "cayley": "neumann", "terms": 6, "targets": ["@o", "@up"]}),

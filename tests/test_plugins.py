@@ -12,7 +12,7 @@ from refpeft import manager, ops, sites
 from refpeft.errors import RefpeftError
 from refpeft.rng import Stream
 
-CHANGE_AT_THE_START = {"c3a", "fourierft", "prompt_tuning", "prefix_tuning", "loftq"}
+CHANGE_AT_THE_START = {"c3a", "fourierft", "prompt_tuning", "p_tuning", "prefix_tuning", "loftq"}
 NEARLY_AS_IT_WAS = {
     "vblora": 0.01,
     "hra": 1e-12,
@@ -113,6 +113,7 @@ DIM, FF, KV, VOCAB, LAYERS = 24, 32, 12, 40, 2
         ("llama", "lora", {"r": 3}, LAYERS * 3 * ((DIM + DIM) + (DIM + KV))),
         ("gpt2", "lora", {"r": 3}, LAYERS * 3 * (DIM + 3 * DIM)),
         ("llama", "lora", {"r": 3, "targets": ["@embed"]}, 3 * (VOCAB + DIM)),
+        ("llama", "lora", {"r": 3, "freeze_A": True}, LAYERS * 3 * (DIM + KV)),
         ("llama", "ia3", {}, LAYERS * (2 * KV + FF)),
         ("gpt2", "ia3", {}, LAYERS * (3 * DIM + 4 * DIM)),
         ("qwen2", "bitfit", {}, LAYERS * (DIM + 2 * KV)),
@@ -140,6 +141,7 @@ DIM, FF, KV, VOCAB, LAYERS = 24, 32, 12, 40, 2
         ("llama", "phm_adapter", {"size": 8, "norms": False}, LAYERS * 2 * (2 * 8 * DIM // 4 + 128 + 8 + DIM)),
         ("llama", "rows", {"rows": [1, 2]}, LAYERS * 2 * 2 * DIM),
         ("llama", "shira", {"r": 3}, LAYERS * 3 * ((DIM + DIM) + (DIM + KV))),
+        ("llama", "fish_mask", {"share": 0.05}, round(0.05 * LAYERS * DIM * (2 * DIM + 2 * KV + 3 * FF))),
         ("llama", "trainable_tokens", {"token_indices": [1, 2]}, 2 * 2 * DIM),
         ("tied", "trainable_tokens", {"token_indices": [1, 2]}, 2 * DIM),
         ("llama", "top_layers", {"count": 1}, 2 * DIM + DIM * (2 * DIM + 2 * KV + 3 * FF)),
@@ -147,8 +149,18 @@ DIM, FF, KV, VOCAB, LAYERS = 24, 32, 12, 40, 2
         ("llama", "by_type", {}, LAYERS * DIM * (2 * DIM + 2 * KV)),
         ("tied", "by_type", {"types": ["embedding", "head"]}, VOCAB * DIM),
         ("llama", "prompt_tuning", {"tokens": 3}, 3 * DIM),
+        ("llama", "p_tuning", {"tokens": 3, "encoder": "none"}, 3 * DIM),
+        ("llama", "p_tuning", {"tokens": 3, "encoder": "mlp", "hidden": 5}, 3 * DIM + 5 * 25 + 5 * 6 + DIM * 6),
+        (
+            "llama",
+            "p_tuning",
+            {"tokens": 3, "hidden": 5},
+            3 * DIM + 8 * 5 * (DIM + 5 + 2) + 8 * 5 * (3 * 5 + 2) + 2 * 5 * 11 + DIM * 11,
+        ),
         ("llama", "prefix_tuning", {"tokens": 3}, LAYERS * 2 * 3 * KV),
         ("llama", "prefix_tuning", {"tokens": 3, "hidden": 5}, 3 * KV + 5 * (KV + 1) + LAYERS * 2 * KV * (5 + 1)),
+        ("llama", "llama_adapter", {"tokens": 3}, LAYERS * (3 * DIM + 4)),
+        ("gpt2", "llama_adapter", {"tokens": 3, "count": 1, "compat": "peft"}, 3 * DIM + 1),
         ("gpt2", "intrinsic_said", {"d": 60}, 60),
         ("tied", "intrinsic_said", {"d": 60, "said": False}, 60),
         ("llama", "randlora", {"r": 5}, LAYERS * (5 * (5 + DIM) + 3 * (5 + KV))),

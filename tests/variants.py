@@ -11,6 +11,7 @@ VARIANTS = {
     "full": ("full", {}),
     "lora": ("lora", {"r": 3}),
     "lora-everywhere": ("lora", {"targets": ["all-linear", "@embed", "@head"], "rslora": True, "init": "gaussian"}),
+    "lora-fa": ("lora", {"freeze_A": True, "targets": ["@q", "@embed"]}),
     "lora-patterns": ("lora", {"targets": "all-linear", "rank_pattern": {"mlp.*": 2}, "alpha_pattern": {".*1.*": 3}}),
     "lora-saved": ("lora", {"targets": "all-linear", "modules_to_save": ["@norm", "@head", "@down"]}),
     "pissa": ("pissa", {"r": 3, "alpha_pattern": {".*1.*": 2}}),
@@ -67,11 +68,17 @@ VARIANTS = {
     "rows-longest": ("rows", {"count": 3}),
     "shira": ("shira", {"r": 3}),
     "shira-magnitude": ("shira", {"r": 2, "mask": "magnitude", "targets": "all-linear"}),
+    "fish_mask": ("fish_mask", {"share": 0.05}),
     "trainable_tokens": ("trainable_tokens", {"token_indices": [5, 2, 30]}),
     "prompt_tuning": ("prompt_tuning", {"tokens": 3}),
+    "p_tuning": ("p_tuning", {"tokens": 3, "hidden": 5, "dropout": 0.2}),
+    "p_tuning-mlp": ("p_tuning", {"tokens": 3, "encoder": "mlp"}),
+    "p_tuning-none": ("p_tuning", {"tokens": 3, "encoder": "none"}),
     "prefix_tuning": ("prefix_tuning", {"tokens": 3, "init_std": 0.5}),
     "prefix_tuning-mlp": ("prefix_tuning", {"tokens": 3, "hidden": 5}),
     "prefix_tuning-zero": ("prefix_tuning", {"tokens": 3, "hidden": 4, "positions": "zero"}),
+    "llama_adapter": ("llama_adapter", {"tokens": 3}),
+    "llama_adapter-peft": ("llama_adapter", {"tokens": 3, "count": 1, "compat": "peft"}),
 }
 WITH_BIASES = {
     "bitfit": ("bitfit", {}),
@@ -83,7 +90,7 @@ TO_FIT |= {"miss": {"r": 5}, "vblora": {"vector_length": 4, "num_vectors": 7}}
 TO_FIT |= {"randlora": {"r": 5}, "intrinsic_said": {"d": 60}}
 TO_FIT |= {"c3a": {"block_size": 4}, "fourierft": {"frequencies": 50}}
 """Options without which a method's sizes do not fit tiny models."""
-WITH_A_NETWORK = {"prefix_tuning-mlp"}
+WITH_A_NETWORK = {"p_tuning", "p_tuning-mlp", "prefix_tuning-mlp"}
 """Variants whose files, in PEFT's form, have what a network gave, and not the network."""
 FAMILIES = ("llama", "tied", "qwen2", "gpt2")
 CASES = [(family, name) for family in FAMILIES for name in VARIANTS] + [

@@ -4,7 +4,7 @@ from .common import PREFIX, Entry, Format, Settings
 from .lora import DORA, LORA, OLORA, PISSA
 from .low_rank import DELORA, HIRA, LOHA, LOKR, VERA
 from .others import IA3, LN_TUNING
-from .prompts import PREFIX_TUNING, PROMPT_TUNING
+from .prompts import ADAPTION_PROMPT, P_TUNING, PREFIX_TUNING, PROMPT_TUNING
 from .selective import SHIRA, TRAINABLE_TOKENS
 from .structured import BOFT, C3A, FOURIERFT, HRA, MISS, OFT, RANDLORA, ROAD, VBLORA
 
@@ -25,7 +25,9 @@ FORMATS = {
     "shira": SHIRA,
     "trainable_tokens": TRAINABLE_TOKENS,
     "prompt_tuning": PROMPT_TUNING,
+    "p_tuning": P_TUNING,
     "prefix_tuning": PREFIX_TUNING,
+    "llama_adapter": ADAPTION_PROMPT,
     "oft": OFT,
     "boft": BOFT,
     "hra": HRA,

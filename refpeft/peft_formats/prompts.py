@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from ..prompts import prefix
+from ..prompts import encoded, prefix
 from ..sites import Adapter
 from ..tensor import Tensor
-from .common import Entry, Format
+from .common import PREFIX, Entry, Format, Settings
 
 _KEYS = ("num_attention_heads", "num_layers", "token_dim")  # PEFT's, derived from the model; shapes are checked
 
@@ -42,6 +42,46 @@ PROMPT_TUNING = Format(
         "prompt_tuning_init_text",
         "tokenizer_kwargs",
         "tokenizer_name_or_path",
+    ),
+    values={"num_transformer_submodules": (1,)},
+)
+
+
+def _rows_entries(adapter: Adapter) -> list[Entry]:
+    """prompt_embeddings (tokens, dim)."""
+    names, (site,) = tuple(adapter.params), adapter.sites
+
+    def pack(*arrays: np.ndarray) -> np.ndarray:
+        return encoded(_letters(dict(zip(names, map(Tensor, arrays), strict=True)), site.name)).data
+
+    return [Entry("prompt_embeddings", names, pack)]
+
+
+def _encoder(adapter: Adapter, model: Any) -> dict[str, Any]:
+    cfg, dim = adapter.cfg, model.config.dim
+    settings = _virtual_tokens(adapter, model, model.config.heads, dim)
+    if cfg.encoder == "none":
+        return settings
+    return settings | {
+        "encoder_reparameterization_type": cfg.encoder.upper(),
+        "encoder_hidden_size": cfg.hidden or (dim // 2 if cfg.encoder == "lstm" else dim),
+        "encoder_num_layers": 2,
+        "encoder_dropout": cfg.dropout,
+    }
+
+
+P_TUNING = Format(
+    "P_TUNING",
+    _rows_entries,
+    _encoder,
+    lambda config, model: {"tokens": config.need("num_virtual_tokens"), "encoder": "none"},
+    fits=lambda adapter, model: adapter.sites == [model.embed],
+    any_value=(
+        *_KEYS,
+        "encoder_reparameterization_type",
+        "encoder_hidden_size",
+        "encoder_num_layers",
+        "encoder_dropout",
     ),
     values={"num_transformer_submodules": (1,)},
 )
@@ -92,4 +132,55 @@ PREFIX_TUNING = Format(
     fits=_prefix_fits,
     any_value=(*_KEYS, "encoder_hidden_size", "prefix_projection", "init_weights"),
     values={"num_transformer_submodules": (1,)},
+)
+
+
+# ---- prompts in layers -----------------------------------------------------------------------------------------------
+
+
+def _adaption_entries(adapter: Adapter) -> list[Entry]:
+    entries = []
+    for layer in adapter.layers:
+        place, name = PREFIX + layer.site.name.removesuffix(".attend"), layer.site.name
+        entries += [
+            Entry(
+                f"{place}.adaption_prompt", (f"{name}.prompt",), lambda array: array[None], lambda array: (array[0],)
+            ),
+            Entry(f"{place}.adaption_gate", (f"{name}.gate",)),
+        ]
+    return entries
+
+
+def _has_adaption_prompts(model: Any) -> bool:
+    """Whether PEFT computes what LLaMA-Adapter does in this model: not on GPT-2, nor twice an output layer's bias."""
+    config = model.config
+    return config.family in ("llama", "mistral") and not config.o_bias and config.heads * config.head_dim == config.dim
+
+
+def _adaption_options(config: Settings, model: Any) -> dict[str, Any]:
+    if not _has_adaption_prompts(model):
+        raise RefpeftError(
+            "PEFT's adaption prompts are those of LLaMA-Adapter on Llama and Mistral without a bias in the output layer "
+            "alone; on other models it computes something else"
+        )
+    return {"tokens": config.need("adapter_len"), "count": config.need("adapter_layers"), "compat": "peft"}
+
+
+def _adaption_fits(adapter: Adapter, model: Any) -> bool:
+    everywhere = [site for site in model.sites.values() if site.kind == "attention"]
+    topmost = adapter.sites == everywhere[-len(adapter.sites) :]
+    return adapter.cfg.compat == "peft" and topmost and _has_adaption_prompts(model)
+
+
+ADAPTION_PROMPT = Format(
+    "ADAPTION_PROMPT",
+    _adaption_entries,
+    lambda adapter, model: {
+        "adapter_len": adapter.cfg.tokens,
+        "adapter_layers": len(adapter.sites),
+        "target_modules": "self_attn",
+    },
+    _adaption_options,
+    fits=_adaption_fits,
+    values={"target_modules": ("self_attn",)},
 )
