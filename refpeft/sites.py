@@ -194,8 +194,9 @@ def _add_part(model: Any, adapter: Adapter, part: Part, seed: int, fit: bool) ->
             "rng": model.stream(seed, "init", adapter.name, site.name),
             "weight": Lazy(lambda site=site: site.weight() if site.weight else None),
         }
+        near = Near(model.sites.values(), site.index)
         tokenizer = Lazy(lambda: _tokenizer(model, part.name))
-        first = part.call("peft_params", bias=site.bias, tokenizer=tokenizer, **have)
+        first = part.call("peft_params", bias=site.bias, tokenizer=tokenizer, near=near, **have)
         if first is None:
             continue
         made.append(site)
@@ -207,7 +208,7 @@ def _add_part(model: Any, adapter: Adapter, part: Part, seed: int, fit: bool) ->
             more = {"original": _original(model, site), "requantize": Lazy(lambda site=site: _requantize(site))}
             for key, array in (part.call("peft_fit", **have, **more) or {}).items():
                 values[key].data[...] = model.place(array)  # in the layout that a file's values have: equal bits
-        layer = Layer(part, site, values, model.mode, adapter.name, Near(model.sites.values(), site.index))
+        layer = Layer(part, site, values, model.mode, adapter.name, near)
         adapter.layers.append(layer)
         references += [(layer, key, v) for key, v in first.items() if isinstance(v, str)]
     for layer, key, other in references:
@@ -281,10 +282,40 @@ def bypassed(model: Any) -> Iterator[None]:
             _put_on(model, adapter)
 
 
-def merge(model: Any) -> None:
+@dataclass
+class Merged:
+    """The way back from `merge`: what it replaced and took off. Nothing is subtracted, so `undo` is exact.
+
+    While this is kept, the replaced weights stay in memory beside the merged ones.
+    """
+
+    model: Any
+    adapters: list[Adapter]
+    frozen: dict[str, Any]  # of the model, before and after
+    merged: dict[str, Any]
+    sites: dict[str, tuple[Any, Array | None, str | None]]  # their weight, bias and `tied` before
+
+    def undo(self) -> None:
+        """Gives the model its weights back, bit for bit, quantized ones too, and attaches the adapters again.
+
+        Raises RefpeftError where the model is no longer what `merge` left, as when it has another adapter.
+        """
+        now = self.model.frozen
+        changed = now.keys() != self.merged.keys() or any(now[name] is not one for name, one in self.merged.items())
+        if changed or self.model.adapters:
+            raise RefpeftError("the model changed after this merge: detach adapters and undo merges that came later")
+        for name, (weight, bias, tied) in self.sites.items():
+            site = self.model.sites[name]
+            site.weight, site.bias, site.tied = weight, bias, tied
+        self.model.frozen = dict(self.frozen)
+        for adapter in self.adapters:
+            _put_on(self.model, adapter)
+
+
+def merge(model: Any) -> Merged:
     """Folds every attached adapter into the model's weights, which become dense, and detaches them.
 
-    Raises RefpeftError, and changes nothing, where a method has no merged form.
+    merge(model).undo() is the way back. Raises RefpeftError, and changes nothing, where a method has no merged form.
     """
     if not model.adapters:
         raise RefpeftError("there is no adapter to merge")
@@ -296,7 +327,10 @@ def merge(model: Any) -> None:
             now = layer.merged(**now)
         if site.layers:
             merged[site.name] = now
+    adapters = list(model.adapters)
     detach(model)  # which gives weights back that peft_base had changed
+    frozen = dict(model.frozen)
+    before = {name: (site.weight, site.bias, site.tied) for name, site in model.sites.items()}
     for name, now in merged.items():
         site = model.sites[name]
         site.weight, site.bias = Dense(now["weight"], model.dtype), now["bias"]
@@ -310,3 +344,4 @@ def merge(model: Any) -> None:
         else:  # the two are no longer one
             site.tied = None
             model.frozen[name] = site.weight
+    return Merged(model, adapters, frozen, dict(model.frozen), before)

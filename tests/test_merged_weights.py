@@ -125,3 +125,54 @@ def test_a_merged_model_takes_another_adapter():
     before = model(tiny.ids()).data
     sites.attach(model, "lora")
     assert np.array_equal(model(tiny.ids()).data, before)
+
+
+# ---- the way back ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("family", "name"), MERGED)
+def test_undone_the_base_has_every_bit_and_the_adapters_are_on_it_again(family, name):
+    model, adapter = attached(family, name)
+    plain, before, gradients = bare(family, name), model(tiny.ids()).data, tiny.gradients(model, tiny.batch())
+    merge = sites.merge(model)
+    assert abs(model(tiny.ids()).data - before).max() < 1e-12
+    merge.undo()
+    assert model.adapters == [adapter]
+    assert np.array_equal(model(tiny.ids()).data, before)
+    again = tiny.gradients(model, tiny.batch())
+    assert all(np.array_equal(again[key], gradients[key]) for key in gradients)
+    sites.detach(model)
+    assert model.frozen.keys() == plain.frozen.keys()
+    for key, frozen in plain.frozen.items():
+        assert np.array_equal(model.frozen[key](), frozen()), key
+    for site, other in zip(model.sites.values(), plain.sites.values(), strict=True):
+        assert site.tied == other.tied and (site.bias is None) == (other.bias is None)
+        assert site.weight is None or site.weight is model.frozen[f"{site.tied or site.name}.weight"]
+    assert np.array_equal(model(tiny.ids()).data, plain(tiny.ids()).data)
+
+
+@pytest.mark.parametrize("name", ["lora", "ia3", "dora", "loftq"])
+def test_undone_quantized_weights_are_the_same_codes(name):
+    model, _ = attached("qwen2", name, quantizer=quantizer())
+    packed = dict(model.frozen)
+    sites.merge(model).undo()
+    assert packed.keys() == model.frozen.keys() and all(model.frozen[key] is one for key, one in packed.items())
+
+
+def test_merges_are_undone_one_after_the_other():
+    model, _ = attached("tied", "lora-everywhere")
+    one = sites.merge(model)
+    between = model(tiny.ids()).data
+    lora = sites.attach(model, "lora")
+    tiny.scramble(lora)
+    with pytest.raises(RefpeftError, match="the model changed after this merge: detach adapters and undo merges that"):
+        one.undo()
+    two = sites.merge(model)
+    with pytest.raises(RefpeftError, match="the model changed after this merge"):
+        one.undo()
+    two.undo()
+    sites.detach(model)
+    assert np.array_equal(model(tiny.ids()).data, between)
+    one.undo()
+    with pytest.raises(RefpeftError, match="the model changed after this merge"):
+        one.undo()
