@@ -13,7 +13,7 @@ import numpy as np
 
 from refpeft import fused, hookimpl, ops
 from refpeft.backend import xp_of
-from refpeft.lowrank import Scaled
+from refpeft.lowrank import Scaled, kaiming
 
 FAMILY = "reparametrisation"
 
@@ -30,16 +30,11 @@ class Config(Scaled):
     exclude: tuple[str, ...] | str = ()
     layers: tuple[int, ...] | None = None  # numbers of the layers; none: all
 
-    def __post_init__(self):
-        if min((self.r, *self.rank_pattern.values())) < 1 or not 0 <= self.dropout < 1:
-            raise ValueError("expected r of at least 1, and dropout of at least 0 and less than 1")
-
 
 @hookimpl
 def peft_params(site, cfg, rng, weight):
     r, (out, width) = cfg.rank(site), site.shape
-    bound = width**-0.5
-    A = rng.uniform(-bound, bound, (r, width))
+    A = kaiming(rng, r, width)
     contiguous = xp_of(weight).ascontiguousarray(weight)  # so that squares are added up in the order of `peft_linear`
     return {"A": A, "B": np.zeros((out, r)), "m": _row_norms(contiguous)}
 

@@ -87,6 +87,8 @@ def rates(model: Model) -> dict[str, float]:
             for key, factor in (part.call("peft_rates", site=layer.site) or {}).items():
                 if id(layer.values.get(key)) not in names:
                     raise RefpeftError(f"plugin '{part.name}': peft_rates names {key!r}, which is not trained")
+                if factor <= 0:
+                    raise RefpeftError(f"{part.name}: {key} learns {factor} times as fast: expected more than 0")
                 found[names[id(layer.values[key])]] = factor
     return found
 

@@ -5,13 +5,19 @@ from __future__ import annotations
 import numpy as np
 
 from .backend import Array, xp_of
+from .rng import Stream
 from .targets import patterned
 
 
 class Scaled:
-    """For a Config with `r`, `alpha`, `rank_pattern` and `alpha_pattern`, and `rslora` where the method has that."""
+    """For a Config with `r`, `alpha`, `rank_pattern` and `alpha_pattern`, and `rslora`, `dropout` where it has them."""
 
     rslora = False
+    dropout = 0.0
+
+    def __post_init__(self):
+        if min((self.r, *self.rank_pattern.values())) < 1 or not 0 <= self.dropout < 1:
+            raise ValueError("expected r of at least 1, and dropout of at least 0 and less than 1")
 
     def rank(self, site) -> int:
         """The rank at this site."""
@@ -20,6 +26,12 @@ class Scaled:
     def scale(self, site) -> float:
         """alpha / r at this site; alpha / sqrt(r) with rslora (arXiv:2312.03732)."""
         return patterned(self.alpha_pattern, site, self.alpha) / self.rank(site) ** (0.5 if self.rslora else 1)
+
+
+def kaiming(rng: Stream, r: int, width: int) -> Array:
+    """First values (r, width), uniform in +-1 / sqrt(width): kaiming_uniform(a=sqrt(5)), as in loralib and PEFT."""
+    bound = width**-0.5
+    return rng.uniform(-bound, bound, (r, width))
 
 
 def nearest(matrix: Array, r: int) -> tuple[Array, Array]:

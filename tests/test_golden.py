@@ -8,7 +8,7 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from refpeft import fourier, fused, ops, schedule
+from refpeft import fourier, fused, learning, ops, schedule
 from refpeft.batches import Batch, collate
 from refpeft.conformance.compare import compare
 from refpeft.conformance.vectors import Arrays, Case, cases
@@ -197,7 +197,7 @@ def run_method(case: Case, given: Arrays, dtype: str) -> Arrays:
         loss = model.loss(batch_of(given))
         loss.backward()
         return {"logits": logits_of(model, given), "loss": loss.data, **grads(adapter, model)}
-    flat = Flat(adapter.params.items())
+    flat = Flat(adapter.params.items(), learning.rates(model))
     optimizer = AdamW(flat, tuple(train["betas"]), train["eps"], train["weight_decay"])
     losses = []
     for _ in range(train["steps"]):

@@ -90,8 +90,8 @@ TO_FIT |= {"miss": {"r": 5}, "vblora": {"vector_length": 4, "num_vectors": 7}}
 TO_FIT |= {"randlora": {"r": 5}, "intrinsic_said": {"d": 60}}
 TO_FIT |= {"c3a": {"block_size": 4}, "fourierft": {"frequencies": 50}}
 """Options without which a method's sizes do not fit tiny models."""
-WITH_A_NETWORK = {"p_tuning", "p_tuning-mlp", "prefix_tuning-mlp"}
-"""Variants whose files, in PEFT's form, have what a network gave, and not the network."""
+SIMPLER_IN_FILES = {"lora-fa", "p_tuning", "p_tuning-mlp", "prefix_tuning-mlp"}
+"""Variants whose files, in PEFT's form, have what a network gave, and not the network, or not what was frozen."""
 FAMILIES = ("llama", "tied", "qwen2", "gpt2")
 CASES = [(family, name) for family in FAMILIES for name in VARIANTS] + [
     (family, name)

@@ -54,6 +54,7 @@ class Adapted:
     label: str = ""  # in the names of its cases
     virtual: bool = False  # whether it adds virtual tokens, so that rows with padding and packed ones are cases, too
     witness: Compute | None = None  # PEFT's answer, where that takes more than the options
+    rates: dict[str, float] = field(default_factory=dict)  # learning rates of letters, as multiples of the others'
 
 
 def full(family: str, settings: dict, **changes) -> Adapted:
@@ -107,7 +108,29 @@ def _lora(sites: list[tuple[str, int]]) -> Iterator[Adapted]:
     def advice(t: Tensors) -> reference.Advice:
         return {n: lambda f, x, n=n: lora(f, x, t[f"{n}.A"], t[f"{n}.B"], lora_scale(config)) for n, _ in sites}
 
-    yield Adapted("lora", config | {"targets": [n for n, _ in sites]}, shapes, advice, flags="Scaling TransposedFactor")
+    config_here = config | {"targets": [n for n, _ in sites]}
+    yield Adapted("lora", config_here, shapes, advice, flags="Scaling TransposedFactor")
+    yield Adapted(
+        "lora",
+        config_here | {"lr_ratio": 4.0},
+        shapes,
+        advice,
+        label="plus-",
+        rates={"B": 4.0},
+        flags="LoraPlusRates",
+        comment="B has 4 times the learning rate of A, also for its weight decay",
+    )
+    yield Adapted(
+        "lora",
+        config_here | {"freeze_A": True},
+        {name: shape for name, shape in shapes.items() if name.endswith(".B")},
+        advice,
+        constants={name: shape for name, shape in shapes.items() if name.endswith(".A")},
+        label="fa-",
+        flags="FrozenFactor",
+        peft=False,
+        comment="A is given, and not trained",
+    )
 
 
 def _ia3(gains: dict[str, tuple[int, ...]], feedforward: str) -> Adapted:
@@ -204,7 +227,11 @@ def three_steps(config: dict, adapted: Adapted) -> Compute:
     def compute(t: Tensors) -> Tensors:
         trained = {n: t[n].clone().requires_grad_() for n in adapted.trained}
         options = {name: TRAIN[name] for name in ("lr", "betas", "eps", "weight_decay")}
-        optimizer = torch.optim.AdamW(trained.values(), foreach=False, **options)
+        groups = [
+            {"params": [p], "lr": TRAIN["lr"] * adapted.rates.get(name.rpartition(".")[2], 1)}
+            for name, p in trained.items()
+        ]
+        optimizer = torch.optim.AdamW(groups, foreach=False, **options)
         losses = []
         for _ in range(TRAIN["steps"]):
             optimizer.zero_grad()
@@ -225,7 +252,7 @@ def model_cases(family: str, settings: dict, methods: Iterator[Adapted]) -> Iter
         alone = one_document_at_a_time(forward(config, adapted), settings_here["vocab_size"], list(adapted.trained))
         witnesses = {
             "model": {peft_witness.VERSION: peft} if adapted.peft else {},
-            "padded": {peft_witness.VERSION: peft},
+            "padded": {peft_witness.VERSION: peft} if adapted.peft else {},
             "packed": {"each document alone": alone},
             "train": {},
         }
@@ -234,7 +261,8 @@ def model_cases(family: str, settings: dict, methods: Iterator[Adapted]) -> Iter
             "packed": "every document of a row sees the virtual tokens, none another. ",
             "train": "three steps of AdamW. ",
         }
-        for variant in ("model", "train", "padded", "packed") if adapted.virtual else ("model", "train"):
+        variants = ("model", "train", "padded", "packed") if adapted.virtual else ("model", "train")
+        for variant in ("train",) if adapted.rates else variants:
             case_id = f"{adapted.method}-{family}-{adapted.label}{variant}"
             draw = Draw(case_id)
             inputs = tokens(draw, settings_here["vocab_size"])
