@@ -11,9 +11,8 @@ from typing import Literal
 
 import numpy as np
 
-from refpeft import RefpeftError, fused, hookimpl
+from refpeft import RefpeftError, hookimpl, sparse
 from refpeft.backend import to_host, xp_of
-from refpeft.tensor import Tensor
 
 FAMILY = "selective"
 
@@ -48,29 +47,22 @@ def peft_params(site, cfg, rng, weight):
         places = to_host(xp_of(weight).argpartition(-abs(weight).reshape(-1), count - 1)[:count])
     else:
         places = _random(rng, out * width, count)
-    indices = np.stack(np.divmod(np.sort(places), width)).astype(np.int32)
-    return {"values": np.zeros(count), "indices": Tensor(indices)}
+    return sparse.constant_at(places, width)
 
 
 @hookimpl
 def peft_check_values(site, p):
-    (rows, columns), (out, width) = to_host(p.indices).astype(np.int64), site.shape
-    inside = min(rows.min(), columns.min()) >= 0 and rows.max() < out and columns.max() < width
-    if not inside or len(np.unique(rows * width + columns)) < len(rows):
-        raise RefpeftError(f"indices of {site.name} are outside of its weight ({out}, {width}), or there twice")
+    sparse.check(site, p)
 
 
 @hookimpl
 def peft_linear(x, base, p, site):
-    rows, columns = p.indices.data[0], p.indices.data[1]
-    return base(x) + fused.sparse_linear(x, p.values, rows=rows, columns=columns, out=site.shape[0])
+    return base(x) + sparse.added(x, p, site)
 
 
 @hookimpl
 def peft_merge(weight, p):
-    merged = xp_of(weight).array(weight)
-    merged[p.indices[0], p.indices[1]] += p.values
-    return merged
+    return sparse.merged(weight, p)
 
 
 def _random(rng, size, count):

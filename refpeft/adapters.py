@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from . import manager
+from . import manager, survey
 from .backend import Array, bfloat16, to_host
 from .errors import RefpeftError
 from .files import expanded, read_json, read_safetensors, write_json, write_safetensors
@@ -97,6 +97,8 @@ def _written(adapter: Adapter, model: Model, quantizer: Quantizer | None) -> tup
         settings["base"] = own_scheme(changed[0].quantizer) if isinstance(changed[0], Quantized) else None
     if quantizer:
         settings["quantizer"] = own_scheme(quantizer)
+    if decided := survey.shapes(adapter):
+        settings["shapes"] = decided
     return _own_entries(adapter), settings
 
 
@@ -232,6 +234,8 @@ def _read(model: Model, directory: Path) -> Adapter:
         adapter = prepare(model, method, options, fit=form is not None and form.fitted)
         _refuse_other_base({"base": None} if form else config, adapter)  # PEFT's weights were dense
         quantizer = own_quantizer(config["quantizer"], "quantizer") if not form and "quantizer" in config else None
+        if not form and survey.shapes(adapter):
+            survey.reshape(adapter, config.get("shapes"), 2 * sum(array.nbytes for array in tensors.values()))
     except RefpeftError as error:
         raise RefpeftError(f"{directory / CONFIG}: {error}") from None
     try:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from . import manager, sites
-from .backend import Array
+from .backend import Array, xp_of
 from .batches import Batch, Batches, split
 from .config import Train as Settings
+from .errors import RefpeftError
 from .layers import Layer
 from .models.base import Model
 from .sites import Adapter, Site
@@ -103,11 +105,38 @@ def settle(model: Model, batches: Batches, settings: Settings, seed: int) -> Non
 
 def waiting(model: Model) -> list[Adapter]:
     """The adapters of which the data have to decide something."""
-    return [
-        adapter
-        for adapter in model.adapters
-        if not adapter.settled and any(manager.hook(part.plugin, "peft_survey") for part in adapter.parts)
-    ]
+    return [adapter for adapter in model.adapters if not adapter.settled and _asks(adapter)]
+
+
+def _asks(adapter: Adapter) -> bool:
+    return any(manager.hook(part.plugin, "peft_survey") for part in adapter.parts)
+
+
+def shapes(adapter: Adapter) -> dict[str, list[int]] | None:
+    """The shapes of all values by name, which a file must tell; None where no method lets the data decide them."""
+    return {name: list(value.shape) for name, value in _values(adapter).items()} if _asks(adapter) else None
+
+
+def reshape(adapter: Adapter, told: Any, most: int) -> None:
+    """Gives an adapter that is not on a model the shapes that `shapes` told of another; sites without any are left out.
+
+    Raises RefpeftError for what cannot be shapes of this method's values, and for more than `most` numbers in one.
+    """
+    values = _values(adapter)
+    if not isinstance(told, dict) or not told:
+        raise RefpeftError("expected 'shapes', which the training data had decided")
+    for name, shape in told.items():
+        known = name in values and isinstance(shape, list) and len(shape) == len(values[name].shape)
+        if not known or not all(isinstance(n, int) and 0 <= n <= most for n in shape) or math.prod(shape) > most:
+            raise RefpeftError(f"shapes has {name!r} as {shape}, which this method has not")
+        values[name].data = xp_of(values[name].data).zeros(shape, values[name].dtype)
+    for layer in list(adapter.layers):
+        if not any(f"{layer.site.name}.{key}" in told for key in layer.values):
+            _leave_out(adapter, layer)
+
+
+def _values(adapter: Adapter) -> dict[str, Tensor]:
+    return adapter.params | adapter.constants
 
 
 def values(adapters: Sequence[Adapter]) -> dict[str, Array]:
@@ -115,7 +144,7 @@ def values(adapters: Sequence[Adapter]) -> dict[str, Array]:
     return {
         f"{number}.{name}": tensor.data
         for number, adapter in enumerate(adapters)
-        for name, tensor in (adapter.params | adapter.constants).items()
+        for name, tensor in _values(adapter).items()
     }
 
 
@@ -137,13 +166,17 @@ def _put(model: Model, adapter: Adapter, layers: Sequence[Layer], found: dict[st
         given = found.get(layer.site.name, {})
         if given is None:
             layer.take_off(model)
-            adapter.layers.remove(layer)
-            for key, value in layer.values.items():
-                adapter.kind(value).pop(f"{layer.site.name}.{key}", None)
+            _leave_out(adapter, layer)
             continue
         for key, array in given.items():
             value = layer.values[key]
             value.data = model.place(array, value.dtype)
+
+
+def _leave_out(adapter: Adapter, layer: Layer) -> None:
+    adapter.layers.remove(layer)
+    for key, value in layer.values.items():
+        adapter.kind(value).pop(f"{layer.site.name}.{key}", None)
 
 
 def _gradients(model: Model, batch: Batch, tensors: dict[str, Tensor]) -> dict[str, Array]:
