@@ -318,6 +318,7 @@ OURS = {
     "fourierft": ("fourierft", {"frequencies": 20, "targets": ["@q", "@down"], "places_seed": 5}),
     "miss": ("miss", {"r": 9}),
     "miss-mini": ("miss", {"r": 8, "mini_r": 6, "targets": ["@q", "@down"]}),
+    "p_tuning_v2": ("p_tuning_v2", {"tokens": 4}),
     "vblora": ("vblora", {"vector_length": 12, "num_vectors": 5, "targets": ["@q", "@o"]}),
     "randlora": ("randlora", {"r": 5, "alpha": 9.0, "targets": ["@q", "@v", "@down"]}),
 }

@@ -12,7 +12,7 @@ from refpeft import manager, ops, sites
 from refpeft.errors import RefpeftError
 from refpeft.rng import Stream
 
-CHANGE_AT_THE_START = {"c3a", "fourierft", "prompt_tuning", "p_tuning", "prefix_tuning", "loftq"}
+CHANGE_AT_THE_START = {"c3a", "fourierft", "prompt_tuning", "spot", "p_tuning", "p_tuning_v2", "prefix_tuning", "loftq"}
 NEARLY_AS_IT_WAS = {
     "vblora": 0.01,
     "hra": 1e-12,
@@ -160,6 +160,8 @@ DIM, FF, KV, VOCAB, LAYERS = 24, 32, 12, 40, 2
         ("llama", "prefix_tuning", {"tokens": 3}, LAYERS * 2 * 3 * KV),
         ("llama", "prefix_tuning", {"tokens": 3, "hidden": 5}, 3 * KV + 5 * (KV + 1) + LAYERS * 2 * KV * (5 + 1)),
         ("llama", "llama_adapter", {"tokens": 3}, LAYERS * (3 * DIM + 4)),
+        ("llama", "p_tuning_v2", {"tokens": 3}, LAYERS * 2 * 3 * KV),
+        ("llama", "p_tuning_v2", {"tokens": 3, "hidden": 5}, 3 * KV + 5 * (KV + 1) + LAYERS * 2 * KV * (5 + 1)),
         ("gpt2", "llama_adapter", {"tokens": 3, "count": 1, "compat": "peft"}, 3 * DIM + 1),
         ("gpt2", "intrinsic_said", {"d": 60}, 60),
         ("tied", "intrinsic_said", {"d": 60, "said": False}, 60),

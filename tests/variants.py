@@ -79,6 +79,8 @@ VARIANTS = {
     "prefix_tuning-zero": ("prefix_tuning", {"tokens": 3, "hidden": 4, "positions": "zero"}),
     "llama_adapter": ("llama_adapter", {"tokens": 3}),
     "llama_adapter-peft": ("llama_adapter", {"tokens": 3, "count": 1, "compat": "peft"}),
+    "p_tuning_v2": ("p_tuning_v2", {"tokens": 3, "dropout": 0.1}),
+    "p_tuning_v2-mlp": ("p_tuning_v2", {"tokens": 3, "hidden": 5, "init_std": 0.3}),
 }
 WITH_BIASES = {
     "bitfit": ("bitfit", {}),
@@ -90,7 +92,7 @@ TO_FIT |= {"miss": {"r": 5}, "vblora": {"vector_length": 4, "num_vectors": 7}}
 TO_FIT |= {"randlora": {"r": 5}, "intrinsic_said": {"d": 60}}
 TO_FIT |= {"c3a": {"block_size": 4}, "fourierft": {"frequencies": 50}}
 """Options without which a method's sizes do not fit tiny models."""
-SIMPLER_IN_FILES = {"lora-fa", "p_tuning", "p_tuning-mlp", "prefix_tuning-mlp"}
+SIMPLER_IN_FILES = {"lora-fa", "p_tuning", "p_tuning-mlp", "p_tuning_v2-mlp", "prefix_tuning-mlp"}
 """Variants whose files, in PEFT's form, have what a network gave, and not the network, or not what was frozen."""
 FAMILIES = ("llama", "tied", "qwen2", "gpt2")
 CASES = [(family, name) for family in FAMILIES for name in VARIANTS] + [

@@ -1,4 +1,4 @@
-"""Soft prompts that a network gives: P-tuning, prefix tuning reparametrised. On models the witness is PEFT."""
+"""P-tuning, P-tuning v2, and prefix tuning reparametrised. On models the witness is PEFT."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torch.nn import functional
 
 TOKENS, HIDDEN = 3, 5
 
-PAPERS |= {"p_tuning": "arXiv:2103.10385, section 3.2"}
+PAPERS |= {"p_tuning": "arXiv:2103.10385, section 3.2", "p_tuning_v2": "arXiv:2110.07602, section 3.2"}
 
 
 def cases() -> Iterator[Case]:
@@ -148,18 +148,23 @@ def in_peft(letter: str) -> str:
 # ---- keys and values -------------------------------------------------------------------------------------------
 
 
-def shared_shapes(kv: tuple[int, int]) -> dict[str, tuple[int, ...]]:
+def shared_shapes(hidden: int, kv: tuple[int, int]) -> dict[str, tuple[int, ...]]:
+    """What the layers share, where a network gives keys and values."""
     width = kv[0] * kv[1]
-    return {"shared.rows": (TOKENS, width), "shared.inner": (HIDDEN, width), "shared.inner_bias": (HIDDEN,)}
+    shapes = {"shared.rows": (TOKENS, width), "shared.inner": (hidden, width), "shared.inner_bias": (hidden,)}
+    return shapes if hidden else {}
 
 
-def own_shapes(kv: tuple[int, int]) -> dict[str, tuple[int, ...]]:
-    width = 2 * kv[0] * kv[1]
-    return {"outer": (width, HIDDEN), "outer_bias": (width,)}
+def own_shapes(hidden: int, kv: tuple[int, int]) -> dict[str, tuple[int, ...]]:
+    """What each layer has of its own."""
+    width, flat = 2 * kv[0] * kv[1], (kv[0], TOKENS, kv[1])
+    return {"outer": (width, hidden), "outer_bias": (width,)} if hidden else {"keys": flat, "values": flat}
 
 
-def reparametrised(t: Tensors, place: str, kv: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """arXiv:2101.00190, section 4.3: (keys, values) of one layer, each (kv_heads, tokens, head_dim)."""
+def keys_and_values(t: Tensors, place: str, kv: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Those of one layer, each (kv_heads, tokens, head_dim). The network is that of arXiv:2101.00190, section 4.3."""
+    if f"{place}keys" in t:
+        return t[f"{place}keys"], t[f"{place}values"]
     inner = torch.tanh(functional.linear(t["shared.rows"], t["shared.inner"], t["shared.inner_bias"]))
     outer = functional.linear(inner, t[f"{place}outer"], t[f"{place}outer_bias"])
     keys, values = outer.chunk(2, dim=1)
@@ -167,53 +172,53 @@ def reparametrised(t: Tensors, place: str, kv: tuple[int, int]) -> tuple[torch.T
 
 
 def prefixes_at_attention() -> Iterator[Case]:
-    comment = "every query sees the prefix; among the tokens attention is causal; a network gives keys and values"
-    for variant, heads, kv_heads, rate in (
-        ("network", 2, 2, 0.0),
-        ("network-gqa", 4, 2, 0.0),
-        ("network-dropout", 2, 2, 0.25),
+    for method, variant, heads, kv_heads, hidden, rate in (
+        ("prefix_tuning", "network", 2, 2, HIDDEN, 0.0),
+        ("prefix_tuning", "network-gqa", 4, 2, HIDDEN, 0.0),
+        ("prefix_tuning", "network-dropout", 2, 2, HIDDEN, 0.25),
+        ("p_tuning_v2", "plain", 2, 2, 0, 0.0),
+        ("p_tuning_v2", "gqa", 4, 2, 0, 0.0),
+        ("p_tuning_v2", "dropout", 2, 2, 0, 0.25),
+        ("p_tuning_v2", "network", 4, 2, HIDDEN, 0.0),
     ):
-        draw, kv = Draw(f"prefix_tuning-attention-{variant}"), (kv_heads, 4)
-        inputs = {
-            "q": draw.normal(2, heads, 4, 4),
-            "k": draw.normal(2, *kv[:1], 4, 4),
-            "v": draw.normal(2, *kv[:1], 4, 4),
-        }
-        trained = shared_shapes(kv) | own_shapes(kv)
+        draw, kv = Draw(f"{method}-attention-{variant}"), (kv_heads, 4)
+        trained = shared_shapes(hidden, kv) | own_shapes(hidden, kv)
+        inputs = {name: draw.normal(2, n, 4, 4) for name, n in (("q", heads), ("k", kv_heads), ("v", kv_heads))}
         inputs |= {name: draw.normal(*shape, scale=0.7) for name, shape in trained.items()}
         if rate:
             inputs["keep"] = (draw.generator.random((2, 2, kv_heads, TOKENS, 4)) >= rate).astype(np.float32)
 
         def forward(q, k, v, keep=None, kv=kv, rate=rate, **letters):
-            pair = torch.stack(reparametrised(letters, "", kv)).expand(2, 2, kv[0], TOKENS, 4)
+            pair = torch.stack(keys_and_values(letters, "", kv)).expand(2, 2, kv[0], TOKENS, 4)
             if keep is not None:
                 pair = pair * keep / (1 - rate)
             seen = torch.ones(4, 4 + TOKENS, dtype=torch.bool).tril(TOKENS)
             k, v = torch.cat((pair[:, 0], k), dim=2), torch.cat((pair[:, 1], v), dim=2)
             return reference.attend(q, k, v, seen, None)
 
-        dropped = "; in training: `keep` (batch, 2, kv_heads, tokens, head_dim) is of keys, then of values"
+        flags = {"PrefixVisible": True, "PrefixNetwork": hidden, "PrefixGroupedQuery": heads > kv_heads}
+        remarks = {
+            "every query sees the prefix; among the tokens attention is causal": True,
+            "a network gives keys and values": hidden,
+            "in training: `keep` (batch, 2, kv_heads, tokens, head_dim) is of keys, then of values": rate,
+        }
         yield site_case(
-            "prefix_tuning",
+            method,
             "attention",
             variant,
             inputs,
             forward,
             " ".join(("q k v", *trained)),
-            config={"tokens": TOKENS, "hidden": HIDDEN} | ({"dropout": rate} if rate else {}),
-            flags="PrefixVisible PrefixNetwork"
-            + " PrefixGroupedQuery" * (heads > kv_heads)
-            + " DropoutScale" * bool(rate),
-            comment=comment + dropped * bool(rate),
+            config={"tokens": TOKENS} | ({"hidden": hidden} if hidden else {}) | ({"dropout": rate} if rate else {}),
+            flags=" ".join(flag for flag, here in (flags | {"DropoutScale": rate}).items() if here),
+            comment="; ".join(remark for remark, here in remarks.items() if here),
         )
 
 
 def prefixes_on_model(family: str, settings: dict, places: list[str], kv: tuple[int, int]) -> Iterator[Adapted]:
-    own = {f"{place}.{letter}": shape for place in places for letter, shape in own_shapes(kv).items()}
-
     def advice(t: Tensors) -> reference.Advice:
         def advise(place: str) -> Callable:
-            return lambda f, q, k, v: prefix(f, q, k, v, *reparametrised(t, f"{place}.", kv))
+            return lambda f, q, k, v: prefix(f, q, k, v, *keys_and_values(t, f"{place}.", kv))
 
         return {place: advise(place) for place in places}
 
@@ -227,14 +232,19 @@ def prefixes_on_model(family: str, settings: dict, places: list[str], kv: tuple[
         "transform.2.weight": [f"{place}.outer" for place in places],
         "transform.2.bias": [f"{place}.outer_bias" for place in places],
     }
-    yield Adapted(
-        "prefix_tuning",
-        {"tokens": TOKENS, "hidden": HIDDEN},
-        shared_shapes(kv) | own,
-        advice,
-        first_position=TOKENS,
-        flags="PrefixPositions PrefixVisible PrefixNetwork",
-        comment="a network whose first layer and rows all layers share gives keys and values",
-        label="network-",
-        witness=peft_witness.prompt_encoder(family, settings, config, parts),
-    )
+    of_network = peft_witness.prompt_encoder(family, settings, config, parts)
+    for method, hidden in (("prefix_tuning", HIDDEN), ("p_tuning_v2", 0), ("p_tuning_v2", HIDDEN)):
+        options = {"tokens": TOKENS} | ({"hidden": hidden} if hidden else {})
+        own = {f"{place}.{letter}": shape for place in places for letter, shape in own_shapes(hidden, kv).items()}
+        yield Adapted(
+            method,
+            options,
+            shared_shapes(hidden, kv) | own,
+            advice,
+            first_position=TOKENS,
+            flags="PrefixPositions PrefixVisible" + " PrefixNetwork" * bool(hidden),
+            comment="a network whose first layer and rows all layers share gives keys and values" if hidden else "",
+            label="network-" if hidden else "",
+            virtual=not hidden,
+            witness=of_network if hidden else peft_witness.model(family, settings, "prefix_tuning", options),
+        )

@@ -4,7 +4,7 @@ from .common import PREFIX, Entry, Format, Settings
 from .lora import DORA, LORA, OLORA, PISSA
 from .low_rank import DELORA, HIRA, LOHA, LOKR, VERA
 from .others import IA3, LN_TUNING
-from .prompts import ADAPTION_PROMPT, P_TUNING, PREFIX_TUNING, PROMPT_TUNING
+from .prompts import ADAPTION_PROMPT, P_TUNING, P_TUNING_V2, PREFIX_TUNING, PROMPT_TUNING, SPOT
 from .selective import SHIRA, TRAINABLE_TOKENS
 from .structured import BOFT, C3A, FOURIERFT, HRA, MISS, OFT, RANDLORA, ROAD, VBLORA
 
@@ -28,6 +28,7 @@ FORMATS = {
     "p_tuning": P_TUNING,
     "prefix_tuning": PREFIX_TUNING,
     "llama_adapter": ADAPTION_PROMPT,
+    "p_tuning_v2": P_TUNING_V2,
     "oft": OFT,
     "boft": BOFT,
     "hra": HRA,

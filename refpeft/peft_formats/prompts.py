@@ -5,6 +5,7 @@ PEFT's files hold these alone, and nothing of a network that gave them: read aga
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -48,6 +49,9 @@ PROMPT_TUNING = Format(
 
 
 def _rows_entries(adapter: Adapter) -> list[Entry]:
+SPOT = replace(PROMPT_TUNING, means=lambda config: False)  # a file does not say where the first values came from
+
+
     """prompt_embeddings (tokens, dim)."""
     names, (site,) = tuple(adapter.params), adapter.sites
 
@@ -137,6 +141,8 @@ PREFIX_TUNING = Format(
 
 # ---- prompts in layers -----------------------------------------------------------------------------------------------
 
+
+P_TUNING_V2 = replace(PREFIX_TUNING, means=lambda config: False)  # to PEFT, too, it is prefix tuning
 
 def _adaption_entries(adapter: Adapter) -> list[Entry]:
     entries = []
