@@ -7,6 +7,8 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
+
 from . import manager, sites
 from .backend import Array, xp_of
 from .batches import Batch, Batches, split
@@ -51,8 +53,9 @@ class Survey:
         with sites.bypassed(self.model), _listening(chosen, seen), no_grad():
             for step in range(batches):
                 batch = self.batches.at(step)
-                self.model.states(batch, (batch.targets.reshape(-1) >= 0).nonzero()[0])
-                real = slice(None) if batch.segments is None else (batch.segments.reshape(-1) >= 0).nonzero()[0]
+                self.model.states(batch, np.flatnonzero(batch.targets >= 0))
+                real = np.arange(batch.ids.size) if batch.segments is None else np.flatnonzero(batch.segments >= 0)
+                real = self.model.xp.asarray(real)
                 yield {name: x.reshape(-1, x.shape[-1])[real] for name, x in seen.items()}
 
     def changes(self, chosen: Sequence[Site], steps: int, lr: float) -> dict[str, Array]:

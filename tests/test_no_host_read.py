@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import tiny
 from cases import FUSED, OPS, Case, Place
+from test_trainer import examples
 from variants import TO_FIT, needed_quantizer
 
-from refpeft import manager, sites
+from refpeft import learning, manager, sites, survey
 from refpeft.backend import to_host
-from refpeft.batches import Batch
+from refpeft.batches import Batch, Batches
+from refpeft.config import Train
 from refpeft.optim import AdamW, Flat
 from refpeft.quant import Quantizer, make_quantizer
 from refpeft.rng import Stream
@@ -57,17 +59,22 @@ def step(name: str, method: str, xp, quantizer: Quantizer | None = None, checkpo
     """Loss and trained values after one training step with dropout and clipping, on rows with padding, by name."""
     model = tiny.model(name, "float32", quantizer, xp=xp)
     sites.attach(model, method, OPTIONS.get(method))
+    survey.settle(model, Batches(examples(), 4, 32), Train(batch=4), 0)  # may read what it likes
     model.mode.training, model.checkpointing = True, checkpointing
     batch = tiny.batch()
     segments = np.where(np.arange(9) < [[9], [6]], 0, -1).astype("i4")
     batch = Batch(batch.ids, np.where(segments < 0, -100, batch.targets), segments=segments)
-    flat = Flat(model.trained())
+    flat = Flat(model.trained(), learning.rates(model))
+    learning.states(model)
     optimizer = AdamW(flat, weight_decay=0.1)
     with device.capture():
-        loss = model.loss(batch)
+        loss = learning.objective(model, batch, batch.supervised)
         loss.backward()
+        penalty = learning.penalty(model)
+        if penalty is not None:
+            penalty.backward()
         flat.clip(0.1)
-        optimizer.step(1e-2)
+        learning.step(model, lambda: optimizer.step(1e-2), 0, 1)
     return {"loss": to_host(loss.data)} | {key: to_host(tensor.data) for key, tensor in model.trained()}
 
 

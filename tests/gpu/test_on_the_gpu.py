@@ -166,11 +166,13 @@ def pair(name: str, methods: list[str], dtype: str = "float64", quantizer: Quant
 
 
 def step(model: Model) -> dict:
-    """Loss and gradients of a training step, by name."""
+    """Loss and gradients of a training step, by name; none of what the step leaves out."""
     model.mode.training = True
     loss = model.loss(batch())
     loss.backward()
-    return {"loss": loss.data} | {name: tensor.grad for name, tensor in model.trained()}
+    gradients = {name: tensor.grad for name, tensor in model.trained() if tensor.grad is not None}
+    assert gradients
+    return {"loss": loss.data} | gradients
 
 
 def check(models: list[Model], limit: float) -> None:

@@ -118,9 +118,9 @@ def rows() -> list[Example]:
 def flat_elsewhere(monkeypatch):
     """Values and gradients, which no optimizer can do without, lie in the default pool, whatever pool is in use."""
 
-    def flat(params) -> Flat:
+    def flat(*params) -> Flat:
         with cupy.cuda.using_allocator(cupy.get_default_memory_pool().malloc):
-            return Flat(params)
+            return Flat(*params)
 
     monkeypatch.setattr(training, "Flat", flat)
 
