@@ -1,4 +1,4 @@
-"""A run of the trainer on the GPU against the same run on the host, with what methods do before and around its steps."""
+"""Runs of the trainer on the GPU against the same runs on the host, with all that methods do before and at a step."""
 
 import cupy
 import numpy as np
