@@ -54,6 +54,7 @@ def main() -> None:
 for verb in (
     train.train,
     train.plan,
+    train.compare,
     use.evaluate,
     use.generate,
     use.merge,

@@ -167,10 +167,10 @@ def resolve(
 
     Raises RefpeftError with one line for every mistake."""
     problems = Problems()
-    files = [_read_file(file)] if file else []
+    files = [read_layer(file)] if file else []
     above = {key: Value(value, flag) for flag, key, value in flags} | _read_sets(sets, problems)
     if all(_layered([*files, above]).get(key, _UNSET).value in (EMBEDDED, None) for key in ("model", "data.file")):
-        files.insert(0, _read_file(EMBEDDED_RUN, "embedded/run.toml"))
+        files.insert(0, read_layer(EMBEDDED_RUN, "embedded/run.toml"))
     given = _layered([*files, above])
     chosen = _plugins(given, problems)
     for layer in files:  # a file's own plugins that a layer above replaced: their tables stay unread
@@ -209,7 +209,7 @@ def run_of(directory: str | Path | None) -> RunConfig | None:
     file = Path(directory) / FILE if directory else None
     if not file or not file.is_file():
         return None
-    given, problems = _read_file(file), Problems()
+    given, problems = read_layer(file), Problems()
     run, _ = _run(given, dict.fromkeys(_names(given)), problems)
     problems.finish()
     if run.quantizer:
@@ -233,8 +233,8 @@ def to_toml(resolved: Resolved) -> str:
 # ---- reading the layers ----
 
 
-def _read_file(file: str | Path, called: str = "") -> Layer:
-    """The values of a TOML file, with their lines; messages name it as it is `called`."""
+def read_layer(file: str | Path, called: str = "") -> Layer:
+    """The values of a TOML file by key, with their lines; messages name it as it is `called`."""
     tree, lines = toml.read(file)
     layer = {}
     for name, value in tree.items():

@@ -79,6 +79,11 @@ def add(*sources: str | Path) -> None:
         raise
 
 
+def sources() -> list[str]:
+    """What would have to be added in another process, for the same plugins to be known there."""
+    return [dotted or str(path) for path, dotted in _added.items()]
+
+
 def find() -> dict[str, Path]:
     """Every known plugin file by name, which is the file's stem."""
     named: dict[str, Path] = {}

@@ -41,7 +41,7 @@ class Metrics:
             self._drop_from(record)
         if "loss" in record:
             seconds = max(record["seconds"], 1e-9)
-            record = {key: record[key] for key in ("step", "loss", "lr", "grad_norm")} | {
+            record = {key: record[key] for key in ("step", "loss", "lr", "grad_norm", "seconds")} | {
                 f"{key}_per_second": round(record[key] / seconds, 1) for key in ("tokens", "supervised")
             }
             record["peak_bytes"] = peak(self.device)

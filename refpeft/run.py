@@ -99,12 +99,16 @@ def run_directory(run: RunConfig, resume: bool) -> Path:
     """Where the run's files go. Without `out` it is runs/<model>-<method>, with a number where that is taken.
 
     Raises RefpeftError where another run's files would be overwritten."""
-    if run.out:
-        path = files.expanded(run.out)
+    return free_directory(run.out, f"{Path(run.model).stem}-{'-'.join(run.methods)}", resume)
+
+
+def free_directory(out: str | None, name: str, resume: bool) -> Path:
+    """`out`, or runs/<name> with a number where that is taken; the newest one with `resume`."""
+    if out:
+        path = files.expanded(out)
         if not resume and _taken(path):
             raise RefpeftError(f"{path} already holds a run: go on with it (--resume), or choose another --out")
         return path
-    name = f"{Path(run.model).stem}-{'-'.join(run.methods)}"
     numbered = [Path("runs") / (name if n == 1 else f"{name}-{n}") for n in range(1, 10_000)]
     free = next(i for i, path in enumerate(numbered) if not _taken(path))
     return numbered[max(free - 1, 0)] if resume else numbered[free]
@@ -162,6 +166,7 @@ class Outcome:
     summary: Summary
     report: report.Report
     peak: int  # bytes of memory, at most
+    exact: float | None = None  # share of held-out answers that are as wanted, where they are compared
     stored: Stored | None = None
 
     def as_dict(self) -> dict[str, Any]:
@@ -170,6 +175,7 @@ class Outcome:
         scores = {name: (before, after) for name, before, after in self.report.scores}
         numbers = {name: getattr(self.summary, name) for name in kept}
         numbers |= {"adapter": dataclasses.asdict(self.stored)} if self.stored else {}
+        numbers |= {"trained": sum(adapter.size for adapter in self.model.adapters), "exact_match": self.exact}
         numbers |= {"frozen_bytes": self.model.nbytes, "frozen_bits": self.model.bits, "peak_bytes": self.peak}
         return {"directory": str(self.directory), **numbers, "scores": scores}
 
@@ -231,7 +237,8 @@ def train(resolved: Resolved, directory: Path, resume: bool = False, say: Callab
     told = _report(run, directory, summary, stored, compare, seconds)
     peak = report.peak(run.device)
     told.notes.append(f"{_frozen(model)}; the run took {report.size(peak)} of memory at most")
-    return Outcome(directory, model, summary, told, peak, stored)
+    exact = compare.score(compare.said[-1]) if compare.exact else None
+    return Outcome(directory, model, summary, told, peak, exact, stored)
 
 
 def _frozen(model: Model) -> str:

@@ -29,7 +29,7 @@ def test_metrics_have_a_record_for_each_step_and_evaluation(tmp_path):
     before, first = read(tmp_path / "metrics.jsonl")
     assert before == {"step": 0, "eval_loss": 1.5}
     assert 2**20 < first.pop("peak_bytes") <= report.peak()
-    assert first == {"step": 1, "loss": 2.0, "lr": 1e-3, "grad_norm": 0.5, **speed}
+    assert first == {"step": 1, "loss": 2.0, "lr": 1e-3, "grad_norm": 0.5, "seconds": 0.5, **speed}
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ def test_a_run_directory_holds_what_others_rely_on(resolve, tmp_path):
     assert [r["step"] for r in records if "loss" in r] == list(range(1, 11))
     assert [r["step"] for r in records if "eval_loss" in r] == [0, 5, 10]
     speeds = {"tokens_per_second", "supervised_per_second"}
-    assert {"step", "loss", "lr", "grad_norm", "peak_bytes", *speeds} == records[1].keys()
+    assert {"step", "loss", "lr", "grad_norm", "seconds", "peak_bytes", *speeds} == records[1].keys()
     assert outcome.summary.loss_after < outcome.summary.loss_before
 
 

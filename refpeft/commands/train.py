@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,40 @@ def train(config: str | None, sets: tuple[str, ...], resume: bool, dry_run: bool
         _show(plan.plan(resolved, resume), as_json)
         return
     _train(resolved, resume, as_json)
+
+
+@click.command()
+@click.argument("config", required=False, type=click.Path(), metavar="[COMPARE.TOML]")
+@click.option("--methods", metavar="NAMES|all", help="With commas between. Default: those that COMPARE.TOML names.")
+@_flags(*(key for _, key, *_ in _FLAGS if key != "method"))
+@click.option("--resume", is_flag=True, help="Leave what is finished in the directory, and train the rest.")
+@options.as_json
+@options.plugins
+@click.pass_context
+def compare(
+    ctx: click.Context, config: str | None, methods: str | None, sets: tuple[str, ...], resume: bool, as_json: bool,
+    out: str | None, **given: Any,
+) -> None:  # fmt: skip
+    """Trains several methods on the same model, data and steps, one after the other, and prints a table.
+
+    COMPARE.TOML is a run.toml with a line for each method in a table [methods]: `dora = {lr = 5e-3, r = 4}`. Without
+    another model or other data it is the embedded run's. Each method runs in a process of its own and has its own
+    directory in --out; one that fails does not keep the others from running, but the exit code is 1.
+    """
+    from refpeft import comparing, run
+
+    directory = run.free_directory(out, "compare", resume)
+    resolved = comparing.resolve(methods, config, _said(given), sets, directory)
+    try:
+        rows = comparing.compare(resolved, directory, resume, say=lambda line: click.echo(line, err=True))
+    except KeyboardInterrupt:
+        click.echo(f"stopped; go on with the same options and --resume --out {directory}", err=True)
+        raise
+    if as_json:
+        options.echo_json({"directory": str(directory), "rows": [dataclasses.asdict(row) for row in rows]})
+    else:
+        click.echo(comparing.text(rows), nl=False)
+    ctx.exit(1 if any(row.error for row in rows) else 0)
 
 
 @click.command()
