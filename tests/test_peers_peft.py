@@ -305,6 +305,7 @@ OURS = {
     "prefix_tuning": ("prefix_tuning", {"tokens": 4}),
     "llama_adapter": ("llama_adapter", {"tokens": 4, "compat": "peft"}),
     "p_tuning": ("p_tuning", {"tokens": 4, "encoder": "mlp"}),
+    "p_tuning_v2": ("p_tuning_v2", {"tokens": 4}),
     "p_tuning-lstm": ("p_tuning", {"tokens": 4, "hidden": 5}),
     "prefix_tuning-network": ("prefix_tuning", {"tokens": 4, "hidden": 5}),
     "oft": ("oft", {"block_size": 6}),
@@ -318,7 +319,6 @@ OURS = {
     "fourierft": ("fourierft", {"frequencies": 20, "targets": ["@q", "@down"], "places_seed": 5}),
     "miss": ("miss", {"r": 9}),
     "miss-mini": ("miss", {"r": 8, "mini_r": 6, "targets": ["@q", "@down"]}),
-    "p_tuning_v2": ("p_tuning_v2", {"tokens": 4}),
     "vblora": ("vblora", {"vector_length": 12, "num_vectors": 5, "targets": ["@q", "@o"]}),
     "randlora": ("randlora", {"r": 5, "alpha": 9.0, "targets": ["@q", "@v", "@down"]}),
 }

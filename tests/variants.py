@@ -74,13 +74,13 @@ VARIANTS = {
     "p_tuning": ("p_tuning", {"tokens": 3, "hidden": 5, "dropout": 0.2}),
     "p_tuning-mlp": ("p_tuning", {"tokens": 3, "encoder": "mlp"}),
     "p_tuning-none": ("p_tuning", {"tokens": 3, "encoder": "none"}),
+    "p_tuning_v2": ("p_tuning_v2", {"tokens": 3, "dropout": 0.1}),
+    "p_tuning_v2-mlp": ("p_tuning_v2", {"tokens": 3, "hidden": 5, "init_std": 0.3}),
     "prefix_tuning": ("prefix_tuning", {"tokens": 3, "init_std": 0.5}),
     "prefix_tuning-mlp": ("prefix_tuning", {"tokens": 3, "hidden": 5}),
     "prefix_tuning-zero": ("prefix_tuning", {"tokens": 3, "hidden": 4, "positions": "zero"}),
     "llama_adapter": ("llama_adapter", {"tokens": 3}),
     "llama_adapter-peft": ("llama_adapter", {"tokens": 3, "count": 1, "compat": "peft"}),
-    "p_tuning_v2": ("p_tuning_v2", {"tokens": 3, "dropout": 0.1}),
-    "p_tuning_v2-mlp": ("p_tuning_v2", {"tokens": 3, "hidden": 5, "init_std": 0.3}),
 }
 WITH_BIASES = {
     "bitfit": ("bitfit", {}),

@@ -48,10 +48,10 @@ PROMPT_TUNING = Format(
 )
 
 
-def _rows_entries(adapter: Adapter) -> list[Entry]:
 SPOT = replace(PROMPT_TUNING, means=lambda config: False)  # a file does not say where the first values came from
 
 
+def _rows_entries(adapter: Adapter) -> list[Entry]:
     """prompt_embeddings (tokens, dim)."""
     names, (site,) = tuple(adapter.params), adapter.sites
 
@@ -138,11 +138,11 @@ PREFIX_TUNING = Format(
     values={"num_transformer_submodules": (1,)},
 )
 
+P_TUNING_V2 = replace(PREFIX_TUNING, means=lambda config: False)  # to PEFT, too, it is prefix tuning
+
 
 # ---- prompts in layers -----------------------------------------------------------------------------------------------
 
-
-P_TUNING_V2 = replace(PREFIX_TUNING, means=lambda config: False)  # to PEFT, too, it is prefix tuning
 
 def _adaption_entries(adapter: Adapter) -> list[Entry]:
     entries = []
