@@ -26,7 +26,8 @@ The arguments:
             base.attention(q, k, v), in a block's hook, is attention such as the layer's own for a sub-network
     p       the site's values by name, p.A: Tensors; in peft_merge and peft_base their arrays
     shared  the values of `peft_shared` by name
-    near    the layers beside an attention or a block, by role: near("k", x) is what the layer's `k` makes of x
+    near    the layers beside an attention or a block, by role: near("k", x) is what the layer's `k` makes of x;
+            near.site("k") is its Site, near.keys_and_values(x, site.shape) what attention would have of rows x
     memo    what the hooks of a method hand on from site to site, upward, within one forward pass: a namespace
     virtual how many rows at the front of x are virtual tokens, not those of text
     train   None outside of training; otherwise refpeft.layers.Train: .dropout(x, rate), .draw(n), .uniform(like), .step
@@ -42,7 +43,7 @@ hookimpl = HookimplMarker("refpeft")
 
 
 @hookspec
-def peft_params(site, sites, cfg, rng, weight, bias, tokenizer):
+def peft_params(site, sites, cfg, rng, weight, bias, tokenizer, near):
     """First values of what is trained at `site`: {name: array}; None leaves the site alone.
 
     In place of an array, the name of another parameter of this adapter ("model.embed_tokens.weight") makes the two one;

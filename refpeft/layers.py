@@ -76,8 +76,9 @@ class Near:
     """The linear layers in the same layer of the model as a site: near("k", x) is what its `k` makes of x (..., in)."""
 
     def __init__(self, sites: Iterable[Site], index: int | None):
-        linear = [site for site in sites if site.kind == "linear" and site.index == index]
-        self._by_role = {role: site for site in linear for role in site.roles}
+        beside = [site for site in sites if site.index == index]
+        self._by_role = {role: site for site in beside if site.kind == "linear" for role in site.roles}
+        self._key_norm = next((site for site in beside if site.name.endswith(".k_norm")), None)
 
     def site(self, role: str) -> Site:
         """The site of a role. Raises RefpeftError where the layer has none."""
@@ -90,6 +91,15 @@ class Near:
         y, share = site(x), site.shape[0] // len(site.roles)  # one layer for q, k and v has them side by side
         at = site.roles.index(role) * share
         return y if len(site.roles) == 1 else y[..., at : at + share]
+
+    def keys_and_values(self, x: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Of rows x (rows, in), in heads of an attention's `shape`: (kv_heads, rows, head_dim) each.
+
+        Keys are normalized where the layer's own are, and have no rotary positions.
+        """
+        k, v = (self(role, x[None]).reshape(-1, *shape) for role in "kv")
+        k = self._key_norm(k) if self._key_norm else k
+        return k.transpose(1, 0, 2), v.transpose(1, 0, 2)
 
 
 @dataclass

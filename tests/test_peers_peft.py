@@ -15,6 +15,7 @@ import tiny_files
 
 import refpeft
 from refpeft import adapters, files, sites
+from refpeft.errors import RefpeftError
 from refpeft.models import saving
 from refpeft.models.base import Model
 
@@ -79,12 +80,13 @@ def scrambled(model):
 
 
 class Float64(torch.overrides.TorchFunctionMode):
-    """Inside, who asks for float32 gets float64: PEFT's layers with Fourier transforms do."""
+    """Inside, who asks for float32 gets float64: PEFT's layers with Fourier transforms do, and its adaption prompts."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         func = torch.Tensor.double if func is torch.Tensor.float else func
         args = [torch.float64 if a is torch.float32 else a for a in args]
-        answer = func(*args, **(kwargs or {}))
+        kwargs = {name: torch.float64 if a is torch.float32 else a for name, a in (kwargs or {}).items()}
+        answer = func(*args, **kwargs)
         return answer.double() if func is torch.zeros and answer.dtype == torch.float32 else answer
 
 
@@ -202,13 +204,16 @@ NETWORKS = {
 }
 """Those whose files have what a network gave, and not the network."""
 FAMILIES = ("llama", "qwen2", "gpt2")
+LLAMA_ONLY = ("llama_adapter",)
+"""Methods that PEFT has in Llama alone of these, or as another function elsewhere."""
 LINEAR_ONLY = ("miss", "road", "c3a", "shira", "oft", "boft", "hra", "loha", "lokr", "delora")
 """Methods that PEFT has not at GPT-2's Conv1D."""
 
 
 def pairs(names) -> list[tuple[str, str]]:
     """(name, family) of all that PEFT has."""
-    return [(n, f) for n in names for f in FAMILIES if f != "gpt2" or not n.startswith(LINEAR_ONLY)]
+    missing = {"gpt2": LINEAR_ONLY + LLAMA_ONLY, "qwen2": LLAMA_ONLY, "llama": ()}
+    return [(n, f) for n in names for f in FAMILIES if not n.startswith(missing[f])]
 
 
 def peft_adapter(name: str, family: str, folder: Path):
@@ -274,6 +279,14 @@ def saved_and_loaded_by_peft(name: str, options: dict, family: str, folder: Path
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*(missing|unexpected|Unexpected) .*keys.*")
         return ours, peft.PeftModel.from_pretrained(peer(family, folder), folder / "adapter").double().eval()
+
+
+def test_adaption_prompts_of_peft_on_gpt2_are_refused(tmp_path):
+    """There PEFT adds them behind the output layer, without it."""
+    config = peft.AdaptionPromptConfig(adapter_len=3, adapter_layers=1, task_type="CAUSAL_LM")
+    peft.get_peft_model(peer("gpt2", tmp_path), config).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(RefpeftError, match="has no bias .not on GPT-2.; with one it computes something else"):
+        adapters.load(tiny.model("gpt2"), tmp_path / "adapter")
 
 
 OURS = {

@@ -22,6 +22,7 @@ SCRIPTS = (
         "projections",
         "bottlenecks",
         "prompts",
+        "layer_prompts",
         "selective",
         "loftq",
         "optimizers",

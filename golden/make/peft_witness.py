@@ -200,3 +200,26 @@ def prompt_encoder(family: str, settings: dict, config: peft.PeftConfig, parts: 
             return found
 
     return compute
+
+
+def adaption_prompt(family: str, settings: dict, options: dict) -> Compute:
+    """Outputs of a case on a model, from PEFT's LLaMA-Adapter."""
+    config = peft.AdaptionPromptConfig(adapter_len=options["tokens"], adapter_layers=options["count"], **TASK)
+
+    def compute(t: Tensors) -> Tensors:
+        with precision():
+            base = transformers_model(family, settings)
+            base.load_state_dict({n: t[n] for n, _ in base.named_parameters()}, strict=False)
+            adapted = peft.get_peft_model(base, config).to(torch.get_default_dtype())
+            parameters = {
+                name.removeprefix("base_model.model.").replace(".adaption_", ".attend."): parameter
+                for name, parameter in adapted.named_parameters()
+                if ".adaption_" in name
+            }
+            for name, parameter in parameters.items():
+                parameter.data.copy_(t[name].reshape(parameter.shape))
+            logits, loss = _of_real_tokens(adapted, t)
+            grads = {f"grad.{name}": p.grad.reshape(t[name].shape) for name, p in parameters.items()}
+            return {"logits": logits, "loss": loss, **grads}
+
+    return compute

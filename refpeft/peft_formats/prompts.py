@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import RefpeftError
 from ..prompts import encoded, prefix
 from ..sites import Adapter
 from ..tensor import Tensor
@@ -158,16 +159,16 @@ def _adaption_entries(adapter: Adapter) -> list[Entry]:
 
 
 def _has_adaption_prompts(model: Any) -> bool:
-    """Whether PEFT computes what LLaMA-Adapter does in this model: not on GPT-2, nor twice an output layer's bias."""
-    config = model.config
-    return config.family in ("llama", "mistral") and not config.o_bias and config.heads * config.head_dim == config.dim
+    """Whether PEFT's are LLaMA-Adapter's: it adds the output layer's bias twice, and leaves that layer out in GPT-2."""
+    outputs = [site for site in model.sites.values() if "o" in site.roles]
+    return all(site.bias is None and site.shape[0] == site.shape[1] for site in outputs)
 
 
 def _adaption_options(config: Settings, model: Any) -> dict[str, Any]:
     if not _has_adaption_prompts(model):
         raise RefpeftError(
-            "PEFT's adaption prompts are those of LLaMA-Adapter on Llama and Mistral without a bias in the output layer "
-            "alone; on other models it computes something else"
+            "PEFT's adaption prompts are LLaMA-Adapter's where attention's output layer has no bias (not on GPT-2); "
+            "with one it computes something else"
         )
     return {"tokens": config.need("adapter_len"), "count": config.need("adapter_layers"), "compat": "peft"}
 
@@ -175,7 +176,8 @@ def _adaption_options(config: Settings, model: Any) -> dict[str, Any]:
 def _adaption_fits(adapter: Adapter, model: Any) -> bool:
     everywhere = [site for site in model.sites.values() if site.kind == "attention"]
     topmost = adapter.sites == everywhere[-len(adapter.sites) :]
-    return adapter.cfg.compat == "peft" and topmost and _has_adaption_prompts(model)
+    known = model.config.family in ("llama", "mistral")
+    return adapter.cfg.compat == "peft" and known and topmost and _has_adaption_prompts(model)
 
 
 ADAPTION_PROMPT = Format(

@@ -1,0 +1,81 @@
+"""Prompts that act in layers: LLaMA-Adapter's, with a gate of its own. The witness is PEFT, for its kind of gate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import equations
+import methods
+import peft_witness
+import torch
+from common import Case, Tensors
+from methods import SMALL_GPT2, SMALL_LLAMA, Adapted
+from torch.nn import functional
+
+TOKENS = 3
+
+equations.PAPERS["llama_adapter"] = "arXiv:2303.16199, section 3.2; gate as the authors' code, or as PEFT"
+
+
+def cases() -> Iterator[Case]:
+    yield from methods.model_cases("llama", SMALL_LLAMA, gated_on("llama", SMALL_LLAMA))
+    yield from methods.model_cases("gpt2", SMALL_GPT2, gated_on("gpt2", SMALL_GPT2))
+    window = SMALL_LLAMA | {"sliding_window": 3}
+    for family, settings in (("mistral", window), ("qwen3", SMALL_LLAMA)):
+        found = methods.model_cases(family, settings, gated_on(family, settings))
+        yield from (case for case in found if case.at == "model")
+
+
+# ---- LLaMA-Adapter ---------------------------------------------------------------------------------------------
+
+
+def gated_on(family: str, settings: dict) -> Iterator[Adapted]:
+    comment = "the prompt has a softmax of its own, and no positions; its part comes before the output layer"
+    if family == "qwen3":
+        comment += "; its keys are normalized as the layer's are"
+    flags = "AdaptionSoftmax AdaptionGate" + " PrefixGroupedQuery" * (family != "gpt2")
+    both = [0, 1]
+    yield _gated(family, settings, {"tokens": TOKENS}, both, flags=flags, comment=comment, virtual=family == "llama")
+    if family in ("llama", "mistral"):
+        options = {"tokens": TOKENS, "count": 1, "compat": "peft"}
+        comment = "the last layer alone, one gate for all heads, without tanh; " + comment
+        witness = {"peft": True, "witness": peft_witness.adaption_prompt(family, settings, options)}
+        label = {"label": "peft-", "virtual": family == "llama"}
+        yield _gated(family, settings, options, both[1:], flags=flags, comment=comment, **label, **witness)
+
+
+def _gated(family: str, settings: dict, options: dict, layers: list[int], peft: bool = False, **more) -> Adapted:
+    name = "transformer.h.{}.attn" if family == "gpt2" else "model.layers.{}.self_attn"
+    places = [f"{name.format(i)}.attend" for i in layers]
+    gates = 1 if options.get("compat") == "peft" else settings.get("n_head", settings.get("num_attention_heads"))
+
+    def advice(t: Tensors) -> dict[str, Callable]:
+        def advise(place: str) -> Callable:
+            letters = t[f"{place}.prompt"], t[f"{place}.gate"]
+            return lambda f, q, k, v: gated(f, q, k, v, *keys_and_values(t, place, letters[0], k), letters[1], options)
+
+        return {place: advise(place) for place in places}
+
+    shapes = {f"{place}.{letter}": s for place in places for letter, s in (("prompt", (TOKENS, 8)), ("gate", (gates,)))}
+    return Adapted("llama_adapter", options, shapes, advice, peft=peft, **more)
+
+
+def keys_and_values(t: Tensors, place: str, prompt: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """What the layer's own projections make of a prompt: (kv_heads, tokens, head_dim) each."""
+    here, (kv_heads, head_dim) = place.removesuffix(".attend"), (k.shape[1], k.shape[3])
+    if f"{here}.c_attn.weight" in t:
+        both = (prompt @ t[f"{here}.c_attn.weight"] + t[f"{here}.c_attn.bias"]).chunk(3, dim=-1)[1:]
+    else:
+        both = [prompt @ t[f"{here}.{p}_proj.weight"].mT for p in "kv"]
+    keys, values = (y.unflatten(-1, (kv_heads, head_dim)).transpose(0, 1) for y in both)
+    if f"{here}.k_norm.weight" in t:
+        keys = keys / (keys.square().mean(-1, keepdim=True) + 1e-5).sqrt() * t[f"{here}.k_norm.weight"]
+    return keys, values
+
+
+def gated(f: Callable, q, k, v, keys, values, gate: torch.Tensor, options: dict) -> torch.Tensor:
+    groups = q.shape[1] // k.shape[1]
+    keys, values = (x.repeat_interleave(groups, dim=0) for x in (keys, values))
+    scores = functional.softmax(q @ keys.mT / q.shape[-1] ** 0.5, dim=-1)
+    gate = gate if options.get("compat") == "peft" else torch.tanh(gate)
+    return f(q, k, v) + gate[:, None, None] * (scores @ values)
