@@ -177,7 +177,7 @@ GPT2_SITES = {f"transformer.h.{layer}.attn.c_attn": (24, 8) for layer in range(2
 
 
 def _on(equation: Equation, config: dict, sites: Shapes) -> Iterator[methods.Adapted]:
-    """The method on some layers of a model. Constants of one layer, and starts, are not for here."""
+    """The method on some layers of a model. Starts are not for here."""
     shapes = {
         f"{site}.{letter}": shape
         for site, (out, inp) in sites.items()
@@ -186,6 +186,12 @@ def _on(equation: Equation, config: dict, sites: Shapes) -> Iterator[methods.Ada
 
     largest = (max(side) for side in zip(*sites.values(), strict=True))
     shared = {f"shared.{letter}": shape for letter, shape in equation.shared(config, *largest).items()}
+    draw = Draw(f"{equation.method}-constants")
+    constants = {
+        f"{site}.{letter}": array
+        for site, (out, inp) in sites.items()
+        for letter, array in equation.constants(draw, config, out, inp).items()
+    }
 
     def advice(t: Tensors) -> dict[str, Callable]:
         return {site: partial_of(t, site) for site in sites}
@@ -202,7 +208,7 @@ def _on(equation: Equation, config: dict, sites: Shapes) -> Iterator[methods.Ada
         config | {"targets": list(sites)},
         shapes,
         advice,
-        constants=shared,
+        constants=shared | constants,
         flags=equation.flags,
         peft=False,
     )

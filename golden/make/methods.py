@@ -45,7 +45,7 @@ class Adapted:
     options: dict
     trained: dict[str, tuple[int, ...]]  # names and shapes, <site>.<letter>
     advice: Callable[[Tensors], reference.Advice]  # from the trained tensors
-    constants: dict[str, tuple[int, ...]] = field(default_factory=dict)  # tensors that are given and not trained
+    constants: dict[str, tuple[int, ...] | np.ndarray] = field(default_factory=dict)  # given, not trained; or shapes
     first_position: int = 0
     flags: str = ""
     comment: str = ""
@@ -271,7 +271,10 @@ def model_cases(family: str, settings: dict, methods: Iterator[Adapted]) -> Iter
             base = draw_weights(draw, weight_shapes(family, settings_here))
             extra = {n: shape for n, shape in adapted.trained.items() if n not in base}
             inputs |= base | {n: draw.normal(*s, scale=0.4) + np.float32(n.endswith("gain")) for n, s in extra.items()}
-            inputs |= {n: draw.normal(*shape, scale=0.4) for n, shape in adapted.constants.items()}
+            inputs |= {
+                n: given if isinstance(given, np.ndarray) else draw.normal(*given, scale=0.4)
+                for n, given in adapted.constants.items()
+            }
             flags = {"padded": " Padding", "packed": " PackedDocuments"}.get(variant, "")
             train = variant == "train"
             yield Case(

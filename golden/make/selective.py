@@ -25,6 +25,7 @@ def cases() -> Iterator[Case]:
     yield from parts_of_models()
     yield from rows()
     yield from shira()
+    yield from chosen_by_data("fish_mask", "arXiv:2111.09839, section 3")
     yield from trainable_tokens()
 
 
@@ -84,7 +85,11 @@ def scattered(weight: torch.Tensor, t: Tensors, config: dict) -> torch.Tensor:
 
 def places(draw: Draw, config: dict, out: int, inp: int) -> dict[str, np.ndarray]:
     chosen = np.sort(draw.generator.permutation(out * inp)[: config["r"] * (out + inp)])
-    return {"indices": np.stack(np.divmod(chosen, inp)).astype(np.int32)}
+    return at(chosen, inp)
+
+
+def at(places: np.ndarray, inp: int) -> dict[str, np.ndarray]:
+    return {"indices": np.stack(np.divmod(places, inp)).astype(np.int32)}
 
 
 def shira() -> Iterator[Case]:
@@ -100,6 +105,28 @@ def shira() -> Iterator[Case]:
     )
     square = Variant("square", config, out=5, inp=5, comment="indices are rows, then columns")
     yield from cases_of(equation, *shapes_of(config), square)
+
+
+def chosen_by_data(method: str, source: str) -> Iterator[Case]:
+    """The places, which a method finds in the training data, are given."""
+
+    def count(config: dict, out: int, inp: int) -> int:
+        return round(config["share"] * out * inp)
+
+    def chosen(draw: Draw, config: dict, out: int, inp: int) -> dict[str, np.ndarray]:
+        return at(np.sort(draw.generator.permutation(out * inp)[: count(config, out, inp)]), inp)
+
+    config = {"share": 0.25}
+    equation = Equation(
+        method,
+        source,
+        lambda config, out, inp: {"values": (count(config, out, inp),)},
+        lambda f, x, weight, t, config: f(x) + x @ (scattered(weight, t, config) - weight).mT,
+        merged=scattered,
+        constants=chosen,
+        flags="SparseIndices",
+    )
+    yield from cases_of(equation, *shapes_of(config), Variant("square", config, out=5, inp=5), models=config)
 
 
 # ---- tokens ----------------------------------------------------------------------------------------------------
