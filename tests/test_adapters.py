@@ -67,7 +67,7 @@ def test_what_a_directory_holds_is_known_without_putting_it_on(name, tmp_path):
     adapters.save(tmp_path, model)
     other = bare("llama", name)
     found = adapters.stored(tmp_path, other.sites.values())
-    assert found.plugin is adapter.plugin and found.params.keys() == adapter.params.keys()
+    assert found.params.keys() == adapter.params.keys()
     for key, tensor in (found.params | found.constants).items():
         assert np.array_equal(tensor.data, (adapter.params | adapter.constants)[key].data), key
     assert not other.adapters and not any(site.layers for site in other.sites.values())
