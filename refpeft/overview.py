@@ -10,9 +10,10 @@ from refpeft.errors import RefpeftError
 from refpeft.manager import Listing
 from refpeft.models.checkpoint import Checkpoint
 from refpeft.peft_formats import FORMATS
+from refpeft.quant import make_quantizer
 
 SHAPE = "llama-3-8b"
-NEEDED = {"bitfit": {"create": True}, "trainable_tokens": {"token_indices": [0]}}
+NEEDED = {"bitfit": {"create": True}, "trainable_tokens": {"token_indices": [0]}, "spot": {"sources": ["runs/other"]}}
 """The least options of methods that SHAPE cannot have at their defaults; the table names them."""
 
 _HEAD = ("method", "family", "what it computes", "trained of Llama-3-8B", "merges", "PEFT's file", "source")
@@ -56,7 +57,9 @@ def _all_merge(adapter: sites.Adapter | None) -> bool:
 def _adapter(listing: Listing) -> sites.Adapter | None:
     """What the method is on SHAPE, without weights; None where it needs options that cannot be guessed."""
     try:
-        return sites.prepare(memory.skeleton(_checkpoint()), listing.name, NEEDED.get(listing.name))
+        return sites.prepare(
+            memory.skeleton(_checkpoint(), make_quantizer("nf4")), listing.name, NEEDED.get(listing.name)
+        )
     except RefpeftError:
         return None
 

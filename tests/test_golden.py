@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import pytest
+from sources import write_prompt
 
 from refpeft import fourier, fused, learning, ops, schedule
 from refpeft.batches import Batch, collate
@@ -217,6 +220,8 @@ def run_site(case: Case, given: Arrays, dtype: str) -> Arrays:
     weights = {f"site.{name}": given[name] for name in ("weight", "bias") if name in given}
     model = Model(None, frozen(weights, dtype), np.dtype(dtype))
     has_bias = "bias" in given
+    if "sources" in given:
+        return run_start(case.name, options, model, given)
     if "base" in case.checks:
         return run_first_values(case.name, options, weights, given, dtype)
     if case.at in ("linear", "conv1d"):
@@ -251,6 +256,17 @@ def run_site(case: Case, given: Arrays, dtype: str) -> Arrays:
         weight = site.weight()
         answer |= {"merged.weight": weight.T if case.at == "conv1d" else weight, "merged.bias": site.bias}
     return answer
+
+
+def run_start(method: str, options: dict, model: Model, given: Arrays) -> Arrays:
+    """A prompt that starts from those of other tasks, which are files."""
+    site = model.embedding("site", "embed")
+    with tempfile.TemporaryDirectory() as folder:
+        names = [write_prompt(Path(folder) / str(number), rows) for number, rows in enumerate(given["sources"])]
+        options |= {"sources": names}
+        options |= {"task": write_prompt(Path(folder) / "task", given["task"])} if "task" in given else {}
+        adapter = attach(model, method, options)
+    return {"prompt": adapter.params["site.prompt"].data, "y": site(given["ids"]).data}
 
 
 def run_first_values(method: str, options: dict, arrays: Arrays, given: Arrays, dtype: str) -> Arrays:

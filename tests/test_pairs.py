@@ -4,6 +4,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import sources
 import tiny
 from variants import TO_FIT, has_constants
 
@@ -15,6 +16,7 @@ from refpeft.tensor import parameter
 LISTED = manager.catalogue()
 METHODS = sorted(name for name, listing in LISTED.items() if listing.kind == "method")
 OPTIONS = TO_FIT | {"bitfit": {"create": True}, "lora": {"dropout": 0.2, "targets": "all-linear"}}
+OPTIONS |= {"spot": {"tokens": 3, "sources": sources.prompts(1, dim=32)}}
 
 
 QUANTIZERS = sorted(name for name, listing in LISTED.items() if listing.kind == "quantizer")

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
-from variants import CASES, FAMILIES, VARIANTS, WITH_BIASES, attached, bare, quantizer
+from variants import CASES, FAMILIES, TO_FIT, VARIANTS, WITH_BIASES, attached, bare, quantizer
 
 from refpeft import manager, ops, sites
 from refpeft.errors import RefpeftError
@@ -22,6 +22,7 @@ NEARLY_AS_IT_WAS = {
     "pfeiffer": 0.03,
     "lin": 0.03,
     "adapterdrop": 0.03,
+    "sparse_adapter": 0.1,
 }
 NEARLY_AS_IT_WAS |= dict.fromkeys(("compacter", "compacter_pp", "phm_adapter"), 1e-5)
 """By how much first values change logits at most, where small random weights are multiplied."""
@@ -120,6 +121,7 @@ DIM, FF, KV, VOCAB, LAYERS = 24, 32, 12, 40, 2
         ("llama", "ln_tuning", {}, (2 * LAYERS + 1) * DIM),
         ("gpt2", "ln_tuning", {}, (2 * LAYERS + 1) * 2 * DIM),
         ("llama", "houlsby", {"size": 5, "norms": False}, LAYERS * 2 * (2 * 5 * DIM + 5 + DIM)),
+        ("llama", "adalora", {"init_r": 3, "target_r": 1}, LAYERS * 3 * ((DIM + DIM + 1) + (DIM + KV + 1))),
         ("llama", "pissa", {"r": 3}, LAYERS * 3 * ((DIM + DIM) + (DIM + KV))),
         ("llama", "olora", {"r": 3}, LAYERS * 3 * ((DIM + DIM) + (DIM + KV))),
         ("llama", "vera", {"r": 5}, LAYERS * (2 * 5 + DIM + KV)),
@@ -136,6 +138,7 @@ DIM, FF, KV, VOCAB, LAYERS = 24, 32, 12, 40, 2
         ("llama", "lin", {"size": 5}, LAYERS * (2 * 5 * DIM + 5 + 3 * DIM)),
         ("llama", "adapterdrop", {"size": 5}, LAYERS * (2 * 5 * DIM + 5 + DIM)),
         ("llama", "adapterdrop", {"size": 5, "drop": 1, "robust": False}, (LAYERS - 1) * (2 * 5 * DIM + 5 + DIM)),
+        ("llama", "sparse_adapter", {"size": 5}, LAYERS * 2 * (2 * 5 * DIM + 5 + DIM)),
         ("llama", "compacter", {"size": 8, "norms": False}, 4**3 + LAYERS * 2 * (2 * (8 + DIM) + 8 + DIM)),
         ("llama", "compacter_pp", {"size": 8, "rank": 2, "norms": False}, 64 + LAYERS * (4 * (8 + DIM) + 8 + DIM)),
         ("llama", "phm_adapter", {"size": 8, "norms": False}, LAYERS * 2 * (2 * 8 * DIM // 4 + 128 + 8 + DIM)),
@@ -149,6 +152,7 @@ DIM, FF, KV, VOCAB, LAYERS = 24, 32, 12, 40, 2
         ("llama", "by_type", {}, LAYERS * DIM * (2 * DIM + 2 * KV)),
         ("tied", "by_type", {"types": ["embedding", "head"]}, VOCAB * DIM),
         ("llama", "prompt_tuning", {"tokens": 3}, 3 * DIM),
+        ("llama", "spot", TO_FIT["spot"], 3 * DIM),
         ("llama", "p_tuning", {"tokens": 3, "encoder": "none"}, 3 * DIM),
         ("llama", "p_tuning", {"tokens": 3, "encoder": "mlp", "hidden": 5}, 3 * DIM + 5 * 25 + 5 * 6 + DIM * 6),
         (

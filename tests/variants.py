@@ -1,6 +1,7 @@
 """Every method in several variants, attached to tiny models, and which quantizers can do what: what tests share."""
 
 import numpy as np
+import sources
 import tiny
 
 from refpeft import sites
@@ -14,6 +15,8 @@ VARIANTS = {
     "lora-fa": ("lora", {"freeze_A": True, "targets": ["@q", "@embed"]}),
     "lora-patterns": ("lora", {"targets": "all-linear", "rank_pattern": {"mlp.*": 2}, "alpha_pattern": {".*1.*": 3}}),
     "lora-saved": ("lora", {"targets": "all-linear", "modules_to_save": ["@norm", "@head", "@down"]}),
+    "adalora": ("adalora", {"init_r": 4, "target_r": 2, "alpha": 6}),
+    "adalora-official": ("adalora", {"init_r": 3, "target_r": 3, "targets": "all-linear", "compat": "official"}),
     "pissa": ("pissa", {"r": 3, "alpha_pattern": {".*1.*": 2}}),
     "olora": ("olora", {"r": 3, "rslora": True, "rank_pattern": {"v_proj|c_attn": 2}}),
     "vera": ("vera", {"r": 5, "d_initial": 0.5, "targets": ["@q", "@v", "@down"]}),
@@ -58,6 +61,8 @@ VARIANTS = {
     "lin": ("lin", {"size": 5}),
     "adapterdrop": ("adapterdrop", {"size": 5}),
     "adapterdrop-first": ("adapterdrop", {"size": 5, "robust": False, "drop": 1}),
+    "sparse_adapter": ("sparse_adapter", {"size": 5, "prune": "random"}),
+    "sparse_adapter-large": ("sparse_adapter", {"size": 20, "sparsity": 0.75, "prune": "magnitude"}),
     "compacter": ("compacter", {"size": 8, "rank": 2}),
     "compacter_pp": ("compacter_pp", {"size": 6, "n": 2, "norms": False}),
     "phm_adapter": ("phm_adapter", {"size": 6, "n": 3}),
@@ -71,6 +76,8 @@ VARIANTS = {
     "fish_mask": ("fish_mask", {"share": 0.05}),
     "trainable_tokens": ("trainable_tokens", {"token_indices": [5, 2, 30]}),
     "prompt_tuning": ("prompt_tuning", {"tokens": 3}),
+    "spot": ("spot", {"tokens": 3, "sources": sources.prompts(1)}),
+    "spot-similar": ("spot", {"tokens": 3, "sources": sources.prompts(3), "task": sources.prompts(4)[3], "top": 2}),
     "p_tuning": ("p_tuning", {"tokens": 3, "hidden": 5, "dropout": 0.2}),
     "p_tuning-mlp": ("p_tuning", {"tokens": 3, "encoder": "mlp"}),
     "p_tuning-none": ("p_tuning", {"tokens": 3, "encoder": "none"}),
@@ -90,6 +97,7 @@ WITH_BIASES = {
 TO_FIT = {"trainable_tokens": {"token_indices": [5, 2]}, "oft": {"block_size": 4}, "road": {"group_size": 4}}
 TO_FIT |= {"miss": {"r": 5}, "vblora": {"vector_length": 4, "num_vectors": 7}}
 TO_FIT |= {"randlora": {"r": 5}, "intrinsic_said": {"d": 60}}
+TO_FIT |= {"spot": {"tokens": 3, "sources": sources.prompts(1)}}
 TO_FIT |= {"c3a": {"block_size": 4}, "fourierft": {"frequencies": 50}}
 """Options without which a method's sizes do not fit tiny models."""
 SIMPLER_IN_FILES = {"lora-fa", "p_tuning", "p_tuning-mlp", "p_tuning_v2-mlp", "prefix_tuning-mlp"}

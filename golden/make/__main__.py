@@ -22,6 +22,7 @@ SCRIPTS = (
         "projections",
         "bottlenecks",
         "prompts",
+        "transfers",
         "layer_prompts",
         "selective",
         "loftq",

@@ -2,7 +2,7 @@
 
 from .common import PREFIX, Entry, Format, Settings
 from .lora import DORA, LORA, OLORA, PISSA
-from .low_rank import DELORA, HIRA, LOHA, LOKR, VERA
+from .low_rank import ADALORA, DELORA, HIRA, LOHA, LOKR, VERA
 from .others import IA3, LN_TUNING
 from .prompts import ADAPTION_PROMPT, P_TUNING, P_TUNING_V2, PREFIX_TUNING, PROMPT_TUNING, SPOT
 from .selective import SHIRA, TRAINABLE_TOKENS
@@ -11,6 +11,7 @@ from .structured import BOFT, C3A, FOURIERFT, HRA, MISS, OFT, RANDLORA, ROAD, VB
 __all__ = ["FORMATS", "PREFIX", "Entry", "Format", "Settings"]
 
 FORMATS = {
+    "adalora": ADALORA,
     "dora": DORA,
     "pissa": PISSA,
     "olora": OLORA,
