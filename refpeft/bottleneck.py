@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from . import fused, ops
-from .errors import RefpeftError
+from .backend import Array, xp_of
+from .errors import RefpeftError, warn
 from .rng import Stream
 from .tensor import Tensor
 
@@ -43,6 +45,32 @@ def bottleneck(x: Tensor, p: SimpleNamespace, activation: str) -> Tensor:
     return ops.linear(inner, p.up, p.up_bias)
 
 
+def masked(p: SimpleNamespace) -> SimpleNamespace:
+    """The values of a pruned bottleneck, with zeros where its masks are 0: what is pruned has no gradient either."""
+    down, up = (w * Tensor(mask.data.astype(w.dtype)) for w, mask in ((p.down, p.down_mask), (p.up, p.up_mask)))
+    return SimpleNamespace(**vars(p) | {"down": down, "up": up})
+
+
+def prune(places: Sequence[SimpleNamespace], share: float, scores: Sequence[Array] = ()) -> None:
+    """Sets `share` of the weights of bottlenecks to zero, those with the lowest scores, all places together.
+
+    places  with arrays down, up, down_mask and up_mask, changed in place; masks are 1 where a weight is kept, else 0
+    scores  of each place's down and then its up; without them the weights' magnitudes
+    """
+    scores = scores or [abs(weight) for place in places for weight in (place.down, place.up)]
+    xp = xp_of(scores[0])
+    every = xp.concatenate([score.reshape(-1) for score in scores])
+    count = round(share * every.size)
+    masks = xp.ones(every.size, "i1")
+    masks[xp.argpartition(every, count)[:count]] = 0
+    at = 0
+    for place in places:
+        for weight, mask in ((place.down, place.down_mask), (place.up, place.up_mask)):
+            mask[...] = masks[at : at + mask.size].reshape(mask.shape)
+            weight *= mask
+            at += mask.size
+
+
 # ---- PHM layers (Zhang et al., 2021, arXiv:2102.08597; Compacter: arXiv:2106.04647) ----------------------------------
 
 RULE_STD = 1e-4  # of the first values of the small matrices, in Compacter's authors' code
@@ -54,6 +82,10 @@ def check_phm(sites: list[Site], cfg: Any) -> None:
         if cfg.n < 1 or width % cfg.n:
             fits = max(n for n in range(1, min(max(cfg.n, 1), width) + 1) if width % n == 0 and cfg.size % n == 0)
             raise RefpeftError(f"n is {cfg.n}, which does not divide {name}, {width}: n = {fits} does")
+    most = min(cfg.size, *(site.shape[0] for site in sites)) // cfg.n
+    if getattr(cfg, "rank", 1) > most:
+        message = f"rank is {cfg.rank}, but above {most} a product has no higher rank: take {most} or less"
+        warn(message)
 
 
 def glorot(rng: Stream, *shape: int) -> np.ndarray:

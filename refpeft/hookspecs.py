@@ -83,8 +83,8 @@ def peft_survey(layers, cfg, rng, survey):
     """Values that the data decide, such as which numbers of a weight are trained, found before the first step.
 
     Gives {site name: {name: array}}, in place of some of `peft_params`, of any shape; None in place of the dict takes
-    the method off that site. `survey` is a refpeft.survey.Survey: .gradients, .own_gradients, .inputs, .changes. Not
-    called where a file brings the values.
+    the method off that site. Or it changes a layer's .arrays in place, and gives nothing. `survey` is a
+    refpeft.survey.Survey: .gradients, .own_gradients, .inputs, .changes. Not called where a file brings the values.
     """
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import equations
 import methods
+import numpy as np
 import torch
 from common import Case, Draw, Tensors
 from equations import ACTIVATIONS
@@ -16,6 +17,7 @@ from torch.nn import functional
 Shapes = dict[str, tuple[int, ...]]
 
 SMALL = {"size": 3, "activation": "relu"}
+PRUNED = SMALL | {"sparsity": 0.4, "prune": "random"}
 PHM = {"size": 4, "n": 2, "activation": "gelu_tanh", "norms": False}
 HYPER = PHM | {"rank": 1}
 
@@ -34,6 +36,11 @@ def cases() -> Iterator[Case]:
     yield from block_cases(COMPACTER, ("plain", HYPER, ""), ("rank", HYPER | {"rank": 2}, ""))
     yield from block_cases(COMPACTER_PP, ("plain", HYPER, ""))
     yield from block_cases(PHM_ADAPTER, ("plain", PHM, ""))
+    yield from block_cases(
+        SPARSE,
+        ("plain", PRUNED, ""),
+        ("large", PRUNED | {"size": 12, "sparsity": 0.75, "activation": "gelu_tanh"}, "GeluVariant"),
+    )
     yield from model_cases(DROP, SMALL | {"robust": False, "drop": 1}, layers=(1,))
 
 
@@ -45,6 +52,7 @@ class Block:
     value   (f, x, letters, config) -> y, where f is what the model does there
     places  where it stands in every layer
     shared  config -> shapes of trained tensors that all places share
+    constants  (draw, config, in, out) -> tensors of a place that are given and not trained, by letter
     """
 
     method: str
@@ -53,6 +61,7 @@ class Block:
     value: Callable[..., torch.Tensor]
     places: tuple[str, ...]
     shared: Callable[[dict], Shapes] = lambda config: {}
+    constants: Callable[..., dict[str, np.ndarray]] = lambda draw, config, inp, out: {}
     flags: str = ""
 
 
@@ -69,6 +78,7 @@ def _at_one_place(block: Block, name: str, config: dict, flags: str, at: str, ou
     inputs = {"x": draw.normal(2, 3, 6), "weight": draw.normal(out, 6, scale=0.4)}
     trained = block.shapes(config, 6, out) | block.shared(config)
     inputs |= {letter: draw.normal(*shape, scale=0.5) for letter, shape in trained.items()}
+    inputs |= block.constants(draw, config, 6, out)
 
     def forward(x, weight, **letters):
         return block.value(lambda x: x @ weight.mT, x, letters, config)
@@ -98,12 +108,13 @@ def model_cases(block: Block, config: dict, layers: tuple[int, ...] = (0, 1)) ->
 
 def _on(block: Block, config: dict, places: list[str]) -> methods.Adapted:
     letters, shared = block.shapes(config, 8, 8), block.shared(config)
+    constants = {place: block.constants(Draw(f"{block.method} {place}"), config, 8, 8) for place in places}
 
     def advice(t: Tensors) -> dict[str, Callable]:
         common = {name: t[name] for name in shared}
 
         def advise(place: str) -> Callable:
-            own = {letter: t[f"{place}.{letter}"] for letter in letters}
+            own = {letter: t[f"{place}.{letter}"] for letter in letters | constants[place]}
             return lambda f, x: block.value(f, x, own | common, config)
 
         return {place: advise(place) for place in places}
@@ -113,6 +124,7 @@ def _on(block: Block, config: dict, places: list[str]) -> methods.Adapted:
         config,
         shared | {f"{place}.{letter}": shape for place in places for letter, shape in letters.items()},
         advice,
+        constants={f"{place}.{letter}": drawn for place in places for letter, drawn in constants[place].items()},
         flags=block.flags,
         peft=False,
         comment=f"at {' and '.join(place.split('.')[-1] for place in places[: len(block.places)])} of layers",
@@ -199,6 +211,17 @@ def phm_value(f, x, t, config) -> torch.Tensor:
     return pfeiffer_value(f, x, t | weights, config)
 
 
+def masks(draw: Draw, config: dict, inp: int, out: int) -> dict[str, np.ndarray]:
+    """Of 0 and 1, of the shapes of the two weights."""
+    shapes = letters(config, inp, out)
+    kept = {name: draw.generator.random(shapes[name]) >= config["sparsity"] for name in ("down", "up")}
+    return {f"{name}_mask": mask.astype(np.int8) for name, mask in kept.items()}
+
+
+def pruned_value(f, x, t, config) -> torch.Tensor:
+    return pfeiffer_value(f, x, t | {name: t[name] * t[f"{name}_mask"] for name in ("down", "up")}, config)
+
+
 def shared_rule(config: dict) -> Shapes:
     return {"shared.rule": (config["n"],) * 3}
 
@@ -223,6 +246,15 @@ PHM_ADAPTER = Block(
 )
 PFEIFFER = Block(
     "pfeiffer", "arXiv:2005.00052, equation 1; place as AdapterHub", letters, pfeiffer_value, ("block_out",)
+)
+SPARSE = Block(
+    "sparse_adapter",
+    "arXiv:2210.04284, section 2",
+    letters,
+    pruned_value,
+    ("attn_out", "mlp_out"),
+    constants=masks,
+    flags="BottleneckSkip PrunedGradient",
 )
 PARALLEL = Block("parallel", "arXiv:2110.04366; arXiv:2304.01933", parallel_letters, parallel_value, ("mlp_out",))
 LIN = Block("lin", "arXiv:2004.03829, section 3", lin_letters, lin_value, ("block_out",))
