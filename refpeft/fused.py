@@ -267,8 +267,9 @@ def _rotate(x: Array, cos: Array, sin: Array) -> Array:
 class Mask:
     """Which keys a query may see.
 
-    The last `keys` keys are the row's tokens, and queries are right-aligned with them. Keys before these are the
-    adapters' (a prefix, or the keys of virtual tokens): every later query sees them, whatever its document.
+    The last `keys` keys are the row's tokens, and queries are right-aligned with them, unless they are of another text
+    (`asking`). Keys before these are the adapters' (a prefix, or the keys of virtual tokens): every later query sees
+    them, whatever its document.
     """
 
     keys: int
@@ -276,19 +277,24 @@ class Mask:
     """How many tokens back a query sees, itself included; None: all."""
     segments: Array | None = None
     """(batch, keys) integers: a token sees tokens of its own number only (packed documents; -1 for padding)."""
+    causal: bool = True
+    """Whether a query sees no later key."""
+    asking: Array | None = None
+    """(batch, queries) the queries' numbers, where they are of another text (cross-attention): it goes with `segments`,
+    and is not causal."""
 
     def bias(self, start: int, stop: int, queries: int, keys: int, like: Array) -> Array | None:
         """What to add to the scores of queries start..stop with the first `keys` keys: 0 or -inf, or None for nothing.
 
         `queries` is how many there are in all. The result is (batch or 1, stop - start, keys), in the dtype of `like`.
         """
-        xp, total = xp_of(like), keys + (queries - stop)
+        xp, total = xp_of(like), keys + (queries - stop) * self.causal
         extra = total - self.keys  # adapters' keys
         row = xp.arange(start, stop)[:, None] + (total - queries)
         column = xp.arange(keys)[None, :]
-        if self.window is None and self.segments is None and start + 1 == stop and queries == 1:
+        if self.window is None and self.segments is None and (queries == 1 or not self.causal):
             return None
-        seen = column <= row
+        seen = column <= row if self.causal else column >= 0
         own = column < extra
         if self.window is not None:
             seen &= (row - column < self.window) | own
@@ -296,16 +302,16 @@ class Mask:
         if self.segments is not None:
             # virtual tokens are queries too; what number they get is of no matter, since they see none but `own` keys
             tokens = xp.pad(self.segments, ((0, 0), (extra, 0)))
-            same = tokens[:, start + total - queries : stop + total - queries, None] == tokens[:, None, :keys]
-            seen = seen & (same | own)
+            asking = tokens[:, total - queries :] if self.asking is None else self.asking
+            seen = seen & ((asking[:, start:stop, None] == tokens[:, None, :keys]) | own)
         return xp.where(seen, like.dtype.type(0), like.dtype.type(-np.inf))
 
 
 @op
-def attention(needs, q, k, v, *, mask: Mask, scale=None):
-    """softmax(scale q k^T + mask) v: q (batch, heads, queries, dim), k and v (batch, kv_heads, keys, dim).
+def attention(needs, q, k, v, bias=None, *, mask: Mask, scale=None):
+    """softmax(scale q k^T + bias + mask) v: q (batch, heads, queries, dim), k and v (batch, kv_heads, keys, dim).
 
-    heads is a multiple of kv_heads; scale is dim**-0.5 where it is None. Causal, queries right-aligned to the keys.
+    heads is a multiple of kv_heads; scale is dim**-0.5 where it is None; bias is (batch or 1, heads, queries, keys).
     Blocked over queries: backward keeps the output and one number a row, nothing of size queries x keys (Dao et al.,
     2022, arXiv:2205.14135; blocks over queries need no rescaling, and skip the keys that are still to come).
     """
@@ -313,33 +319,36 @@ def attention(needs, q, k, v, *, mask: Mask, scale=None):
     kv_heads, keys = k.shape[1:3]
     if heads % kv_heads:
         raise ValueError(f"{heads} heads are not a multiple of {kv_heads} key heads")
-    if queries > keys or mask.keys > keys:
+    if (queries > keys and mask.causal) or mask.keys > keys:
         raise ValueError(f"{queries} queries and a mask of {mask.keys} keys need as many keys, found {keys}")
     expect("k", k, batch, kv_heads, keys, dim)
     expect("v", v, batch, kv_heads, keys, v.shape[-1])
+    if bias is not None:
+        expect("bias", bias, batch if bias.shape[0] == batch else 1, heads, queries, keys)
     xp = xp_of(q)
     scale = q.dtype.type(dim**-0.5 if scale is None else scale)
     y = xp.empty(q.shape[:-1] + v.shape[-1:], q.dtype)
     lse = xp.empty(q.shape[:-1], q.dtype)  # log of the sum of exponentials, a row
-    for block, hi, s in _score_blocks(q, k, mask, scale):
+    for block, hi, s in _score_blocks(q, k, bias, mask, scale):
         top = s.max(axis=-1, keepdims=True)
         s -= top
         xp.exp(s, out=s)
         total = s.sum(axis=-1, keepdims=True)
         y[:, :, block] = _ungroup(s @ v[:, :, :hi] / total, heads)
         lse[:, :, block] = _ungroup(top + xp.log(total), heads)[..., 0]
-    scores_wanted = needs[0] or needs[1]
-    return y, (needs, q, k, v if scores_wanted else None, y if scores_wanted else None, lse, mask, scale)
+    scores_wanted = needs[0] or needs[1] or needs[3:] == (True,)
+    return y, (needs, q, k, v if scores_wanted else None, bias, y if scores_wanted else None, lse, mask, scale)
 
 
 @attention.backward
-def _(g, needs, q, k, v, y, lse, mask, scale):
-    xp, kv = xp_of(q), k.shape[1]
+def _(g, needs, q, k, v, bias, y, lse, mask, scale):
+    xp, kv, heads = xp_of(q), k.shape[1], q.shape[1]
     dq = xp.zeros(q.shape, q.dtype) if needs[0] else None
     dk = xp.zeros(k.shape, k.dtype) if needs[1] else None
     dv = xp.zeros(k.shape[:-1] + g.shape[-1:], k.dtype) if needs[2] else None
+    dbias = xp.zeros(bias.shape, bias.dtype) if needs[3:] == (True,) else None
     delta = None if y is None else (g * y).sum(axis=-1, keepdims=True)
-    for block, hi, s in _score_blocks(q, k, mask, scale):
+    for block, hi, s in _score_blocks(q, k, bias, mask, scale):
         s -= _group(lse[:, :, block, None], kv)
         p = xp.exp(s, out=s)
         gb = _group(g[:, :, block], kv)
@@ -350,26 +359,31 @@ def _(g, needs, q, k, v, y, lse, mask, scale):
         ds = gb @ v[:, :, :hi].swapaxes(-1, -2)
         ds -= _group(delta[:, :, block], kv)
         ds *= p
+        if dbias is not None:
+            each = _ungroup(ds, heads)
+            dbias[:, :, block, :hi] = each if len(bias) == len(q) else each.sum(axis=0, keepdims=True)
         ds *= scale
         if dq is not None:
-            dq[:, :, block] = _ungroup(ds @ k[:, :, :hi], q.shape[1])
+            dq[:, :, block] = _ungroup(ds @ k[:, :, :hi], heads)
         if dk is not None:
             dk[:, :, :hi] += ds.swapaxes(-1, -2) @ _group(q[:, :, block], kv)
-    return dq, dk, dv
+    return (dq, dk, dv, dbias)[: len(needs)]
 
 
-def _score_blocks(q: Array, k: Array, mask: Mask, scale: np.generic):
+def _score_blocks(q: Array, k: Array, bias: Array | None, mask: Mask, scale: np.generic):
     """Yields (slice of queries, number of keys they can reach, scores (batch, kv_heads, group * queries, keys))."""
     queries, kv = q.shape[2], k.shape[1]
     for start in range(0, queries, QUERY_BLOCK):
         stop = min(start + QUERY_BLOCK, queries)
-        hi = k.shape[2] - (queries - stop)
+        hi = k.shape[2] - (queries - stop) * mask.causal
         s = _group(q[:, :, start:stop], kv) @ k[:, :, :hi].swapaxes(-1, -2)
         s *= scale
-        bias = mask.bias(start, stop, queries, hi, q)
         if bias is not None:
+            s += _group(bias[:, :, start:stop, :hi], kv)
+        hidden = mask.bias(start, stop, queries, hi, q)
+        if hidden is not None:
             grouped = s.reshape(q.shape[0], kv, -1, stop - start, hi)
-            grouped += bias[:, None, None]
+            grouped += hidden[:, None, None]
         yield slice(start, stop), hi, s
 
 

@@ -143,22 +143,25 @@ def seen(mask, batch, queries, keys):
     extra = keys - mask.keys
     for b, i, j in np.ndindex(out.shape):
         row = i + keys - queries
-        if j > row:
+        if j > row and mask.causal:
             continue
         if j < extra:
             out[b, i, j] = True  # keys of an adapter: seen by all
             continue
         near = mask.window is None or row - j < mask.window
+        if mask.asking is not None:
+            out[b, i, j] = mask.segments[b, j - extra] == mask.asking[b, i]
+            continue
         same = mask.segments is None or (row >= extra and mask.segments[b, j - extra] == mask.segments[b, row - extra])
         out[b, i, j] = near and same
     return out
 
 
-def attention(q, k, v, *, mask, scale=None):
+def attention(q, k, v, bias=0, *, mask, scale=None):
     batch, heads, queries, dim = q.shape
     k, v = (np.repeat(a, heads // a.shape[1], axis=1) for a in (k, v))
     scores = np.einsum("bhqd,bhkd->bhqk", q, k) * (dim**-0.5 if scale is None else scale)
-    scores = np.where(seen(mask, batch, queries, k.shape[2])[:, None], scores, -np.inf)
+    scores = np.where(seen(mask, batch, queries, k.shape[2])[:, None], scores + bias, -np.inf)
     return np.einsum("bhqk,bhkd->bhqd", softmax(scores), v)
 
 
@@ -189,8 +192,13 @@ def given(**options: Any) -> Callable[[Place], dict[str, Any]]:
     return lambda place: {name: one(place, value) for name, value in options.items()}
 
 
-def mask(keys: int, window: int | None = None, segments: np.ndarray | None = None) -> Callable[[Place], fused.Mask]:
-    return lambda place: fused.Mask(keys, window, None if segments is None else place(segments))
+def mask(keys: int, window: int | None = None, segments: np.ndarray | None = None, **more) -> Callable:
+    return lambda place: fused.Mask(
+        keys,
+        window,
+        None if segments is None else place(segments),
+        **{name: place(value) if isinstance(value, np.ndarray) else value for name, value in more.items()},
+    )
 
 
 def stream(place: Place) -> Stream:
@@ -369,6 +377,34 @@ FUSED = [
         attention,
         given(mask=mask(6, None, SEGMENTS)),
         note="two virtual tokens, which are queries too",
+    ),
+    Case(
+        fused.attention,
+        ((2, 4, 6, 4), (2, 2, 6, 4), (2, 2, 6, 4), (1, 4, 6, 6)),
+        attention,
+        given(mask=mask(6)),
+        note="with a bias of positions",
+    ),
+    Case(
+        fused.attention,
+        ((2, 4, 6, 4), (2, 2, 9, 4), (2, 2, 9, 4), (2, 4, 6, 9)),
+        attention,
+        given(mask=mask(6, None, SEGMENTS, causal=False)),
+        note="in both directions, with padding, three more keys and a bias of each row",
+    ),
+    Case(
+        fused.attention,
+        ((2, 2, 6, 4), (2, 2, 6, 4), (2, 2, 6, 4)),
+        attention,
+        given(mask=mask(6, causal=False)),
+        note="in both directions",
+    ),
+    Case(
+        fused.attention,
+        ((2, 4, 8, 4), (2, 4, 6, 4), (2, 4, 6, 4)),
+        attention,
+        given(mask=mask(6, None, SEGMENTS, causal=False, asking=np.array([[0] * 4 + [1] * 4, [3] * 8]))),
+        note="across texts, with more queries than keys",
     ),
     Case(
         fused.attention,

@@ -133,6 +133,7 @@ WRONG = {
     "hadamard_linear": lambda: fused.hadamard_linear(x(2, 3), x(4, 2), x(2, 5), weight=lambda: np.zeros((4, 3))),
     "circulant_linear": lambda: fourier.circulant_linear(x(2, 3), x(1, 2, 2)),
     "spectral_linear": lambda: fourier.spectral_linear(x(2, 3), x(1), places=np.array([0]), shape=(4, 5)),
+    "fastfood": lambda: fourier.fastfood(x(2, 3), signs=np.ones(4), order=np.arange(4), gauss=np.ones(4), size=4),
     "embedding": lambda: fused.embedding(x(2, 3), ids=np.array([2])),
     "rms_norm": lambda: fused.rms_norm(x(2, 3), x(1), eps=1e-5),
     "layer_norm": lambda: fused.layer_norm(x(2, 3), x(3), x(2, 3), eps=1e-5),
@@ -147,6 +148,9 @@ WRONG = {
     ),
     "attention with values of other rows": lambda: fused.attention(
         x(2, 3, 4, 2), x(2, 3, 4, 2), x(1, 3, 4, 2), mask=fused.Mask(4)
+    ),
+    "attention with a bias of other heads": lambda: fused.attention(
+        x(2, 3, 4, 2), x(2, 3, 4, 2), x(2, 3, 4, 2), x(1, 2, 4, 4), mask=fused.Mask(4)
     ),
     "cross_entropy": lambda: fused.cross_entropy(x(2, 3), targets=np.zeros(1, int), denominator=1),
     "linear_cross_entropy": lambda: fused.linear_cross_entropy(
