@@ -3,9 +3,10 @@
 Lester et al., 2021, arXiv:2104.08691, section 2. The rows have positions 0, 1, ... and the text those after; they are
 in neither the logits nor the loss.
 
-First values (`init`): rows of the embedding table, of tokens drawn at random ("vocab", section 3.2) or given ("ids",
-repeated or cut to the number of rows), or standard normal numbers ("random", as in PEFT). Trained: prompt (tokens,
-dim).
+First values (`init`), with which the model is changed at the start: rows of the embedding table, of tokens drawn at
+random ("vocab"), as section 3.2 has it among the 5,000 most common (`common`: the first of the vocabulary, special ones
+left out; PEFT draws from all), or of a `text` ("text") or tokens that are given ("ids"), repeated or cut to the number
+of rows; or standard normal numbers ("random", PEFT's default). Trained: prompt (tokens, dim), tokens dim numbers.
 """
 
 from dataclasses import dataclass
@@ -13,7 +14,8 @@ from typing import Literal
 
 import numpy as np
 
-from refpeft import hookimpl, ops
+from refpeft import RefpeftError, hookimpl
+from refpeft.prompts import check_tokens, common_ids, text_ids, with_rows
 
 FAMILY = "soft prompt"
 
@@ -21,28 +23,46 @@ FAMILY = "soft prompt"
 @dataclass(frozen=True)
 class Config:
     tokens: int = 20  # how many rows
-    init: Literal["vocab", "random", "ids"] = "vocab"
+    init: Literal["vocab", "text", "random", "ids"] = "vocab"
+    common: int = 5000  # how many of the first tokens of the vocabulary "vocab" draws from
+    text: str = ""  # whose tokens' embeddings are the first values, with init = "text"
     ids: tuple[int, ...] = ()  # tokens whose embeddings are the first values, with init = "ids"
     targets: tuple[str, ...] | str = ("@embed",)
 
     def __post_init__(self):
-        if self.tokens < 1:
-            raise ValueError(f"tokens is {self.tokens}: expected 1 or more")
-        if (self.init == "ids") != bool(self.ids):
-            raise ValueError('init = "ids" and a list `ids` belong together')
+        check_tokens(self)
+        if (self.init == "text") != bool(self.text) or (self.init == "ids") != bool(self.ids):
+            raise ValueError('init = "text" and `text` belong together, and so do init = "ids" and a list `ids`')
+        if self.common < 1:
+            raise ValueError(f"common is {self.common}: expected 1 or more")
 
 
 @hookimpl
-def peft_params(site, cfg, rng, weight):
-    vocab, dim = site.shape
+def peft_check(sites, cfg):
+    vocab = sites[0].shape[0]
+    wrong = [number for number in cfg.ids if not 0 <= number < vocab]
+    if wrong:
+        raise RefpeftError(f"prompt_tuning.ids names {wrong[0]}: the model has tokens 0 to {vocab - 1}")
+
+
+@hookimpl
+def peft_params(site, cfg, rng):
+    shape = (cfg.tokens, site.shape[1])
+    return {"prompt": rng.standard_normal(shape) if cfg.init == "random" else np.zeros(shape)}
+
+
+@hookimpl
+def peft_fit(site, cfg, rng, weight, tokenizer):
     if cfg.init == "random":
-        return {"prompt": rng.standard_normal((cfg.tokens, dim))}
-    if cfg.init == "ids":
-        return {"prompt": weight[np.resize(cfg.ids, cfg.tokens)]}
-    return {"prompt": weight[rng.uniform(0, vocab, cfg.tokens).astype(int)]}
+        return {}
+    if cfg.init == "vocab":
+        among = common_ids(tokenizer, site.shape[0], cfg.common)
+        ids = among[rng.uniform(0, len(among), cfg.tokens).astype(int)]
+    else:
+        ids = cfg.ids or text_ids(tokenizer, cfg.text)
+    return {"prompt": weight[np.resize(ids, cfg.tokens)]}
 
 
 @hookimpl
 def peft_embedding(ids, base, p):
-    h = base(ids)
-    return ops.concat(ops.broadcast_to(p.prompt, shape=(h.shape[0], *p.prompt.shape)), h, axis=1)
+    return with_rows(p.prompt, base(ids))

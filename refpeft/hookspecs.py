@@ -20,6 +20,7 @@ The arguments:
     original  `weight` before it was quantized, read from the checkpoint again; of a dense layer `weight` itself
     requantize  dense array -> a frozen weight in the form that this site's has: quantized, or dense
     bias    the frozen bias (out,), or None
+    tokenizer  the model's refpeft.tokenizer.Tokenizer, or None where it has none
     x       Tensor (batch, time, in); ids: integer array (batch, time)
     base    the layer below, to be called once: base(x). Keywords stand in for its frozen parts: base(x, bias=p.bias).
             base.weight and base.bias are those parts as constants; base.frozen(x) is x times the weight alone;
@@ -57,7 +58,7 @@ def peft_check_values(site, cfg, p):
 
 
 @hookspec
-def peft_fit(site, cfg, rng, weight, original, requantize):
+def peft_fit(site, cfg, rng, weight, tokenizer, original, requantize):
     """Better first values, from the weights: {name: array} in place of some of `peft_params`, which is called before.
 
     Not called where a file brings the values, and for `refpeft train --dry-run`, which has no weights.

@@ -10,11 +10,13 @@ import numpy as np
 
 from . import ops
 from .backend import xp_of
+from .errors import RefpeftError
 from .rng import Stream
 from .tensor import Tensor, parameter
 
 if TYPE_CHECKING:
     from .layers import Train
+    from .tokenizer import Tokenizer
 
 
 def check_tokens(cfg: Any) -> None:
@@ -42,6 +44,24 @@ def linear_values(rng: Stream, name: str, out: int, width: int, std: float | Non
 def with_rows(rows: Tensor, h: Tensor) -> Tensor:
     """[rows; h]: rows (tokens, dim) before those of every h (batch, time, dim)."""
     return ops.concat(ops.broadcast_to(rows, shape=(h.shape[0], *rows.shape)), h, axis=1)
+
+
+def text_ids(tokenizer: Tokenizer | None, text: str) -> list[int]:
+    """The ids of a text that rows start from, BOS first where the model has it. Raises RefpeftError for none."""
+    if tokenizer is None:
+        raise RefpeftError(
+            f"{text!r} cannot become tokens: the model has no tokenizer; give their numbers (ids) instead"
+        )
+    return tokenizer.encode(text, specials=True)
+
+
+def common_ids(tokenizer: Tokenizer | None, vocab: int, count: int) -> np.ndarray:
+    """The first `count` ids of the vocabulary, without those of special and other added tokens.
+
+    Byte-pair encodings number tokens in the order in which they merged them, the most common pairs first.
+    """
+    left_out = [] if tokenizer is None else sorted(tokenizer.added_ids)
+    return np.setdiff1d(np.arange(vocab), left_out)[:count]
 
 
 # ---- keys and values before those of the text ------------------------------------------------------------------------

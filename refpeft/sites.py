@@ -193,10 +193,10 @@ def _add_part(model: Any, adapter: Adapter, part: Part, seed: int, fit: bool) ->
             "site": site,
             "rng": model.stream(seed, "init", adapter.name, site.name),
             "weight": Lazy(lambda site=site: site.weight() if site.weight else None),
+            "tokenizer": model.tokenizer,
         }
         near = Near(model.sites.values(), site.index)
-        tokenizer = Lazy(lambda: _tokenizer(model, part.name))
-        first = part.call("peft_params", bias=site.bias, tokenizer=tokenizer, near=near, **have)
+        first = part.call("peft_params", bias=site.bias, near=near, **have)
         if first is None:
             continue
         made.append(site)
@@ -217,12 +217,6 @@ def _add_part(model: Any, adapter: Adapter, part: Part, seed: int, fit: bool) ->
         layer.values[key] = adapter.params[other]
         setattr(layer.p, key, adapter.params[other])
     return made
-
-
-def _tokenizer(model: Any, name: str) -> Any:
-    if model.tokenizer is None:
-        raise RefpeftError(f"method '{name}' is given text, and the model has no tokenizer: give token ids instead")
-    return model.tokenizer
 
 
 def _value(model: Any, first: Any) -> Tensor:

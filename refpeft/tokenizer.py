@@ -29,7 +29,7 @@ class Tokenizer:
     add_bos                  whether the model's own tokenizer puts BOS first
     chat_template            the template's text or None
     special_tokens           {"bos_token": "<s>", ...}: the variables that a chat template may use
-    added                    texts of all added tokens: in any text they become one id each
+    added, added_ids         texts and ids of all added tokens: in any text they become one id each
     ends                     texts of eos_ids
     """
 
@@ -38,7 +38,8 @@ class Tokenizer:
         tokenizer.no_truncation()
         self.backend, self.name = tokenizer, name
         self.vocab_size: int = tokenizer.get_vocab_size(with_added_tokens=True)
-        self.added = tuple(token.content for token in tokenizer.get_added_tokens_decoder().values())
+        added = tokenizer.get_added_tokens_decoder()
+        self.added, self.added_ids = tuple(token.content for token in added.values()), frozenset(added)
         self.bos_id = self._special(config, "bos")
         self.eos_id = self._special(config, "eos")
         self.eos_ids = frozenset(_numbers(config.get("eos_token_id"))) | {self.eos_id} - {None}

@@ -347,6 +347,21 @@ def test_an_adapter_of_ours_gives_the_same_logits_in_peft(name, family, tmp_path
     assert error(ours(IDS).data, peer_logits(theirs).detach().numpy()) < limit
 
 
+def test_a_text_makes_the_same_first_rows_as_in_peft_and_is_in_the_file(tmp_path):
+    folder, text = tiny_files.write_model(tmp_path / "model"), "hello world yes"
+    ours = refpeft.load(folder, dtype="float64")
+    prompt = sites.attach(ours, "prompt_tuning", {"tokens": 7, "init": "text", "text": text}).params
+    settings = {"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": text, "tokenizer_name_or_path": str(folder)}
+    config = peft.PromptTuningConfig(num_virtual_tokens=7, task_type="CAUSAL_LM", **settings)
+    theirs = peft.get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(folder), config)
+    rows = theirs.prompt_encoder["default"].embedding.weight.detach().numpy()
+    assert np.array_equal(prompt["model.embed_tokens.prompt"].data, rows)
+
+    adapters.save(tmp_path / "adapter", ours)
+    read = peft.PeftConfig.from_pretrained(tmp_path / "adapter")
+    assert {name: getattr(read, name) for name in settings} == settings
+
+
 @pytest.mark.parametrize("method", ["lora", "prompt_tuning", "prefix_tuning"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_rows_with_padding_give_the_logits_of_peft(method, family, tmp_path):

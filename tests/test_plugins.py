@@ -270,16 +270,6 @@ def test_a_feedforward_name_that_is_no_target_is_an_error():
         sites.attach(tiny.model(), "ia3", {"targets": ["@k", "@v"]})
 
 
-def test_prompts_start_from_the_rows_of_tokens():
-    model = tiny.model()
-    table = model.embed.weight()
-    prompt = sites.attach(model, "prompt_tuning", {"tokens": 5, "init": "ids", "ids": [7, 3]}).params
-    assert np.array_equal(prompt["model.embed_tokens.prompt"].data, table[[7, 3, 7, 3, 7]])
-    sites.detach(model)
-    prompt = sites.attach(model, "prompt_tuning", {"tokens": 5}).params["model.embed_tokens.prompt"].data
-    assert all(any(np.array_equal(row, known) for known in table) for row in prompt)
-
-
 def test_adapterdrop_drops_in_training_from_a_random_layer_on_and_afterwards_from_the_one_that_is_asked_for():
     model = tiny.model()
     adapter = sites.attach(model, "adapterdrop", {"size": 5})
@@ -373,30 +363,6 @@ def test_places_by_magnitude_are_those_of_the_largest_numbers():
     rows, columns = adapter.constants[f"{site.name}.indices"].data
     magnitudes = abs(site.weight())
     assert np.array_equal(np.sort(magnitudes[rows, columns]), np.sort(magnitudes.reshape(-1))[-2 * 48 :])
-
-
-def test_a_prefix_of_the_models_own_keys_is_the_text_itself():
-    """Keys and values of earlier tokens as the prefix give what the model says of the whole text."""
-    model, ids = tiny.model(), tiny.ids(1, 8)
-    whole = model(ids).data
-    kept = {}
-    for site in model.sites.values():
-        if site.kind == "attention":
-            inner = site.base
-
-            def spy(q, k, v, name=site.name, inner=inner, **rest):
-                kept[name] = k.data[0, :, :3], v.data[0, :, :3]
-                return inner(q, k, v, **rest)
-
-            site.base = spy
-            site.compose()
-    model(ids)
-    fresh = tiny.model()
-    adapter = sites.attach(fresh, "prefix_tuning", {"tokens": 3})
-    for name, (keys, values) in kept.items():
-        adapter.params[f"{name}.keys"].data[...] = keys
-        adapter.params[f"{name}.values"].data[...] = values
-    assert abs(fresh(ids[:, 3:]).data - whole[:, 3:]).max() < 1e-12
 
 
 @pytest.mark.parametrize("name", VARIANTS)

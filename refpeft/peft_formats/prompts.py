@@ -32,19 +32,29 @@ def _virtual_tokens(adapter: Adapter, model: Any, heads: int, dim: int) -> dict[
 
 # ---- rows ------------------------------------------------------------------------------------------------------------
 
+
+def _prompt_settings(adapter: Adapter, model: Any) -> dict[str, Any]:
+    settings = _virtual_tokens(adapter, model, model.config.heads, model.config.dim)
+    init = getattr(adapter.cfg, "init", "random")
+    if init == "text" and model.name:  # PEFT insists on the tokenizer's name, although it does not use it any more
+        text = {"prompt_tuning_init_text": adapter.cfg.text, "tokenizer_name_or_path": model.name}
+        return settings | {"prompt_tuning_init": "TEXT"} | text
+    return settings | {"prompt_tuning_init": "SAMPLE_VOCAB" if init == "vocab" else "RANDOM"}
+
+
+def _prompt_options(config: Settings, model: Any) -> dict[str, Any]:
+    init, text = config.get("prompt_tuning_init"), config.get("prompt_tuning_init_text")
+    options = {"tokens": config.need("num_virtual_tokens"), "init": "vocab" if init == "SAMPLE_VOCAB" else "random"}
+    return options | ({"init": "text", "text": text} if init == "TEXT" and text else {})
+
+
 PROMPT_TUNING = Format(
     "PROMPT_TUNING",
     lambda adapter: [Entry("prompt_embeddings", (f"{adapter.sites[0].name}.prompt",))],
-    lambda adapter, model: _virtual_tokens(adapter, model, model.config.heads, model.config.dim),
-    lambda config, model: {"tokens": config.need("num_virtual_tokens"), "init": "random"},
+    _prompt_settings,
+    _prompt_options,
     fits=lambda adapter, model: adapter.sites == [model.embed],
-    any_value=(
-        *_KEYS,
-        "prompt_tuning_init",
-        "prompt_tuning_init_text",
-        "tokenizer_kwargs",
-        "tokenizer_name_or_path",
-    ),
+    any_value=(*_KEYS, "tokenizer_kwargs", "tokenizer_name_or_path"),
     values={"num_transformer_submodules": (1,)},
 )
 
