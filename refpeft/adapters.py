@@ -38,7 +38,7 @@ _OF_EVERY_METHOD = {
     "revision",
     "task_type",
 }
-_SIZES = ("r", "tokens", "hidden", "size", "rank", "n")  # options that say how large trained tensors are
+_SIZES = ("r", "tokens", "size", "rank", "n", "tasks", "ranks", "hidden")  # options that say how large tensors are
 _NOTHING = (None, False, 0, "", [], {})  # values of keys that are unknown and say that they are not used
 
 
@@ -332,7 +332,7 @@ def _fill(values: dict[str, Tensor], entries: list[Entry], tensors: dict[str, Ar
         array, shape = tensors[entry.name], entry.pack(*(to_host(values[name].data) for name in entry.params)).shape
         if array.shape != shape:
             raise RefpeftError(f"tensor {entry.name!r} has shape {array.shape}: expected {shape}")
-        if values[entry.params[0]].dtype.kind == "i":
+        if any(values[name].dtype.kind == "i" for name in entry.params):
             if not (array % 1 == 0).all():  # PEFT writes integers as float32 on Windows
                 raise RefpeftError(f"tensor {entry.name!r} is of {array.dtype}: expected integers")
         elif array.dtype.kind != "f" and array.dtype != bfloat16:

@@ -73,7 +73,11 @@ def scrambled(model):
     """Moves what PEFT trains away from its start."""
     torch.manual_seed(3)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
+            if (
+                "ranknum" in name
+            ):  # of AdaLoRA, a constant that no file has; in another dtype than float32 it is trained
+                parameter.requires_grad = False
             if parameter.requires_grad:
                 parameter += 0.1 * torch.randn_like(parameter)
     return model.double().eval()
@@ -155,6 +159,9 @@ PEFTS = {
         modules_to_save=["ln_f", "h.0.mlp.c_fc"] if f == "gpt2" else ["lm_head", "model.norm", "0.self_attn.k_proj"],
     ),
     "dora": lambda f: peft.LoraConfig(r=2, lora_alpha=3, target_modules="all-linear", use_dora=True),
+    "adalora": lambda f: peft.AdaLoraConfig(
+        init_r=4, target_r=2, lora_alpha=6, total_step=9, target_modules="all-linear"
+    ),
     "vera": lambda f: peft.VeraConfig(r=4, target_modules="all-linear"),
     "vera-drawn": lambda f: peft.VeraConfig(
         r=3, target_modules="all-linear", save_projection=False, projection_prng_key=11
@@ -301,6 +308,7 @@ OURS = {
     "lora-bias": ("lora", {"bias": "lora_only"}),
     "lora-bias-all": ("lora", {"bias": "all"}),
     "lora-saved": ("lora", {"targets": ["@q"], "modules_to_save": ["@down", "@norm"]}),
+    "adalora": ("adalora", {"init_r": 4, "target_r": 3, "targets": ["@q", "@down"]}),
     "vera": ("vera", {"r": 5, "targets": ["@q", "@down"]}),
     "vera-drawn": ("vera", {"r": 5, "targets": "all-linear", "torch_seed": 3}),
     "loha": ("loha", {"r": 3, "targets": "all-linear", "alpha_pattern": {".*_proj": 3}}),
@@ -317,6 +325,7 @@ OURS = {
     "prompt_tuning": ("prompt_tuning", {"tokens": 4}),
     "prefix_tuning": ("prefix_tuning", {"tokens": 4}),
     "llama_adapter": ("llama_adapter", {"tokens": 4, "compat": "peft"}),
+    "pre_embed": ("pre_embed", {"tokens": 4}),
     "p_tuning": ("p_tuning", {"tokens": 4, "encoder": "mlp"}),
     "p_tuning_v2": ("p_tuning_v2", {"tokens": 4}),
     "p_tuning-lstm": ("p_tuning", {"tokens": 4, "hidden": 5}),

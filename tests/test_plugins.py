@@ -12,7 +12,19 @@ from refpeft import manager, ops, sites
 from refpeft.errors import RefpeftError
 from refpeft.rng import Stream
 
-CHANGE_AT_THE_START = {"c3a", "fourierft", "prompt_tuning", "spot", "p_tuning", "p_tuning_v2", "prefix_tuning", "loftq"}
+CHANGE_AT_THE_START = {
+    "c3a",
+    "fourierft",
+    "prompt_tuning",
+    "pre_embed",
+    "pre_layer",
+    "spot",
+    "multitask_prompt",
+    "p_tuning",
+    "p_tuning_v2",
+    "prefix_tuning",
+    "loftq",
+}
 NEARLY_AS_IT_WAS = {
     "vblora": 0.01,
     "hra": 1e-12,
@@ -23,6 +35,7 @@ NEARLY_AS_IT_WAS = {
     "lin": 0.03,
     "adapterdrop": 0.03,
     "sparse_adapter": 0.1,
+    "adamix": 0.03,
 }
 NEARLY_AS_IT_WAS |= dict.fromkeys(("compacter", "compacter_pp", "phm_adapter"), 1e-5)
 """By how much first values change logits at most, where small random weights are multiplied."""
@@ -139,12 +152,15 @@ DIM, FF, KV, VOCAB, LAYERS = 24, 32, 12, 40, 2
         ("llama", "adapterdrop", {"size": 5}, LAYERS * (2 * 5 * DIM + 5 + DIM)),
         ("llama", "adapterdrop", {"size": 5, "drop": 1, "robust": False}, (LAYERS - 1) * (2 * 5 * DIM + 5 + DIM)),
         ("llama", "sparse_adapter", {"size": 5}, LAYERS * 2 * (2 * 5 * DIM + 5 + DIM)),
+        ("llama", "adamix", {"size": 5, "modules": 3}, LAYERS * (3 * (5 * DIM + 5) + DIM * 5 + DIM)),
+        ("llama", "adamix", {"size": 5, "share": "down"}, LAYERS * (5 * DIM + 5 + 4 * (DIM * 5 + DIM))),
         ("llama", "compacter", {"size": 8, "norms": False}, 4**3 + LAYERS * 2 * (2 * (8 + DIM) + 8 + DIM)),
         ("llama", "compacter_pp", {"size": 8, "rank": 2, "norms": False}, 64 + LAYERS * (4 * (8 + DIM) + 8 + DIM)),
         ("llama", "phm_adapter", {"size": 8, "norms": False}, LAYERS * 2 * (2 * 8 * DIM // 4 + 128 + 8 + DIM)),
         ("llama", "rows", {"rows": [1, 2]}, LAYERS * 2 * 2 * DIM),
         ("llama", "shira", {"r": 3}, LAYERS * 3 * ((DIM + DIM) + (DIM + KV))),
         ("llama", "fish_mask", {"share": 0.05}, round(0.05 * LAYERS * DIM * (2 * DIM + 2 * KV + 3 * FF))),
+        ("llama", "lt_sft", {"share": 0.1}, round(0.1 * LAYERS * DIM * (2 * DIM + 2 * KV + 3 * FF))),
         ("llama", "trainable_tokens", {"token_indices": [1, 2]}, 2 * 2 * DIM),
         ("tied", "trainable_tokens", {"token_indices": [1, 2]}, 2 * DIM),
         ("llama", "top_layers", {"count": 1}, 2 * DIM + DIM * (2 * DIM + 2 * KV + 3 * FF)),
@@ -153,6 +169,7 @@ DIM, FF, KV, VOCAB, LAYERS = 24, 32, 12, 40, 2
         ("tied", "by_type", {"types": ["embedding", "head"]}, VOCAB * DIM),
         ("llama", "prompt_tuning", {"tokens": 3}, 3 * DIM),
         ("llama", "spot", TO_FIT["spot"], 3 * DIM),
+        ("llama", "multitask_prompt", {"tokens": 3, "tasks": 4, "ranks": 2}, 3 * DIM + 2 * (3 + DIM)),
         ("llama", "p_tuning", {"tokens": 3, "encoder": "none"}, 3 * DIM),
         ("llama", "p_tuning", {"tokens": 3, "encoder": "mlp", "hidden": 5}, 3 * DIM + 5 * 25 + 5 * 6 + DIM * 6),
         (
@@ -165,6 +182,8 @@ DIM, FF, KV, VOCAB, LAYERS = 24, 32, 12, 40, 2
         ("llama", "p_tuning_v2", {"tokens": 3, "hidden": 5}, 3 * KV + 5 * (KV + 1) + LAYERS * 2 * KV * (5 + 1)),
         ("llama", "prefix_tuning", {"tokens": 3}, LAYERS * 2 * 3 * KV),
         ("llama", "prefix_tuning", {"tokens": 3, "hidden": 5}, 3 * KV + 5 * (KV + 1) + LAYERS * 2 * KV * (5 + 1)),
+        ("llama", "pre_embed", {"tokens": 3}, 3 * DIM),
+        ("gpt2", "pre_layer", {"tokens": 3}, LAYERS * 3 * DIM),
         ("llama", "llama_adapter", {"tokens": 3}, LAYERS * (3 * DIM + 4)),
         ("gpt2", "llama_adapter", {"tokens": 3, "count": 1, "compat": "peft"}, 3 * DIM + 1),
         ("gpt2", "intrinsic_said", {"d": 60}, 60),

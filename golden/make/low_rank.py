@@ -18,6 +18,7 @@ LORA_NAMES = {"A": "lora_A.default.weight", "B": "lora_B.default.weight"}
 
 def cases() -> Iterator[Case]:
     yield from dora()
+    yield from adalora()
     yield from vera()
     yield from loha()
     yield from lokr()
@@ -80,6 +81,36 @@ def dora() -> Iterator[Case]:
         dropout_of(config),
         models=config,
     )
+
+
+def adalora_delta(t, config) -> torch.Tensor:
+    return config["alpha"] / (config["init_r"] + 1e-5) * t["P"] @ torch.diag(t["E"]) @ t["Q"]
+
+
+def adalora() -> Iterator[Case]:
+    config = {"init_r": 3, "target_r": 2, "alpha": 6.0, "dropout": 0.0}
+    equation = Equation(
+        "adalora",
+        "arXiv:2303.10512, section 3.1; the scale as the authors' code",
+        lambda config, out, inp: {"P": (out, config["init_r"]), "E": (config["init_r"],), "Q": (config["init_r"], inp)},
+        lambda f, x, weight, t, config: f(x) + x @ adalora_delta(t, config).mT,
+        merged=lambda weight, t, config: weight + adalora_delta(t, config),
+        peft=lambda config, targets: peft.AdaLoraConfig(
+            init_r=config["init_r"],
+            target_r=config["target_r"],
+            lora_alpha=config["alpha"],
+            total_step=9,
+            target_modules=targets,
+        ),
+        names={"P": "lora_B.default", "E": "lora_E.default", "Q": "lora_A.default"},
+        flags="AdaloraScale",
+    )
+    pruned = {"P": (6, 2), "E": (2,), "Q": (2, 4)}
+    left = Equation(**vars(equation) | {"trained": lambda config, out, inp: pruned, "peft": None})
+    square = Variant("square", config, out=5, inp=5, comment="P is (out, r), Q (r, in)")
+    yield from cases_of(equation, *shapes_of(config), square, dropout_of(config), models=config)
+    comment = "two of three triplets are left: the scale is that of the first rank, init_r"
+    yield from cases_of(left, Variant("pruned", config | {"rank_pattern": {"site": 2}}, comment=comment))
 
 
 def vera_delta(weight, t, config) -> torch.Tensor:

@@ -4,7 +4,16 @@ from .common import PREFIX, Entry, Format, Settings
 from .lora import DORA, LORA, OLORA, PISSA
 from .low_rank import ADALORA, DELORA, HIRA, LOHA, LOKR, VERA
 from .others import IA3, LN_TUNING
-from .prompts import ADAPTION_PROMPT, P_TUNING, P_TUNING_V2, PREFIX_TUNING, PROMPT_TUNING, SPOT
+from .prompts import (
+    ADAPTION_PROMPT,
+    MULTITASK_PROMPT,
+    P_TUNING,
+    P_TUNING_V2,
+    PRE_EMBED,
+    PREFIX_TUNING,
+    PROMPT_TUNING,
+    SPOT,
+)
 from .selective import SHIRA, TRAINABLE_TOKENS
 from .structured import BOFT, C3A, FOURIERFT, HRA, MISS, OFT, RANDLORA, ROAD, VBLORA
 
@@ -27,10 +36,12 @@ FORMATS = {
     "trainable_tokens": TRAINABLE_TOKENS,
     "prompt_tuning": PROMPT_TUNING,
     "spot": SPOT,
+    "multitask_prompt": MULTITASK_PROMPT,
     "p_tuning": P_TUNING,
     "prefix_tuning": PREFIX_TUNING,
     "p_tuning_v2": P_TUNING_V2,
     "llama_adapter": ADAPTION_PROMPT,
+    "pre_embed": PRE_EMBED,
     "oft": OFT,
     "boft": BOFT,
     "hra": HRA,

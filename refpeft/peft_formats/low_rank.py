@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
-from ..sites import Adapter
-from .common import Entry, Format, Settings, module_names, present, renamed, targets_of
+import numpy as np
+
+from ..backend import to_host
+from ..errors import RefpeftError
+from ..sites import Adapter, Site
+from .common import PREFIX, Entry, Format, Settings, module_names, present, renamed, targets_of
 
 _FITTED = ("init_weights", "runtime_config")  # how first values were made, which is over
 _VALUES = {"layers_pattern": ("layers", "h")}
@@ -13,9 +18,12 @@ _VALUES = {"layers_pattern": ("layers", "h")}
 
 def _options(config: Settings, model: Any) -> dict[str, Any]:
     """What all have."""
+    return {"r": config.need("r")} | _where(config, model)
+
+
+def _where(config: Settings, model: Any) -> dict[str, Any]:
     layers = config.get("layers_to_transform")
     return {
-        "r": config.need("r"),
         "targets": targets_of(config, model),
         "exclude": present(config.names("exclude_modules"), model),
         "layers": [layers] if isinstance(layers, int) else layers,
@@ -176,5 +184,102 @@ DELORA = Format(
     _delora_settings,
     _delora_options,
     any_value=_FITTED,
+    values=_VALUES | {"bias": ("none",)},
+)
+
+
+# ---- AdaLoRA ---------------------------------------------------------------------------------------------------------
+
+
+def _left(adapter: Adapter) -> dict[str, np.ndarray]:
+    """Which triplets of each site a file has, by name: all until training has set some to 0, and then the others."""
+    values = {layer.site.name: to_host(layer.p.E.data) for layer in adapter.layers}
+    fresh = not any(E.any() for E in values.values())
+    return {name: np.flatnonzero((E != 0) | fresh) for name, E in values.items()}
+
+
+def _triplet_entries(adapter: Adapter) -> list[Entry]:
+    entries, left = [], _left(adapter)
+    for site in adapter.parts[0].sites:
+        if site.name not in left:
+            entries += _no_triplets(site)
+            continue
+        start, these = f"{PREFIX}{site.name}.lora_", left[site.name]
+        entries += [
+            Entry(f"{start}A", (f"{site.name}.Q",), lambda Q, these=these: Q[these]),
+            Entry(f"{start}B", (f"{site.name}.P",), lambda P, these=these: P[:, these]),
+            Entry(f"{start}E", (f"{site.name}.E",), lambda E, these=these: E[these, None], lambda E: (E[:, 0],)),
+        ]
+    return entries
+
+
+def _no_triplets(site: Site) -> list[Entry]:
+    """The tensors of a site that has lost all of them."""
+    out, width = site.shape
+    shapes = {"A": (0, width), "B": (out, 0), "E": (0, 1)}
+    return [
+        Entry(f"{PREFIX}{site.name}.lora_{letter}", (), lambda shape=shape: np.zeros(shape, "f4"), lambda array: ())
+        for letter, shape in shapes.items()
+    ]
+
+
+def _adalora_settings(adapter: Adapter, model: Any) -> dict[str, Any]:
+    """Which triplets are left, as PEFT says it; their order means nothing, so those that are left are the first."""
+    cfg, left = adapter.cfg, _left(adapter)
+    counts = {site.name: len(left.get(site.name, ())) for site in adapter.parts[0].sites}
+    pattern = {f"{n}.lora_E": [True] * count + [False] * (cfg.init_r - count) for n, count in counts.items()}
+    return {
+        "init_r": cfg.init_r,
+        "target_r": cfg.target_r,
+        "lora_alpha": cfg.alpha,
+        "lora_dropout": cfg.dropout,
+        "orth_reg_weight": cfg.gamma,
+        "tinit": cfg.tinit,
+        "tfinal": cfg.tfinal,
+        "deltaT": cfg.delta_t,
+        "beta1": cfg.beta1,
+        "beta2": cfg.beta2,
+        "total_step": cfg.tinit + cfg.tfinal + 1,  # which PEFT wants to be more than these two
+        "rank_pattern": pattern if set(counts.values()) != {cfg.init_r} else None,
+        "target_modules": module_names(adapter.parts[0].sites, model),
+    } | _transposed(adapter)
+
+
+def _adalora_options(config: Settings, model: Any) -> dict[str, Any]:
+    init_r, target_r, pattern = config.need("init_r"), config.get("target_r", 8), config.get("rank_pattern", {})
+    if not isinstance(pattern, dict) or not all(isinstance(flags, list) for flags in pattern.values()):
+        raise RefpeftError(f"rank_pattern is {pattern!r}: expected a list of true and false for each module")
+    above = isinstance(init_r, int) and isinstance(target_r, int) and target_r > init_r
+    return _where(config, model) | {
+        "init_r": init_r,
+        "target_r": init_r if above else target_r,
+        "alpha": config.need("lora_alpha"),
+        "dropout": config.get("lora_dropout", 0.0),
+        "gamma": config.get("orth_reg_weight", 0.5),
+        "tinit": config.get("tinit", 0),
+        "tfinal": config.get("tfinal", 0),
+        "delta_t": config.get("deltaT", 1),
+        "beta1": config.get("beta1", 0.85),
+        "beta2": config.get("beta2", 0.85),
+        "compat": "official",
+        "rank_pattern": {re.escape(name.removesuffix(".lora_E")): sum(map(bool, f)) for name, f in pattern.items()},
+    }
+
+
+ADALORA = Format(
+    "ADALORA",
+    _triplet_entries,
+    _adalora_settings,
+    _adalora_options,
+    any_value=(
+        *_FITTED,
+        "alpha_pattern",
+        "fan_in_fan_out",
+        "init_lora_weights",
+        "megatron_core",
+        "qalora_group_size",
+        "r",
+        "total_step",
+    ),
     values=_VALUES | {"bias": ("none",)},
 )

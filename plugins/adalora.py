@@ -1,0 +1,78 @@
+"""AdaLoRA: y = W x + b + s P diag(E) Q dropout(x); the least important triplets (p_i, E_i, q_i) go during training.
+
+Zhang et al., 2023, arXiv:2303.10512, Algorithm 1; s = alpha / (init_r + 1e-5) is the authors'. The objective has gamma
+(|P^T P - I|^2 + |Q Q^T - I|^2) for each target (eq. 4). A number is as important as the averages of |number * gradient|
+and of its distance from that average say (eq. 8 to 11), a triplet as E_i and the means of p_i and q_i (eq. 7). The most
+important ones of all targets are kept, the others' E_i set to 0: init_r a target at first, target_r at last (eq. 12).
+`compat = "official"` is the authors' code and PEFT: the mean of the norms, not squared; numbers of after the step.
+
+First values, which leave the model as it is: P and Q normal of deviation 0.02, E zero.
+Trained: P (out, r), E (r,) and Q (r, in), r (in + out + 1) numbers a target, r = init_r.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from refpeft import RefpeftError, fused, hookimpl, ops, triplets
+from refpeft.targets import patterned
+
+FAMILY = "reparametrisation"
+
+
+@dataclass(frozen=True)
+class Config(triplets.Schedule):
+    init_r: int = 12  # triplets of a target at first
+    target_r: int = 8  # and in the end, on average
+    alpha: float = 12.0  # s is 1, as in the paper
+    dropout: float = 0.0  # rate, in training
+    gamma: float = 0.1  # weight of the penalty
+    tinit: int = 0  # steps before any triplet goes
+    tfinal: int = 0  # steps after the last ones went
+    delta_t: int = 1  # steps from one choice to the next
+    beta1: float = 0.85  # of the averages of sensitivities
+    beta2: float = 0.85  # of the averages of distances from these
+    compat: Literal["none", "official"] = "none"
+    rank_pattern: dict[str, int] = field(default_factory=dict)  # triplets left, by names, in a file of a trained one
+    targets: tuple[str, ...] | str = ("@q", "@v")
+    exclude: tuple[str, ...] | str = ()
+    layers: tuple[int, ...] | None = None  # numbers of the layers; none: all
+
+
+@hookimpl
+def peft_params(site, cfg, rng):
+    r, (out, width) = patterned(cfg.rank_pattern, site, cfg.init_r), site.shape
+    if r > min(site.shape):
+        raise RefpeftError(f"adalora: init_r is {r}, but {site.name} has room for {min(site.shape)} orthogonal vectors")
+    P, Q = 0.02 * rng.standard_normal((out, r)), 0.02 * rng.standard_normal((r, width))
+    return {"P": P, "E": np.zeros(r), "Q": Q} if r else None
+
+
+@hookimpl
+def peft_linear(x, base, p, cfg, train):
+    dropped = train.dropout(x, cfg.dropout) if train else x
+    return fused.addmm(base(x), ops.linear(dropped, p.Q) * p.E, p.P, alpha=cfg.scale)
+
+
+@hookimpl
+def peft_merge(weight, p, cfg):
+    return weight + cfg.scale * (p.P * p.E) @ p.Q
+
+
+@hookimpl
+def peft_penalty(p, cfg, sites):
+    squares = [triplets.distance(p.P.T @ p.P), triplets.distance(p.Q @ p.Q.T)]
+    if cfg.compat == "official":
+        return sum(map(ops.sqrt, squares)) * (cfg.gamma / (2 * len(sites)))
+    return sum(squares) * cfg.gamma
+
+
+@hookimpl
+def peft_state(p):
+    return triplets.averages(p)
+
+
+@hookimpl
+def peft_step(update, layers, cfg, step, total):
+    triplets.step(update, layers, cfg, step + 1, total)
