@@ -1,13 +1,20 @@
-"""Methods that start from adapters of other tasks."""
+"""Prompts that tasks share, or that start from those of others. The witness is PEFT."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 import equations
+import methods
 import numpy as np
+import peft
+import peft_witness
 import torch
-from common import Case, Draw, Tensors
+from common import Case, Compute, Draw, Tensors
+from method_sites import site_case
+from methods import SMALL_GPT2, SMALL_LLAMA, Adapted
+from models import precision, real_only, transformers_model
+from reference import Advice, mean_loss
 
 TOKENS, DIM = 3, 5
 IDS = np.int32([[3, 0, 3], [6, 1, 2]])
@@ -15,6 +22,12 @@ IDS = np.int32([[3, 0, 3], [6, 1, 2]])
 
 def cases() -> Iterator[Case]:
     yield from prompts_to_start_from()
+    yield from prompts_of_tasks()
+    for family, settings, embed in (
+        ("llama", SMALL_LLAMA, "model.embed_tokens"),
+        ("gpt2", SMALL_GPT2, "transformer.wte"),
+    ):
+        yield from methods.model_cases(family, settings, of_tasks_on_model(family, settings, embed))
 
 
 # ---- prompts of other tasks (SPoT) -----------------------------------------------------------------------------
@@ -58,3 +71,95 @@ def prompts_to_start_from() -> Iterator[Case]:
             compute=compute,
             spec=equations.PAPERS["spot"],
         )
+
+
+# ---- prompts of several tasks ----------------------------------------------------------------------------------
+
+TASKS = {"tokens": TOKENS, "tasks": 3, "task": 1, "ranks": 2}
+MULTITASK_FLAGS = "PromptFirst TaskFactor"
+
+
+def shapes_of_tasks(dim: int) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
+    """(trained, constant) tensors: the prompt with the chosen task's factors, and those of the others."""
+    every = {f"cols{task}": (TOKENS, TASKS["ranks"]) for task in range(TASKS["tasks"])}
+    every |= {f"rows{task}": (TASKS["ranks"], dim) for task in range(TASKS["tasks"])}
+    chosen = {name: shape for name, shape in every.items() if name.endswith(str(TASKS["task"]))}
+    return {"prompt": (TOKENS, dim)} | chosen, {n: s for n, s in every.items() if n not in chosen}
+
+
+def of_task(t: Tensors, place: str = "") -> torch.Tensor:
+    """arXiv:2303.02861, section 3.1."""
+    task = TASKS["task"]
+    return t[f"{place}prompt"] * (t[f"{place}cols{task}"] @ t[f"{place}rows{task}"])
+
+
+def prompts_of_tasks() -> Iterator[Case]:
+    equations.PAPERS["multitask_prompt"] = "arXiv:2303.02861, section 3.1"
+    draw = Draw("multitask_prompt-embedding-plain")
+    trained, constant = shapes_of_tasks(DIM)
+    inputs = {"ids": IDS, "weight": draw.normal(7, DIM)}
+    inputs |= {name: draw.normal(*shape) for name, shape in (trained | constant).items()}
+
+    def forward(ids, weight, **letters):
+        return equations.prompt(lambda ids: weight[ids.long()], ids, of_task(letters))
+
+    yield site_case(
+        "multitask_prompt",
+        "embedding",
+        "plain",
+        inputs,
+        forward,
+        " ".join(trained),
+        config=TASKS,
+        flags=MULTITASK_FLAGS,
+        comment="the second of three tasks; factors of rank 2",
+    )
+
+
+def of_tasks_on_model(family: str, settings: dict, embed: str) -> Iterator[Adapted]:
+    trained, constant = ({f"{embed}.{name}": shape for name, shape in shapes.items()} for shapes in shapes_of_tasks(8))
+
+    def advice(t: Tensors) -> Advice:
+        return {embed: lambda f, ids: equations.prompt(f, ids, of_task(t, f"{embed}."))}
+
+    yield Adapted(
+        "multitask_prompt",
+        TASKS,
+        trained,
+        advice,
+        constants=constant,
+        flags=f"{MULTITASK_FLAGS} PromptMaskedLoss",
+        comment="the second of three tasks",
+        virtual=True,
+        witness=peft_of_tasks(family, settings, embed),
+    )
+
+
+def peft_of_tasks(family: str, settings: dict, embed: str) -> Compute:
+    config = peft.MultitaskPromptTuningConfig(
+        num_virtual_tokens=TOKENS, num_tasks=TASKS["tasks"], num_ranks=TASKS["ranks"], **peft_witness.TASK
+    )
+
+    def compute(t: Tensors) -> Tensors:
+        task, ids, segments = TASKS["task"], t["ids"].long(), t.get("segments")
+        with precision():
+            base = transformers_model(family, settings)
+            base.load_state_dict({n: t[n] for n, _ in base.named_parameters()}, strict=False)
+            adapted = peft.get_peft_model(base, config).to(torch.get_default_dtype())
+            encoder = adapted.prompt_encoder["default"]
+            encoder.embedding.weight.data.copy_(t[f"{embed}.prompt"])
+            for name, parameter in (("cols", encoder.prefix_task_cols), ("rows", encoder.prefix_task_rows)):
+                parameter.data.copy_(torch.stack([t[f"{embed}.{name}{k}"] for k in range(TASKS["tasks"])]))
+            mask = torch.ones_like(ids) if segments is None else (segments >= 0).long()
+            answer = adapted(input_ids=ids, attention_mask=mask, task_ids=torch.full((len(ids),), task))
+            logits = real_only(answer.logits[:, -ids.shape[1] :], segments)
+            loss = mean_loss(logits, t["targets"])
+            loss.backward()
+        grads = {"prompt": encoder.embedding.weight.grad}
+        grads |= {
+            f"cols{task}": encoder.prefix_task_cols.grad[task],
+            f"rows{task}": encoder.prefix_task_rows.grad[task],
+        }
+        return {"logits": logits, "loss": loss, **{f"grad.{embed}.{name}": grad for name, grad in grads.items()}}
+
+    return compute

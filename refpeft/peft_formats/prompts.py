@@ -62,6 +62,53 @@ PROMPT_TUNING = Format(
 SPOT = replace(PROMPT_TUNING, means=lambda config: False)  # a file does not say where the first values came from
 
 
+def _task_entries(adapter: Adapter) -> list[Entry]:
+    """The factors of all tasks as two tensors, of which one task is trained."""
+    name, tasks = adapter.sites[0].name, range(adapter.cfg.tasks)
+    stacked = {
+        f"prefix_task_{letters}": tuple(f"{name}.{letters}{task}" for task in tasks) for letters in ("cols", "rows")
+    }
+    factors = [Entry(key, names, lambda *arrays: np.stack(arrays), tuple) for key, names in stacked.items()]
+    return [Entry("prompt_embeddings", (f"{name}.prompt",)), *factors]
+
+
+def _task_settings(adapter: Adapter, model: Any) -> dict[str, Any]:
+    cfg, settings = adapter.cfg, _virtual_tokens(adapter, model, model.config.heads, model.config.dim)
+    chosen = {"refpeft_task": cfg.task} if cfg.tasks > 1 else {}  # a key that PEFT does not know, and leaves out
+    return settings | {"num_tasks": cfg.tasks, "num_ranks": cfg.ranks} | chosen
+
+
+def _task_options(config: Settings, model: Any) -> dict[str, Any]:
+    tasks, task = config.get("num_tasks", 1), config.get("refpeft_task")
+    if task is None and tasks != 1:
+        raise RefpeftError(
+            f'it has the prompts of {tasks} tasks, and does not say which is meant: add "refpeft_task": 0, or another'
+        )
+    return {
+        "tokens": config.need("num_virtual_tokens"),
+        "tasks": tasks,
+        "task": task or 0,
+        "ranks": config.get("num_ranks", 1),
+    }
+
+
+MULTITASK_PROMPT = Format(
+    "MULTITASK_PROMPT_TUNING",
+    _task_entries,
+    _task_settings,
+    _task_options,
+    fits=lambda adapter, model: adapter.sites == [model.embed],
+    any_value=(
+        *PROMPT_TUNING.any_value,
+        "prompt_tuning_init",
+        "prompt_tuning_init_text",
+        "prompt_tuning_init_state_dict_path",
+        "prompt_tuning_init_task",
+    ),
+    values={"num_transformer_submodules": (1,)},
+)
+
+
 def _rows_entries(adapter: Adapter) -> list[Entry]:
     """prompt_embeddings (tokens, dim)."""
     names, (site,) = tuple(adapter.params), adapter.sites
@@ -148,6 +195,9 @@ PREFIX_TUNING = Format(
     any_value=(*_KEYS, "encoder_hidden_size", "prefix_projection", "init_weights"),
     values={"num_transformer_submodules": (1,)},
 )
+
+PRE_EMBED = replace(PROMPT_TUNING, means=lambda config: False)  # to PEFT, it is prompt tuning
+
 
 P_TUNING_V2 = replace(PREFIX_TUNING, means=lambda config: False)  # to PEFT, too, it is prefix tuning
 

@@ -1,0 +1,144 @@
+"""Methods that start from the adapters of other tasks, or share them: what they take, and what they refuse."""
+
+import numpy as np
+import pytest
+import tiny
+from sources import prompts, write_prompt
+
+from refpeft import adapters, files, sites
+from refpeft.errors import RefpeftError
+from refpeft.transfer import prompt
+
+EMBED = "model.embed_tokens"
+
+
+def saved(folder, method: str, options: dict):
+    """A directory with an adapter of this method, moved away from its start; and its values."""
+    model = tiny.model()
+    adapter = sites.attach(model, method, options)
+    tiny.scramble(adapter)
+    adapters.save(folder, model)
+    return str(folder), {name: value.data for name, value in (adapter.params | adapter.constants).items()}
+
+
+def first_values(method: str, options: dict) -> dict[str, np.ndarray]:
+    adapter = sites.attach(tiny.model(), method, options, seed=1)
+    return {name.removeprefix(f"{EMBED}."): t.data for name, t in (adapter.params | adapter.constants).items()}
+
+
+# ---- prompts ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("prompt_tuning", {}),
+        ("p_tuning", {"hidden": 4}),
+        ("multitask_prompt", {"tasks": 2, "task": 1}),
+        ("prompt_tuning", {"targets": ["embed_tokens"], "init": "ids", "ids": [3]}),
+    ],
+)
+def test_the_prompt_of_any_method_is_the_rows_that_it_puts_first(method, options, tmp_path):
+    model = tiny.model()
+    tiny.scramble(sites.attach(model, method, {"tokens": 3} | options))
+    adapters.save(tmp_path, model)
+    rows = prompt(str(tmp_path), tiny.model().embed, 3)
+    assert np.allclose(rows, model.embed(tiny.ids()).data[1, :3], atol=1e-6)
+
+
+def test_a_source_without_such_a_prompt_is_an_error(tmp_path):
+    embed = tiny.model().embed
+    (source,) = prompts(1)
+    with pytest.raises(RefpeftError, match="has 3 tokens, and tokens is 4"):
+        prompt(source, embed, 4)
+    other, _ = saved(tmp_path / "a", "trainable_tokens", {"token_indices": [3], "targets": ["@embed"]})
+    with pytest.raises(RefpeftError, match="holds trainable_tokens, which has no prompt"):
+        prompt(other, embed, 3)
+    other, _ = saved(tmp_path / "b", "lora", {})
+    with pytest.raises(RefpeftError, match=r"target .* matches no site"):
+        prompt(other, embed, 3)
+    wide = write_prompt(tmp_path / "wide", np.ones((3, 32)))
+    with pytest.raises(RefpeftError, match=r"'prompt_embeddings' has shape \(3, 32\): expected \(3, 24\)"):
+        prompt(wide, embed, 3)
+    with pytest.raises(RefpeftError, match="holds no adapter"):
+        prompt(str(tmp_path / "nowhere"), embed, 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "spot.sources is empty: name an adapter directory"),
+        ({"sources": ["a"], "top": 2}, "top is 2: expected 1 to 1"),
+        ({"sources": ["a", "b"]}, "expected both or neither"),
+        ({"sources": ["a"], "task": "b"}, "expected both or neither"),
+    ],
+)
+def test_spot_without_what_it_starts_from_is_an_error(options, message):
+    with pytest.raises(RefpeftError, match=message):
+        sites.attach(tiny.model(), "spot", options)
+
+
+def test_spot_starts_from_the_source_most_similar_to_the_task():
+    *three, task = prompts(4)
+    embed = tiny.model().embed
+    rows = [prompt(source, embed, 3) for source in three]
+    near = prompt(task, embed, 3).mean(axis=0)
+    cosines = [row.mean(axis=0) @ near / np.linalg.norm(row.mean(axis=0)) for row in rows]
+    found = first_values("spot", {"tokens": 3, "sources": three, "task": task})["prompt"]
+    assert np.allclose(found, rows[int(np.argmax(cosines))], rtol=1e-14)
+
+
+# ---- prompts of several tasks ----------------------------------------------------------------------------------------
+
+THREE = {"tokens": 3, "ranks": 2, "tasks": 3, "task": 2}
+
+
+@pytest.mark.parametrize("start", ["average", "exact", "shared"])
+def test_a_new_task_starts_from_those_before(start, tmp_path):
+    source, values = saved(tmp_path, "multitask_prompt", THREE)
+    values = {name.removeprefix(f"{EMBED}."): array for name, array in values.items()}
+    options = {"tokens": 3, "ranks": 2, "source": source, "start": start}
+    found = first_values("multitask_prompt", options | ({"source_task": 1} if start == "exact" else {}))
+    assert np.array_equal(found["prompt"], values["prompt"])
+    wanted = {"average": sum(values[f"rows{k}"] for k in range(3)) / 3, "exact": values["rows1"]}
+    if start == "shared":
+        assert not any(np.array_equal(found["rows0"], values[f"rows{k}"]) for k in range(3))
+    else:
+        assert np.allclose(found["rows0"], wanted[start], rtol=1e-14)
+
+
+def test_the_next_task_goes_on_with_all_that_is_there(tmp_path):
+    source, values = saved(tmp_path, "multitask_prompt", THREE)
+    adapter = sites.attach(tiny.model(), "multitask_prompt", THREE | {"task": 0, "source": source, "start": "all"})
+    assert set(adapter.params) == {f"{EMBED}.{name}" for name in ("prompt", "cols0", "rows0")}
+    for name, tensor in (adapter.params | adapter.constants).items():
+        assert np.allclose(tensor.data, values[name], atol=1e-6), name
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ranks": 1}, "expected multitask_prompt of 3 tokens and 1 ranks"),
+        ({"start": "exact", "source_task": 3}, "has 3 tasks, which does not go with tasks or source_task"),
+        ({"start": "all"}, "has 3 tasks, which does not go with tasks"),
+        ({"source": "", "start": "shared"}, "say what is taken from `source`"),
+        ({"task": 1}, "task less than tasks, which is 1"),
+        ({"source_task": 1}, 'source_task has an effect only with start = "exact"'),
+    ],
+)
+def test_tasks_that_do_not_fit_are_an_error(options, message, tmp_path):
+    source, _ = saved(tmp_path, "multitask_prompt", THREE)
+    with pytest.raises(RefpeftError, match=message):
+        sites.attach(tiny.model(), "multitask_prompt", {"tokens": 3, "ranks": 2, "source": source} | options)
+
+
+def test_a_file_of_several_tasks_that_names_none_is_refused(tmp_path):
+    saved(tmp_path, "multitask_prompt", THREE)
+    config = files.read_json(tmp_path / "adapter_config.json")
+    assert config.pop("refpeft_task") == 2
+    files.write_json(tmp_path / "adapter_config.json", config)
+    with pytest.raises(RefpeftError, match=r'has the prompts of 3 tasks, .* add "refpeft_task": 0'):
+        adapters.load(tiny.model(), tmp_path)
+    files.write_json(tmp_path / "adapter_config.json", config | {"refpeft_task": 1, "num_tasks": 10**12})
+    with pytest.raises(RefpeftError, match=r"tasks = 1000000000000, but no tensor in .* has a side of more than 24"):
+        adapters.load(tiny.model(), tmp_path)
