@@ -4,17 +4,16 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny_files
 from click.testing import CliRunner
 
 import refpeft
-from refpeft import adapters, comparing, manager, memory, sites
+from refpeft import adapters, comparing, manager, plan
 from refpeft.cli import main
 from refpeft.config import Resolved
 from refpeft.errors import RefpeftError
-from refpeft.models.checkpoint import open_checkpoint
-from refpeft.models.hub import resolve as resolve_model
 
 OUT = Path("out")
 METHODS = [name for name, listing in manager.catalogue().items() if listing.kind == "method"]
@@ -129,5 +128,5 @@ def test_the_embedded_model_takes_every_method(method, tmp_path):
             model = refpeft.load("embedded")
             refpeft.attach(model, other, comparing.resolve(other, None, (), (), tmp_path)[other].options[other])
             adapters.save(tmp_path / other, model)
-    model = memory.skeleton(open_checkpoint(resolve_model("embedded")))
-    assert sites.attach(model, method, found.options[method]).size > 0
+    with np.errstate(all="ignore"):  # of weights that are not there
+        assert plan.plan(found).trained > 0
