@@ -26,11 +26,12 @@ class Config:
     hidden: int = 0  # width of the MLP, or of the LSTM in each direction; 0: dim, or dim / 2, as the authors have it
     dropout: float = 0.0  # rate, between the layers of the LSTM, in training
     targets: tuple[str, ...] | str = ("@embed",)
+    only_with = (("dropout", "encoder", "lstm"),)
 
     def __post_init__(self):
         check_tokens(self)
-        if (self.hidden and self.encoder == "none") or (self.dropout and self.encoder != "lstm"):
-            raise ValueError(f'with encoder = "{self.encoder}" hidden or dropout has no effect: leave it out')
+        if self.hidden and self.encoder == "none":
+            raise ValueError('hidden has no effect with encoder = "none": leave it out')
 
 
 @hookimpl

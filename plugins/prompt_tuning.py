@@ -28,6 +28,7 @@ class Config:
     text: str = ""  # whose tokens' embeddings are the first values, with init = "text"
     ids: tuple[int, ...] = ()  # tokens whose embeddings are the first values, with init = "ids"
     targets: tuple[str, ...] | str = ("@embed",)
+    only_with = (("common", "init", "vocab"),)
 
     def __post_init__(self):
         check_tokens(self)

@@ -77,9 +77,10 @@ def test_a_file_says_where_its_first_rows_came_from(with_tokenizer, tmp_path):
         ("prompt_tuning", {"ids": [3]}, 'init = "ids" and a list `ids`'),
         ("prompt_tuning", {"init": "ids", "ids": [3, 40]}, "ids names 40: the model has tokens 0 to 39"),
         ("prompt_tuning", {"common": 0}, "common is 0: expected 1 or more"),
+        ("prompt_tuning", {"init": "random", "common": 9}, 'common has an effect only with init = "vocab"'),
         ("p_tuning", {"tokens": 0}, "tokens is 0: expected 1 or more"),
-        ("p_tuning", {"encoder": "none", "hidden": 4}, "hidden or dropout has no effect"),
-        ("p_tuning", {"encoder": "mlp", "dropout": 0.1}, "hidden or dropout has no effect"),
+        ("p_tuning", {"encoder": "none", "hidden": 4}, "hidden has no effect with encoder"),
+        ("p_tuning", {"encoder": "mlp", "dropout": 0.1}, 'dropout has an effect only with encoder = "lstm"'),
         ("prefix_tuning", {"hidden": -1}, "expected hidden of at least 0"),
         ("p_tuning_v2", {"dropout": 1.0}, "dropout of at least 0 and less than 1"),
     ],
@@ -87,6 +88,36 @@ def test_a_file_says_where_its_first_rows_came_from(with_tokenizer, tmp_path):
 def test_options_that_cannot_be_are_errors(method, options, message):
     with pytest.raises(RefpeftError, match=message):
         sites.attach(tiny.model(), method, options)
+
+
+# ---- special tokens, and prompts in layers ---------------------------------------------------------------------------
+
+
+def test_behind_a_layer_special_tokens_are_what_was_trained():
+    """Two of them, with others between, before and behind: each replaces its own rows alone."""
+    model = tiny.model()
+    first = sites.attach(model, "pre_layer", {"tokens": 2})
+    sites.attach(model, "prompt_tuning", {"tokens": 3})
+    last = sites.attach(model, "pre_layer", {"tokens": 1})
+    seen, layer = [], model.layers[1].block_out
+    layer.base = lambda x, inner=layer.base, **around: seen.append(x.data) or inner(x, **around)
+    layer.compose()
+    model(tiny.ids(2, 5))
+    (x,) = seen
+    assert x.shape[1] == 1 + 3 + 2 + 5
+    for adapter, rows in ((last, slice(0, 1)), (first, slice(4, 6))):
+        assert (x[:, rows] == adapter.params["model.layers.0.block_out.rows"].data).all()
+
+
+def test_pre_layer_takes_no_other_targets():
+    with pytest.raises(RefpeftError, match="from the embedding on through all layers: leave its targets as they are"):
+        sites.attach(tiny.model(), "pre_layer", {"targets": ["@embed", "0.block_out"]})
+
+
+@pytest.mark.parametrize("count", [0, 3])
+def test_llama_adapter_in_more_layers_than_there_are_is_an_error(count):
+    with pytest.raises(RefpeftError, match=rf"llama_adapter: count is {count}: expected 1 to 2, the layers that there"):
+        sites.attach(tiny.model(), "llama_adapter", {"count": count})
 
 
 # ---- networks --------------------------------------------------------------------------------------------------------

@@ -77,8 +77,9 @@ def test_the_same_run_gives_the_same_bits(resolve):
     assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_an_interrupted_run_goes_on_to_the_same_bits(resolve, monkeypatch):
-    whole = train(resolve("out=whole", "lora.dropout=0.1"))
+@pytest.mark.parametrize("method", ["lora", "p_tuning"])  # of p_tuning the adapter's file has not all that is trained
+def test_an_interrupted_run_goes_on_to_the_same_bits(method, resolve, monkeypatch):
+    whole = train(resolve("out=whole", f"{method}.dropout=0.1", method=method))
     seen = []
 
     def interrupt(self, record, shown=run.report.Progress.__call__):
@@ -91,8 +92,8 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(resolve, monkeypatch):
 
     monkeypatch.setattr(run.report.Progress, "__call__", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        train(resolve("out=cut", "lora.dropout=0.1"))
-    resumed = train(resolve("out=cut", "lora.dropout=0.1"), resume=True)
+        train(resolve("out=cut", f"{method}.dropout=0.1", method=method))
+    resumed = train(resolve("out=cut", f"{method}.dropout=0.1", method=method), resume=True)
     ours, theirs = (read_safetensors(o.directory / adapters.TENSORS) for o in (whole, resumed))
     assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
     records = [json.loads(line) for line in (resumed.directory / "metrics.jsonl").read_text().splitlines()]
