@@ -30,7 +30,8 @@ The arguments:
     near    the layers beside an attention or a block, by role: near("k", x) is what the layer's `k` makes of x;
             near.site("k") is its Site, near.keys_and_values(x, site.shape) what attention would have of rows x
     memo    what the hooks of a method hand on from site to site, upward, within one forward pass: a namespace
-    virtual how many rows at the front of x are virtual tokens, not those of text
+    behind  how many rows the embedding had, this time, before this method's hook there put its own before them; the
+            last so many of x, but in cached generation, where x has fewer
     train   None outside of training; otherwise refpeft.layers.Train: .dropout(x, rate), .draw(n), .uniform(like), .step
     layers  the list of refpeft.layers.Layer of the method, one a site: .site, .p, .arrays, .grads, .state
 """
@@ -134,7 +135,7 @@ def peft_attention(q, k, v, base, p, cfg, site, sites, shared, train, memo, near
 
 
 @hookspec
-def peft_block(x, base, p, cfg, site, sites, shared, train, memo, near, virtual):
+def peft_block(x, base, p, cfg, site, sites, shared, train, memo, near, behind):
     """Around a sub-layer before its residual is added (`attn_out`, `mlp_out`), or a whole layer (`block_out`)."""
 
 

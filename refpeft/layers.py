@@ -112,7 +112,6 @@ class Mode:
     part: int = 0  # of the step's batch, where its gradients are accumulated
     again: int = 0  # how often the same rows were computed before, for methods that compare passes
     chunk: int = 0  # of the rows, where the loss gives them to the head in chunks
-    virtual: int = 0  # rows that adapters put before those of the text, in this pass
 
 
 class Train:
@@ -155,6 +154,7 @@ class Part:
     shared: SimpleNamespace = field(default_factory=SimpleNamespace)
     sites: list[Site] = field(default_factory=list)
     memo: SimpleNamespace = field(default_factory=SimpleNamespace)
+    behind: int = 0  # rows that the embedding gave below this part's hook, in the last forward pass
 
     @property
     def name(self) -> str:
@@ -209,14 +209,25 @@ class Layer:
         part = self.part
         fixed = {"p": self.p, "cfg": part.cfg, "site": self.site, "sites": part.sites, "shared": part.shared}
         fixed |= {"near": self.near, "memo": part.memo}
+        below = self._counting(inner) if "embed" in self.site.roles else inner
 
         def call(*args: Any, **keywords: Any) -> Tensor:
             train = self.train() if "train" in self._names else None
-            have = fixed | {"base": Base(self.site, inner, keywords), "train": train, "virtual": self.mode.virtual}
+            have = fixed | {"base": Base(self.site, below, keywords), "train": train, "behind": part.behind}
             have |= zip(inputs, args, strict=True)
             return self._function(*(have[name] for name in self._names))
 
         return call
+
+    def _counting(self, embed: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """`embed`, and its number of rows is what the method's other hooks get as `behind`."""
+
+        def count(*args: Any, **keywords: Any) -> Tensor:
+            h = embed(*args, **keywords)
+            self.part.behind = h.shape[1]
+            return h
+
+        return count
 
     def train(self) -> Train | None:
         """What its hooks are given of training; None outside of it."""

@@ -21,7 +21,7 @@ def by_hand(model, prompt: list[int], count: int) -> list[int]:
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-@pytest.mark.parametrize("method", [None, "prefix_tuning", "prompt_tuning", "llama_adapter"])
+@pytest.mark.parametrize("method", [None, "prefix_tuning", "prompt_tuning", "llama_adapter", "pre_embed", "pre_layer"])
 def test_greedy_tokens_are_those_of_whole_forward_passes_for_prompts_of_any_length(name, method):
     model = tiny.model(name)
     if method:

@@ -1,10 +1,10 @@
-"""What hooks are given at a site: what sites hand on, the layers beside, virtual rows, attention for sub-networks."""
+"""What hooks are given at a site: what sites hand on, the layers beside, own rows, attention for sub-networks."""
 
 import numpy as np
 import pytest
 import tiny
 
-from refpeft import sites
+from refpeft import ops, sites
 from refpeft.errors import RefpeftError
 from refpeft.generate import generate
 from refpeft.learning import refuse_recomputation
@@ -84,20 +84,26 @@ def test_a_role_that_the_layer_does_not_have_is_named(registered):
         model(tiny.ids())
 
 
-def test_virtual_rows_are_counted_in_training_and_gone_in_cached_generation(registered):
+def test_a_method_knows_its_own_rows_among_those_of_others(registered):
     seen = []
 
-    def peft_block(x, base, p, virtual):
-        seen.append((x.shape[1], virtual))
+    def peft_embedding(ids, base, p):
+        h = base(ids)
+        return ops.concat(h[:, :2] * p.s, h, axis=1)
+
+    def peft_block(x, base, p, behind):
+        seen.append((x.shape[1], behind))
         return base(x) * p.s
 
     model = tiny.model()
     sites.attach(model, "prompt_tuning", {"tokens": 3})
-    sites.attach(model, registered(targets=("0.block_out",), peft_params=gain, peft_block=peft_block))
+    hooks = {"peft_params": gain, "peft_embedding": peft_embedding, "peft_block": peft_block}
+    sites.attach(model, registered(targets=("@embed", "0.block_out"), **hooks))
+    sites.attach(model, "prompt_tuning", {"tokens": 1})
     model(tiny.ids(2, 5))
-    assert seen == [(8, 3)]
+    assert seen == [(1 + 2 + 3 + 5, 3 + 5)]
     generate(model, [[1, 2, 3, 4, 5]], 2)
-    assert seen[1:] == [(8, 3), (1, 0)]
+    assert seen[1:] == [(1 + 2 + 3 + 5, 3 + 5), (1, 3 + 1)]
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

@@ -292,7 +292,7 @@ def test_adaption_prompts_of_peft_on_gpt2_are_refused(tmp_path):
     """There PEFT adds them behind the output layer, without it."""
     config = peft.AdaptionPromptConfig(adapter_len=3, adapter_layers=1, task_type="CAUSAL_LM")
     peft.get_peft_model(peer("gpt2", tmp_path), config).save_pretrained(tmp_path / "adapter")
-    with pytest.raises(RefpeftError, match="has no bias .not on GPT-2.; with one it computes something else"):
+    with pytest.raises(RefpeftError, match=r"has no bias .not on GPT-2.; with one it computes something else"):
         adapters.load(tiny.model("gpt2"), tmp_path / "adapter")
 
 

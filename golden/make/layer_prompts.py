@@ -1,4 +1,4 @@
-"""Prompts that act in layers: LLaMA-Adapter's, with a gate of its own. The witness is PEFT, for its kind of gate."""
+"""Prompts with gates in layers (LLaMA-Adapter); special tokens, also in every layer. On models the witness is PEFT."""
 
 from __future__ import annotations
 
@@ -8,18 +8,25 @@ import equations
 import methods
 import peft_witness
 import torch
-from common import Case, Tensors
+from common import Case, Draw, Tensors
+from method_sites import site_case
 from methods import SMALL_GPT2, SMALL_LLAMA, Adapted
 from torch.nn import functional
 
 TOKENS = 3
 
-equations.PAPERS["llama_adapter"] = "arXiv:2303.16199, section 3.2; gate as the authors' code, or as PEFT"
+equations.PAPERS |= {
+    "llama_adapter": "arXiv:2303.16199, section 3.2; gate as the authors' code, or as PEFT",
+    "pre_embed": "arXiv:2106.09685, section 5.1",
+    "pre_layer": "arXiv:2106.09685, section 5.1",
+}
 
 
 def cases() -> Iterator[Case]:
-    yield from methods.model_cases("llama", SMALL_LLAMA, gated_on("llama", SMALL_LLAMA))
-    yield from methods.model_cases("gpt2", SMALL_GPT2, gated_on("gpt2", SMALL_GPT2))
+    yield embedded_at_a_site()
+    for family, settings in (("llama", SMALL_LLAMA), ("gpt2", SMALL_GPT2)):
+        yield from methods.model_cases(family, settings, gated_on(family, settings))
+        yield from methods.model_cases(family, settings, special_tokens_on(family, settings))
     window = SMALL_LLAMA | {"sliding_window": 3}
     for family, settings in (("mistral", window), ("qwen3", SMALL_LLAMA)):
         found = methods.model_cases(family, settings, gated_on(family, settings))
@@ -79,3 +86,52 @@ def gated(f: Callable, q, k, v, keys, values, gate: torch.Tensor, options: dict)
     scores = functional.softmax(q @ keys.mT / q.shape[-1] ** 0.5, dim=-1)
     gate = gate if options.get("compat") == "peft" else torch.tanh(gate)
     return f(q, k, v) + gate[:, None, None] * (scores @ values)
+
+
+# ---- special tokens --------------------------------------------------------------------------------------------
+
+
+def embedded_at_a_site() -> Case:
+    draw = Draw("pre_embed-embedding-plain")
+    return site_case(
+        "pre_embed",
+        "embedding",
+        "plain",
+        {"ids": draw.integers(0, 7, 2, 3), "weight": draw.normal(7, 5), "prompt": draw.normal(2, 5)},
+        lambda ids, weight, prompt: equations.prompt(lambda ids: weight[ids.long()], ids, prompt),
+        "prompt",
+        config={"tokens": 2},
+        flags="PromptFirst",
+        comment="rows before the tokens, the same in every row of the batch",
+    )
+
+
+def special_tokens_on(family: str, settings: dict) -> Iterator[Adapted]:
+    embed, layer = (
+        ("transformer.wte", "transformer.h.0") if family == "gpt2" else ("model.embed_tokens", "model.layers.0")
+    )
+
+    def embeddings(t: Tensors) -> dict[str, Callable]:
+        return {embed: lambda f, ids: equations.prompt(f, ids, t[f"{embed}.prompt"])}
+
+    def activations(t: Tensors) -> dict[str, Callable]:
+        def replaced(f: Callable, x: torch.Tensor) -> torch.Tensor:
+            rows = t[f"{layer}.block_out.rows"].expand(len(x), TOKENS, -1)
+            return torch.cat((rows, f(x)[:, TOKENS:]), dim=1)
+
+        return {embed: lambda f, ids: equations.prompt(f, ids, t[f"{embed}.rows"]), f"{layer}.block_out": replaced}
+
+    options, flags = {"tokens": TOKENS}, "PromptFirst PromptMaskedLoss"
+    witness = peft_witness.model(family, settings, "prompt_tuning", options)
+    shapes = {f"{embed}.prompt": (TOKENS, 8)}
+    yield Adapted("pre_embed", options, shapes, embeddings, flags=flags, witness=witness)
+    yield Adapted(
+        "pre_layer",
+        options,
+        {f"{place}.rows": (TOKENS, 8) for place in (embed, f"{layer}.block_out")},
+        activations,
+        flags=f"{flags} PreLayerReplaced",
+        comment="the special tokens' output of each layer but the last is replaced by what is trained",
+        peft=False,
+        virtual=True,
+    )

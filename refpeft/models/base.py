@@ -264,7 +264,6 @@ class Model:
     def embedded(self, ids: Array, cache: Cache | None) -> Tensor:
         """The token embeddings, with virtual tokens before them at the start of a sequence only."""
         hidden = self.embed(ids)
-        self.mode.virtual = 0 if cache and cache.tokens else hidden.shape[1] - ids.shape[1]
         return hidden[:, -ids.shape[1] :] if cache and cache.tokens else hidden
 
     def run(self, layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
