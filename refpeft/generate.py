@@ -10,6 +10,7 @@ import numpy as np
 from .backend import blas_threads, to_host
 from .errors import RefpeftError
 from .models.base import Cache, Model
+from .models.encoder_config import check_speaks
 from .rng import Stream
 from .tensor import no_grad
 
@@ -32,6 +33,7 @@ def generate(
     The same seed draws the same tokens for a row, whatever rows are beside it in the batch. A model whose positions are
     learned (GPT-2) says no more than it has positions for.
     """
+    check_speaks(model.config)
     if not prompts or not all(len(p) for p in prompts):
         raise RefpeftError("a prompt is empty: expected at least one token (give the model's BOS token for no prompt)")
     if not 0 <= temperature < math.inf:

@@ -67,15 +67,13 @@ def objective(model: Model, batch: Batch, denominator: float) -> Tensor:
         model.mode.again = 0
 
 
-def penalty(model: Model) -> Tensor | None:
-    """The sum of all methods' penalties; None where there is none."""
-    total = None
+def penalties(model: Model) -> Iterator[Tensor]:
+    """The penalties of all methods, one at a time: a tape of them all would be as large as what they train."""
     for part, layers in _with(model, "peft_penalty"):
         for layer in layers:
             term = part.call("peft_penalty", site=layer.site, p=layer.p, train=layer.train())
             if term is not None:
-                total = term if total is None else total + term
-    return total
+                yield term
 
 
 def rates(model: Model) -> dict[str, float]:

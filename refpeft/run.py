@@ -20,6 +20,7 @@ from refpeft.errors import RefpeftError
 from refpeft.generate import generate
 from refpeft.models.base import Model
 from refpeft.models.config import ModelConfig
+from refpeft.models.encoder_config import check_speaks
 from refpeft.quant import make_quantizer
 from refpeft.rng import Stream
 from refpeft.tokenizer import Tokenizer
@@ -36,6 +37,7 @@ _LONGEST_SAMPLE = 200  # tokens
 
 def row_length(asked: int | None, model: ModelConfig) -> int:
     """The most tokens of a row: what was asked for, where the model can do it."""
+    check_speaks(model)
     if asked and asked > model.context:
         raise RefpeftError(f"length is {asked:,}, but the model was made for {model.context:,} positions")
     return asked or min(DEFAULT_LENGTH, model.context)

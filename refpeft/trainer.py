@@ -28,6 +28,7 @@ from .batches import Batch, Batches, split
 from .config import Train as Settings
 from .errors import RefpeftError
 from .models.base import Model
+from .models.encoder_config import check_speaks
 from .optim import OPTIMIZERS, OPTIONS, Flat
 from .quant import Quantized
 from .tensor import no_grad
@@ -69,6 +70,7 @@ class Trainer:
         listeners: Sequence[Listener] = (),
         seed: int = 0,
     ):
+        check_speaks(model.config)
         self.model, self.train, self.evaluation = model, train, evaluation
         self.settings = settings or Settings()
         self.checkpoints = Path(out) / "checkpoints" if out is not None else None
@@ -156,8 +158,7 @@ class Trainer:
                 part_loss = learning.objective(model, part, batch.supervised)  # the whole batch's count: exact
                 part_loss.backward()
                 loss = loss + part_loss.data
-            penalty = learning.penalty(model)
-            if penalty is not None:
+            for penalty in learning.penalties(model):
                 penalty.backward()
                 loss = loss + penalty.data
         finally:

@@ -70,8 +70,7 @@ def step(name: str, method: str, xp, quantizer: Quantizer | None = None, checkpo
     with device.capture():
         loss = learning.objective(model, batch, batch.supervised)
         loss.backward()
-        penalty = learning.penalty(model)
-        if penalty is not None:
+        for penalty in learning.penalties(model):
             penalty.backward()
         flat.clip(0.1)
         learning.step(model, lambda: optimizer.step(1e-2), 0, 1)

@@ -207,7 +207,12 @@ class Model:
         return self.finish(ops.take(hidden.reshape(-1, hidden.shape[-1]), indices=self.xp.asarray(rows)))
 
     def _hidden(
-        self, ids: Array, positions: Array | None, segments: Array | None, cache: Cache | None = None
+        self,
+        ids: Array,
+        positions: Array | None,
+        segments: Array | None,
+        cache: Cache | None = None,
+        **more: Array | None,
     ) -> Tensor:
         """trunk() of host or device arrays. Raises RefpeftError for ids that are none of this model's."""
         if xp_of(ids) is np:  # a device is not asked within a step
@@ -220,9 +225,9 @@ class Model:
                     f"token {low if low < 0 else high} is not among the model's {self.config.vocab:,}: the "
                     "tokenizer is another model's, or got tokens that this model has no embedding for"
                 )
-        arrays = (a if a is None else self.xp.asarray(a) for a in (ids, positions, segments))
+        arrays = [a if a is None else self.xp.asarray(a) for a in (ids, positions, segments, *more.values())]
         try:
-            return self.trunk(*arrays, cache)
+            return self.trunk(*arrays[:3], cache, **dict(zip(more, arrays[3:], strict=True)))
         finally:
             for part in (part for adapter in self.adapters for part in adapter.parts):
                 part.memo.__dict__.clear()

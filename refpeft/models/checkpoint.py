@@ -14,7 +14,9 @@ import numpy as np
 
 from refpeft.errors import RefpeftError
 from refpeft.files import read_json, read_safetensors
+from refpeft.models import encoder_config
 from refpeft.models.config import ModelConfig, from_hf
+from refpeft.models.encoder_config import EncoderConfig
 from refpeft.models.quantized_files import Packed, gathered
 from refpeft.quant import Quantizer
 
@@ -32,9 +34,9 @@ _COMPANIONS = (
     "chat_template.jinja",
     "chat_template.json",
 )
-# Constants that older files hold beside the weights: GPT-2's causal mask, Llama's rotary frequencies.
-_BUFFER = re.compile(r"\.attn\.(masked_)?bias$|(^|\.)rotary_emb\.inv_freq$")
-_TABLES = ("embed_tokens", "wte", "wpe", "lm_head")
+# Constants that older files hold beside the weights: GPT-2's causal mask, Llama's rotary frequencies, BERT's numbers.
+_BUFFER = re.compile(r"\.attn\.(masked_)?bias$|(^|\.)rotary_emb\.inv_freq$|(^|\.)embeddings\.\w+_ids$")
+_TABLES = ("embed_tokens", "wte", "wpe", "lm_head", "word_embeddings", "position_embeddings", "token_type_embeddings")
 _FLOATS = (np.float32, np.float16, ml_dtypes.bfloat16, np.float64)
 
 
@@ -50,14 +52,17 @@ class Stored:
 
 
 class Checkpoint:
-    """A model's files. Tensor names are those of transformers' causal LMs (`model.layers.0...`, `transformer.h.0...`).
+    """A model's files. Tensor names are those of transformers' models with a head (`model.layers.0...`, `bert....`).
 
     path       the directory or the .gguf file
-    config     the ModelConfig; the tensors are exactly `expected_tensors(config)`
+    config     the ModelConfig or EncoderConfig; the tensors are exactly `expected_tensors(config)`
+    unused     names of other tensors in the files: of heads that an encoder does not take
     """
 
-    def __init__(self, path: Path, config: ModelConfig, stored: dict[str, Stored]):
-        self.path, self.config, self._stored = path, config, stored
+    def __init__(
+        self, path: Path, config: ModelConfig | EncoderConfig, stored: dict[str, Stored], unused: tuple[str, ...] = ()
+    ):
+        self.path, self.config, self._stored, self.unused = path, config, stored, unused
 
     @property
     def names(self) -> list[str]:
@@ -133,15 +138,21 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         name: Stored(file, array.shape, array.dtype, lambda array=array: array)
         for name, (file, array) in _read(path).items()
     }
-    return Checkpoint(path, config, checked(path, config, stored))
+    taken = checked(path, config, stored)
+    used = {id(entry) for entry in taken.values()}
+    encoder = isinstance(config, EncoderConfig)
+    unused = [name for name in stored if encoder and id(stored[name]) not in used and not _BUFFER.search(name)]
+    return Checkpoint(path, config, taken, tuple(unused))
 
 
-def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+def expected_tensors(config: ModelConfig | EncoderConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape, as files have them, of every tensor of such a model (GPT-2's linear weights are (in, out))."""
+    if isinstance(config, EncoderConfig):
+        return encoder_config.tensors(config)
     return _gpt2_tensors(config) if config.family == "gpt2" else _llama_shaped_tensors(config)
 
 
-def linear_weights(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+def linear_weights(config: ModelConfig | EncoderConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape (out, in) of every weight that a quantizer takes: those of all linear layers but the head."""
     order = -1 if config.family == "gpt2" else 1
     found = {name: shape[::order] for name, shape in expected_tensors(config).items() if len(shape) == 2}
@@ -199,24 +210,30 @@ def _gpt2_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def checked(path: Path, config: ModelConfig, stored: dict[str, Stored]) -> dict[str, Stored]:
-    """The tensors under their full names in the model's order, if they are exactly those that the config asks for."""
-    prefix = "transformer." if config.family == "gpt2" else "model."
+def checked(path: Path, config: ModelConfig | EncoderConfig, stored: dict[str, Stored]) -> dict[str, Stored]:
+    """The tensors under their full names in the model's order, if they are exactly those that the config asks for.
+
+    Of an encoder's files other ones are left: those of a head.
+    """
+    encoder, expected = isinstance(config, EncoderConfig), expected_tensors(config)
+    prefix = next(iter(expected)).partition(".")[0] + "."
+    bare = not any(name.startswith(prefix) for name in stored)  # files of a model without a head lack the prefix
     found: dict[str, Stored] = {}
     for name, entry in stored.items():
         if _BUFFER.search(name):
             continue
-        full = name if name.startswith((prefix, "lm_head.")) else prefix + name  # files of a bare model lack the prefix
+        full = name if name.startswith((prefix, "lm_head.")) or (encoder and not bare) else prefix + name
+        if encoder and full not in expected:
+            continue
         if full in found:
             raise RefpeftError(f"{entry.file}: tensor {name!r} is there twice, with and without {prefix!r}")
         found[full] = entry
     scheme = config.raw.get("quantization_config")
     if scheme is not None:
         found = gathered(scheme, found, linear_weights(config), transposed=config.family == "gpt2")
-    if config.tied:
+    if not encoder and config.tied:
         _drop_tied_head(config, found)
 
-    expected = expected_tensors(config)
     missing = [name for name in expected if name not in found]
     if missing:
         raise RefpeftError(f"{path}: tensor {missing[0]!r}{_others(missing)} missing; the model's config asks for it")

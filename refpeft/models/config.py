@@ -8,7 +8,9 @@ import reprlib
 from dataclasses import dataclass, field
 
 from refpeft.errors import RefpeftError
-from refpeft.models.quantized_files import check_method
+from refpeft.models import encoder_config
+from refpeft.models.config_keys import REQUIRED, activation, count, flag, layer_count, positive, read, special_ids
+from refpeft.models.encoder_config import EncoderConfig
 
 
 @dataclass(frozen=True)
@@ -60,15 +62,13 @@ class ModelConfig:
 
 # Keys -----------------------------------------------------------------------------------------------------------------
 
-_REQUIRED = object()
-
 _LLAMA_SHAPED = {
-    "vocab_size": _REQUIRED,
-    "hidden_size": _REQUIRED,
-    "intermediate_size": _REQUIRED,
-    "num_hidden_layers": _REQUIRED,
-    "num_attention_heads": _REQUIRED,
-    "num_key_value_heads": _REQUIRED,  # null: as many as there are heads
+    "vocab_size": REQUIRED,
+    "hidden_size": REQUIRED,
+    "intermediate_size": REQUIRED,
+    "num_hidden_layers": REQUIRED,
+    "num_attention_heads": REQUIRED,
+    "num_key_value_heads": REQUIRED,  # null: as many as there are heads
     "head_dim": None,  # null: hidden_size / num_attention_heads
     "hidden_act": "silu",
     "max_position_embeddings": 32768,
@@ -120,11 +120,11 @@ _KEYS = {
         "pad_token_id": 128004,
     },
     "gpt2": {
-        "vocab_size": _REQUIRED,
+        "vocab_size": REQUIRED,
         "n_positions": 1024,
-        "n_embd": _REQUIRED,
-        "n_layer": _REQUIRED,
-        "n_head": _REQUIRED,
+        "n_embd": REQUIRED,
+        "n_layer": REQUIRED,
+        "n_head": REQUIRED,
         "n_inner": None,  # null: 4 n_embd
         "activation_function": "gelu_new",
         "layer_norm_epsilon": 1e-5,
@@ -163,34 +163,8 @@ _ONLY = {
     "use_sliding_window": False,
 }
 
-# Keys that change nothing that is computed here: book-keeping, initialization, output options, dropout (off in a frozen
-# base), classification heads (absent), and the generation options that transformers 4 kept in config.json.
-_HARMLESS_KEYS = """
-    _attn_implementation _attn_implementation_autoset _commit_hash _name_or_path architectures attention_dropout
-    attn_pdrop bad_words_ids begin_suppress_tokens chunk_size_feed_forward cross_attention_hidden_size
-    decoder_start_token_id diversity_penalty do_sample dtype early_stopping embd_pdrop encoder_no_repeat_ngram_size
-    epsilon_cutoff eta_cutoff exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id
-    id2label initializer_range is_decoder is_llama_config label2id length_penalty max_length max_new_tokens min_length
-    model_type n_ctx n_special name_or_path no_repeat_ngram_size num_beam_groups num_beams num_labels
-    num_return_sequences output_attentions output_hidden_states output_past output_scores predict_special_tokens prefix
-    problem_type remove_invalid_values reorder_and_upcast_attn repetition_penalty resid_pdrop return_dict
-    return_dict_in_generate sep_token_id summary_activation summary_first_dropout summary_proj_to_labels summary_type
-    summary_use_proj suppress_tokens task_specific_params temperature tf_legacy_loss tokenizer_class top_k top_p
-    torch_dtype torchscript transformers.js_config transformers_version typical_p unsloth_fixed unsloth_version
-    use_bfloat16 use_cache
-"""
-_HARMLESS = frozenset(_HARMLESS_KEYS.split())
 # SmolLM3's files carry these; its layers have never used them.
 _HARMLESS_IN = {"smollm3": {"max_window_layers", "pretraining_tp"}}
-
-_ACTIVATIONS = {
-    "silu": "silu",
-    "swish": "silu",
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "relu": "relu",
-}
 
 # For each kind of rope scaling: the keys it must have, and those it may have.
 _ROPE_KEYS = {
@@ -210,70 +184,43 @@ _ROPE_COMMON = {
     "finetuned",
 }
 
-_MAX_LAYERS = 4096  # so that a hostile file cannot ask for tuples that fill the memory
-
-
 # Reading --------------------------------------------------------------------------------------------------------------
 
 
-def from_hf(config: dict) -> ModelConfig:
-    """The ModelConfig of a parsed `config.json`.
+def from_hf(config: dict) -> ModelConfig | EncoderConfig:
+    """The ModelConfig, or EncoderConfig, of a parsed `config.json`.
 
     Raises RefpeftError for an architecture, a key or a value that is not known to be computed exactly here: a key is
     read, or known to change nothing, or refused by name.
     """
     family = config.get("model_type")
-    if not isinstance(family, str) or family not in _KEYS:
-        raise RefpeftError(f"model_type is {family!r}; refpeft has {', '.join(_KEYS)}")
-    _refuse_unsupported(config, family)
-    values = _KEYS[family] | {key: value for key, value in config.items() if key in _KEYS[family]}
-    for key, value in values.items():
-        if value is _REQUIRED:
-            raise RefpeftError(f"config key {key} is missing; a {family} model needs it")
+    if not isinstance(family, str) or family not in _KEYS.keys() | encoder_config.NAMES.keys():
+        raise RefpeftError(f"model_type is {family!r}; refpeft has {', '.join([*_KEYS, *encoder_config.NAMES])}")
+    if family in encoder_config.NAMES:
+        return encoder_config.from_hf(config)
+    values = read(config, family, _KEYS[family], _ONLY, _HARMLESS_IN.get(family, ()))
     if family == "gpt2":
         return _gpt2(values, raw=config)
     return _llama_shaped(family, values, raw=config)
 
 
-def _refuse_unsupported(config: dict, family: str) -> None:
-    if config.get("quantization_config") is not None:
-        check_method(config["quantization_config"])
-    if config.get("auto_map") is not None:
-        raise RefpeftError("config key auto_map names Python code of the model's own, which refpeft never runs")
-    known = _KEYS[family].keys() | _HARMLESS | _HARMLESS_IN.get(family, set()) | {"quantization_config", "auto_map"}
-    for key, value in config.items():
-        if key in known:
-            continue
-        if key not in _ONLY:
-            raise RefpeftError(
-                f"config key {key!r} = {reprlib.repr(value)} is not known for {family} and may change what is "
-                "computed; if it does not, remove it from config.json"
-            )
-        if value is not None and value != _ONLY[key]:
-            raise RefpeftError(f"config key {key} = {value!r}: for {family}, refpeft has only {_ONLY[key]!r}")
-    names = config.get("architectures") or []
-    for name in names if isinstance(names, list) else [names]:
-        if not isinstance(name, str) or not name.endswith(("ForCausalLM", "LMHeadModel", "Model")):
-            raise RefpeftError(f"config key architectures has {name!r}; refpeft trains causal language models only")
-
-
 def _gpt2(values: dict, raw: dict) -> ModelConfig:
-    dim, heads, layers = _count(values, "n_embd"), _count(values, "n_head"), _layers(values, "n_layer")
+    dim, heads, layers = count(values, "n_embd"), count(values, "n_head"), layer_count(values, "n_layer")
     if dim % heads:
         raise RefpeftError(f"config key n_embd = {dim} is not a multiple of n_head = {heads}")
     return ModelConfig(
         family="gpt2",
-        vocab=_count(values, "vocab_size"),
+        vocab=count(values, "vocab_size"),
         dim=dim,
         layers=layers,
         heads=heads,
         kv_heads=heads,
         head_dim=dim // heads,
-        ff=4 * dim if values["n_inner"] is None else _count(values, "n_inner"),
-        norm_eps=_positive(values, "layer_norm_epsilon"),
-        activation=_activation(values, "activation_function"),
-        tied=_flag(values, "tie_word_embeddings"),
-        context=_count(values, "n_positions"),
+        ff=4 * dim if values["n_inner"] is None else count(values, "n_inner"),
+        norm_eps=positive(values, "layer_norm_epsilon"),
+        activation=activation(values, "activation_function"),
+        tied=flag(values, "tie_word_embeddings"),
+        context=count(values, "n_positions"),
         windows=(None,) * layers,
         use_rope=(False,) * layers,
         qkv_bias=True,
@@ -281,50 +228,50 @@ def _gpt2(values: dict, raw: dict) -> ModelConfig:
         mlp_bias=True,
         qk_norm=False,
         rope=None,
-        **_special_ids(values),
+        **special_ids(values),
         raw=raw,
     )
 
 
 def _llama_shaped(family: str, values: dict, raw: dict) -> ModelConfig:
     dim, heads, layers = (
-        _count(values, "hidden_size"),
-        _count(values, "num_attention_heads"),
-        _layers(values, "num_hidden_layers"),
+        count(values, "hidden_size"),
+        count(values, "num_attention_heads"),
+        layer_count(values, "num_hidden_layers"),
     )
-    kv_heads = heads if values["num_key_value_heads"] is None else _count(values, "num_key_value_heads")
+    kv_heads = heads if values["num_key_value_heads"] is None else count(values, "num_key_value_heads")
     if heads % kv_heads:
         raise RefpeftError(
             f"config: num_attention_heads = {heads} is not a multiple of num_key_value_heads = {kv_heads}"
         )
     if values["head_dim"] is None and dim % heads:
         raise RefpeftError(f"config key hidden_size = {dim} is not a multiple of num_attention_heads = {heads}")
-    head_dim = dim // heads if values["head_dim"] is None else _count(values, "head_dim")
+    head_dim = dim // heads if values["head_dim"] is None else count(values, "head_dim")
     if head_dim % 2:
         raise RefpeftError(f"the heads have {head_dim} dimensions (head_dim); rotary positions need an even number")
-    context = _count(values, "max_position_embeddings")
-    attention_bias = "attention_bias" in values and _flag(values, "attention_bias")
+    context = count(values, "max_position_embeddings")
+    attention_bias = "attention_bias" in values and flag(values, "attention_bias")
     return ModelConfig(
         family=family,
-        vocab=_count(values, "vocab_size"),
+        vocab=count(values, "vocab_size"),
         dim=dim,
         layers=layers,
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        ff=_count(values, "intermediate_size"),
-        norm_eps=_positive(values, "rms_norm_eps"),
-        activation=_activation(values, "hidden_act"),
-        tied=_flag(values, "tie_word_embeddings"),
+        ff=count(values, "intermediate_size"),
+        norm_eps=positive(values, "rms_norm_eps"),
+        activation=activation(values, "hidden_act"),
+        tied=flag(values, "tie_word_embeddings"),
         context=context,
         windows=_windows(family, values, layers),
         use_rope=_use_rope(values, layers) if family == "smollm3" else (True,) * layers,
         qkv_bias=family == "qwen2" or attention_bias,
         o_bias=attention_bias,
-        mlp_bias="mlp_bias" in values and _flag(values, "mlp_bias"),
+        mlp_bias="mlp_bias" in values and flag(values, "mlp_bias"),
         qk_norm=family == "qwen3",
         rope=_rope(values, context),
-        **_special_ids(values),
+        **special_ids(values),
         raw=raw,
     )
 
@@ -333,17 +280,17 @@ def _windows(family: str, values: dict, layers: int) -> tuple[int | None, ...]:
     if family == "llama":
         return (None,) * layers
     if family == "mistral":
-        return (None if values["sliding_window"] is None else _count(values, "sliding_window"),) * layers
+        return (None if values["sliding_window"] is None else count(values, "sliding_window"),) * layers
 
     window = None
-    if _flag(values, "use_sliding_window") and values["sliding_window"] is not None:
-        window = _count(values, "sliding_window")
+    if flag(values, "use_sliding_window") and values["sliding_window"] is not None:
+        window = count(values, "sliding_window")
     kinds = values["layer_types"]
     if kinds is None:
         if family == "smollm3":  # its layers without rotary positions are those that a window limits
             sliding = [not rope for rope in _use_rope(values, layers)]
         else:
-            first = _count(values, "max_window_layers", least=0)
+            first = count(values, "max_window_layers", least=0)
             sliding = [layer >= first for layer in range(layers)]
         return tuple(window if slides else None for slides in sliding)
 
@@ -363,7 +310,7 @@ def _use_rope(values: dict, layers: int) -> tuple[bool, ...]:
     """SmolLM3: `no_rope_layers` has a 1 for each layer that has rotary positions (its name says the opposite)."""
     marks = values["no_rope_layers"]
     if marks is None:
-        interval = _count(values, "no_rope_layer_interval")
+        interval = count(values, "no_rope_layer_interval")
         return tuple((layer + 1) % interval != 0 for layer in range(layers))
     if not isinstance(marks, list) or len(marks) < layers or any(mark not in (0, 1) for mark in marks):
         raise RefpeftError(f"config key no_rope_layers must be a list of {layers} times 0 or 1, one a layer")
@@ -395,66 +342,17 @@ def _rope(values: dict, context: int) -> RopeConfig:
         if values["original_max_position_embeddings"] is not None:  # where it stands outside, it goes first
             given["original_max_position_embeddings"] = values["original_max_position_embeddings"]
         given.setdefault("original_max_position_embeddings", context)
-        original = _count(given, "original_max_position_embeddings")
+        original = count(given, "original_max_position_embeddings")
     else:
         original = context
     if kind == "yarn":
         given.setdefault("factor", context / original)
-    theta = _positive({"rope_theta": given.get("rope_theta", values["rope_theta"])}, "rope_theta")
-    truncate = _flag(given, "truncate") if "truncate" in given else True
-    numbers = {key: _positive(given, key) for key in required + optional if key in given and key != "truncate"}
+    theta = positive({"rope_theta": given.get("rope_theta", values["rope_theta"])}, "rope_theta")
+    truncate = flag(given, "truncate") if "truncate" in given else True
+    numbers = {key: positive(given, key) for key in required + optional if key in given and key != "truncate"}
     rope = RopeConfig(theta=theta, kind=kind, context=original, truncate=truncate, **({"factor": 1.0} | numbers))
     if kind == "yarn" and theta <= 1:
         raise RefpeftError(f"rope scaling yarn: rope_theta = {theta} must be greater than 1")
     if kind == "llama3" and rope.high_freq_factor <= rope.low_freq_factor:
         raise RefpeftError("rope scaling llama3: high_freq_factor must be greater than low_freq_factor")
     return rope
-
-
-def _special_ids(values: dict) -> dict:
-    """bos_id, eos_ids and pad_id. A negative number (Llama 1 had pad_token_id -1) means that there is none."""
-    ids = {}
-    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        found = values[key] if isinstance(values[key], list) else [values[key]]
-        if any(value is not None and type(value) is not int for value in found):
-            raise RefpeftError(f"config key {key} = {values[key]!r}: expected a token number")
-        ids[key] = tuple(value for value in found if value is not None and value >= 0)
-    bos, pad = ids["bos_token_id"], ids["pad_token_id"]
-    return {
-        "bos_id": bos[0] if bos else None,
-        "eos_ids": ids["eos_token_id"],
-        "pad_id": pad[0] if pad else None,
-    }
-
-
-def _count(values: dict, key: str, least: int = 1) -> int:
-    value = values[key]
-    if type(value) is not int or not least <= value < 2**31:
-        raise RefpeftError(f"config key {key} = {value!r}: expected a whole number of at least {least}")
-    return value
-
-
-def _layers(values: dict, key: str) -> int:
-    layers = _count(values, key)
-    if layers > _MAX_LAYERS:
-        raise RefpeftError(f"config key {key} = {layers}: refpeft takes at most {_MAX_LAYERS}")
-    return layers
-
-
-def _positive(values: dict, key: str) -> float:
-    value = values[key]
-    if type(value) not in (int, float) or not 0 < value < 1e30:
-        raise RefpeftError(f"config key {key} = {value!r}: expected a positive number")
-    return float(value)
-
-
-def _flag(values: dict, key: str) -> bool:
-    if type(values[key]) is not bool:
-        raise RefpeftError(f"config key {key} = {values[key]!r}: expected true or false")
-    return values[key]
-
-
-def _activation(values: dict, key: str) -> str:
-    if not isinstance(values[key], str) or values[key] not in _ACTIVATIONS:
-        raise RefpeftError(f"config key {key} = {values[key]!r}; refpeft has {', '.join(_ACTIVATIONS)}")
-    return _ACTIVATIONS[values[key]]

