@@ -36,6 +36,11 @@ class Survey:
         """How many rows there are."""
         return len(self.batches.rows)
 
+    @property
+    def steps(self) -> int:
+        """How many steps the run will make."""
+        return self.settings.total_steps(self.batches.steps_per_epoch)
+
     def gradients(self, chosen: Sequence[Site], rows: int) -> Iterator[dict[str, Array]]:
         """For each of `rows` rows, the gradient of its mean loss by each site's dense weight, by the site's name."""
         with self._in_full(chosen) as full:
@@ -58,25 +63,26 @@ class Survey:
                 real = self.model.xp.asarray(real)
                 yield {name: x.reshape(-1, x.shape[-1])[real] for name, x in seen.items()}
 
-    def changes(self, chosen: Sequence[Site], steps: int, lr: float) -> dict[str, Array]:
+    def changes(self, chosen: Sequence[Site], steps: int, lr: float, **options: Any) -> dict[str, Array]:
         """By how much `steps` steps of training in full change the dense weight of each site, by the site's name.
 
-        AdamW with a constant learning rate; the biases of these sites are trained too.
+        AdamW with a constant learning rate and no weight decay; the biases of these sites are trained too. `options`
+        are those of the method `full`.
         """
         from .trainer import Trainer
 
-        alone = {"eval_every": None, "save_every": None, "best": False, "early_stop": None, "warmup": 0}
+        alone = dict.fromkeys(("eval_every", "save_every", "early_stop")) | {"best": False, "warmup": 0}
         settings = self.settings.model_copy(
-            update={"steps": steps, "lr": lr, "optimizer": "adamw", "schedule": "constant", **alone}
+            update=alone | {"steps": steps, "lr": lr, "optimizer": "adamw", "weight_decay": 0.0, "schedule": "constant"}
         )
-        with self._in_full(chosen) as full:
+        with self._in_full(chosen, **options) as full:
             weights = {site.name: full.params[f"{site.name}.weight"] for site in chosen}
             before = {name: tensor.data.copy() for name, tensor in weights.items()}
             Trainer(self.model, self.batches, None, settings, seed=self.seed).run()
             return {name: tensor.data - before[name] for name, tensor in weights.items()}
 
     @contextlib.contextmanager
-    def _in_full(self, chosen: Sequence[Site]) -> Iterator[Adapter]:
+    def _in_full(self, chosen: Sequence[Site], **options: Any) -> Iterator[Adapter]:
         """Within it nothing is attached but `full`, on these sites."""
         with sites.bypassed(self.model):
             full = sites.attach(self.model, "full", {"targets": [site.name for site in chosen], "tie": False})

@@ -285,6 +285,13 @@ def run_first_values(method: str, options: dict, arrays: Arrays, given: Arrays, 
     return {"base": site.weight(), "update": update, "y": site(Tensor(given["x"])).data}
 
 
+    if "penalty" in case.checks:
+        for tensor in values.values():
+            tensor.node.grad = None
+        (penalty,) = learning.penalties(model)
+        penalty.backward()
+        answer["penalty"] = penalty.data
+        answer |= {f"penalty.grad.{name}": tensor.grad for name, tensor in values.items()}
 def linear_block(weight: np.ndarray) -> Callable[[Tensor], Tensor]:
     return lambda x: fused.frozen_linear(x, weight=lambda: weight)
 

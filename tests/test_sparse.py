@@ -8,13 +8,18 @@ import tiny
 from test_trainer import examples
 from variants import quantizer
 
-from refpeft import adapters, sites, sparse
+from refpeft import adapters, learning, sites, sparse
 from refpeft.batches import Batches, split
 from refpeft.config import Train
 from refpeft.errors import RefpeftError
+from refpeft.survey import Survey
 from refpeft.trainer import Trainer
 
-METHODS = {"fish_mask": {"share": 0.01, "samples": 6, "targets": ["@q", "@v", "@down"]}}
+TARGETS = ["@q", "@v", "@down"]
+METHODS = {
+    "fish_mask": {"share": 0.01, "samples": 6, "targets": TARGETS},
+    "lt_sft": {"share": 0.01, "full_steps": 3, "full_lr": 0.01, "l1": 50.0, "targets": TARGETS},
+}
 BATCHES = Batches(examples(), 4, 32)
 
 
@@ -46,18 +51,66 @@ def test_the_largest_of_all_matrices_together_are_chosen(count):
 def test_fish_mask_chooses_by_the_mean_of_squared_gradients_of_rows():
     _, adapter = trained("fish_mask")
     plain = tiny.model("llama")
-    full = sites.attach(plain, "full", {"targets": METHODS["fish_mask"]["targets"]})
+    full = sites.attach(plain, "full", {"targets": TARGETS})
     information = {name: 0 for name in full.params}
     for row in [row for step in range(2) for row in split(BATCHES.at(step), 1)][:6]:
         for name, gradient in tiny.gradients(plain, row).items():
             information[name] = information[name] + gradient**2
-    every = np.sort(np.concatenate([matrix.ravel() for matrix in information.values()]))
+    assert_largest(adapter, information)
+
+
+def test_lt_sft_chooses_what_full_fine_tuning_changes_most_and_starts_from_the_old_weights():
+    model = tiny.model("llama")
+    adapter = sites.attach(model, "lt_sft", METHODS["lt_sft"])
+    trainer = Trainer(model, BATCHES, settings=Train(steps=1, lr=0.01))
+    assert not trainer.flat.values.any()
+    changed = {l1: changes_in_full(l1) for l1 in (0.0, 50.0)}
+    assert_largest(adapter, changed[50.0])
+    assert np.mean([matrix.mean() for matrix in changed[50.0].values()]) < 0.9 * np.mean(
+        [matrix.mean() for matrix in changed[0.0].values()]
+    )
+
+
+def changes_in_full(l1: float) -> dict[str, np.ndarray]:
+    model = tiny.model("llama")
+    full = sites.attach(model, "full", {"targets": TARGETS, "l1": l1})
+    before = {name: value.data.copy() for name, value in full.params.items()}
+    Trainer(model, BATCHES, settings=Train(steps=3, lr=0.01, schedule="constant", warmup=0)).run()
+    return {name: abs(value.data - before[name]) for name, value in full.params.items()}
+
+
+def assert_largest(adapter, scores: dict[str, np.ndarray]) -> None:
+    """What the adapter trains is 1 % of all numbers, those with the largest scores."""
+    every = np.sort(np.concatenate([matrix.ravel() for matrix in scores.values()]))
     count = round(0.01 * len(every))
     assert adapter.size == count
     found = places(adapter)
-    for name, matrix in information.items():
+    for name, matrix in scores.items():
         expected = set(zip(*(axis.tolist() for axis in np.nonzero(matrix >= every[-count])), strict=True))
         assert found.get(name.removesuffix(".weight"), set()) == expected
+
+
+def test_without_a_number_of_its_own_the_first_phase_is_as_long_as_the_run(monkeypatch):
+    asked = []
+    changes = Survey.changes
+    monkeypatch.setattr(Survey, "changes", lambda *args, **more: asked.append(args[2]) or changes(*args, **more))
+    trained("lt_sft", full_steps=None)
+    assert asked == [2]
+
+
+def test_the_penalty_of_full_fine_tuning_is_of_the_mean_change():
+    model = tiny.model("llama")
+    full = sites.attach(model, "full", {"targets": TARGETS, "l1": 0.3})
+    before = {name: value.data.copy() for name, value in full.params.items()}
+    tiny.scramble(full)
+    changes = [full.params[name].data - before[name] for name in before]
+    numbers = sum(change.size for change in changes)
+    terms = list(learning.penalties(model))
+    assert sum(term.data for term in terms) == pytest.approx(0.3 * sum(abs(c).sum() for c in changes) / numbers)
+    for term in terms:
+        term.backward()
+    for value, change in zip(full.params.values(), changes, strict=True):
+        assert np.allclose(value.grad, 0.3 * np.sign(change) / numbers)
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -131,3 +184,18 @@ def test_values_and_indices_of_different_numbers_are_refused(tmp_path):
 def test_a_share_of_less_than_one_number_is_an_error():
     with pytest.raises(RefpeftError, match="fish_mask: share is 1e-05, less than one of the targets' 8,064 numbers"):
         sites.attach(tiny.model("llama"), "fish_mask", {"share": 1e-5})
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("fish_mask", {"share": 0.0}, "share to be more than 0 and at most 1"),
+        ("fish_mask", {"samples": 0}, "samples to be 1 or more"),
+        ("lt_sft", {"l1": -1.0}, "l1 to be 0 or more"),
+        ("lt_sft", {"full_steps": 0}, "full_steps to be 1 or more"),
+        ("full", {"l1": -1.0}, "l1 is -1: expected 0 or more"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(method, options, message):
+    with pytest.raises(RefpeftError, match=message):
+        sites.attach(tiny.model("llama"), method, options)

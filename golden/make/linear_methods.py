@@ -31,6 +31,7 @@ class Equation:
     value      (f, x, weight, letters, config) -> y, where f is the frozen layer with its bias
     merged     (weight, letters, config) -> the weight that stands in for all of it; None where there is none
     merged_bias  the same for the bias, where that changes
+    penalty    (weight, letters, config) -> a term of the objective
     constants  (draw, config, out, in) -> tensors that are given and not trained
     shared     (config, largest out, largest in) -> shapes of constants that all layers share, by letter
     bank       config -> shapes of trained tensors that all layers share, by letter: `shared.<letter>` in a case
@@ -44,6 +45,7 @@ class Equation:
     value: Callable[..., torch.Tensor]
     merged: Callable[..., torch.Tensor] | None = None
     merged_bias: Callable[..., torch.Tensor] | None = None
+    penalty: Callable[..., torch.Tensor] | None = None
     constants: Callable[..., Arrays] = lambda draw, config, out, inp: {}
     shared: Callable[[dict, int, int], Shapes] = lambda config, out, inp: {}
     bank: Callable[[dict], Shapes] = lambda config: {}
@@ -147,6 +149,9 @@ def _at_one_layer(equation: Equation, variant: Variant) -> Case:
             found["merged.bias"] = equation.merged_bias(t["bias"], t, config)
         return found
 
+    def penalty(t: Tensors) -> torch.Tensor:
+        return equation.penalty(plain(t["weight"]), _plainly(t), config)
+
     witness = None
     if equation.peft and variant.peft and "keep" not in constants:
         settings = equation.peft(config, ["site"])
@@ -162,6 +167,7 @@ def _at_one_layer(equation: Equation, variant: Variant) -> Case:
         " ".join(("x", *trained)),
         config=config,
         merged=merged if equation.merged else None,
+        penalty=penalty if equation.penalty else None,
         comment=variant.comment,
         flags=f"{equation.flags} {variant.flags}",
         witness=witness,

@@ -30,17 +30,28 @@ def site_case(
     *,
     config: dict | None = None,
     merged: Callable[[Tensors], Tensors] | None = None,
+    penalty: Callable[[Tensors], torch.Tensor] | None = None,
     comment="",
     flags="",
     witness=None,
 ) -> Case:
-    """forward(**inputs) at one site, gradients of `wrt`; `merged` gives the weight with the adapter folded in."""
+    """forward(**inputs) at one site, gradients of `wrt`; `merged` gives the weight with the adapter folded in.
+
+    `penalty` is a term of the objective; there are its gradients by `wrt` without x, too.
+    """
     case_id = f"{method}-{at}-{variant}"
     y = forward(**{n: torch.from_numpy(a) for n, a in inputs.items()})
     gradients = with_gradients(forward, tuple(wrt.split()))
 
     def compute(tensors: Tensors) -> Tensors:
-        return gradients(tensors) | (merged(tensors) if merged else {})
+        found = gradients(tensors) | (merged(tensors) if merged else {})
+        return found | (penalised(tensors) if penalty else {})
+
+    def penalised(tensors: Tensors) -> Tensors:
+        leaves = {name: tensors[name].clone().requires_grad_() for name in wrt.split() if name != "x"}
+        term = penalty(tensors | leaves)
+        term.backward()
+        return {"penalty": term, **{f"penalty.grad.{name}": leaf.grad for name, leaf in leaves.items()}}
 
     return Case(
         id=case_id,

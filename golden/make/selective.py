@@ -25,7 +25,8 @@ def cases() -> Iterator[Case]:
     yield from parts_of_models()
     yield from rows()
     yield from shira()
-    yield from chosen_by_data("fish_mask", "arXiv:2111.09839, section 3")
+    yield from chosen_by_data("fish_mask", "arXiv:2111.09839, section 3", {"share": 0.25})
+    yield from chosen_by_data("lt_sft", "arXiv:2110.07560, section 3", {"share": 0.25, "l1": 0.3}, penalty=mean_change)
     yield from trainable_tokens()
 
 
@@ -107,7 +108,11 @@ def shira() -> Iterator[Case]:
     yield from cases_of(equation, *shapes_of(config), square)
 
 
-def chosen_by_data(method: str, source: str) -> Iterator[Case]:
+def mean_change(weight: torch.Tensor, t: Tensors, config: dict) -> torch.Tensor:
+    return config["l1"] * (scattered(weight, t, config) - weight).abs().mean()
+
+
+def chosen_by_data(method: str, source: str, config: dict, **more: Callable) -> Iterator[Case]:
     """The places, which a method finds in the training data, are given."""
 
     def count(config: dict, out: int, inp: int) -> int:
@@ -116,7 +121,6 @@ def chosen_by_data(method: str, source: str) -> Iterator[Case]:
     def chosen(draw: Draw, config: dict, out: int, inp: int) -> dict[str, np.ndarray]:
         return at(np.sort(draw.generator.permutation(out * inp)[: count(config, out, inp)]), inp)
 
-    config = {"share": 0.25}
     equation = Equation(
         method,
         source,
@@ -125,6 +129,7 @@ def chosen_by_data(method: str, source: str) -> Iterator[Case]:
         merged=scattered,
         constants=chosen,
         flags="SparseIndices",
+        **more,
     )
     yield from cases_of(equation, *shapes_of(config), Variant("square", config, out=5, inp=5), models=config)
 
