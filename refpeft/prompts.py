@@ -153,26 +153,29 @@ def lstm(x: Tensor, p: SimpleNamespace, rate: float, train: Train | None) -> Ten
 
     In training what the second layer reads has dropout.
     """
-    for number, (forward, backward) in enumerate(LSTM_ENDS):
+    for number, ends in enumerate(LSTM_ENDS):
         if number and train:
             x = train.dropout(x, rate)
-        x = ops.concat(_states(x, p, forward), _states(x, p, backward, backward=True), axis=1)
+        x = _states(x, p, ends)
     return x
 
 
-def _states(x: Tensor, p: SimpleNamespace, end: str, backward: bool = False) -> Tensor:
-    """The states h of one layer in one direction: x (time, width) gives (time, hidden).
+def _states(x: Tensor, p: SimpleNamespace, ends: tuple[str, str]) -> Tensor:
+    """The states h of one layer, both directions at once: x (time, width) gives (time, 2 hidden).
 
     i, f, g, o = W x + U h + b; c = sigmoid(f) c + sigmoid(i) tanh(g); h = sigmoid(o) tanh(c).
     """
-    W, U, b, b_U = (getattr(p, f"{name}_{end}") for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
-    time, hidden = x.shape[0], U.shape[1]
-    of_inputs = ops.linear(x, W, b + b_U).reshape(time, 4, hidden)
-    h = c = Tensor(xp_of(x.data).zeros((1, hidden), x.dtype))
-    states = {}
-    for t in reversed(range(time)) if backward else range(time):
-        gates = of_inputs[t] + ops.linear(h, U).reshape(4, hidden)
-        i, f, o = (ops.sigmoid(gates[n : n + 1]) for n in (0, 1, 3))
-        c = f * c + i * ops.tanh(gates[2:3])
-        h = states[t] = o * ops.tanh(c)
-    return ops.concat(*(states[t] for t in range(time)), axis=0)
+    names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+    W, U, b, b_U = (ops.stack(*(getattr(p, f"{name}_{end}") for end in ends)) for name in names)
+    of_inputs = ops.stack(x, x[::-1]) @ W.transpose(0, 2, 1) + (b + b_U)[:, None]  # (2, time, 4 hidden)
+    U, hidden = U.transpose(0, 2, 1), U.shape[2]
+    h = c = Tensor(xp_of(x.data).zeros((2, 1, hidden), x.dtype))
+    states = []
+    for t in range(x.shape[0]):
+        gates = of_inputs[:, t : t + 1] + h @ U
+        i, f, g, o = (gates[..., n * hidden : (n + 1) * hidden] for n in range(4))
+        c = ops.sigmoid(f) * c + ops.sigmoid(i) * ops.tanh(g)
+        h = ops.sigmoid(o) * ops.tanh(c)
+        states.append(h)
+    both = ops.concat(*states, axis=1)  # (2, time, hidden), the second ones from the end
+    return ops.concat(both[0], both[1][::-1], axis=1)
