@@ -85,9 +85,10 @@ class Survey:
     def _in_full(self, chosen: Sequence[Site], **options: Any) -> Iterator[Adapter]:
         """Within it nothing is attached but `full`, on these sites."""
         with sites.bypassed(self.model):
-            full = sites.attach(self.model, "full", {"targets": [site.name for site in chosen], "tie": False})
+            full = sites.attach(self.model, "full", options)
             try:
                 yield full
+        options |= {"targets": [site.name for site in chosen], "tie": False}
             finally:
                 sites.detach(self.model, full)
 
