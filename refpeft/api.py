@@ -16,6 +16,8 @@ from .files import let_go
 from .models.base import Frozen, Model
 from .models.checkpoint import Checkpoint, open_checkpoint
 from .models.decoder import Decoder
+from .models.encoder import Encoder
+from .models.encoder_config import EncoderConfig
 from .models.gpt2 import GPT2
 from .models.hub import resolve
 from .quant import Dense, Quantized, Quantizer, make_quantizer
@@ -85,7 +87,8 @@ def build(checkpoint: Checkpoint, dtype: str, xp: ModuleType = np, quantizer: Qu
         let_go(array)
         return kept
 
-    kind = GPT2 if checkpoint.config.family == "gpt2" else Decoder
-    model = kind(checkpoint.config, weights, compute, xp)
+    config = checkpoint.config
+    kind = Encoder if isinstance(config, EncoderConfig) else GPT2 if config.family == "gpt2" else Decoder
+    model = kind(config, weights, compute, xp)
     model.checkpoint, model.tokenizer = checkpoint, checkpoint.tokenizer()
     return model
