@@ -20,7 +20,6 @@ from refpeft.errors import RefpeftError
 
 EMBEDDED = Path(__file__).parent / "embedded" / "compare.toml"  # what each method is given on the embedded model
 JSON, MARKDOWN = "compare.json", "compare.md"
-_TABLE = "methods"  # of a comparison's file; all else in it is as in run.toml
 _OF_THE_RUN = {"lr": "train.lr", "quantizer": "quantizer"}  # keys of a method's line that are not its own options
 
 Flags = Sequence[tuple[str, str, Any]]
@@ -41,37 +40,35 @@ class Row:
     lr: float | None = None
     error: str | None = None
 
-    def cells(self) -> tuple[str, ...]:
+    def cells(self) -> list[str]:
         """As texts, in the order of HEAD."""
-        return (
-            self.method,
-            _text(self.trained, "{:,}"),
-            _text(self.lr, "{:g}"),
-            _text(self.loss_before, "{:.4f}"),
-            _text(self.loss_after, "{:.4f}"),
-            _text(self.exact_match, "{:.1%}"),
-            _text(self.step_ms, "{:.0f}"),
-            _text(self.adapter_bytes and self.adapter_bytes / 2**10, "{:,.1f}"),
-            _text(self.peak_bytes and self.peak_bytes / 2**20, "{:,.0f}"),
-        )
+        values = [(getattr(self, field), unit, form) for _, field, unit, form in _COLUMNS]
+        return [self.method, *("-" if value is None else format(value / unit, form) for value, unit, form in values)]
 
 
-HEAD = ("method", "trained", "lr", "loss before", "after", "exact match", "ms a step", "adapter KiB", "peak MiB")
-
-
-def _text(value: float | None, form: str) -> str:
-    return "-" if value is None else form.format(value)
+_COLUMNS = (  # heading, field, its unit, how it is written
+    ("trained", "trained", 1, ",.0f"),
+    ("learning rate", "lr", 1, "g"),
+    ("loss before", "loss_before", 1, ".4f"),
+    ("after", "loss_after", 1, ".4f"),
+    ("exact match", "exact_match", 1, ".1%"),
+    ("ms a step", "step_ms", 1, ".0f"),
+    ("adapter KiB", "adapter_bytes", 2**10, ",.1f"),
+    ("peak MiB", "peak_bytes", 2**20, ",.0f"),
+)
+HEAD = ["method", *(heading for heading, *_ in _COLUMNS)]
 
 
 def text(rows: Sequence[Row]) -> str:
     """The table for people, with what failed below it."""
+    table = report.table([HEAD, *(row.cells() for row in rows)])
     failed = [f"{row.method}: {row.error}" for row in rows if row.error]
-    return "\n".join([*report.table([HEAD, *(row.cells() for row in rows)]), *failed]) + "\n"
+    return "".join(f"{line}\n" for line in [*table, *([""] if failed else []), *failed])
 
 
 def markdown(rows: Sequence[Row]) -> str:
     """The table for a README."""
-    lines = [HEAD, ["---"] + ["---:"] * (len(HEAD) - 1), *((f"`{row.method}`", *row.cells()[1:]) for row in rows)]
+    lines = [HEAD, ["---"] + ["---:"] * len(_COLUMNS), *(row.cells() for row in rows)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
@@ -185,7 +182,7 @@ def compare(
         elif isinstance(run, RefpeftError):
             rows[name] = Row(name, error=" ".join(str(run).splitlines()))
         else:
-            rows[name] = _train(name, run, out / name)
+            rows[name] = _train(name, run, out / name, say)
         did = rows[name].error or f"held-out loss {' -> '.join(rows[name].cells()[3:5])}"
         when = "before" if name in done else f"in {report.duration(time.monotonic() - started)}"
         say(f"{number}/{len(resolved)} {name}, {when}: {did}")
@@ -201,15 +198,17 @@ def _stored(out: Path) -> dict[str, Row]:
     return {row["method"]: Row(**row) for row in found}
 
 
-def _train(name: str, resolved: Resolved, directory: Path) -> Row:
+def _train(name: str, resolved: Resolved, directory: Path, say: Callable[[str], None]) -> Row:
     """Trains one method, or goes on with it."""
     lr = resolved.run.train.lr
     directory.mkdir(parents=True, exist_ok=True)
     files.write_text(directory / config.FILE, config.to_toml(resolved))
     done = _refpeft("train", str(directory / config.FILE), "--resume", "--json")
+    said = done.stderr.strip().splitlines()
+    for line in (line for line in said if line.startswith("warning: ")):
+        say(f"{name}: {line}")
     if done.returncode:
-        said = done.stderr.strip().splitlines() or [f"it ended with exit code {done.returncode}"]
-        return Row(name, lr=lr, error=said[-1])
+        return Row(name, lr=lr, error=said[-1] if said else f"it ended with exit code {done.returncode}")
     outcome = json.loads(done.stdout)
     records = map(json.loads, (directory / "metrics.jsonl").read_text("utf-8").splitlines())
     return Row(
