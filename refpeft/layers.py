@@ -124,13 +124,17 @@ class Train:
         self._of_the_pass = (mode.seed, "draw", *purpose, mode.step, mode.part, *again)
         self._of_the_step = (mode.seed, "draw", *purpose[:-1], mode.step)
         self._stream: Stream | None = None
+        self._draws: Stream | None = None
 
     def draw(self, n: int, apart: bool = False) -> int:
         """A number of 0 ... n - 1, drawn by the host: the same at every site of the method during a step.
 
-        With `apart` each site draws its own, anew in every forward pass.
+        With `apart` each site draws its own, anew in every forward pass and at every call.
         """
-        return int(Stream(*(self._of_the_pass if apart else self._of_the_step)).uniform(0, n))
+        if not apart:
+            return int(Stream(*self._of_the_step).uniform(0, n))
+        self._draws = self._draws or Stream(*self._of_the_pass)
+        return int(self._draws.uniform(0, n))
 
     def uniform(self, like: Tensor) -> Tensor:
         """Numbers between 0 and 1 in the shape of `like`, constants, drawn where it is; call it in a fixed order."""

@@ -1,5 +1,6 @@
 """Bottlenecks that the data prune, that are drawn at random in training, or that are fused: each one's own points."""
 
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import device
@@ -14,6 +15,8 @@ from refpeft.batches import Batches, split
 from refpeft.bottleneck import prune
 from refpeft.config import Train as Settings
 from refpeft.errors import RefpeftError
+from refpeft.layers import Train
+from refpeft.learning import objective
 from refpeft.trainer import Trainer
 
 DIM = 24
@@ -114,3 +117,83 @@ def test_masks_of_other_numbers_are_an_error(tmp_path):
 def test_a_sparse_adapter_that_cannot_be_is_an_error(options):
     with pytest.raises(RefpeftError, match="expected sparsity from 0 to less than 1"):
         sites.attach(tiny.model(), "sparse_adapter", options)
+
+
+# ---- drawn at random -------------------------------------------------------------------------------------------------
+
+
+def draws_of(run: Callable[[], object], monkeypatch) -> list[int]:
+    """What methods drew while `run` ran."""
+    seen: list[int] = []
+    draw = Train.draw
+
+    def noted(self: Train, n: int, apart: bool = False) -> int:
+        seen.append(draw(self, n, apart))
+        return seen[-1]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Train, "draw", noted)
+        run()
+    return seen
+
+
+def test_a_step_of_adamix_makes_two_passes_through_other_modules_and_the_seed_decides(monkeypatch):
+    options = {"size": 5, "share": "none", "modules": 7}
+
+    def steps(seed: int) -> list[int]:
+        return draws_of(lambda: trained("adamix", options, 2, seed=seed), monkeypatch)
+
+    drawn = steps(0)
+    assert len(drawn) == 2 * 2 * 2 * 2  # steps, passes, layers, down and up
+    steps_and_passes = {tuple(drawn[at : at + 4]) for at in range(0, 16, 4)}
+    assert len(steps_and_passes) == 4 and set(drawn) <= set(range(7))
+    assert steps(0) == drawn and steps(1) != drawn
+
+
+def test_a_step_of_adamix_without_consistency_is_one_pass_and_its_loss_the_modules(monkeypatch):
+    options = {"size": 5, "consistency": 0.0}
+    assert len(draws_of(lambda: trained("adamix", options, 1), monkeypatch)) == 2 * 2
+    model = tiny.model()
+    tiny.scramble(sites.attach(model, "adamix", options))
+    model.mode.training = True
+    batch = tiny.batch()
+    assert np.allclose(objective(model, batch, batch.supervised).data, model.loss(batch).data, rtol=1e-14)
+
+
+def test_the_objective_of_adamix_is_the_loss_and_half_of_both_divergences():
+    model = tiny.model()
+    tiny.scramble(sites.attach(model, "adamix", {"size": 5, "consistency": 3.0}))
+    model.mode.training = True
+    batch, passes = tiny.batch(), []
+    rows = batch.targets >= 0
+    for model.mode.again in (0, 1):
+        z = model(batch.ids).data[rows]
+        passes.append(z - np.log(np.exp(z).sum(axis=-1, keepdims=True)))
+    model.mode.again = 0
+    p, q = passes
+    far = ((np.exp(p) - np.exp(q)) * (p - q)).sum(axis=-1).mean()
+    expected = -np.take_along_axis(p, batch.targets[rows][:, None], 1).mean() + 1.5 * far
+    assert far > 1e-6
+    assert float(objective(model, batch, batch.supervised).data) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("share", ["up", "down", "none"])
+def test_after_training_adamix_is_one_bottleneck_the_average_of_its_modules(share):
+    model = trained("adamix", {"size": 5, "share": share}).model
+    merged = tiny.model()
+    options = {"size": 5, "activation": "gelu", "targets": ["@mlp_out"]}
+    one = sites.attach(merged, "pfeiffer", options)
+    for name, tensor in one.params.items():
+        tensor.data[...] = model.adapters[0].params[name].data.mean(axis=0)
+    assert np.allclose(model(tiny.ids()).data, merged(tiny.ids()).data, rtol=0, atol=1e-13)
+
+
+def test_adamix_with_recomputed_activations_is_an_error():
+    with pytest.raises(RefpeftError, match="adamix hands on what one of them computed, or compares passes"):
+        trained("adamix", {"size": 5}, checkpoint_activations=True)
+
+
+@pytest.mark.parametrize("options", [{"modules": 0}, {"consistency": -1.0}])
+def test_an_adamix_that_cannot_be_is_an_error(options):
+    with pytest.raises(RefpeftError, match="expected 1 or more modules and a consistency of 0 or more"):
+        sites.attach(tiny.model(), "adamix", options)

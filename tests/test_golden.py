@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -11,12 +13,13 @@ import numpy as np
 import pytest
 from sources import write_prompt
 
-from refpeft import fourier, fused, learning, ops, schedule
+from refpeft import fourier, fused, learning, manager, ops, schedule
 from refpeft.batches import Batch, collate
+from refpeft.config import plugin_options
 from refpeft.conformance.compare import compare
 from refpeft.conformance.vectors import Arrays, Case, cases
 from refpeft.data import Example
-from refpeft.layers import Train
+from refpeft.layers import Part, Train
 from refpeft.models.base import Frozen, Model
 from refpeft.models.checkpoint import expected_tensors
 from refpeft.models.config import from_hf
@@ -189,6 +192,8 @@ def run_loss(case: Case, given: Arrays, dtype: str) -> Arrays:
 
 
 def run_method(case: Case, given: Arrays, dtype: str) -> Arrays:
+    if case.at == "objective":
+        return run_objective(case, given)
     if case.at not in ("model", "train"):
         return run_site(case, given, dtype)
     options = {name: tuple(v) if isinstance(v, list) else v for name, v in case.config.items()}
@@ -202,14 +207,48 @@ def run_method(case: Case, given: Arrays, dtype: str) -> Arrays:
         return {"logits": logits_of(model, given), "loss": loss.data, **grads(adapter, model)}
     flat = Flat(adapter.params.items(), learning.rates(model))
     optimizer = AdamW(flat, tuple(train["betas"]), train["eps"], train["weight_decay"])
-    losses = []
-    for _ in range(train["steps"]):
-        loss = model.loss(batch_of(given))
-        loss.backward()
-        optimizer.step(train["lr"])
-        losses.append(loss.data)
+    batch, losses = batch_of(given), []
+    with as_drawn(model, given):
+        for _ in range(train["steps"]):
+            loss = learning.objective(model, batch, batch.supervised)
+            loss.backward()
+            optimizer.step(train["lr"])
+            losses.append(loss.data)
     after = {f"after.{name}": as_in_file(model, name, t.data) for name, t in adapter.params.items()}
     return {"losses": np.array(losses), **after}
+
+
+@contextlib.contextmanager
+def as_drawn(model: Model, given: Arrays) -> Iterator[None]:
+    """Within it the model trains where the case says what is drawn: masks of dropout, numbers in the order of draws."""
+    draws = iter(given["draws"].ravel() if "draws" in given else ())
+
+    def dropout(_: Train, x: Tensor, rate: float) -> Tensor:
+        return x * given["keep"] * (1 / (1 - rate))
+
+    def draw(_: Train, n: int, apart: bool = False) -> int:
+        return int(next(draws))
+
+    model.mode.training = "keep" in given or "draws" in given
+    with mock.patch.multiple(Train, dropout=dropout, draw=draw):
+        yield
+    model.mode.training = False
+
+
+def run_objective(case: Case, given: Arrays) -> Arrays:
+    """What a method minimises, from the logits of several passes: the inputs of single letters."""
+    plugin = manager.load(case.name)
+    part = Part(plugin, plugin_options(plugin, case.config))
+    leaves = {name: parameter(array) for name, array in given.items() if len(name) == 1}
+    count = len(given["targets"])
+    loss = part.call(
+        "peft_objective",
+        logits=partial(next, iter(leaves.values())),
+        loss=lambda z: fused.cross_entropy(z, targets=given["targets"], denominator=count),
+        mean=ops.mean,
+    )
+    loss.backward()
+    return {"loss": loss.data} | {f"grad.{name}": leaf.grad for name, leaf in leaves.items()}
 
 
 def run_site(case: Case, given: Arrays, dtype: str) -> Arrays:
@@ -243,14 +282,16 @@ def run_site(case: Case, given: Arrays, dtype: str) -> Arrays:
         tensor.data[...] = given[name]
     leaves = {name: parameter(given[name]) for name in ("x", "q", "k", "v") if name in given}
     inputs = list(leaves.values()) or [given["ids"]]
-    model.mode.training = "keep" in given
-
-    def dropout(_: Train, x: Tensor, rate: float) -> Tensor:
-        return x * given["keep"] * (1 / (1 - rate))
-
     keywords = {"mask": fused.Mask(given["q"].shape[2])} if case.at == "attention" else {}
-    with mock.patch.object(Train, "dropout", dropout):
+    with as_drawn(model, given):
         answer = gradients(site(*inputs, **keywords), given["g"], leaves | values)
+    if "penalty" in case.checks:
+        for tensor in values.values():
+            tensor.node.grad = None
+        (penalty,) = learning.penalties(model)
+        penalty.backward()
+        answer["penalty"] = penalty.data
+        answer |= {f"penalty.grad.{name}": tensor.grad for name, tensor in values.items()}
     if any(name.startswith("merged.") for name in case.checks):
         merge(model)
         weight = site.weight()
@@ -285,13 +326,6 @@ def run_first_values(method: str, options: dict, arrays: Arrays, given: Arrays, 
     return {"base": site.weight(), "update": update, "y": site(Tensor(given["x"])).data}
 
 
-    if "penalty" in case.checks:
-        for tensor in values.values():
-            tensor.node.grad = None
-        (penalty,) = learning.penalties(model)
-        penalty.backward()
-        answer["penalty"] = penalty.data
-        answer |= {f"penalty.grad.{name}": tensor.grad for name, tensor in values.items()}
 def linear_block(weight: np.ndarray) -> Callable[[Tensor], Tensor]:
     return lambda x: fused.frozen_linear(x, weight=lambda: weight)
 

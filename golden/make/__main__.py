@@ -21,6 +21,7 @@ SCRIPTS = (
         "structured",
         "projections",
         "bottlenecks",
+        "mixtures",
         "prompts",
         "transfers",
         "layer_prompts",

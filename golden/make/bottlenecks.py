@@ -103,10 +103,10 @@ def model_cases(block: Block, config: dict, layers: tuple[int, ...] = (0, 1)) ->
         ("gpt2", methods.SMALL_GPT2, "transformer.h"),
     ):
         places = [f"{prefix}.{layer}.{place}" for layer in layers for place in block.places]
-        yield from methods.model_cases(family, settings, iter([_on(block, config, places)]))
+        yield from methods.model_cases(family, settings, iter([on_model(block, config, places)]))
 
 
-def _on(block: Block, config: dict, places: list[str]) -> methods.Adapted:
+def on_model(block: Block, config: dict, places: list[str]) -> methods.Adapted:
     letters, shared = block.shapes(config, 8, 8), block.shared(config)
     constants = {place: block.constants(Draw(f"{block.method} {place}"), config, 8, 8) for place in places}
 
