@@ -53,7 +53,10 @@ class Survey:
             yield _gradients(self.model, row, self.adapter.params)
 
     def inputs(self, chosen: Sequence[Site], batches: int) -> Iterator[dict[str, Array]]:
-        """For each of `batches` batches, what linear layers read: (tokens, in) without padding, by the site's name."""
+        """For each of `batches` batches, what linear layers read: (tokens, in) without padding, by the site's name.
+
+        Layers that read the same, such as those of queries and keys, have one array.
+        """
         seen: dict[str, Array] = {}
         with sites.bypassed(self.model), _listening(chosen, seen), no_grad():
             for step in range(batches):
@@ -61,7 +64,8 @@ class Survey:
                 self.model.states(batch, np.flatnonzero(batch.targets >= 0))
                 real = np.arange(batch.ids.size) if batch.segments is None else np.flatnonzero(batch.segments >= 0)
                 real = self.model.xp.asarray(real)
-                yield {name: x.reshape(-1, x.shape[-1])[real] for name, x in seen.items()}
+                once = {id(x): x.reshape(-1, x.shape[-1])[real] for x in seen.values()}
+                yield {name: once[id(x)] for name, x in seen.items()}
 
     def changes(self, chosen: Sequence[Site], steps: int, lr: float, **options: Any) -> dict[str, Array]:
         """By how much `steps` steps of training in full change the dense weight of each site, by the site's name.
@@ -84,11 +88,11 @@ class Survey:
     @contextlib.contextmanager
     def _in_full(self, chosen: Sequence[Site], **options: Any) -> Iterator[Adapter]:
         """Within it nothing is attached but `full`, on these sites."""
+        options |= {"targets": [site.name for site in chosen], "tie": False}
         with sites.bypassed(self.model):
             full = sites.attach(self.model, "full", options)
             try:
                 yield full
-        options |= {"targets": [site.name for site in chosen], "tie": False}
             finally:
                 sites.detach(self.model, full)
 

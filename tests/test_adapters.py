@@ -51,7 +51,7 @@ def test_what_files_of_peft_do_not_say_comes_back_as_the_same_function(family, n
     adapters.save(tmp_path / "a", model)
     other = bare(family, name)
     (loaded,) = adapters.load(other, tmp_path / "a")
-    assert loaded.params.keys() != adapter.params.keys()
+    assert loaded.plugin is not adapter.plugin or loaded.params.keys() != adapter.params.keys()
     assert np.array_equal(other(tiny.ids()).data, model(tiny.ids()).data)
     adapters.save(tmp_path / "b", other)
     a, b = (tmp_path / folder / "adapter_model.safetensors" for folder in "ab")

@@ -24,6 +24,7 @@ CHANGE_AT_THE_START = {
     "p_tuning_v2",
     "prefix_tuning",
     "loftq",
+    "ipt",
 }
 NEARLY_AS_IT_WAS = {
     "vblora": 0.01,
@@ -121,6 +122,7 @@ def test_the_seed_decides_the_first_values(name):
 DIM, FF, KV, VOCAB, LAYERS = 24, 32, 12, 40, 2
 
 
+@pytest.mark.filterwarnings("ignore::refpeft.errors.RefpeftWarning")  # of the rank at which LoKr's factors stay whole
 @pytest.mark.parametrize(
     ("family", "method", "options", "count"),
     [
@@ -135,6 +137,7 @@ DIM, FF, KV, VOCAB, LAYERS = 24, 32, 12, 40, 2
         ("gpt2", "ln_tuning", {}, (2 * LAYERS + 1) * 2 * DIM),
         ("llama", "houlsby", {"size": 5, "norms": False}, LAYERS * 2 * (2 * 5 * DIM + 5 + DIM)),
         ("llama", "adalora", {"init_r": 3, "target_r": 1}, LAYERS * 3 * ((DIM + DIM + 1) + (DIM + KV + 1))),
+        ("llama", "eva", {"r": 3}, LAYERS * 3 * ((DIM + DIM) + (DIM + KV))),
         ("llama", "pissa", {"r": 3}, LAYERS * 3 * ((DIM + DIM) + (DIM + KV))),
         ("llama", "olora", {"r": 3}, LAYERS * 3 * ((DIM + DIM) + (DIM + KV))),
         ("llama", "vera", {"r": 5}, LAYERS * (2 * 5 + DIM + KV)),
@@ -154,12 +157,15 @@ DIM, FF, KV, VOCAB, LAYERS = 24, 32, 12, 40, 2
         ("llama", "sparse_adapter", {"size": 5}, LAYERS * 2 * (2 * 5 * DIM + 5 + DIM)),
         ("llama", "adamix", {"size": 5, "modules": 3}, LAYERS * (3 * (5 * DIM + 5) + DIM * 5 + DIM)),
         ("llama", "adamix", {"size": 5, "share": "down"}, LAYERS * (5 * DIM + 5 + 4 * (DIM * 5 + DIM))),
+        ("llama", "adapterfusion", TO_FIT["adapterfusion"], LAYERS * (3 * DIM**2 + 2 * DIM)),
         ("llama", "compacter", {"size": 8, "norms": False}, 4**3 + LAYERS * 2 * (2 * (8 + DIM) + 8 + DIM)),
         ("llama", "compacter_pp", {"size": 8, "rank": 2, "norms": False}, 64 + LAYERS * (4 * (8 + DIM) + 8 + DIM)),
         ("llama", "phm_adapter", {"size": 8, "norms": False}, LAYERS * 2 * (2 * 8 * DIM // 4 + 128 + 8 + DIM)),
         ("llama", "rows", {"rows": [1, 2]}, LAYERS * 2 * 2 * DIM),
         ("llama", "shira", {"r": 3}, LAYERS * 3 * ((DIM + DIM) + (DIM + KV))),
         ("llama", "fish_mask", {"share": 0.05}, round(0.05 * LAYERS * DIM * (2 * DIM + 2 * KV + 3 * FF))),
+        ("llama", "far", {"share": 0.25}, LAYERS * (2 * 8 * DIM + 6 * FF)),
+        ("gpt2", "far", {"share": 0.25}, LAYERS * (DIM * (DIM + 1) + 6 * (4 * DIM + 1))),
         ("llama", "lt_sft", {"share": 0.1}, round(0.1 * LAYERS * DIM * (2 * DIM + 2 * KV + 3 * FF))),
         ("llama", "trainable_tokens", {"token_indices": [1, 2]}, 2 * 2 * DIM),
         ("tied", "trainable_tokens", {"token_indices": [1, 2]}, 2 * DIM),
@@ -169,6 +175,7 @@ DIM, FF, KV, VOCAB, LAYERS = 24, 32, 12, 40, 2
         ("tied", "by_type", {"types": ["embedding", "head"]}, VOCAB * DIM),
         ("llama", "prompt_tuning", {"tokens": 3}, 3 * DIM),
         ("llama", "spot", TO_FIT["spot"], 3 * DIM),
+        ("llama", "ipt", {"d": 12}, 12),
         ("llama", "multitask_prompt", {"tokens": 3, "tasks": 4, "ranks": 2}, 3 * DIM + 2 * (3 + DIM)),
         ("llama", "p_tuning", {"tokens": 3, "encoder": "none"}, 3 * DIM),
         ("llama", "p_tuning", {"tokens": 3, "encoder": "mlp", "hidden": 5}, 3 * DIM + 5 * 25 + 5 * 6 + DIM * 6),
@@ -260,6 +267,7 @@ def test_a_pattern_that_matches_no_target_is_an_error(name):
         sites.attach(tiny.model(), "lora", {name: {"k_proj": 2}})
 
 
+@pytest.mark.filterwarnings("ignore::refpeft.errors.RefpeftWarning")  # many values tell more
 def test_lora_first_values_have_the_distribution_that_is_said():
     model = tiny.model()
     kaiming = sites.attach(model, "lora", {"r": 64, "targets": ["@down"]}).params["model.layers.0.mlp.down_proj.A"].data

@@ -17,6 +17,7 @@ VARIANTS = {
     "lora-saved": ("lora", {"targets": "all-linear", "modules_to_save": ["@norm", "@head", "@down"]}),
     "adalora": ("adalora", {"init_r": 4, "target_r": 2, "alpha": 6}),
     "adalora-official": ("adalora", {"init_r": 3, "target_r": 3, "targets": "all-linear", "compat": "official"}),
+    "eva": ("eva", {"r": 3, "rslora": True, "alpha_pattern": {".*1.*": 3}}),
     "pissa": ("pissa", {"r": 3, "alpha_pattern": {".*1.*": 2}}),
     "olora": ("olora", {"r": 3, "rslora": True, "rank_pattern": {"v_proj|c_attn": 2}}),
     "vera": ("vera", {"r": 5, "d_initial": 0.5, "targets": ["@q", "@v", "@down"]}),
@@ -65,6 +66,7 @@ VARIANTS = {
     "sparse_adapter-large": ("sparse_adapter", {"size": 20, "sparsity": 0.75, "prune": "magnitude"}),
     "adamix": ("adamix", {"size": 5}),
     "adamix-apart": ("adamix", {"size": 4, "modules": 3, "share": "none", "targets": ["@block_out"]}),
+    "adapterfusion": ("adapterfusion", {"size": 5, "adapters": sources.bottlenecks(3)}),
     "compacter": ("compacter", {"size": 8, "rank": 2}),
     "compacter_pp": ("compacter_pp", {"size": 6, "n": 2, "norms": False}),
     "phm_adapter": ("phm_adapter", {"size": 6, "n": 3}),
@@ -76,12 +78,15 @@ VARIANTS = {
     "shira": ("shira", {"r": 3}),
     "shira-magnitude": ("shira", {"r": 2, "mask": "magnitude", "targets": "all-linear"}),
     "fish_mask": ("fish_mask", {"share": 0.05}),
+    "far": ("far", {"share": 0.2}),
     "lt_sft": ("lt_sft", {"share": 0.1, "l1": 0.1}),
     "trainable_tokens": ("trainable_tokens", {"token_indices": [5, 2, 30]}),
     "prompt_tuning": ("prompt_tuning", {"tokens": 3}),
     "spot": ("spot", {"tokens": 3, "sources": sources.prompts(1)}),
     "spot-similar": ("spot", {"tokens": 3, "sources": sources.prompts(3), "task": sources.prompts(4)[3], "top": 2}),
     "multitask_prompt": ("multitask_prompt", {"tokens": 3, "tasks": 3, "task": 1, "ranks": 2}),
+    "ipt": ("ipt", {"tokens": 3, "d": 5, "hidden": 7, "prompts": sources.prompts(3), "fit_steps": 20}),
+    "ipt-random": ("ipt", {"tokens": 3, "d": 9, "hidden": 4}),
     "p_tuning": ("p_tuning", {"tokens": 3, "hidden": 5, "dropout": 0.2}),
     "p_tuning-mlp": ("p_tuning", {"tokens": 3, "encoder": "mlp"}),
     "p_tuning-none": ("p_tuning", {"tokens": 3, "encoder": "none"}),
@@ -101,13 +106,15 @@ WITH_BIASES = {
     "lora-all-biases": ("lora", {"bias": "all", "modules_to_save": ["@k"], "targets": ["@q", "@o"]}),
 }
 TO_FIT = {"trainable_tokens": {"token_indices": [5, 2]}, "oft": {"block_size": 4}, "road": {"group_size": 4}}
+TO_FIT |= {"hira": {"r": 8}, "lokr": {"r": 2}}
 TO_FIT |= {"miss": {"r": 5}, "vblora": {"vector_length": 4, "num_vectors": 7}}
 TO_FIT |= {"randlora": {"r": 5}, "intrinsic_said": {"d": 60}}
+TO_FIT |= {"adapterfusion": {"size": 5, "adapters": sources.bottlenecks(2)}}
 TO_FIT |= {"spot": {"tokens": 3, "sources": sources.prompts(1)}}
 TO_FIT |= {"c3a": {"block_size": 4}, "fourierft": {"frequencies": 50}}
 """Options without which a method's sizes do not fit tiny models."""
-SIMPLER_IN_FILES = {"lora-fa", "p_tuning", "p_tuning-mlp", "p_tuning_v2-mlp", "prefix_tuning-mlp"}
-"""Variants whose files, in PEFT's form, have what a network gave, and not the network, or not what was frozen."""
+SIMPLER_IN_FILES = {"eva", "lora-fa", "p_tuning", "p_tuning-mlp", "p_tuning_v2-mlp", "prefix_tuning-mlp"}
+"""Variants whose files, in PEFT's form, have what a network gave, not the network, or not what made first values."""
 FAMILIES = ("llama", "tied", "qwen2", "gpt2")
 CASES = [(family, name) for family in FAMILIES for name in VARIANTS] + [
     (family, name)

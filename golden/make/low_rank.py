@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import peft
+import peft_witness
 import torch
 from common import Case, Draw
 from equations import lora_scale
@@ -19,6 +20,7 @@ LORA_NAMES = {"A": "lora_A.default.weight", "B": "lora_B.default.weight"}
 def cases() -> Iterator[Case]:
     yield from dora()
     yield from adalora()
+    yield from eva()
     yield from vera()
     yield from loha()
     yield from lokr()
@@ -111,6 +113,21 @@ def adalora() -> Iterator[Case]:
     yield from cases_of(equation, *shapes_of(config), square, dropout_of(config), models=config)
     comment = "two of three triplets are left: the scale is that of the first rank, init_r"
     yield from cases_of(left, Variant("pruned", config | {"rank_pattern": {"site": 2}}, comment=comment))
+
+
+def eva() -> Iterator[Case]:
+    config = {"r": 2, "alpha": 6.0, "rslora": False, "dropout": 0.0}
+    equation = Equation(
+        "eva",
+        "arXiv:2410.07170, section 3",
+        lambda config, out, inp: {"A": (config["r"], inp), "B": (out, config["r"])},
+        lambda f, x, weight, t, config: f(x) + lora_scale(config) * x @ (t["B"] @ t["A"]).mT,
+        merged=lambda weight, t, config: weight + lora_scale(config) * t["B"] @ t["A"],
+        peft=peft_witness.lora_config,
+        names=LORA_NAMES,
+        flags="Scaling",
+    )
+    yield from cases_of(equation, *shapes_of(config), dropout_of(config), models=config)
 
 
 def vera_delta(weight, t, config) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """How Hugging Face PEFT 0.21 writes methods down: settings, names and layouts of tensors, in both directions."""
 
 from .common import PREFIX, Entry, Format, Settings
-from .lora import DORA, LORA, OLORA, PISSA
+from .lora import DORA, EVA, LORA, OLORA, PISSA
 from .low_rank import ADALORA, DELORA, HIRA, LOHA, LOKR, VERA
 from .others import IA3, LN_TUNING
 from .prompts import (
@@ -22,6 +22,7 @@ __all__ = ["FORMATS", "PREFIX", "Entry", "Format", "Settings"]
 FORMATS = {
     "adalora": ADALORA,
     "dora": DORA,
+    "eva": EVA,
     "pissa": PISSA,
     "olora": OLORA,
     "lora": LORA,

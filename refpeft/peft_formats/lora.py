@@ -111,7 +111,7 @@ def _hit(targets: Any, model: Any) -> list[Site]:
     return [site for site in model.sites.values() if any(hits(site) for hits in matcher(targets).values())]
 
 
-_ANY_VALUE = ("fan_in_fan_out", "megatron_core", "qalora_group_size", "runtime_config")
+_ANY_VALUE = ("eva_config", "fan_in_fan_out", "megatron_core", "qalora_group_size", "runtime_config")
 _VALUES = {"layers_pattern": ("layers", "h")}
 
 LORA = Format("LORA", _lora_entries, _lora_settings, _lora_options, any_value=_ANY_VALUE, values=_VALUES)
@@ -127,19 +127,20 @@ DORA = Format(
 )
 
 
+def _factors(adapter: Adapter) -> list[Entry]:
+    """A and B of every site, without what first values were."""
+    return [
+        Entry(f"{PREFIX}{site.name}.{_LORA_NAMES['linear'][letter]}", (f"{site.name}.{letter}",))
+        for site in adapter.sites
+        for letter in "AB"
+    ]
+
+
 def _of_weights(init: str) -> Format:
     """LoRA that starts from a decomposition of the weight, which PEFT repeats whenever it reads the file."""
-
-    def entries(adapter: Adapter) -> list[Entry]:
-        return [
-            Entry(f"{PREFIX}{site.name}.{_LORA_NAMES['linear'][letter]}", (f"{site.name}.{letter}",))
-            for site in adapter.sites
-            for letter in "AB"
-        ]
-
     return Format(
         "LORA",
-        entries,
+        _factors,
         _settings,
         _options,
         means=lambda config: config.get("init_lora_weights") == init and not config.get("use_dora"),
@@ -148,5 +149,20 @@ def _of_weights(init: str) -> Format:
         fitted=True,
     )
 
+
+def _eva_settings(adapter: Adapter, model: Any) -> dict[str, Any]:
+    """Ranks, and alphas, as the data have made them. Such a file is read as LoRA's, which the function is."""
+    cfg = adapter.cfg
+    ranks = {layer.site: layer.p.A.shape[0] for layer in adapter.layers}
+    alphas = {site: cfg.alpha_of(site, rank) for site, rank in ranks.items()}
+    return _settings(adapter, model) | {
+        "rank_pattern": {site.name: rank for site, rank in ranks.items() if rank != cfg.r},
+        "alpha_pattern": {site.name: alpha for site, alpha in alphas.items() if alpha != cfg.alpha},
+        "init_lora_weights": "eva",
+        "eva_config": {"rho": cfg.rho, "tau": cfg.tau, "adjust_scaling_factors": cfg.adjust_scaling},
+    }
+
+
+EVA = Format("LORA", _factors, _eva_settings, _options, means=lambda config: False)
 
 PISSA, OLORA = _of_weights("pissa"), _of_weights("olora")
