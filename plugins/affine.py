@@ -28,6 +28,7 @@ class Config:
     nested: bool = False  # keep scales and zero points in 4 bits each
     scale_range: float = 0.0  # nested scales are steps of this; 0: of the largest scale
     zero_range: float = 0.0  # nested zero points are steps of this; 0: of the largest code
+    only_with = (("group", "per", "group"), ("scale_range", "nested", True), ("zero_range", "nested", True))
 
     def __post_init__(self):
         if self.group < 1 or min(self.scale_range, self.zero_range) < 0:
@@ -53,8 +54,9 @@ def quant_pack(weight, cfg):
     if not cfg.nested:
         return parts | {"scale": scale, "zero": zero.astype("u1")}
     whole = xp.full((), cfg.scale_range, "f4") if cfg.scale_range else step.max()
-    constants = _nearest_step(scale, whole) << 4 | _nearest_step(zero, cfg.zero_range or top)
-    return parts | {"constants": constants, "scale_range": whole}
+    nested = ((scale, whole), (zero, cfg.zero_range or top))
+    high, low = (xp.rint(part * STEPS / most).clip(0, STEPS).astype("u1") for part, most in nested)
+    return parts | {"constants": high << 4 | low, "scale_range": whole}
 
 
 @hookimpl
@@ -74,7 +76,3 @@ def quant_unpack(parts, cfg, shape, dtype):
         scale = (parts["constants"] >> 4) * parts["scale_range"] / STEPS
         zero = (parts["constants"] & 15).astype("f4") * (cfg.zero_range or 2**cfg.bits - 1) / STEPS
     return unpack_rows(unpack, shape, dtype, (parts["packed" if cfg.bits == 4 else "codes"].reshape(-1), scale, zero))
-
-
-def _nearest_step(values, whole):
-    return xp_of(values).rint(values * STEPS / whole).clip(0, STEPS).astype("u1")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from refpeft import RefpeftError, hookimpl
+from refpeft.errors import warn
 
 FAMILY = "selective"
 
@@ -28,6 +29,8 @@ def peft_check(sites, cfg):
             f"bitfit trains biases, and none of the {len(sites)} layers that it was pointed at has one (models like "
             "Llama have no biases at all); set bitfit.create = true to add them, or take another method"
         )
+    if cfg.create and all(site.bias is not None or site.kind != "linear" for site in sites):
+        warn("bitfit: create has no effect: all linear targets have a bias")
 
 
 @hookimpl

@@ -14,6 +14,7 @@ import numpy as np
 
 from refpeft import hookimpl, ops
 from refpeft.backend import xp_of
+from refpeft.lowrank import Ranked, kaiming
 from refpeft.targets import patterned
 from refpeft.tensor import Tensor
 
@@ -23,7 +24,7 @@ LEAST = 1e-4  # that a norm counts as
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Ranked):
     r: int = 8
     lambda_initial: float = 15.0
     dropout: float = 0.0  # rate, of what A reads, in training
@@ -33,16 +34,12 @@ class Config:
     exclude: tuple[str, ...] | str = ()
     layers: tuple[int, ...] | None = None  # numbers of the layers; none: all
 
-    def __post_init__(self):
-        if min((self.r, *self.rank_pattern.values())) < 1 or not 0 <= self.dropout < 1:
-            raise ValueError("expected r of at least 1, and dropout of at least 0 and less than 1")
-
 
 @hookimpl
 def peft_params(site, cfg, rng, weight):
-    r, (out, width) = patterned(cfg.rank_pattern, site, cfg.r), site.shape
+    r, (out, width) = cfg.rank(site), site.shape
     return {
-        "A": rng.uniform(-(width**-0.5), width**-0.5, (r, width)),
+        "A": kaiming(rng, r, width),
         "B": np.zeros((out, r)),
         "strength": np.full(1, patterned(cfg.lambda_pattern, site, cfg.lambda_initial)),
         "w": Tensor(xp_of(weight).sqrt((weight * weight).sum(axis=0))),

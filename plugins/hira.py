@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from refpeft import fused, hookimpl
-from refpeft.targets import patterned
+from refpeft.lowrank import Ranked, kaiming
 
 FAMILY = "reparametrisation"
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Ranked):
     r: int = 32
     dropout: float = 0.0  # rate, of what W * (B A) reads, in training
     rank_pattern: dict[str, int] = field(default_factory=dict)  # r for names that end in the key, a regular expression
@@ -25,15 +25,11 @@ class Config:
     exclude: tuple[str, ...] | str = ()
     layers: tuple[int, ...] | None = None  # numbers of the layers; none: all
 
-    def __post_init__(self):
-        if min((self.r, *self.rank_pattern.values())) < 1 or not 0 <= self.dropout < 1:
-            raise ValueError("expected r of at least 1, and dropout of at least 0 and less than 1")
-
 
 @hookimpl
 def peft_params(site, cfg, rng):
-    r, (out, width) = patterned(cfg.rank_pattern, site, cfg.r), site.shape
-    return {"A": rng.uniform(-(width**-0.5), width**-0.5, (r, width)), "B": np.zeros((out, r))}
+    r, (out, width) = cfg.rank(site), site.shape
+    return {"A": kaiming(rng, r, width), "B": np.zeros((out, r))}
 
 
 @hookimpl

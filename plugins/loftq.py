@@ -14,14 +14,14 @@ import numpy as np
 
 from refpeft import RefpeftError, fused, hookimpl, lowrank, ops
 from refpeft.backend import xp_of
-from refpeft.quant import Quantized
 from refpeft.tensor import Tensor
 
 FAMILY = "reparametrisation"
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(lowrank.Scaled):
+    of_the_weight = True
     r: int = 8
     alpha: float = 16.0
     dropout: float = 0.0  # rate, of what A reads, in training
@@ -32,12 +32,16 @@ class Config:
     layers: tuple[int, ...] | None = None  # numbers of the layers; none: all
 
     def __post_init__(self):
-        if min(self.r, self.iterations) < 1 or self.alpha <= 0 or not 0 <= self.dropout < 1:
-            raise ValueError("expected r and iterations of at least 1, alpha above 0, dropout from 0 to less than 1")
+        super().__post_init__()
+        if self.iterations < 1:
+            raise ValueError("expected iterations of at least 1")
 
-    @property
-    def scale(self):
-        return self.alpha / self.r ** (0.5 if self.rslora else 1)
+
+@hookimpl
+def peft_check(sites, fit):
+    for site in sites:
+        if fit and not site.quantized:
+            raise RefpeftError(f"loftq: {site.name} is dense: give a quantizer, such as nf4, or other targets")
 
 
 @hookimpl
@@ -48,33 +52,29 @@ def peft_params(site, cfg):
 
 @hookimpl
 def peft_fit(site, cfg, original, requantize):
-    if not isinstance(site.weight, Quantized):
-        raise RefpeftError(f"loftq: {site.name} is dense: give a quantizer, such as nf4, and target what it quantizes")
-    if cfg.r > min(site.shape):
-        raise RefpeftError(f"loftq: r is {cfg.r}, more than a side of {site.name}, which is {site.shape}")
-    xp, least = xp_of(original), np.inf
+    xp, s, least = xp_of(original), cfg.scale(site), np.inf
     A, B = xp.zeros((cfg.r, site.shape[1])), xp.zeros((site.shape[0], cfg.r))
     for _ in range(cfg.iterations):
         before = SimpleNamespace(A0=A, B0=B)
-        error = original - requantize(peft_base(cfg, before, original))().astype("f8")
-        B, A = ((half / cfg.scale**0.5).astype(original.dtype) for half in lowrank.nearest(error, cfg.r))
-        distance = xp.linalg.norm(error - cfg.scale * (B @ A))
+        error = original - requantize(peft_base(site, cfg, before, original))().astype("f8")
+        B, A = ((half / s**0.5).astype(original.dtype) for half in lowrank.nearest(error, cfg.r))
+        distance = xp.linalg.norm(error - s * (B @ A))
         if distance < least:
             least, nearest = distance, {"A": A, "B": B, **vars(before)}
     return nearest
 
 
 @hookimpl
-def peft_base(cfg, p, original):
-    return original - cfg.scale * (p.B0.astype("f8") @ p.A0.astype("f8"))
+def peft_base(site, cfg, p, original):
+    return original - cfg.scale(site) * (p.B0.astype("f8") @ p.A0.astype("f8"))
 
 
 @hookimpl
-def peft_linear(x, base, p, cfg, train):
+def peft_linear(x, base, p, cfg, site, train):
     dropped = train.dropout(x, cfg.dropout) if train else x
-    return fused.addmm(base(x), ops.linear(dropped, p.A), p.B, alpha=cfg.scale)
+    return fused.addmm(base(x), ops.linear(dropped, p.A), p.B, alpha=cfg.scale(site))
 
 
 @hookimpl
-def peft_merge(weight, p, cfg):
-    return weight + cfg.scale * (p.B @ p.A)
+def peft_merge(weight, p, cfg, site):
+    return weight + cfg.scale(site) * (p.B @ p.A)

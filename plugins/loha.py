@@ -30,10 +30,6 @@ class Config(Scaled):
     exclude: tuple[str, ...] | str = ()
     layers: tuple[int, ...] | None = None  # numbers of the layers; none: all
 
-    def __post_init__(self):
-        if min((self.r, *self.rank_pattern.values())) < 1:
-            raise ValueError("expected r of at least 1")
-
 
 @hookimpl
 def peft_params(site, cfg, rng):

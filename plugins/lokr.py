@@ -35,8 +35,14 @@ class Config(Scaled):
     layers: tuple[int, ...] | None = None  # numbers of the layers; none: all
 
     def __post_init__(self):
-        if min((self.r, *self.rank_pattern.values())) < 1 or (self.factor < 1 and self.factor != -1):
-            raise ValueError("expected r of at least 1, and factor of at least 1, or -1")
+        super().__post_init__()
+        if self.factor < 1 and self.factor != -1:
+            raise ValueError("expected factor of at least 1, or -1")
+
+    beyond = "D stays whole, and r only scales,"
+
+    def most(self, site):
+        return max(1, (max(self.split(side)[1] for side in site.shape) - 1) // 2)
 
     def split(self, side):
         """(what C has, what D has) of a side of the weight."""

@@ -26,6 +26,7 @@ class Config:
     block_share: bool = False  # all blocks are equal
     cayley: Literal["exact", "neumann"] = "exact"
     terms: int = 5  # of neumann
+    only_with = (("terms", "cayley", "neumann"),)
     targets: tuple[str, ...] | str = ("@q", "@v")
     exclude: tuple[str, ...] | str = ()
     layers: tuple[int, ...] | None = None  # numbers of the layers; none: all

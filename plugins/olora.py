@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from refpeft import RefpeftError, fused, hookimpl, ops
+from refpeft import fused, hookimpl, ops
 from refpeft.backend import xp_of
 from refpeft.lowrank import Scaled
 from refpeft.tensor import Tensor
@@ -21,6 +21,7 @@ FAMILY = "reparametrisation"
 
 @dataclass(frozen=True)
 class Config(Scaled):
+    of_the_weight = True
     r: int = 8
     alpha: float = 16.0
     dropout: float = 0.0  # rate, of what A reads, in training
@@ -30,20 +31,6 @@ class Config(Scaled):
     targets: tuple[str, ...] | str = ("@q", "@v")
     exclude: tuple[str, ...] | str = ()
     layers: tuple[int, ...] | None = None  # numbers of the layers; none: all
-
-    def __post_init__(self):
-        if min((self.r, *self.rank_pattern.values())) < 1 or min((self.alpha, *self.alpha_pattern.values())) <= 0:
-            raise ValueError("expected r of at least 1, and alpha above 0")
-        if not 0 <= self.dropout < 1:
-            raise ValueError("expected dropout of at least 0 and less than 1")
-
-
-@hookimpl
-def peft_check(sites, cfg):
-    for site in sites:
-        r, most = cfg.rank(site), min(site.shape)
-        if r > most:
-            raise RefpeftError(f"olora: r is {r}, but the smaller side of {site.name} is {most}: r of at most {most}")
 
 
 @hookimpl

@@ -38,7 +38,8 @@ class Config:
 def peft_check(sites, cfg):
     for site in sites:
         if cfg.r > min(site.shape):
-            raise RefpeftError(f"randlora: r is {cfg.r}, more than a side of {site.name}, which is {site.shape}")
+            most, where = min(min(s.shape) for s in sites), f"{site.name}, which is {site.shape}"
+            raise RefpeftError(f"randlora: r is {cfg.r}, more than a side of {where}: take {most} or less")
 
 
 @hookimpl

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from refpeft import RefpeftError, fused, hookimpl, ops
+from refpeft import RefpeftError, fused, hookimpl, ops, sparse
 from refpeft.backend import to_host, xp_of
 from refpeft.tensor import Tensor
 
@@ -22,6 +22,7 @@ FAMILY = "selective"
 class Config:
     rows: tuple[int, ...] = ()  # numbers of the rows; none: the longest ones
     count: int = 8  # how many, where they are not given
+    only_with = (("count", "rows", ()),)
     targets: tuple[str, ...] | str = ("@q", "@v")
     exclude: tuple[str, ...] | str = ()
     layers: tuple[int, ...] | None = None  # numbers of the layers; none: all
@@ -50,9 +51,7 @@ def peft_params(site, cfg, weight):
 
 @hookimpl
 def peft_check_values(site, p):
-    rows = to_host(p.rows)
-    if rows.min() < 0 or rows.max() >= site.shape[0] or len(np.unique(rows)) < len(rows):
-        raise RefpeftError(f"rows of {site.name} are outside of 0 to {site.shape[0] - 1}, or there twice")
+    sparse.check_rows(site, p.rows)
 
 
 @hookimpl

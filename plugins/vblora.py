@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from refpeft import fused, hookimpl, ops
 from refpeft.backend import xp_of
+from refpeft.lowrank import Ranked
 from refpeft.structured import IN, OUT, check_divides
 from refpeft.tensor import Tensor, parameter
 
@@ -19,7 +20,7 @@ FAMILY = "reparametrisation"
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Ranked):
     r: int = 4
     num_vectors: int = 256  # of the bank
     vector_length: int = 256  # divides both sides

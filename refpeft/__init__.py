@@ -16,6 +16,7 @@ _HOME = {
     "Tensor": "refpeft.tensor",
     "hookimpl": "refpeft.hookspecs",
     "RefpeftError": "refpeft.errors",
+    "RefpeftWarning": "refpeft.errors",
 }
 _MODULES = ("ops", "fused")
 

@@ -5,11 +5,16 @@ A mistake is its message on stderr and exit code 2, never a traceback; Ctrl-C is
 
 from __future__ import annotations
 
+import contextlib
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
 import click
 
 from refpeft import __version__
 from refpeft.commands import inspect, quantize, train, use
-from refpeft.errors import RefpeftError, nearest
+from refpeft.errors import RefpeftError, RefpeftWarning, nearest
 
 
 class Verbs(click.Group):
@@ -26,7 +31,8 @@ class Verbs(click.Group):
 
     def invoke(self, ctx: click.Context):
         try:
-            return super().invoke(ctx)
+            with _warnings_as_lines():
+                return super().invoke(ctx)
         except RefpeftError as error:
             message = str(error)
         except BrokenPipeError:
@@ -40,6 +46,23 @@ class Verbs(click.Group):
             ctx.exit(130)
         click.echo(message, err=True)
         ctx.exit(2)
+
+
+@contextlib.contextmanager
+def _warnings_as_lines() -> Iterator[None]:
+    """Within it a RefpeftWarning is one line on stderr, once for each text."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("default", RefpeftWarning)
+        other = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *rest: Any) -> None:
+            if issubclass(category, RefpeftWarning):
+                click.echo(f"warning: {message}", err=True)
+            else:
+                other(message, category, *rest)
+
+        warnings.showwarning = show
+        yield
 
 
 @click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

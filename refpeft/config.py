@@ -28,6 +28,7 @@ from refpeft.errors import RefpeftError, nearest
 from refpeft.files import expanded
 from refpeft.models.hub import EMBEDDED
 from refpeft.optim import OPTIMIZERS, OPTIONS
+from refpeft.targets import check_effects
 
 FILE = "run.toml"  # in a run directory: the whole configuration of the run
 EMBEDDED_RUN = Path(__file__).parent / "embedded" / FILE  # what `refpeft train` does when it is given nothing
@@ -412,8 +413,10 @@ def _options(name: str, plugin: ModuleType, values: dict, given: Layer, problems
     if checked is None:
         return None
     try:
-        return config(**{field: getattr(checked, field) for field in checked.model_fields_set})
-    except ValueError as error:  # from __post_init__: options that do not go together
+        options = config(**{field: getattr(checked, field) for field in checked.model_fields_set})
+        check_effects(options)
+        return options
+    except ValueError as error:  # from __post_init__, too: options that do not go together
         problems.add(next((given[f"{name}.{key}"] for key in values), None), f"[{name}]: {error}")
         return None
 

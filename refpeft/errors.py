@@ -1,11 +1,21 @@
-"""The one exception that a user's mistake raises, and the hint that ends its message."""
+"""The one exception that a user's mistake raises, the warning for what is allowed but in vain, and words for both."""
 
 import difflib
+import warnings
 from collections.abc import Iterable
 
 
 class RefpeftError(ValueError):
     """A mistake in what was asked for: what was found, what was expected, what to do. The CLI prints it as one line."""
+
+
+class RefpeftWarning(UserWarning):
+    """What was asked for is done, but a part of it has no effect. The CLI prints it as one line."""
+
+
+def warn(message: str) -> None:
+    """Warns, with the place of whoever called the caller."""
+    warnings.warn(message, RefpeftWarning, stacklevel=3)
 
 
 def nearest(word: str, names: Iterable[str]) -> str:

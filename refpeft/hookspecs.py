@@ -7,13 +7,15 @@ refuses it by name.
 
 A method's Config must have `targets`, and may have `exclude` and `layers`: these choose its sites
 (refpeft.targets.select). Fields that end in `_pattern` map regular expressions to values for the sites that match
-(refpeft.targets.patterned). A ValueError from `__post_init__` reaches the user as a mistake in the options.
+(refpeft.targets.patterned). A ValueError from `__post_init__` reaches the user as a mistake in the options. A triple
+("terms", "cayley", "neumann") in the class attribute `only_with` says that the option `terms` does nothing, and is
+refused, where `cayley` is not "neumann".
 
 A recipe has no forward hook, and so no targets: it brings other methods along (`peft_companions`).
 
 The arguments:
-    site    refpeft.sites.Site: .name, .kind, .shape, .roles, .index, .tied; sites: the list of those that were chosen
-            (a recipe is given all of the model's)
+    site    refpeft.sites.Site: .name, .kind, .shape, .roles, .index, .tied, .quantized
+    sites   the list of those that were chosen (a recipe is given all of the model's)
     cfg     the plugin's Config
     rng     refpeft.rng.Stream of this site: .uniform(low, high, shape), .standard_normal(shape), .permutation(n)
     weight  the frozen dense array: linear (out, in), embedding (vocab, dim), norm (dim,)
@@ -101,8 +103,11 @@ def peft_companions(cfg, sites):
 
 
 @hookspec
-def peft_check(sites, cfg):
-    """Raises RefpeftError where the options do not fit the sites that were chosen, before anything is made."""
+def peft_check(sites, cfg, fit):
+    """Raises RefpeftError where the options do not fit the sites that were chosen, before anything is made.
+
+    `fit`: whether first values will be made, and fitted to the weights, and not read from a file.
+    """
 
 
 # ---- a method: its forward pass, by kind of site ---------------------------------------------------------------------

@@ -2,28 +2,75 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterable
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from .backend import Array, xp_of
+from .errors import RefpeftError, warn
 from .rng import Stream
 from .targets import patterned
 
+if TYPE_CHECKING:
+    from .sites import Site
 
-class Scaled:
-    """For a Config with `r`, `alpha`, `rank_pattern` and `alpha_pattern`, and `rslora`, `dropout` where it has them."""
 
-    rslora = False
+_OF_LINEAR = {"dropout", "init", "freeze_A"}  # options of which embeddings make no use
+
+
+class Ranked:
+    """For a Config with `r`, and with `rank_pattern` and `dropout` where the method has them."""
+
+    rank_pattern = MappingProxyType({})
     dropout = 0.0
+    of_the_weight = False  # whether first values are the weight's own, which has no more to give than its rank
+    beyond = "a product has no higher rank"  # what is so of ranks above `most`
 
     def __post_init__(self):
         if min((self.r, *self.rank_pattern.values())) < 1 or not 0 <= self.dropout < 1:
             raise ValueError("expected r of at least 1, and dropout of at least 0 and less than 1")
 
-    def rank(self, site) -> int:
+    def rank(self, site: Site) -> int:
         """The rank at this site."""
         return patterned(self.rank_pattern, site, self.r)
 
-    def scale(self, site) -> float:
+    def most(self, site: Site) -> int:
+        """The highest rank that is of use at this site."""
+        return min(site.shape)
+
+    def check_sites(self, name: str, sites: Iterable[Site]) -> None:
+        """Warns of ranks that are too high for these sites, or raises RefpeftError where first values need them."""
+        fields = {field.name: field.default for field in dataclasses.fields(self)}
+        vain = [key for key in _OF_LINEAR & fields.keys() if getattr(self, key) != fields[key]]
+        if vain and all(site.kind == "embedding" for site in sites):
+            warn(f"{name}: {min(vain)} has no effect at embeddings, and there are no other targets")
+        above = [site for site in sites if self.rank(site) > self.most(site)]
+        if not above:
+            return
+        site = min(above, key=self.most)
+        most, where = self.most(site), f"{site.name}, which is {site.shape}"
+        message = f"{name}: r is {self.rank(site)}, but above {most} {self.beyond} at {where}: take {most} or less"
+        if self.of_the_weight:
+            raise RefpeftError(message)
+        warn(message)
+
+
+class Scaled(Ranked):
+    """For a Config with `alpha` beside `r`, and with `alpha_pattern` and `rslora` where the method has them."""
+
+    alpha_pattern = MappingProxyType({})
+    rslora = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        alphas = (self.alpha, *self.alpha_pattern.values())
+        if 0 in alphas or (self.of_the_weight and min(alphas) < 0):
+            raise ValueError(f"alpha is {min(alphas):g}: expected a number above 0")
+
+    def scale(self, site: Site) -> float:
         """alpha / r at this site; alpha / sqrt(r) with rslora (arXiv:2312.03732)."""
         return patterned(self.alpha_pattern, site, self.alpha) / self.rank(site) ** (0.5 if self.rslora else 1)
 

@@ -89,11 +89,16 @@ class _NoWeights:
         return None
 
 
-def skeleton(checkpoint: Checkpoint) -> Model:
-    """The model of a checkpoint in float32 whose weights, and what is attached to it later, are not there."""
+def skeleton(checkpoint: Checkpoint, quantizer: Quantizer | None = None) -> Model:
+    """The model of a checkpoint in float32 whose weights, and what is attached to it later, are not there.
+
+    With a quantizer it says of the weights which will be quantized.
+    """
     model = api.build(_NoWeights(checkpoint), "float32")
-    for weight in model.frozen.values():
+    for name, weight in model.frozen.items():
         weight.array = weight.array.view(Absent)
+        here = quantizer and not checkpoint.quantized and name in model.quantizable
+        weight.quantized = bool(here or checkpoint.packed(name, quantizer))
     model.weightless, model.stream = True, _NoDraws
     model.place = lambda array, dtype=None: absent(np.shape(array), dtype)
     return model

@@ -14,6 +14,7 @@ from refpeft.quant import make_quantizer
 
 SHAPE = "llama-3-8b"
 NEEDED = {"bitfit": {"create": True}, "trainable_tokens": {"token_indices": [0]}, "spot": {"sources": ["runs/other"]}}
+NEEDED |= {"adapterfusion": {"adapters": ["runs/a", "runs/b"]}}
 """The least options of methods that SHAPE cannot have at their defaults; the table names them."""
 
 _HEAD = ("method", "family", "what it computes", "trained of Llama-3-8B", "merges", "PEFT's file", "source")
@@ -33,9 +34,9 @@ def ordered(listings: Iterable[Listing]) -> list[Listing]:
 
 def cells(listing: Listing, counted: bool = True) -> list[str]:
     """A method's row; without `counted` its COUNT is left empty, which is faster."""
-    form = FORMATS.get(listing.name)
     recipe = "peft_params" not in listing.hooks  # of companions, which do what it does
     adapter = _adapter(listing) if counted or recipe else None
+    form = _form(listing.name, adapter)
     merges = _all_merge(adapter) if recipe else "peft_merge" in listing.hooks
     count = f"{adapter.size:,}" if adapter else "-"
     options = ", ".join(f"`{key} = {toml.text(value)}`" for key, value in NEEDED.get(listing.name, {}).items())
@@ -48,6 +49,12 @@ def cells(listing: Listing, counted: bool = True) -> list[str]:
         "no" if form is None else "read" if form.fitted else "yes",
         _link(listing.source),
     ]
+
+
+def _form(name: str, adapter: sites.Adapter | None) -> Format | None:
+    """PEFT's form of a method; of a recipe of one method that one's."""
+    inside = [part for part in adapter.parts if not part.is_recipe] if adapter else []
+    return FORMATS.get(inside[0].name if len(inside) == 1 else name)
 
 
 def _all_merge(adapter: sites.Adapter | None) -> bool:

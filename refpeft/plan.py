@@ -134,7 +134,7 @@ def _sizes(resolved: Resolved, checkpoint: Checkpoint, rows: int, longest: int) 
     """The fields of Sizes, for steps of so many rows of so many tokens."""
     config, shape = resolved.run, checkpoint.config
     quantizer = make_quantizer(config.quantizer, resolved.options.get(config.quantizer), config.double_quant)
-    model = memory.skeleton(checkpoint)
+    model = memory.skeleton(checkpoint, quantizer)
     for method in config.methods:
         sites.attach(model, method, resolved.options[method], seed=config.seed)
     frozen = memory.frozen_parts(model, checkpoint, config.dtype, quantizer)

@@ -16,6 +16,8 @@ CONSTANTS = "dynamic8"  # the quantizer of another's constants
 class Dense:
     """A frozen array; bfloat16 is cast to the compute dtype whenever it is asked for."""
 
+    quantized = False
+
     def __init__(self, array: Array, dtype: np.dtype):
         self.array, self.dtype, self.shape = array, dtype, array.shape
 
@@ -121,6 +123,8 @@ class Quantizer:
 
 class Quantized:
     """A frozen weight in a quantizer's format, dequantized whenever it is asked for."""
+
+    quantized = True
 
     def __init__(self, quantizer: Quantizer, parts: dict[str, Array], shape: tuple[int, ...], dtype: np.dtype):
         self.quantizer, self.parts, self.shape, self.dtype = quantizer, parts, shape, dtype

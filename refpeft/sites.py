@@ -17,6 +17,7 @@ from . import manager
 from .backend import Array
 from .errors import RefpeftError
 from .layers import Layer, Lazy, Near, Part
+from .lowrank import Ranked
 from .quant import Dense
 from .targets import check_patterns, select
 from .tensor import Tensor, parameter
@@ -58,6 +59,11 @@ class Site:
 
     def __repr__(self) -> str:
         return f"<{self.kind} site {self.name} {self.shape}>"
+
+    @property
+    def quantized(self) -> bool:
+        """Whether its frozen weight is kept quantized, or will be where a run is only planned."""
+        return getattr(self.weight, "quantized", False)
 
     @property
     def index(self) -> int | None:
@@ -141,7 +147,7 @@ def prepare(model: Any, method: str | ModuleType, config: Any = None, *, seed: i
         part = waiting.pop(0)
         adapter.parts.append(part)
         adapter.positions += part.call("peft_positions") or 0
-        chosen = _add_part(model, adapter, part, seed, fit and not model.weightless)
+        chosen = _add_part(model, adapter, part, seed, fit)
         for companion, options in (part.call("peft_companions", sites=chosen) or {}).items():
             other = manager.load(companion)
             waiting.append(Part(other, plugin_options(other, options)))
@@ -175,11 +181,13 @@ def _add_part(model: Any, adapter: Adapter, part: Part, seed: int, fit: bool) ->
     """
     if part.is_recipe:
         part.sites = list(model.sites.values())
-        part.call("peft_check")
+        part.call("peft_check", fit=fit)
         return part.sites
     part.sites = select(model.sites.values(), part.cfg, _has_hook(part.plugin))
     check_patterns(part.name, part.cfg, part.sites)
-    part.call("peft_check")
+    if isinstance(part.cfg, Ranked):
+        part.cfg.check_sites(part.name, part.sites)
+    part.call("peft_check", fit=fit)
     made: list[Site] = []
     shared = part.call("peft_shared", rng=model.stream(seed, "init", adapter.name, "shared")) or {}
     for key, value in shared.items():
@@ -204,7 +212,7 @@ def _add_part(model: Any, adapter: Adapter, part: Part, seed: int, fit: bool) ->
         for key, value in values.items():
             if adapter.kind(value).setdefault(f"{site.name}.{key}", value) is not value:
                 raise RefpeftError(f"two parts of method '{adapter.name}' train {key!r} at {site.name}")
-        if fit:
+        if fit and not model.weightless:
             more = {"original": _original(model, site), "requantize": Lazy(lambda site=site: _requantize(site))}
             for key, array in (part.call("peft_fit", **have, **more) or {}).items():
                 values[key].data[...] = model.place(array)  # in the layout that a file's values have: equal bits

@@ -8,7 +8,8 @@ from fnmatch import fnmatchcase
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from .errors import RefpeftError, nearest
+from . import toml
+from .errors import RefpeftError, nearest, warn
 
 if TYPE_CHECKING:
     from .sites import Site
@@ -47,18 +48,25 @@ def select(sites: Iterable[Site], cfg: Any, usable: Callable[[Site], bool]) -> l
     must match at least one usable site; raises RefpeftError with the nearest names otherwise.
     """
     sites = list(sites)
-    chosen: set[str] = set()
-    for target, hits in matcher(cfg.targets).items():
-        chosen |= _hit(target, hits, sites, usable)
+    found = {target: _hit(target, hits, sites, usable) for target, hits in matcher(cfg.targets).items()}
+    targeted = set().union(*found.values())
+    chosen = set(targeted)
     for target, hits in matcher(getattr(cfg, "exclude", ())).items():
-        chosen -= _hit(target, hits, sites, lambda site: True)
+        excluded = _hit(target, hits, sites, lambda site: True)
+        if not excluded & targeted:
+            warn(f"exclude {target!r} has no effect: it is none of the targets")
+        chosen -= excluded
     layers = getattr(cfg, "layers", None)
     if layers is not None:
         last = max(site.index or 0 for site in sites)
         for number in layers:
             if not 0 <= number <= last:
                 raise RefpeftError(f"layers names {number}: the model has layers 0 to {last}")
-        chosen = {site.name for site in sites if site.name in chosen and site.index in layers}
+        within = {site.name for site in sites if site.name in chosen and site.index in layers}
+        for target, names in found.items():
+            if within and names & chosen and not names & within:
+                warn(f"target {target!r} has no effect: it is in none of the layers that are named")
+        chosen = within
     if not chosen:
         raise RefpeftError("after 'exclude' and 'layers' no site is left")
     return [site for site in sites if site.name in chosen]
@@ -91,6 +99,14 @@ def check_patterns(name: str, cfg: Any, sites: list[Site]) -> None:
                 raise RefpeftError(f"{name}.{field}: {key!r} is not a regular expression: {error}") from None
             if not hit:
                 raise RefpeftError(f"{name}.{field} has the key {key!r}, which matches none of the targets")
+
+
+def check_effects(cfg: Any) -> None:
+    """Raises RefpeftError for an option that does nothing as another one is: see `only_with` in refpeft.hookspecs."""
+    for key, other, value in getattr(cfg, "only_with", ()):
+        if getattr(cfg, other) != value and getattr(cfg, key) != getattr(type(cfg), key):  # there, it is the default
+            needs = f"{key} has an effect only with {other} = {toml.text(value)}"
+            raise RefpeftError(f"{needs}: set that, or leave {key} out")
 
 
 def _no_match(target: str, hit: list[Site], sites: list[Site]) -> str:

@@ -49,7 +49,7 @@ def test_what_comes_back_is_what_the_quantizer_keeps(name, packer, tmp_path):
 
 def test_the_file_is_small_and_no_other_program_takes_it_for_a_dense_one(tmp_path):
     model = tiny.model()
-    sites.attach(model, "lora", {"targets": "all-linear", "r": 16})
+    sites.attach(model, "lora", {"targets": "all-linear", "r": 12})
     adapters.save(tmp_path / "dense", model)
     adapters.save(tmp_path / "packed", model, quantizer=PACKER)
     config = files.read_json(tmp_path / "packed" / adapters.CONFIG)

@@ -15,8 +15,10 @@ F4 = np.dtype("f4")
 WAYS = [{"bits": bits, "per": per} for bits in (4, 8) for per in ("tensor", "row", "group")]
 
 
-def round_trip(weight, **options):
+def round_trip(weight, group=64, **options):
     """(parts, the dense array again)."""
+    if options.get("per", "group") == "group":
+        options["group"] = group
     quantizer = make_quantizer("affine", options)
     parts = quantizer.pack(weight)
     return parts, quantizer.dense(parts, weight.shape, F4)

@@ -413,6 +413,7 @@ def dtypes(case: Case) -> tuple[str, ...]:
 @pytest.mark.parametrize(
     ("case", "dtype"), [pytest.param(case, dtype, id=f"{case}-{dtype}") for case in cases() for dtype in dtypes(case)]
 )
+@pytest.mark.filterwarnings("ignore::refpeft.errors.RefpeftWarning")
 def test_case(case, dtype):
     answer = DRIVERS[case.kind](case, case.given(dtype), dtype)
     assert not [result.problem for result in compare(case, answer, dtype) if result.problem]

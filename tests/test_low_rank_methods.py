@@ -17,9 +17,7 @@ from refpeft.torch_random import torch_uniform
 @pytest.mark.parametrize(
     ("method", "options", "message"),
     [
-        ("pissa", {"r": 13}, "r is 13, but model.layers.0.self_attn.v_proj has 12 singular values: r of at most 12"),
-        ("olora", {"r": 13}, "r is 13, but the smaller side of model.layers.0.self_attn.v_proj is 12: r of at most 12"),
-        ("olora", {"alpha_pattern": {"q_proj": 0}}, "alpha above 0"),
+        ("olora", {"alpha_pattern": {"q_proj": 0}}, "alpha is 0: expected a number above 0"),
         ("vera", {"r": 0}, "expected r of at least 1"),
         ("loha", {"rank_pattern": {".*": 0}}, "expected r of at least 1"),
         ("lokr", {"factor": 0}, "factor of at least 1, or -1"),

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
-from variants import CASES, FAMILIES, TO_FIT, VARIANTS, WITH_BIASES, attached, bare, quantizer
+from variants import CASES, FAMILIES, TO_FIT, VARIANTS, WITH_BIASES, attached, bare, needed_quantizer, quantizer
 
 from refpeft import manager, ops, sites
 from refpeft.errors import RefpeftError
@@ -458,7 +458,7 @@ def test_two_methods_that_replace_one_bias_are_an_error():
 # ---- on quantized weights --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [name for name in VARIANTS if name != "loftq"])
+@pytest.mark.parametrize("name", [name for name, (method, _) in VARIANTS.items() if not needed_quantizer(method)])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_on_nf4_weights_a_method_is_what_it_is_on_their_dense_values(family, name):
     packed, _ = attached(family, name, quantizer=quantizer())

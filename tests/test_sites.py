@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from variants import quantizer
 
 from refpeft import manager, sites
-from refpeft.errors import RefpeftError
+from refpeft.errors import RefpeftError, RefpeftWarning
 from refpeft.targets import select
 from refpeft.tensor import parameter
 
@@ -74,7 +74,8 @@ def test_one_layer_may_have_several_roles():
 def test_exclude_and_layers_take_away():
     assert chosen(("@q", "@k"), exclude=("@k",)) == Q
     assert chosen(("@q", "@k"), exclude=r".*k_proj", layers=(1,)) == Q[1:]
-    assert chosen(("@q", "lm_head"), layers=(0,)) == Q[:1]
+    with pytest.warns(RefpeftWarning, match="target 'lm_head' has no effect: it is in none of the layers"):
+        assert chosen(("@q", "lm_head"), layers=(0,)) == Q[:1]
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,7 @@ VARIANTS = {
     "intrinsic_said": ("intrinsic_said", {"d": 60}),
     "intrinsic_said-did": ("intrinsic_said", {"d": 30, "said": False, "targets": ["all-linear", "@embed", "@head"]}),
     "loftq": ("loftq", {"r": 3, "iterations": 2}),
+    "qdora": ("qdora", {"r": 3, "alpha_pattern": {".*1.*": 3}}),
     "ia3": ("ia3", {}),
     "ia3-other": ("ia3", {"targets": ["@q", "@up"], "feedforward": ["@up"]}),
     "bitfit-created": ("bitfit", {"create": True}),
@@ -113,7 +114,7 @@ TO_FIT |= {"adapterfusion": {"size": 5, "adapters": sources.bottlenecks(2)}}
 TO_FIT |= {"spot": {"tokens": 3, "sources": sources.prompts(1)}}
 TO_FIT |= {"c3a": {"block_size": 4}, "fourierft": {"frequencies": 50}}
 """Options without which a method's sizes do not fit tiny models."""
-SIMPLER_IN_FILES = {"eva", "lora-fa", "p_tuning", "p_tuning-mlp", "p_tuning_v2-mlp", "prefix_tuning-mlp"}
+SIMPLER_IN_FILES = {"eva", "qdora", "lora-fa", "p_tuning", "p_tuning-mlp", "p_tuning_v2-mlp", "prefix_tuning-mlp"}
 """Variants whose files, in PEFT's form, have what a network gave, not the network, or not what made first values."""
 FAMILIES = ("llama", "tied", "qwen2", "gpt2")
 CASES = [(family, name) for family in FAMILIES for name in VARIANTS] + [
@@ -140,7 +141,7 @@ def attached(family: str, name: str, scramble: bool = True, **model):
 
 def needed_quantizer(method: str) -> Quantizer | None:
     """One that the method cannot do without; None of those that take dense weights."""
-    return quantizer() if method == "loftq" else None
+    return quantizer() if method in ("loftq", "qdora") else None
 
 
 def quantizer(name: str = "nf4", double_quant: bool = True, **options) -> Quantizer:

@@ -59,12 +59,11 @@ def _oft_settings(adapter: Adapter, model: Any) -> dict[str, Any]:
 
 
 def _oft_options(config: Settings, model: Any) -> dict[str, Any]:
-    return _options(config, model) | {
-        "block_size": config.need("oft_block_size"),
-        "block_share": config.get("block_share", False),
-        "cayley": "neumann" if config.get("use_cayley_neumann", False) else "exact",
-        "terms": max(config.get("num_cayley_neumann_terms", 5), 4),  # PEFT computes the same for 3 as for 4
-    }
+    options = {"block_size": config.need("oft_block_size"), "block_share": config.get("block_share", False)}
+    terms = max(config.get("num_cayley_neumann_terms", 5), 4)  # PEFT computes the same for 3 as for 4
+    if config.get("use_cayley_neumann", False):
+        options |= {"cayley": "neumann", "terms": terms}
+    return _options(config, model) | options
 
 
 OFT = Format(
