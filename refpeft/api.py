@@ -15,6 +15,9 @@ from .errors import RefpeftError
 from .files import let_go
 from .models.base import Frozen, Model
 from .models.checkpoint import Checkpoint, open_checkpoint
+from .models.config import ModelConfig
+from .models.deberta import Deberta
+from .models.deberta_config import DebertaConfig
 from .models.decoder import Decoder
 from .models.encoder import Encoder
 from .models.encoder_config import EncoderConfig
@@ -88,7 +91,15 @@ def build(checkpoint: Checkpoint, dtype: str, xp: ModuleType = np, quantizer: Qu
         return kept
 
     config = checkpoint.config
-    kind = Encoder if isinstance(config, EncoderConfig) else GPT2 if config.family == "gpt2" else Decoder
-    model = kind(config, weights, compute, xp)
+    model = class_of(config)(config, weights, compute, xp)
     model.checkpoint, model.tokenizer = checkpoint, checkpoint.tokenizer()
     return model
+
+
+def class_of(config: ModelConfig | EncoderConfig) -> type[Model]:
+    """The class of the model that a config describes."""
+    if isinstance(config, DebertaConfig):
+        return Deberta
+    if isinstance(config, EncoderConfig):
+        return Encoder
+    return GPT2 if config.family == "gpt2" else Decoder

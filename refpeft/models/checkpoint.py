@@ -14,8 +14,9 @@ import numpy as np
 
 from refpeft.errors import RefpeftError
 from refpeft.files import read_json, read_safetensors
-from refpeft.models import encoder_config
+from refpeft.models import deberta_config, encoder_config
 from refpeft.models.config import ModelConfig, from_hf
+from refpeft.models.deberta_config import DebertaConfig
 from refpeft.models.encoder_config import EncoderConfig
 from refpeft.models.quantized_files import Packed, gathered
 from refpeft.quant import Quantizer
@@ -147,8 +148,10 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 def expected_tensors(config: ModelConfig | EncoderConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape, as files have them, of every tensor of such a model (GPT-2's linear weights are (in, out))."""
+    if isinstance(config, DebertaConfig):
+        return deberta_config.tensors(config)
     if isinstance(config, EncoderConfig):
-        return encoder_config.tensors(config)
+        return encoder_config.tensors_of(config, config.dim)
     return _gpt2_tensors(config) if config.family == "gpt2" else _llama_shaped_tensors(config)
 
 

@@ -8,7 +8,7 @@ import reprlib
 from dataclasses import dataclass, field
 
 from refpeft.errors import RefpeftError
-from refpeft.models import encoder_config
+from refpeft.models import deberta_config, encoder_config
 from refpeft.models.config_keys import REQUIRED, activation, count, flag, layer_count, positive, read, special_ids
 from refpeft.models.encoder_config import EncoderConfig
 
@@ -196,6 +196,8 @@ def from_hf(config: dict) -> ModelConfig | EncoderConfig:
     family = config.get("model_type")
     if not isinstance(family, str) or family not in _KEYS.keys() | encoder_config.NAMES.keys():
         raise RefpeftError(f"model_type is {family!r}; refpeft has {', '.join([*_KEYS, *encoder_config.NAMES])}")
+    if family == deberta_config.FAMILY:
+        return deberta_config.from_hf(config)
     if family in encoder_config.NAMES:
         return encoder_config.from_hf(config)
     values = read(config, family, _KEYS[family], _ONLY, _HARMLESS_IN.get(family, ()))

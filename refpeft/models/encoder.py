@@ -28,10 +28,14 @@ class Encoder(Model):
         super().__init__(config, weights, dtype, xp)
         name, prefix = NAMES[config.family], PREFIX[config.family]
         self.embed = self.embedding(prefix + name["words"], "embed")
-        self.position = self.embedding(prefix + name["positions"], "position")
+        self.position = self.embedding(prefix + name["positions"], "position") if config.positions else None
         self.type = self.embedding(prefix + name["types"], "type") if config.types else None
         self.first_norm = self.norm(prefix + name["norm"], config.norm_eps, "norm", bias=True)
-        self.layers = [Layer(self, f"{prefix}{name['layer']}.{i}", name) for i in range(config.layers)]
+        self.layers = [self.make_layer(f"{prefix}{name['layer']}.{i}", name) for i in range(config.layers)]
+
+    def make_layer(self, start: str, name: dict[str, str]) -> Layer:
+        """The layer whose modules' names begin with `start` and go on as in `name`."""
+        return Layer(self, start, name)
 
     def trunk(
         self,
@@ -41,6 +45,17 @@ class Encoder(Model):
         cache: Cache | None,
         types: Array | None = None,
     ) -> Tensor:
+        hidden, virtual = self.tokens(ids, positions, types, cache)
+        hidden = self.first_norm(hidden)
+        mask = fused.Mask(ids.shape[1], None, segments, causal=False)
+        for layer in self.layers:
+            hidden = self.run(partial(layer, mask=mask), hidden)
+        return hidden[:, virtual:] if virtual else hidden
+
+    def tokens(
+        self, ids: Array, positions: Array | None, types: Array | None, cache: Cache | None
+    ) -> tuple[Tensor, int]:
+        """(the sum of the embeddings of tokens, positions and types, number of virtual tokens among them)."""
         hidden = self.embedded(ids, cache)
         positions, virtual = self.positioned(hidden, ids, positions, cache)
         last = ids.shape[1] + self.first_position(virtual, None)
@@ -48,15 +63,12 @@ class Encoder(Model):
             raise RefpeftError(
                 f"{last} positions were asked for: this model has {self.config.context}; shorten the rows"
             )
-        hidden = hidden + self.position(positions + self.config.first_position)
+        if self.position:
+            hidden = hidden + self.position(positions + self.config.first_position)
         if self.type:
             types = self.xp.zeros((1, 1), np.int32) if types is None else self.xp.pad(types, ((0, 0), (virtual, 0)))
             hidden = hidden + self.type(types)
-        hidden = self.first_norm(hidden)
-        mask = fused.Mask(ids.shape[1], None, segments, causal=False)
-        for layer in self.layers:
-            hidden = self.run(partial(layer, mask=mask), hidden)
-        return hidden[:, virtual:] if virtual else hidden
+        return hidden, virtual
 
     def finish(self, hidden: Tensor) -> Tensor:
         return hidden
@@ -86,25 +98,36 @@ class Layer:
         )
         self.activate = unit(config.activation)
         shape = (config.heads, config.head_dim)
-        self.attend = model.place_of(
-            f"{start}.{name['attention']}.attend", "attention", shape, "attend", fused.attention
-        )
+        attend = f"{start}.{name['attention']}.attend"
+        self.attend = model.place_of(attend, "attention", shape, "attend", self.attention)
         self.attn_out = model.place_of(f"{start}.attn_out", "block", dim, "attn_out", self._attention)
         self.mlp_out = model.place_of(f"{start}.mlp_out", "block", dim, "mlp_out", self._mlp)
         self.block_out = model.place_of(f"{start}.block_out", "block", dim, "block_out", self._layer)
 
-    def __call__(self, x: Tensor, *, mask: fused.Mask) -> Tensor:
-        return self.block_out(x, mask=mask, cache=None)
+    @property
+    def attention(self) -> Callable[..., Tensor]:
+        """What the heads do: (q, k, v, **what the layer gives it beside them) -> (batch, heads, time, head_dim)."""
+        return fused.attention
+
+    def __call__(self, x: Tensor, *, mask: fused.Mask, **around: object) -> Tensor:
+        return self.block_out(x, mask=mask, cache=None, **around)
 
     def _layer(self, x: Tensor, **around: object) -> Tensor:
         x = self.norm1(x + self.attn_out(x, **around))
         return self.norm2(x + self.mlp_out(x))
 
     def _attention(self, x: Tensor, *, mask: fused.Mask, cache: None) -> Tensor:
-        batch, time, dim = x.shape
-        q, k, v = (f(x).reshape(batch, time, self.heads, -1).transpose(0, 2, 1, 3) for f in (self.q, self.k, self.v))
-        y = self.attend(q, k, v, mask=mask)
-        return self.o(y.transpose(0, 2, 1, 3).reshape(batch, time, dim))
+        q, k, v = (self.in_heads(f(x)) for f in (self.q, self.k, self.v))
+        return self.joined(self.attend(q, k, v, mask=mask))
+
+    def in_heads(self, x: Tensor) -> Tensor:
+        """(batch, time, dim) as (batch, heads, time, head_dim)."""
+        return x.reshape(*x.shape[:2], self.heads, -1).transpose(0, 2, 1, 3)
+
+    def joined(self, y: Tensor) -> Tensor:
+        """The output layer of all heads' results, together again."""
+        batch, heads, time, width = y.shape
+        return self.o(y.transpose(0, 2, 1, 3).reshape(batch, time, heads * width))
 
     def _mlp(self, x: Tensor) -> Tensor:
         return self.down(self.activate(self.up(x)))

@@ -69,18 +69,33 @@ _DISTILBERT = _BERT | {
     "down": "ffn.lin2",
     "norm2": "output_layer_norm",
 }
-NAMES = {"bert": _BERT, "roberta": _BERT, "xlm-roberta": _BERT, "distilbert": _DISTILBERT}
+_DEBERTA = _BERT | {
+    letter: f"attention.self.{word}_proj" for letter, word in zip("qkv", ("query", "key", "value"), strict=True)
+}
+NAMES = {
+    "bert": _BERT,
+    "roberta": _BERT,
+    "xlm-roberta": _BERT,
+    "distilbert": _DISTILBERT,
+    "deberta-v2": _DEBERTA,
+}
 """What modules are called, by family."""
 
-PREFIX = {"bert": "bert.", "roberta": "roberta.", "xlm-roberta": "roberta.", "distilbert": "distilbert."}
+PREFIX = {
+    "bert": "bert.",
+    "roberta": "roberta.",
+    "xlm-roberta": "roberta.",
+    "distilbert": "distilbert.",
+    "deberta-v2": "deberta.",
+}
 """What stands before these names in a model that has a head."""
 
 
-def tensors(config: EncoderConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of such a model without a head."""
+def tensors_of(config: EncoderConfig, width: int) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of such a model without a head; `width` is that of the embeddings."""
     name, dim, ff = NAMES[config.family], config.dim, config.ff
     tables = {"words": config.vocab, "positions": config.positions, "types": config.types}
-    shapes = {f"{name[table]}.weight": (rows, dim) for table, rows in tables.items() if rows}
+    shapes = {f"{name[table]}.weight": (rows, width) for table, rows in tables.items() if rows}
     linears = {"q": (dim, dim), "k": (dim, dim), "v": (dim, dim), "o": (dim, dim), "up": (ff, dim), "down": (dim, ff)}
     norms = [name["norm"]]
     for layer in range(config.layers):
@@ -146,18 +161,18 @@ _ONLY = {
     "tie_encoder_decoder": False,
 }
 # Dropout, off in a frozen base; how weights were first made; and what concerns heads.
-_HARMLESS_KEYS = """
+HARMLESS = """
     attention_probs_dropout_prob classifier_dropout directionality dropout gradient_checkpointing hidden_dropout_prob
     pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head pooler_type qa_dropout
     seq_classif_dropout sinusoidal_pos_embds tie_weights_ tie_word_embeddings
-"""
-_ARCHITECTURES = ("Model", "ForMaskedLM", "ForPreTraining", "ForSequenceClassification", "ForTokenClassification")
+""".split()  # noqa: SIM905 (a list of so many words is no easier to read)
+ARCHITECTURES = ("Model", "ForMaskedLM", "ForPreTraining", "ForSequenceClassification", "ForTokenClassification")
 
 
 def from_hf(config: dict) -> EncoderConfig:
     """The EncoderConfig of a parsed `config.json`; raises RefpeftError as refpeft.models.config.from_hf does."""
     family = config["model_type"]
-    values = read(config, family, _KEYS[family], _ONLY, _HARMLESS_KEYS.split(), _ARCHITECTURES)
+    values = read(config, family, _KEYS[family], _ONLY, HARMLESS, ARCHITECTURES)
     values = {_IN_BERTS_WORDS.get(key, key): value for key, value in values.items()}
     dim, heads = count(values, "hidden_size"), count(values, "num_attention_heads")
     if dim % heads:

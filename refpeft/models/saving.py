@@ -15,7 +15,7 @@ from refpeft import files
 from refpeft.backend import bfloat16, cast, single, to_host
 from refpeft.errors import RefpeftError
 from refpeft.models.base import Model
-from refpeft.models.checkpoint import Checkpoint, linear_weights
+from refpeft.models.checkpoint import Checkpoint, expected_tensors, linear_weights
 from refpeft.models.quantized_files import scheme_of, tensors_of
 from refpeft.quant import Quantized, Quantizer
 
@@ -48,12 +48,13 @@ def save(model: Model, directory: str | Path, dtype: str = "float32") -> None:
 
 def _tensors(model: Model, dtype: str) -> Tensors:
     transposed = {f"{site.name}.weight" for site in model.sites.values() if site.transposed}
+    shapes = expected_tensors(model.config)  # a convolution is a linear layer here
     for name, frozen in model.frozen.items():
         if isinstance(frozen, Quantized):
             yield from tensors_of(name, frozen, dtype).items()
         else:
             array = cast(to_host(frozen()), DTYPES[dtype])
-            yield name, array.T if name in transposed else array
+            yield name, array.T if name in transposed else array.reshape(shapes.get(name, array.shape))
 
 
 def _scheme(model: Model, dtype: str) -> dict[str, Any] | None:
