@@ -9,7 +9,7 @@ from refpeft import manager, memory, shapes, sites, toml
 from refpeft.errors import RefpeftError
 from refpeft.manager import Listing
 from refpeft.models.checkpoint import Checkpoint
-from refpeft.peft_formats import FORMATS
+from refpeft.peft_formats import FORMATS, Format
 from refpeft.quant import make_quantizer
 
 SHAPE = "llama-3-8b"

@@ -13,6 +13,7 @@ from refpeft.errors import RefpeftError
 from refpeft.rng import Stream
 
 CHANGE_AT_THE_START = {
+    "adapterfusion",
     "c3a",
     "fourierft",
     "prompt_tuning",
