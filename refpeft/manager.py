@@ -169,7 +169,7 @@ def read(path: Path) -> Listing:
         kind=_kind(hooks),
         family=_constant(tree, "FAMILY"),
         summary=doc.partition("\n")[0],
-        source=source[0].rstrip(".") if source else "",
+        source=source[0].rstrip(".:") if source else "",
         hooks=hooks,
         options=options,
         path=str(path),
