@@ -7,7 +7,8 @@ from sources import prompts, write_prompt
 
 from refpeft import adapters, files, sites
 from refpeft.errors import RefpeftError
-from refpeft.transfer import prompt
+from refpeft.rng import Stream
+from refpeft.transfer import fitted_decoder, prompt
 
 EMBED = "model.embed_tokens"
 
@@ -142,3 +143,40 @@ def test_a_file_of_several_tasks_that_names_none_is_refused(tmp_path):
     files.write_json(tmp_path / "adapter_config.json", config | {"refpeft_task": 1, "num_tasks": 10**12})
     with pytest.raises(RefpeftError, match=r"tasks = 1000000000000, but no tensor in .* has a side of more than 24"):
         adapters.load(tiny.model(), tmp_path)
+
+
+# ---- a subspace of prompts -------------------------------------------------------------------------------------------
+
+
+def test_a_decoder_learns_to_give_the_prompts_that_it_was_fitted_to():
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(6, 2)) @ rng.normal(size=(2, 30))  # six prompts in a plane
+    errors = []
+    for steps in (1, 2000):
+        decoder = fitted_decoder(Stream(0), rows, d=2, hidden=16, steps=steps, lr=1e-2)
+        assert {name: array.shape for name, array in decoder.items()} == {
+            "inner": (16, 2),
+            "inner_bias": (16,),
+            "outer": (30, 16),
+            "outer_bias": (30,),
+        }
+        errors.append(nearest_in_image(decoder, rows))
+    assert errors[1] < 0.2 < 0.6 < errors[0]
+
+
+def nearest_in_image(decoder: dict[str, np.ndarray], rows: np.ndarray) -> float:
+    """How far the rows are from what the decoder gives over a grid of z, relative to their size."""
+    z = np.stack(np.meshgrid(*[np.linspace(-3, 3, 61)] * 2), axis=-1).reshape(-1, 2)
+    image = np.tanh(z @ decoder["inner"].T + decoder["inner_bias"]) @ decoder["outer"].T + decoder["outer_bias"]
+    return max(np.linalg.norm(image - row, axis=1).min() / np.linalg.norm(row) for row in rows)
+
+
+def test_a_fitted_decoder_is_constant_and_the_same_again():
+    options = {"tokens": 3, "d": 4, "hidden": 6, "prompts": prompts(2), "fit_steps": 30}
+    first, again = (first_values("ipt", options) for _ in range(2))
+    random = first_values("ipt", options | {"prompts": []})
+    for name in ("inner", "inner_bias", "outer", "outer_bias"):
+        assert np.array_equal(first[name], again[name]) and not np.array_equal(first[name], random[name])
+    assert set(sites.attach(tiny.model(), "ipt", options).params) == {f"{EMBED}.z"}
+    with pytest.raises(RefpeftError, match="has 3 tokens, and tokens is 4"):
+        first_values("ipt", options | {"tokens": 4})

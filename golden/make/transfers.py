@@ -23,11 +23,13 @@ IDS = np.int32([[3, 0, 3], [6, 1, 2]])
 def cases() -> Iterator[Case]:
     yield from prompts_to_start_from()
     yield from prompts_of_tasks()
+    yield from decoded_prompts()
     for family, settings, embed in (
         ("llama", SMALL_LLAMA, "model.embed_tokens"),
         ("gpt2", SMALL_GPT2, "transformer.wte"),
     ):
         yield from methods.model_cases(family, settings, of_tasks_on_model(family, settings, embed))
+        yield from methods.model_cases(family, settings, decoded_on_model(embed))
 
 
 # ---- prompts of other tasks (SPoT) -----------------------------------------------------------------------------
@@ -163,3 +165,57 @@ def peft_of_tasks(family: str, settings: dict, embed: str) -> Compute:
         return {"logits": logits, "loss": loss, **{f"grad.{embed}.{name}": grad for name, grad in grads.items()}}
 
     return compute
+
+
+# ---- prompts that a fixed decoder gives ------------------------------------------------------------------------
+
+DECODER = {"d": 4, "tokens": TOKENS, "hidden": 6}
+
+
+def shapes_of_decoder(dim: int) -> dict[str, tuple[int, ...]]:
+    d, hidden, width = DECODER["d"], DECODER["hidden"], TOKENS * dim
+    return {"inner": (hidden, d), "inner_bias": (hidden,), "outer": (width, hidden), "outer_bias": (width,)}
+
+
+def of_decoder(t: Tensors, dim: int, place: str = "") -> torch.Tensor:
+    """arXiv:2110.07867, section 3.2."""
+    z, W1, b1, W2, b2 = (t[f"{place}{name}"] for name in ("z", *shapes_of_decoder(dim)))
+    return (W2 @ torch.tanh(W1 @ z + b1) + b2).unflatten(0, (TOKENS, dim))
+
+
+def decoded_prompts() -> Iterator[Case]:
+    equations.PAPERS["ipt"] = "arXiv:2110.07867, section 3.2"
+    draw = Draw("ipt-embedding-plain")
+    inputs = {"ids": IDS, "weight": draw.normal(7, DIM), "z": draw.normal(DECODER["d"])}
+    inputs |= {name: draw.normal(*shape) for name, shape in shapes_of_decoder(DIM).items()}
+
+    def forward(ids, weight, **letters):
+        return equations.prompt(lambda ids: weight[ids.long()], ids, of_decoder(letters, DIM))
+
+    yield site_case(
+        "ipt",
+        "embedding",
+        "plain",
+        inputs,
+        forward,
+        "z",
+        config=DECODER,
+        flags="PromptFirst",
+        comment="the decoder is constant",
+    )
+
+
+def decoded_on_model(embed: str) -> Iterator[Adapted]:
+    def advice(t: Tensors) -> Advice:
+        return {embed: lambda f, ids: equations.prompt(f, ids, of_decoder(t, 8, f"{embed}."))}
+
+    yield Adapted(
+        "ipt",
+        DECODER,
+        {f"{embed}.z": (DECODER["d"],)},
+        advice,
+        constants={f"{embed}.{name}": shape for name, shape in shapes_of_decoder(8).items()},
+        flags="PromptFirst PromptMaskedLoss",
+        peft=False,
+        comment="the decoder is constant",
+    )
