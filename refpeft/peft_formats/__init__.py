@@ -20,12 +20,12 @@ from .structured import BOFT, C3A, FOURIERFT, HRA, MISS, OFT, RANDLORA, ROAD, VB
 __all__ = ["FORMATS", "PREFIX", "Entry", "Format", "Settings"]
 
 FORMATS = {
-    "adalora": ADALORA,
     "dora": DORA,
     "eva": EVA,
     "pissa": PISSA,
     "olora": OLORA,
     "lora": LORA,
+    "adalora": ADALORA,
     "vera": VERA,
     "loha": LOHA,
     "lokr": LOKR,
