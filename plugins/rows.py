@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from refpeft import RefpeftError, fused, hookimpl, ops, sparse
-from refpeft.backend import to_host, xp_of
+from refpeft.backend import to_host
 from refpeft.tensor import Tensor
 
 FAMILY = "selective"
@@ -61,6 +61,4 @@ def peft_linear(x, base, p):
 
 @hookimpl
 def peft_merge(weight, p):
-    merged = xp_of(weight).array(weight)
-    merged[p.rows] += p.change
-    return merged
+    return sparse.added_rows(weight, p.rows, p.change)

@@ -67,6 +67,13 @@ def largest(scores: dict[str, Array], count: int) -> dict[str, dict[str, np.ndar
     return found
 
 
+def check_rows(site: Site, rows: Array) -> None:
+    """Raises RefpeftError where numbers of rows from a file are not those of a weight, or one is there twice."""
+    numbers, out = to_host(rows), site.shape[0]
+    if (len(numbers) and (numbers.min() < 0 or numbers.max() >= out)) or len(np.unique(numbers)) < len(numbers):
+        raise RefpeftError(f"rows of {site.name} are outside of 0 to {out - 1}, or there twice")
+
+
 def check(site: Site, p: Any) -> None:
     """Raises RefpeftError where indices from a file name no places of the weight, or one twice."""
     (rows, columns), (out, width) = to_host(p.indices).astype(np.int64), site.shape
@@ -88,4 +95,11 @@ def merged(weight: Array, p: Any) -> Array:
     """The weight with the values added."""
     folded = xp_of(weight).array(weight)
     folded[p.indices[0], p.indices[1]] += p.values
+    return folded
+
+
+def added_rows(array: Array, rows: Array, change: Array) -> Array:
+    """The array with a change of these rows added."""
+    folded = xp_of(array).array(array)
+    folded[rows] += change
     return folded

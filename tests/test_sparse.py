@@ -71,9 +71,10 @@ def test_lt_sft_chooses_what_full_fine_tuning_changes_most_and_starts_from_the_o
     )
 
 
-def changes_in_full(l1: float) -> dict[str, np.ndarray]:
-    model = tiny.model("llama")
-    full = sites.attach(model, "full", {"targets": TARGETS, "l1": l1})
+def changes_in_full(l1: float, family: str = "llama", targets=TARGETS) -> dict[str, np.ndarray]:
+    """By how much three steps of training in full change each number."""
+    model = tiny.model(family)
+    full = sites.attach(model, "full", {"targets": targets, "l1": l1})
     before = {name: value.data.copy() for name, value in full.params.items()}
     Trainer(model, BATCHES, settings=Train(steps=3, lr=0.01, schedule="constant", warmup=0)).run()
     return {name: abs(value.data - before[name]) for name, value in full.params.items()}
@@ -88,6 +89,22 @@ def assert_largest(adapter, scores: dict[str, np.ndarray]) -> None:
     for name, matrix in scores.items():
         expected = set(zip(*(axis.tolist() for axis in np.nonzero(matrix >= every[-count])), strict=True))
         assert found.get(name.removesuffix(".weight"), set()) == expected
+
+
+def test_far_lets_the_nodes_learn_that_priming_changes_most():
+    model = tiny.model("gpt2")
+    options = {"share": 0.25, "priming": 0.5, "priming_lr": 0.01, "targets": ["@down", "@up"]}
+    adapter = sites.attach(model, "far", options)
+    trainer = Trainer(model, BATCHES, settings=Train(steps=6, lr=0.01))
+    assert not trainer.flat.values.any()
+    changes = changes_in_full(0.0, "gpt2", options["targets"])
+    for layer in adapter.layers:
+        sizes = changes[f"{layer.site.name}.weight"].sum(axis=1)
+        count = round(0.25 * len(sizes))
+        assert layer.p.change.shape == (count, layer.site.shape[1]) and layer.p.shift.shape == (count,)
+        assert set(layer.p.rows.data.tolist()) == set(np.argsort(-sizes)[:count].tolist())
+    trainer.run()
+    assert all((layer.p.change.data != 0).all() for layer in adapter.layers)
 
 
 def test_without_a_number_of_its_own_the_first_phase_is_as_long_as_the_run(monkeypatch):
@@ -193,6 +210,7 @@ def test_a_share_of_less_than_one_number_is_an_error():
         ("fish_mask", {"samples": 0}, "samples to be 1 or more"),
         ("lt_sft", {"l1": -1.0}, "l1 to be 0 or more"),
         ("lt_sft", {"full_steps": 0}, "full_steps to be 1 or more"),
+        ("far", {"priming": 0.0}, "priming and its lr to be more than 0"),
         ("full", {"l1": -1.0}, "l1 is -1: expected 0 or more"),
     ],
 )

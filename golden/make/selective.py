@@ -12,6 +12,7 @@ from common import Case, Draw, Tensors
 from linear_methods import Equation, Variant, cases_of, shapes_of
 from method_sites import site_case
 from models import weight_shapes
+from torch.nn import functional
 
 FAMILIES = (("llama", methods.SMALL_LLAMA), ("gpt2", methods.SMALL_GPT2))
 
@@ -20,6 +21,7 @@ def cases() -> Iterator[Case]:
     equations.PAPERS |= {
         "top_layers": "arXiv:2101.00190, section 5.2 (FT-Top2); arXiv:1911.03090",
         "by_type": "arXiv:2303.15647, selective methods",
+        "far": "arXiv:2205.01541: freeze and reconfigure",
         "trainable_tokens": "as PEFT: rows in place of frozen ones",
     }
     yield from parts_of_models()
@@ -27,6 +29,7 @@ def cases() -> Iterator[Case]:
     yield from shira()
     yield from chosen_by_data("fish_mask", "arXiv:2111.09839, section 3", {"share": 0.25})
     yield from chosen_by_data("lt_sft", "arXiv:2110.07560, section 3", {"share": 0.25, "l1": 0.3}, penalty=mean_change)
+    yield from far()
     yield from trainable_tokens()
 
 
@@ -132,6 +135,87 @@ def chosen_by_data(method: str, source: str, config: dict, **more: Callable) -> 
         **more,
     )
     yield from cases_of(equation, *shapes_of(config), Variant("square", config, out=5, inp=5), models=config)
+
+
+FAR_SITES = {
+    "llama": {f"model.layers.{i}.mlp.{name}_proj": (12, 8) for i in range(2) for name in ("gate", "up")},
+    "gpt2": {f"transformer.h.{i}.mlp.c_fc": (12, 8) for i in range(2)},
+}
+
+
+def far() -> Iterator[Case]:
+    """Nodes that learn and frozen ones; which, a method finds in the training data, is given."""
+    config = {"share": 0.25}
+    variants = (
+        ("linear", "plain", (2, 3), False, "outputs 4 and 1 learn, in this order"),
+        ("linear", "bias", (2, 3), True, "the nodes that learn have biases of their own"),
+        ("linear", "two-axes", (4,), False, ""),
+        ("conv1d", "plain", (2, 3), True, "weight is (in, out), change is not"),
+    )
+    for at, name, rows, bias, comment in variants:
+        draw = Draw(f"far-{at}-{name}")
+        shape = (4, 8) if at == "conv1d" else (8, 4)
+        inputs = {"x": draw.normal(*rows, 4), "weight": draw.normal(*shape), "change": draw.normal(2, 4)}
+        inputs |= {"bias": draw.normal(8), "shift": draw.normal(2)} if bias else {}
+
+        def forward(x, weight, change, rows, bias=None, shift=None, at=at):
+            weight = weight.mT if at == "conv1d" else weight
+            return halves(x, weight, bias, change, shift, rows)
+
+        def merged(t, at=at):
+            weight = moved(t["weight"].mT if at == "conv1d" else t["weight"], t["change"], t["rows"])
+            bias = {"merged.bias": moved(t["bias"], t["shift"], t["rows"])} if "bias" in t else {}
+            return {"merged.weight": weight.mT if at == "conv1d" else weight, **bias}
+
+        yield site_case(
+            "far",
+            at,
+            name,
+            inputs | {"rows": np.int32([4, 1])},
+            forward,
+            "x change shift" if bias else "x change",
+            config=config,
+            merged=merged,
+            flags="RowsAreOutputs" + " TransposedWeight" * (at == "conv1d"),
+            comment=comment,
+        )
+    for family, settings in FAMILIES:
+        yield from methods.model_cases(family, settings, iter([_far_on(FAR_SITES[family], config, family == "gpt2")]))
+
+
+def _far_on(sites: dict[str, tuple[int, int]], config: dict, bias: bool) -> methods.Adapted:
+    count = {site: round(config["share"] * out) for site, (out, _) in sites.items()}
+    shapes = {f"{site}.change": (count[site], inp) for site, (_, inp) in sites.items()}
+    shapes |= {f"{site}.shift": (count[site],) for site in sites if bias}
+    draw = Draw("far-constants")
+    rows = {
+        f"{site}.rows": draw.generator.permutation(out)[: count[site]].astype(np.int32)
+        for site, (out, _) in sites.items()
+    }
+
+    def advice(t: Tensors) -> dict[str, Callable]:
+        return {site: lambda f, x, site=site: at_site(t, site, x) for site in sites}
+
+    def at_site(t: Tensors, site: str, x: torch.Tensor) -> torch.Tensor:
+        weight = t[f"{site}.weight"].mT if bias else t[f"{site}.weight"]
+        letters = (t.get(f"{site}.{name}") for name in ("bias", "change", "shift", "rows"))
+        return halves(x, weight, *letters)
+
+    targets = config | {"targets": list(sites)}
+    return methods.Adapted("far", targets, shapes, advice, constants=rows, flags="RowsAreOutputs", peft=False)
+
+
+def halves(x, weight, bias, change, shift, rows) -> torch.Tensor:
+    """concat([x Wt^T + bt, x Wf^T + bf]), its outputs put into their old order."""
+    learning = rows.long()
+    frozen = torch.tensor([row for row in range(len(weight)) if row not in rows.tolist()])
+    learned = functional.linear(x, weight[learning] + change, None if bias is None else bias[learning] + shift)
+    still = functional.linear(x, weight[frozen], None if bias is None else bias[frozen])
+    return torch.cat([learned, still], dim=-1)[..., torch.argsort(torch.cat([learning, frozen]))]
+
+
+def moved(array: torch.Tensor, change: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    return array.index_add(0, rows.long(), change)
 
 
 # ---- tokens ----------------------------------------------------------------------------------------------------
