@@ -15,7 +15,7 @@ from .errors import RefpeftError
 from .files import let_go
 from .models.base import Frozen, Model
 from .models.checkpoint import Checkpoint, open_checkpoint
-from .models.config import ModelConfig
+from .models.config import AnyConfig
 from .models.deberta import Deberta
 from .models.deberta_config import DebertaConfig
 from .models.decoder import Decoder
@@ -23,6 +23,8 @@ from .models.encoder import Encoder
 from .models.encoder_config import EncoderConfig
 from .models.gpt2 import GPT2
 from .models.hub import resolve
+from .models.t5 import T5
+from .models.t5_config import T5Config
 from .quant import Dense, Quantized, Quantizer, make_quantizer
 
 
@@ -96,10 +98,12 @@ def build(checkpoint: Checkpoint, dtype: str, xp: ModuleType = np, quantizer: Qu
     return model
 
 
-def class_of(config: ModelConfig | EncoderConfig) -> type[Model]:
+def class_of(config: AnyConfig) -> type[Model]:
     """The class of the model that a config describes."""
     if isinstance(config, DebertaConfig):
         return Deberta
     if isinstance(config, EncoderConfig):
         return Encoder
+    if isinstance(config, T5Config):
+        return T5
     return GPT2 if config.family == "gpt2" else Decoder

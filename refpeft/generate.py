@@ -10,7 +10,7 @@ import numpy as np
 from .backend import blas_threads, to_host
 from .errors import RefpeftError
 from .models.base import Cache, Model
-from .models.encoder_config import check_speaks
+from .models.config import check_speaks
 from .rng import Stream
 from .tensor import no_grad
 

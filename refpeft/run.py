@@ -19,8 +19,7 @@ from refpeft.data import Data, Example, load_data
 from refpeft.errors import RefpeftError
 from refpeft.generate import generate
 from refpeft.models.base import Model
-from refpeft.models.config import ModelConfig
-from refpeft.models.encoder_config import check_speaks
+from refpeft.models.config import ModelConfig, check_speaks
 from refpeft.quant import make_quantizer
 from refpeft.rng import Stream
 from refpeft.tokenizer import Tokenizer
@@ -130,9 +129,10 @@ def output_files(run: RunConfig) -> list[str]:
 
 def base_model(adapter: str | Path) -> str:
     """The model that an adapter belongs to, as its run or its adapter_config.json names it."""
-    name = config.written(adapter).get("model") or files.read_json(
-        adapters.directories(adapter)[0] / adapters.CONFIG
-    ).get("base_model_name_or_path")
+    name = config.written(adapter).get("model")
+    if not name:
+        settings = files.read_json(adapters.directories(adapter)[0] / adapters.CONFIG)
+        name = settings.get("base_model_name_or_path") or settings.get("model_name")  # PEFT's key, and AdapterHub's
     if not name:
         raise RefpeftError(f"{adapter} does not name its model: give --model")
     return name

@@ -28,7 +28,7 @@ from .batches import Batch, Batches, split
 from .config import Train as Settings
 from .errors import RefpeftError
 from .models.base import Model
-from .models.encoder_config import check_speaks
+from .models.config import check_speaks
 from .optim import OPTIMIZERS, OPTIONS, Flat
 from .quant import Quantized
 from .tensor import no_grad

@@ -260,7 +260,7 @@ def test_rows_that_are_too_long_and_what_needs_a_language_model_are_errors():
     model = built("roberta")
     with pytest.raises(RefpeftError, match="19 positions were asked for: this model has 18"):
         model(np.full((1, 19), 5))
-    with pytest.raises(RefpeftError, match="a roberta model is an encoder, with no head that refpeft trains"):
+    with pytest.raises(RefpeftError, match="a roberta model is no language model of one text"):
         generate(model, [[3, 4]])
 
 

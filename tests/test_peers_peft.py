@@ -22,6 +22,7 @@ from refpeft.models.base import Model
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
+from peers import Float64  # noqa: E402
 
 pytestmark = [pytest.mark.real, pytest.mark.filterwarnings("ignore")]
 
@@ -81,17 +82,6 @@ def scrambled(model):
             if parameter.requires_grad:
                 parameter += 0.1 * torch.randn_like(parameter)
     return model.double().eval()
-
-
-class Float64(torch.overrides.TorchFunctionMode):
-    """Inside, who asks for float32 gets float64: PEFT's layers with Fourier transforms do, and its adaption prompts."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        func = torch.Tensor.double if func is torch.Tensor.float else func
-        args = [torch.float64 if a is torch.float32 else a for a in args]
-        kwargs = {name: torch.float64 if a is torch.float32 else a for name, a in (kwargs or {}).items()}
-        answer = func(*args, **kwargs)
-        return answer.double() if func is torch.zeros and answer.dtype == torch.float32 else answer
 
 
 def peer_logits(model, ids: np.ndarray = IDS, mask: np.ndarray | None = None):

@@ -14,11 +14,12 @@ import numpy as np
 
 from refpeft.errors import RefpeftError
 from refpeft.files import read_json, read_safetensors
-from refpeft.models import deberta_config, encoder_config
-from refpeft.models.config import ModelConfig, from_hf
+from refpeft.models import deberta_config, encoder_config, t5_config
+from refpeft.models.config import AnyConfig, ModelConfig, from_hf
 from refpeft.models.deberta_config import DebertaConfig
 from refpeft.models.encoder_config import EncoderConfig
 from refpeft.models.quantized_files import Packed, gathered
+from refpeft.models.t5_config import T5Config
 from refpeft.quant import Quantizer
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ _COMPANIONS = (
 # Constants that older files hold beside the weights: GPT-2's causal mask, Llama's rotary frequencies, BERT's numbers.
 _BUFFER = re.compile(r"\.attn\.(masked_)?bias$|(^|\.)rotary_emb\.inv_freq$|(^|\.)embeddings\.\w+_ids$")
 _TABLES = ("embed_tokens", "wte", "wpe", "lm_head", "word_embeddings", "position_embeddings", "token_type_embeddings")
+_TABLES += ("rel_embeddings", "shared", "relative_attention_bias")
+_TABLES_AGAIN = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")  # T5's table, which is its `shared`
 _FLOATS = (np.float32, np.float16, ml_dtypes.bfloat16, np.float64)
 
 
@@ -60,9 +63,7 @@ class Checkpoint:
     unused     names of other tensors in the files: of heads that an encoder does not take
     """
 
-    def __init__(
-        self, path: Path, config: ModelConfig | EncoderConfig, stored: dict[str, Stored], unused: tuple[str, ...] = ()
-    ):
+    def __init__(self, path: Path, config: AnyConfig, stored: dict[str, Stored], unused: tuple[str, ...] = ()):
         self.path, self.config, self._stored, self.unused = path, config, stored, unused
 
     @property
@@ -146,16 +147,18 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     return Checkpoint(path, config, taken, tuple(unused))
 
 
-def expected_tensors(config: ModelConfig | EncoderConfig) -> dict[str, tuple[int, ...]]:
+def expected_tensors(config: AnyConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape, as files have them, of every tensor of such a model (GPT-2's linear weights are (in, out))."""
     if isinstance(config, DebertaConfig):
         return deberta_config.tensors(config)
     if isinstance(config, EncoderConfig):
         return encoder_config.tensors_of(config, config.dim)
+    if isinstance(config, T5Config):
+        return t5_config.tensors(config)
     return _gpt2_tensors(config) if config.family == "gpt2" else _llama_shaped_tensors(config)
 
 
-def linear_weights(config: ModelConfig | EncoderConfig) -> dict[str, tuple[int, ...]]:
+def linear_weights(config: AnyConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape (out, in) of every weight that a quantizer takes: those of all linear layers but the head."""
     order = -1 if config.family == "gpt2" else 1
     found = {name: shape[::order] for name, shape in expected_tensors(config).items() if len(shape) == 2}
@@ -213,19 +216,19 @@ def _gpt2_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def checked(path: Path, config: ModelConfig | EncoderConfig, stored: dict[str, Stored]) -> dict[str, Stored]:
+def checked(path: Path, config: AnyConfig, stored: dict[str, Stored]) -> dict[str, Stored]:
     """The tensors under their full names in the model's order, if they are exactly those that the config asks for.
 
     Of an encoder's files other ones are left: those of a head.
     """
     encoder, expected = isinstance(config, EncoderConfig), expected_tensors(config)
-    prefix = next(iter(expected)).partition(".")[0] + "."
+    prefix = _prefix(config)
     bare = not any(name.startswith(prefix) for name in stored)  # files of a model without a head lack the prefix
     found: dict[str, Stored] = {}
     for name, entry in stored.items():
         if _BUFFER.search(name):
             continue
-        full = name if name.startswith((prefix, "lm_head.")) or (encoder and not bare) else prefix + name
+        full = name if not prefix or name.startswith((prefix, "lm_head.")) or (encoder and not bare) else prefix + name
         if encoder and full not in expected:
             continue
         if full in found:
@@ -266,16 +269,22 @@ def _others(names: list[str]) -> str:
 
 def _drop_tied_head(config: ModelConfig, found: dict[str, Stored]) -> None:
     """Some tied models' files hold the table a second time as the head: taken out if it is the same one."""
-    head = found.get("lm_head.weight")
-    table = found.get("transformer.wte.weight" if config.family == "gpt2" else "model.embed_tokens.weight")
-    if head is None or table is None:
-        return
-    if head.shape != table.shape or not _same_bytes(head.read(), table.read()):
-        raise RefpeftError(
-            f"{head.file}: tensor 'lm_head.weight' is not the embedding table, but the config has tie_word_embeddings; "
-            "set it to false in config.json if the head is a separate one"
-        )
-    del found["lm_head.weight"]
+    table = found.get(next(iter(expected_tensors(config))))
+    for name in ("lm_head.weight", *_TABLES_AGAIN):
+        again = found.get(name)
+        if again is None or table is None:
+            continue
+        if again.shape != table.shape or not _same_bytes(again.read(), table.read()):
+            raise RefpeftError(
+                f"{again.file}: tensor {name!r} is not the embedding table, but the config has tie_word_embeddings; "
+                "set it to false in config.json if the head is a separate one"
+            )
+        del found[name]
+
+
+def _prefix(config: AnyConfig) -> str:
+    """What the names of all tensors but the head's begin with: "model.", "bert."; nothing where they are two stacks."""
+    return "" if isinstance(config, T5Config) else next(iter(expected_tensors(config))).partition(".")[0] + "."
 
 
 def _same_bytes(a: np.ndarray, b: np.ndarray, rows: int = 1024) -> bool:

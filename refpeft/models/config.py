@@ -8,9 +8,10 @@ import reprlib
 from dataclasses import dataclass, field
 
 from refpeft.errors import RefpeftError
-from refpeft.models import deberta_config, encoder_config
+from refpeft.models import deberta_config, encoder_config, t5_config
 from refpeft.models.config_keys import REQUIRED, activation, count, flag, layer_count, positive, read, special_ids
 from refpeft.models.encoder_config import EncoderConfig
+from refpeft.models.t5_config import T5Config
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,8 @@ class ModelConfig:
     pad_id: int | None
     raw: dict = field(compare=False, repr=False)  # config.json as read, for writing it again
 
+
+AnyConfig = ModelConfig | EncoderConfig | T5Config
 
 # Keys -----------------------------------------------------------------------------------------------------------------
 
@@ -187,23 +190,35 @@ _ROPE_COMMON = {
 # Reading --------------------------------------------------------------------------------------------------------------
 
 
-def from_hf(config: dict) -> ModelConfig | EncoderConfig:
-    """The ModelConfig, or EncoderConfig, of a parsed `config.json`.
+def from_hf(config: dict) -> AnyConfig:
+    """The ModelConfig, EncoderConfig or T5Config of a parsed `config.json`.
 
     Raises RefpeftError for an architecture, a key or a value that is not known to be computed exactly here: a key is
     read, or known to change nothing, or refused by name.
     """
     family = config.get("model_type")
-    if not isinstance(family, str) or family not in _KEYS.keys() | encoder_config.NAMES.keys():
-        raise RefpeftError(f"model_type is {family!r}; refpeft has {', '.join([*_KEYS, *encoder_config.NAMES])}")
+    known = [*_KEYS, *encoder_config.NAMES, *t5_config.FAMILIES]
+    if not isinstance(family, str) or family not in known:
+        raise RefpeftError(f"model_type is {family!r}; refpeft has {', '.join(known)}")
     if family == deberta_config.FAMILY:
         return deberta_config.from_hf(config)
+    if family in t5_config.FAMILIES:
+        return t5_config.from_hf(config)
     if family in encoder_config.NAMES:
         return encoder_config.from_hf(config)
     values = read(config, family, _KEYS[family], _ONLY, _HARMLESS_IN.get(family, ()))
     if family == "gpt2":
         return _gpt2(values, raw=config)
     return _llama_shaped(family, values, raw=config)
+
+
+def check_speaks(config: AnyConfig) -> None:
+    """Raises RefpeftError where the model of this config is not a decoder: it cannot go on with a text."""
+    if not isinstance(config, ModelConfig):
+        raise RefpeftError(
+            f"a {config.family} model is no language model of one text, and refpeft trains and asks no others yet; in "
+            "Python refpeft.load gives it, and its states"
+        )
 
 
 def _gpt2(values: dict, raw: dict) -> ModelConfig:

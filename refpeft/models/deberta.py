@@ -19,6 +19,7 @@ from refpeft.models.base import Cache, Frozen
 from refpeft.models.deberta_config import PREFIX, DebertaConfig
 from refpeft.models.decoder import unit
 from refpeft.models.encoder import Encoder, Layer
+from refpeft.models.relative import biased_attention
 from refpeft.quant import Dense
 from refpeft.tensor import Tensor
 
@@ -104,14 +105,6 @@ class DisentangledLayer(Layer):
     def bounded(self, buckets: Array) -> Array:
         """Rows of the table of distances."""
         return (buckets + self.span).clip(0, 2 * self.span - 1)
-
-
-def biased_attention(q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None, mask: fused.Mask, scale: float) -> Tensor:
-    """Attention with a bias of the text's keys; keys that adapters put before them have none."""
-    if bias is not None and k.shape[2] > bias.shape[3]:
-        none = xp_of(bias.data).zeros((*bias.shape[:3], k.shape[2] - bias.shape[3]), bias.dtype)
-        bias = ops.concat(Tensor(none), bias, axis=3)
-    return fused.attention(q, k, v, bias, mask=mask, scale=scale)
 
 
 class Convolution:

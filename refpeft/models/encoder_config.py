@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from refpeft.errors import RefpeftError
 from refpeft.models.config_keys import activation, count, layer_count, positive, read, special_ids
@@ -106,15 +105,6 @@ def tensors_of(config: EncoderConfig, width: int) -> dict[str, tuple[int, ...]]:
     for norm in norms:
         shapes[f"{norm}.weight"] = shapes[f"{norm}.bias"] = (dim,)
     return {PREFIX[config.family] + key: shape for key, shape in shapes.items()}
-
-
-def check_speaks(config: Any) -> None:
-    """Raises RefpeftError where the model of this config is an encoder: it has neither logits nor a loss."""
-    if isinstance(config, EncoderConfig):
-        raise RefpeftError(
-            f"a {config.family} model is an encoder, with no head that refpeft trains or asks yet; in Python "
-            "refpeft.load gives its hidden states. Take a language model"
-        )
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------

@@ -1,0 +1,225 @@
+"""T5: transformers' logits and gradients, padding that changes nothing, decoding with a cache, methods, files."""
+
+import json
+
+import numpy as np
+import pytest
+import tiny
+from safetensors.numpy import save_file
+from variants import quantizer
+
+import refpeft
+from refpeft import ops, sites
+from refpeft.errors import RefpeftError
+from refpeft.generate import generate
+from refpeft.models.base import Cache
+from refpeft.models.checkpoint import expected_tensors
+from refpeft.models.config import from_hf
+from refpeft.models.relative import t5_buckets
+from refpeft.models.t5 import T5
+from refpeft.quant import Dense
+from refpeft.tensor import Tensor, no_grad
+
+_T5 = {
+    "model_type": "t5",
+    "vocab_size": 40,
+    "d_model": 24,
+    "d_kv": 5,
+    "d_ff": 32,
+    "num_layers": 2,
+    "num_decoder_layers": 3,
+    "num_heads": 4,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 12,
+    "decoder_start_token_id": 0,
+}
+CONFIGS = {
+    "t5": _T5,
+    "flan": _T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+    "mt5": _T5 | {"model_type": "mt5", "feed_forward_proj": "gated-silu", "tie_word_embeddings": True},
+}
+every_kind = pytest.mark.parametrize("kind", CONFIGS)
+
+
+def arrays(kind: str) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return {name: rng.normal(0, 0.3, shape) for name, shape in expected_tensors(from_hf(CONFIGS[kind])).items()}
+
+
+def built(kind: str, packer=None) -> T5:
+    found, compute = arrays(kind), np.dtype("f8")
+
+    def weights(name: str, linear: bool, transposed: bool):
+        return packer(found[name].astype("f4"), compute, name) if linear and packer else Dense(found[name], compute)
+
+    return T5(from_hf(CONFIGS[kind]), weights, compute)
+
+
+def rows() -> dict[str, np.ndarray]:
+    """Two sources, the second with three tokens of padding, and what was said of them so far."""
+    rng = np.random.default_rng(1)
+    segments = np.where(np.arange(9) < [[9], [6]], 0, -1)
+    ids = np.where(segments < 0, 0, rng.integers(3, 40, (2, 9)))
+    return {"ids": ids, "said": rng.integers(3, 40, (2, 7)), "segments": segments}
+
+
+def weigh(model: T5, given: dict[str, np.ndarray]) -> Tensor:
+    """A number that depends on every logit."""
+    logits = model(**given)
+    return ops.sum(logits * np.random.default_rng(2).standard_normal(logits.shape))
+
+
+@pytest.mark.real
+@every_kind
+def test_logits_and_all_gradients_are_those_of_transformers(kind):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    from peers import Float64
+
+    peer = transformers.AutoModelForSeq2SeqLM.from_config(transformers.AutoConfig.for_model(**CONFIGS[kind]))
+    peer = peer.double().eval()
+    state = {name: torch.tensor(array) for name, array in arrays(kind).items()}
+    if "lm_head.weight" in state:  # transformers 5 ties it all the same
+        peer.lm_head.weight = torch.nn.Parameter(state["lm_head.weight"])
+    missing, unexpected = peer.load_state_dict(state, strict=False)
+    assert not unexpected and all(name.endswith(("embed_tokens.weight", "lm_head.weight")) for name in missing)
+    given, model = rows(), built(kind)
+    with Float64():
+        theirs = peer(
+            input_ids=torch.tensor(given["ids"]),
+            attention_mask=torch.tensor((given["segments"] >= 0) * 1),
+            decoder_input_ids=torch.tensor(given["said"]),
+        ).logits
+    ours = model(**given).data
+    assert abs(ours - theirs.detach().numpy()).max() < 1e-12 * abs(ours).max()
+
+    (theirs * torch.tensor(np.random.default_rng(2).standard_normal(ours.shape))).sum().backward()
+    sites.attach(model, "full")
+    weigh(model, given).backward()
+    expected = {name: parameter.grad.numpy() for name, parameter in peer.named_parameters()}
+    found = {name: tensor.grad for name, tensor in model.trained()}
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        assert abs(gradient - expected[name]).max() <= 1e-10 * abs(expected[name]).max(), name
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("both", [True, False])
+def test_buckets_are_those_of_transformers_at_every_distance(both):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    bucket = transformers.models.t5.modeling_t5.T5Attention._relative_position_bucket
+    relative = torch.arange(1000)[None, :] - torch.arange(1000)[:, None]
+    for buckets, distance in ((32, 128), (8, 12), (16, 1000)):
+        theirs = bucket(relative, bidirectional=both, num_buckets=buckets, max_distance=distance).numpy()
+        assert np.array_equal(t5_buckets(range(1000), 1000, buckets, distance, both), theirs)
+
+
+@every_kind
+def test_padding_of_the_source_changes_no_logits(kind):
+    model, given = built(kind), rows()
+    whole = model(**given).data
+    alone = model(given["ids"][1:, :6], given["said"][1:]).data
+    assert np.allclose(alone, whole[1:], rtol=1e-12, atol=1e-13)
+    given["ids"][1, 7] = 30
+    assert np.array_equal(model(**given).data, whole)
+
+
+@every_kind
+def test_what_is_said_later_changes_no_earlier_logits(kind):
+    model, given = built(kind), rows()
+    before = model(**given).data
+    given["said"][0, 4] = (given["said"][0, 4] + 1) % 37 + 3
+    changed = (model(**given).data != before).any(axis=2)
+    assert changed[0, 4:].all() and not changed[0, :4].any() and not changed[1].any()
+
+
+METHODS = {
+    "lora": {"targets": "all-linear"},
+    "ia3": {"targets": ["@k", "@v", "@cross_k", "@cross_v", "@down"]},
+    "ln_tuning": {},
+    "houlsby": {"size": 5, "norms": False},
+    "parallel": {"size": 5},
+    "prefix_tuning": {"tokens": 3, "init_std": 0.5},
+}
+
+
+@pytest.mark.parametrize("method", [None, *METHODS])
+@every_kind
+def test_decoding_step_by_step_is_decoding_at_once(kind, method):
+    model, given = built(kind), rows()
+    if method:
+        tiny.scramble(sites.attach(model, method, METHODS[method]))
+    with no_grad():
+        states, cache = model.encode(given["ids"], given["segments"]), Cache()
+        whole = model.decode(given["said"], states, given["segments"]).data
+        steps = [slice(0, 3), slice(3, 4), slice(4, 7)]
+        parts = [model.decode(given["said"][:, at], states, given["segments"], cache).data for at in steps]
+    assert abs(np.concatenate(parts, axis=1) - whole).max() < 1e-12 * abs(whole).max()
+
+
+@pytest.mark.parametrize("packer", [None, quantizer()])
+@pytest.mark.parametrize("method", [*METHODS, "prompt_tuning", "full"])
+@every_kind
+def test_methods_at_its_sites_have_right_gradients(kind, method, packer):
+    model, given = built(kind, packer), rows()
+    plain = model(**given).data
+    adapter = sites.attach(model, method, METHODS.get(method))
+    tiny.scramble(adapter)
+    weigh(model, given).backward()
+    rng, slope = np.random.default_rng(4), 0.0
+    directions = {name: rng.standard_normal(tensor.shape) for name, tensor in adapter.params.items()}
+    here = {name: tensor.data for name, tensor in adapter.params.items()}
+    for sign in (1, -1):
+        for name, tensor in adapter.params.items():
+            tensor.data = here[name] + sign * 1e-6 * directions[name]
+        slope += sign * float(weigh(model, given).data) / 2e-6
+    expected = sum((tensor.grad * directions[name]).sum() for name, tensor in adapter.params.items())
+    assert slope == pytest.approx(expected, rel=1e-5)
+    sites.detach(model)
+    assert np.array_equal(model(**given).data, plain)
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def write(folder, kind: str, more: dict | None = None) -> None:
+    save_file(arrays(kind) | (more or {}), folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(CONFIGS[kind]))
+    model = {"type": "WordLevel", "vocab": {"[UNK]": 0, "a": 1}, "unk_token": "[UNK]"}
+    (folder / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": model, "added_tokens": []}))
+
+
+@every_kind
+def test_files_load_and_a_table_that_is_there_again_is_the_same_one(kind, tmp_path):
+    again = {"encoder.embed_tokens.weight": arrays(kind)["shared.weight"]} if kind == "t5" else {}
+    write(tmp_path, kind, again)
+    model, given = refpeft.load(tmp_path, dtype="float64"), rows()
+    assert np.array_equal(model(**given).data, built(kind)(**given).data)
+
+
+def test_another_table_of_a_tied_model_is_refused(tmp_path):
+    write(tmp_path, "t5", {"decoder.embed_tokens.weight": np.zeros((40, 24))})
+    with pytest.raises(RefpeftError, match=r"'decoder.embed_tokens.weight' is not the embedding table"):
+        refpeft.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"feed_forward_proj": "gated-gelu-new"}, "feed_forward_proj = 'gated-gelu-new': expected an activation"),
+        ({"feed_forward_proj": "tanh"}, "feed_forward_proj = 'tanh'; refpeft has"),
+        (
+            {"relative_attention_num_buckets": 30},
+            "30 buckets for relative positions up to 12: expected a multiple of 4",
+        ),
+        ({"is_encoder_decoder": False}, "is_encoder_decoder = False: for t5, refpeft has only True"),
+        ({"architectures": ["T5ForTokenClassification"]}, "has 'T5ForTokenClassification'; of t5, refpeft has"),
+    ],
+)
+def test_a_config_that_asks_for_other_maths_is_refused(change, message):
+    with pytest.raises(RefpeftError, match=message):
+        from_hf(_T5 | change)
+
+
+def test_what_needs_a_model_of_one_text_is_an_error():
+    with pytest.raises(RefpeftError, match="a t5 model is no language model of one text"):
+        generate(built("t5"), [[3, 4]])
