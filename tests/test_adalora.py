@@ -65,16 +65,16 @@ def test_a_schedule_that_does_not_fit_the_run_is_an_error():
         trainer(tinit=3, tfinal=3).run()
 
 
-@pytest.mark.parametrize("compat", ["none", "official"])
-def test_the_penalty_is_the_distance_of_P_and_Q_from_orthogonal_ones(compat):
+@pytest.mark.parametrize("orth", ["paper", "official"])
+def test_the_penalty_is_the_distance_of_P_and_Q_from_orthogonal_ones(orth):
     model = tiny.model()
-    adapter = sites.attach(model, "adalora", OPTIONS | {"compat": compat, "gamma": 0.3})
+    adapter = sites.attach(model, "adalora", OPTIONS | {"orth": orth, "gamma": 0.3})
     tiny.scramble(adapter)
     norms = []
     for layer in adapter.layers:
         P, Q = layer.arrays.P, layer.arrays.Q
         norms += [np.linalg.norm(gram - np.eye(6)) for gram in (P.T @ P, Q @ Q.T)]
-    expected = 0.3 * (np.sum(np.square(norms)) if compat == "none" else np.mean(norms))
+    expected = 0.3 * (np.sum(np.square(norms)) if orth == "paper" else np.mean(norms))
     assert sum(term.data for term in learning.penalties(model)) == pytest.approx(expected, rel=1e-12)
 
 
