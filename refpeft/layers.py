@@ -29,10 +29,10 @@ INPUTS = {
 class Base:
     """What a hook gets as `base`: the layer below, callable, and its frozen parts."""
 
-    __slots__ = ("_call", "_keywords", "_site")
+    __slots__ = ("_call", "_key", "_keywords", "_site")
 
-    def __init__(self, site: Site, call: Callable[..., Tensor], keywords: dict[str, Any]):
-        self._site, self._call, self._keywords = site, call, keywords
+    def __init__(self, site: Site, call: Callable[..., Tensor], keywords: dict[str, Any], key: tuple[str, ...]):
+        self._site, self._call, self._keywords, self._key = site, call, keywords, key
 
     def __call__(self, *args: Any, **stand_ins: Any) -> Tensor:
         twice = stand_ins.keys() & self._keywords.keys() & {"weight", "bias"}
@@ -58,7 +58,7 @@ class Base:
             cos, sin = (around[name][..., ::every] for name in ("cos", "sin"))
             q, k = fused.rope(q, cos=cos, sin=sin), fused.rope(k, cos=cos, sin=sin)
         if around["cache"]:
-            k, v = around["cache"].extend(self._site.name, k, v)
+            k, v = around["cache"].extend(self._key, k, v)
         return fused.attention(q, k, v, mask=around["mask"])
 
     @property
@@ -77,12 +77,16 @@ class Near:
 
     def __init__(self, sites: Iterable[Site], index: int | None):
         beside = [site for site in sites if site.index == index]
-        self._by_role = {role: site for site in beside if site.kind == "linear" for role in site.roles}
+        self._by_role = {role: s for s in beside if s.kind in ("linear", "attention") for role in s.roles}
         self._key_norm = next((site for site in beside if site.name.endswith(".k_norm")), None)
+
+    def has(self, role: str) -> bool:
+        """Whether the layer has a site of this role."""
+        return role in self._by_role
 
     def site(self, role: str) -> Site:
         """The site of a role. Raises RefpeftError where the layer has none."""
-        if role not in self._by_role:
+        if not self.has(role):
             raise RefpeftError(f"this model's layers have no '{role}', but {', '.join(self._by_role)}")
         return self._by_role[role]
 
@@ -217,7 +221,8 @@ class Layer:
 
         def call(*args: Any, **keywords: Any) -> Tensor:
             train = self.train() if "train" in self._names else None
-            have = fixed | {"base": Base(self.site, below, keywords), "train": train, "behind": part.behind}
+            base = Base(self.site, below, keywords, self._purpose)
+            have = fixed | {"base": base, "train": train, "behind": part.behind}
             have |= zip(inputs, args, strict=True)
             return self._function(*(have[name] for name in self._names))
 

@@ -80,7 +80,7 @@ def test_a_role_that_the_layer_does_not_have_is_named(registered):
 
     model = tiny.model("gpt2")
     sites.attach(model, registered(targets=("@attend",), peft_params=gain, peft_attention=peft_attention))
-    with pytest.raises(RefpeftError, match="this model's layers have no 'gate', but q, k, v, o, up, down"):
+    with pytest.raises(RefpeftError, match="this model's layers have no 'gate', but q, k, v, attend, o, up, down"):
         model(tiny.ids())
 
 
@@ -135,7 +135,8 @@ def test_attention_of_a_sub_network_is_the_models_own_and_remembers_in_generatio
         for at in (slice(0, 4), slice(4, 5), slice(5, 7)):
             model(ids[:1, at], cache=cache)
             assert np.allclose(found[-1], wanted[-1], rtol=1e-12)
-    assert {key for key in cache.layers if isinstance(key, str)} == {adapter.sites[0].name}
+    own = {key for key in cache.layers if isinstance(key, tuple)}
+    assert own == {(adapter.name, "made_here", adapter.sites[0].name)}
 
 
 def test_heads_that_do_not_divide_the_models_are_an_error(registered):

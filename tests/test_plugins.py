@@ -19,6 +19,7 @@ CHANGE_AT_THE_START = {
     "prompt_tuning",
     "pre_embed",
     "pre_layer",
+    "ladder_side",
     "spot",
     "multitask_prompt",
     "p_tuning",

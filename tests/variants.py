@@ -98,6 +98,8 @@ VARIANTS = {
     "prefix_tuning-zero": ("prefix_tuning", {"tokens": 3, "hidden": 4, "positions": "zero"}),
     "pre_embed": ("pre_embed", {"tokens": 3}),
     "pre_layer": ("pre_layer", {"tokens": 3, "init_std": 0.5}),
+    "ladder_side": ("ladder_side", {"r": 3}),
+    "ladder_side-drop": ("ladder_side", {"r": 1, "temperature": 1.0, "drop": [0]}),
     "llama_adapter": ("llama_adapter", {"tokens": 3}),
     "llama_adapter-peft": ("llama_adapter", {"tokens": 3, "count": 1, "compat": "peft"}),
 }
@@ -112,7 +114,7 @@ TO_FIT |= {"miss": {"r": 5}, "vblora": {"vector_length": 4, "num_vectors": 7}}
 TO_FIT |= {"randlora": {"r": 5}, "intrinsic_said": {"d": 60}}
 TO_FIT |= {"adapterfusion": {"size": 5, "adapters": sources.bottlenecks(2)}}
 TO_FIT |= {"spot": {"tokens": 3, "sources": sources.prompts(1)}}
-TO_FIT |= {"c3a": {"block_size": 4}, "fourierft": {"frequencies": 50}}
+TO_FIT |= {"c3a": {"block_size": 4}, "fourierft": {"frequencies": 50}, "ladder_side": {"r": 1}}
 """Options without which a method's sizes do not fit tiny models."""
 SIMPLER_IN_FILES = {"eva", "qdora", "lora-fa", "p_tuning", "p_tuning-mlp", "p_tuning_v2-mlp", "prefix_tuning-mlp"}
 """Variants whose files, in PEFT's form, have what a network gave, not the network, or not what made first values."""

@@ -25,6 +25,7 @@ SCRIPTS = (
         "prompts",
         "transfers",
         "layer_prompts",
+        "side_networks",
         "selective",
         "loftq",
         "optimizers",

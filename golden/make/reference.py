@@ -47,15 +47,15 @@ class _Model:
         return self.at(name, lambda x: self.normalize(name, x), x)
 
     def attention(self, name: str, q, k, v, segments, scale=None, window=None) -> torch.Tensor:
-        def f(q, k, v):
-            queries, keys = q.shape[2], k.shape[2]
-            tokens = queries if segments is None else segments.shape[1]
-            rows = segments.tolist() if segments is not None else [None]
-            seen = [visible(queries, keys, tokens, window, row) for row in rows]
-            return attend(q, k, v, torch.from_numpy(np.stack(seen)[:, None]), scale)
-
-        y = self.at(f"{name}.attend", f, q, k, v)
+        y = self.at(f"{name}.attend", lambda q, k, v: self.attended(q, k, v, segments, scale, window), q, k, v)
         return y.transpose(1, 2).flatten(2)
+
+    def attended(self, q, k, v, segments, scale=None, window=None) -> torch.Tensor:
+        queries, keys = q.shape[2], k.shape[2]
+        tokens = queries if segments is None else segments.shape[1]
+        rows = segments.tolist() if segments is not None else [None]
+        seen = [visible(queries, keys, tokens, window, row) for row in rows]
+        return attend(q, k, v, torch.from_numpy(np.stack(seen)[:, None]), scale)
 
     def heads(self, x: torch.Tensor, count: int) -> torch.Tensor:
         return x.unflatten(-1, (count, -1)).transpose(1, 2)
@@ -111,6 +111,12 @@ class Llama(_Model):
                 x = x + self.at(f"{here}.attn_out", self_attention, self.norm(f"{here}.input_layernorm", x))
                 return x + self.at(f"{here}.mlp_out", mlp, self.norm(f"{here}.post_attention_layernorm", x))
 
+            def beside(q, k, v):
+                """Attention of a sub-network with heads of its own width, for advice at block_out."""
+                angles = rotary(config | {"head_dim": q.shape[-1]}, positions)
+                return self.attended(rotate(q, *angles), rotate(k, *angles), v, segments, window=window)
+
+            layer.attention = beside
             x = self.at(f"{here}.block_out", layer, x)
         return x
 
@@ -145,6 +151,7 @@ class Gpt2(_Model):
                 x = x + self.at(f"{here}.attn_out", attention, self.norm(f"{here}.ln_1", x))
                 return x + self.at(f"{here}.mlp_out", mlp, self.norm(f"{here}.ln_2", x))
 
+            layer.attention = lambda q, k, v: self.attended(q, k, v, segments)
             x = self.at(f"{here}.block_out", layer, x)
         return x
 

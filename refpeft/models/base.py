@@ -25,15 +25,15 @@ Frozen = Dense | Quantized
 class Cache:
     """Keys and values of the tokens so far, for generation: (batch, kv_heads, time, head_dim).
 
-    There is a pair for each layer of the model, by its number, and for each that a method adds, by the site's name.
+    There is a pair for each layer of the model, by its number, and for each that a method adds: (adapter, part, site).
     """
 
     def __init__(self):
-        self.layers: dict[int | str, tuple[Array, Array]] = {}
+        self.layers: dict[int | tuple[str, ...], tuple[Array, Array]] = {}
         self.tokens = 0
         """How many real tokens are in it; keys of virtual tokens are not counted."""
 
-    def extend(self, layer: int | str, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def extend(self, layer: int | tuple[str, ...], k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """All keys and values of a layer, with these appended."""
         before = self.layers.get(layer)
         if before is not None:
