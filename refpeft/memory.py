@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from refpeft import api, fused, report
+from refpeft import api, fused, learning, report
 from refpeft.backend import COMPUTE_DTYPES, bfloat16
 from refpeft.batches import Batch
 from refpeft.config import RunConfig, Train
@@ -164,11 +164,13 @@ def by_part(
     widest = max(model.config.ff, model.config.dim)
     state = OPTIMIZERS[config.train.optimizer].layout([t.shape for _, t in model.trained()], dtype, config.device)
     paged = f", {report.size(state.nbytes)} paged" if config.train.paged else ""
+    kept = sum(array.size for array in learning.states(model).values()) * dtype.itemsize
+    also = ", and what methods keep" if kept else ""
     return {
         "weights": sum(part["bytes"] for part in frozen.values()),
         "adapter": trained,
         "gradients": trained,
-        f"optimizer ({config.train.optimizer}{paged})": state.nbytes_near if paged else state.nbytes,
+        f"optimizer ({config.train.optimizer}{paged}){also}": kept + (state.nbytes_near if paged else state.nbytes),
         f"activations of {rows} x {longest:,} tokens": activations,
         "logits, a chunk at a time": 2 * dtype.itemsize * min(fused.LOGITS_AT_ONCE, tokens * model.config.vocab),
         "other working arrays": (4 * tokens * widest + _largest_dense(model, config.dtype, quantized)) * dtype.itemsize,

@@ -56,6 +56,12 @@ def test_weights_take_as_much_as_was_planned(resolve, dtype, quantizer):
     assert planned == pytest.approx(refpeft.load("model", dtype=dtype, quantizer=quantizer).nbytes, rel=0.05)
 
 
+def test_what_a_method_keeps_in_training_counts_beside_the_optimizers_state(resolve):
+    made = plan.plan(resolve("adalora.init_r=3", "adalora.target_r=1", method="adalora"))
+    assert made.memory["optimizer (adamw), and what methods keep"] == (2 + 2) * made.trained * 4
+    assert plan.plan(resolve()).memory["optimizer (adamw)"] > 0
+
+
 @pytest.mark.parametrize("method", ["lora", "full", "ia3", "prefix_tuning"])
 def test_activations_take_as_much_as_was_planned(resolve, method):
     made = plan.plan(resolve("train.batch=4", "dtype=float64", method=method))
