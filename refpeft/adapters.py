@@ -195,11 +195,27 @@ def stored(directory: str | Path, sites: Iterable[Site]) -> Adapter:
     all of them by name ("model.embed_tokens.prompt"), in float64 on the host. `sites` are those that it may act on.
     Raises RefpeftError as `load` does, where it acts on others, and where there are several adapters.
     """
+    return _read(_Apart(sites), _single(directory))
+
+
+def own_values(directory: str | Path) -> tuple[str, dict[str, Any], dict[str, Array]]:
+    """(method, options, values by name) of an adapter in refpeft's own form, of whatever model: nothing is checked."""
+    directory = _single(directory)
+    config = read_json(directory / CONFIG)
+    method, options = config.get("method"), config.get("options")
+    if config.get("peft_type") != OWN or "quantizer" in config or not isinstance(options, dict):
+        raise RefpeftError(f"{directory / CONFIG}: expected an adapter in refpeft's own form, not quantized")
+    tensors = read_safetensors(directory / TENSORS)
+    return method, options, {name.removeprefix(PREFIX): array for name, array in tensors.items()}
+
+
+def _single(directory: str | Path) -> Path:
+    """The directory of the one adapter in `directory`. Raises RefpeftError where there are several."""
     found = directories(expanded(directory))
     if len(found) > 1:
         names = ", ".join(str(one) for one in found)
         raise RefpeftError(f"{directory} holds {len(found)} adapters: name one of {names}")
-    return _read(_Apart(sites), found[0])
+    return found[0]
 
 
 class _Apart(Model):

@@ -48,8 +48,9 @@ def bottlenecks(directories: Sequence[str], site: Site, size: int, activation: s
         if method not in ("pfeiffer", "adapterdrop", "houlsby") or options.get("norms") or options.get("drop"):
             known = "pfeiffer, adapterdrop with drop = 0, or houlsby with norms = false"
             raise RefpeftError(f"{directory} holds {method} with {options}: expected {known}")
-        if options.get("activation") != activation:
-            raise RefpeftError(f"the adapter in {directory} has activation = {options.get('activation')!r}: set it so")
+        has = options.get("activation")
+        if has != activation:
+            raise RefpeftError(f"the adapter in {directory} has activation = {has!r}, and activation is {activation!r}")
         here = {name: values.get(f"{site.name}.{name}") for name in shapes}
         if any(array is None for array in here.values()):
             places = sorted({name.rpartition(".")[0] for name in values})

@@ -1,11 +1,14 @@
 """Bottlenecks that the data prune, that are drawn at random in training, or that are fused: each one's own points."""
 
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
 import device
 import numpy as np
 import pytest
+import sources
 import tiny
 from test_trainer import examples
 
@@ -197,3 +200,90 @@ def test_adamix_with_recomputed_activations_is_an_error():
 def test_an_adamix_that_cannot_be_is_an_error(options):
     with pytest.raises(RefpeftError, match="expected 1 or more modules and a consistency of 0 or more"):
         sites.attach(tiny.model(), "adamix", options)
+
+
+# ---- fused -----------------------------------------------------------------------------------------------------------
+
+FUSED = {"size": 5, "adapters": sources.bottlenecks(2)}
+
+
+def test_a_fusion_of_one_adapter_twice_is_at_first_that_adapter(tmp_path):
+    alone = tiny.model()
+    one = sites.attach(alone, "pfeiffer", {"size": 5})
+    tiny.scramble(one)
+    adapters.save(tmp_path, alone)
+    model = tiny.model()
+    fusion = sites.attach(model, "adapterfusion", {"size": 5, "adapters": [str(tmp_path)] * 2})
+    assert np.allclose(model(tiny.ids()).data, alone(tiny.ids()).data, atol=1e-3)
+    for name, tensor in fusion.params.items():
+        if name.endswith(".value"):
+            tensor.data[...] = np.eye(DIM)
+    assert np.allclose(model(tiny.ids()).data, alone(tiny.ids()).data, atol=1e-12)
+
+
+def test_a_fusion_is_kept_without_its_adapters_and_leaves_them_as_they_were(tmp_path):
+    one = tmp_path / "one"
+    shutil.copytree(FUSED["adapters"][0], one)
+    run = trained("adapterfusion", FUSED | {"adapters": [str(one), FUSED["adapters"][1]]})
+    (fusion,) = run.model.adapters
+    for number, directory in enumerate(FUSED["adapters"]):
+        _, _, values = adapters.own_values(directory)
+        for name, tensor in fusion.constants.items():
+            assert np.array_equal(tensor.data[number], values[name].astype("f8")), name
+    adapters.save(tmp_path / "fusion", run.model)
+    shutil.rmtree(one)
+    model = tiny.model()
+    adapters.load(model, tmp_path / "fusion")
+    assert np.allclose(model(tiny.ids()).data, run.model(tiny.ids()).data, rtol=1e-5, atol=1e-6)
+
+
+def test_the_penalty_draws_values_to_the_identity():
+    far = []
+    for penalty in (0.0, 1.0):
+        model = tiny.model()
+        fusion = sites.attach(model, "adapterfusion", FUSED | {"penalty": penalty})
+        tiny.scramble(fusion)
+        Trainer(model, Batches(examples(), 4, 32), None, Settings(steps=10, batch=4, lr=0.01)).run()
+        values = [tensor.data for name, tensor in fusion.params.items() if name.endswith(".value")]
+        far.append(sum(float(((value - np.eye(DIM)) ** 2).sum()) for value in values))
+    assert far[1] < 0.5 * far[0]
+
+
+def refusals(folder: Path) -> dict[str, tuple[dict, str]]:
+    """Options that cannot be, and what is said of them."""
+    random = np.random.default_rng(0).normal
+    here = "model.layers.0.block_out"
+    values = {f"{here}.down": random(size=(5, DIM)), f"{here}.down_bias": random(size=5)}
+    values |= {f"{here}.up": random(size=(DIM, 5)), f"{here}.up_bias": random(size=DIM)}
+    one = FUSED["adapters"][0]
+    others = {
+        "half": sources.write_bottlenecks(folder / "half", values),
+        "tanh": sources.write_bottlenecks(folder / "tanh", values, activation="tanh"),
+        "norms": sources.write_bottlenecks(folder / "norms", values, "houlsby", norms=True),
+        "ia3": sources.write_bottlenecks(folder / "ia3", values, "ia3"),
+    }
+    lora = tiny.model()
+    sites.attach(lora, "lora")
+    adapters.save(folder / "lora", lora)
+    with_one = {name: {"size": 5, "adapters": [one, other]} for name, other in others.items()}
+    return {
+        "one": ({"adapters": [one]}, "adapterfusion.adapters: name two or more directories"),
+        "size": (
+            {"adapters": FUSED["adapters"]},
+            r"down in .* has shape \(5, 24\): expected \(64, 24\), for size = 64",
+        ),
+        "half": (with_one["half"], "has no bottleneck at model.layers.1.block_out, but at model.layers.0.block_out"),
+        "activation": (with_one["tanh"], "has activation = 'tanh', and activation is 'relu'"),
+        "norms": (with_one["norms"], "holds houlsby with .*: expected pfeiffer"),
+        "ia3": (with_one["ia3"], "holds ia3 with .*: expected pfeiffer"),
+        "lora": ({"size": 5, "adapters": [one, str(folder / "lora")]}, "expected an adapter in refpeft's own form"),
+        "places": (FUSED | {"targets": ["@mlp_out"]}, "has no bottleneck at model.layers.0.mlp_out, but at model.lay"),
+        "nothing": ({"size": 5, "adapters": [one, str(folder / "no")]}, "holds no adapter"),
+    }
+
+
+@pytest.mark.parametrize("case", ["one", "size", "half", "activation", "norms", "ia3", "lora", "places", "nothing"])
+def test_adapters_that_cannot_be_fused_are_an_error(case, tmp_path):
+    options, message = refusals(tmp_path)[case]
+    with pytest.raises(RefpeftError, match=message):
+        sites.attach(tiny.model(), "adapterfusion", options)

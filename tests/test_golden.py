@@ -29,7 +29,7 @@ from refpeft.models.quantized_files import tensors_of
 from refpeft.optim import OPTIMIZERS, AdamW, Flat
 from refpeft.quant import Dense, Quantized, make_quantizer
 from refpeft.rng import Stream, philox4x32
-from refpeft.sites import Adapter, attach, merge
+from refpeft.sites import Adapter, attach, merge, prepare, put_on
 from refpeft.tensor import Tensor, parameter
 
 # ---- operations ------------------------------------------------------------------------------------------------------
@@ -199,7 +199,7 @@ def run_method(case: Case, given: Arrays, dtype: str) -> Arrays:
     options = {name: tuple(v) if isinstance(v, list) else v for name, v in case.config.items()}
     config, train = options.pop("model"), options.pop("optimizer", None)
     model = model_of(config, given, dtype)
-    adapter = attach(model, case.name, options)
+    adapter = attached(model, case.name, options)
     set_values(adapter, model, given)
     if train is None:
         loss = model.loss(batch_of(given))
@@ -216,6 +216,13 @@ def run_method(case: Case, given: Arrays, dtype: str) -> Arrays:
             losses.append(loss.data)
     after = {f"after.{name}": as_in_file(model, name, t.data) for name, t in adapter.params.items()}
     return {"losses": np.array(losses), **after}
+
+
+def attached(model: Model, method: str, options: dict) -> Adapter:
+    """The method on the model; of adapters that it takes from directories the case has the values."""
+    adapter = prepare(model, method, options, fit="adapters" not in options)
+    put_on(model, adapter)
+    return adapter
 
 
 @contextlib.contextmanager
@@ -274,7 +281,7 @@ def run_site(case: Case, given: Arrays, dtype: str) -> Arrays:
         site = model.place_of("site", "attention", shape, "attend", fused.attention)
     else:
         site = model.place_of("site", "block", (given["x"].shape[-1],), "mlp_out", linear_block(given["weight"]))
-    adapter = attach(model, case.name, options)
+    adapter = attached(model, case.name, options)
     values = {name.removeprefix("site."): t for name, t in adapter.params.items()}
     constants = {name.removeprefix("site.").removeprefix("shared."): t for name, t in adapter.constants.items()}
     given_constants = {name: t for name, t in constants.items() if name in given}  # the others are made of the weight

@@ -16,6 +16,7 @@ from refpeft.tensor import parameter
 LISTED = manager.catalogue()
 METHODS = sorted(name for name, listing in LISTED.items() if listing.kind == "method")
 OPTIONS = TO_FIT | {"bitfit": {"create": True}, "lora": {"dropout": 0.2, "targets": "all-linear"}}
+OPTIONS |= {"adapterfusion": {"size": 5, "adapters": sources.bottlenecks(2, dim=32)}}
 OPTIONS |= {"spot": {"tokens": 3, "sources": sources.prompts(1, dim=32)}}
 
 

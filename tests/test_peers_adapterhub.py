@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny
 
-from refpeft import sites
+from refpeft import learning, sites
 from refpeft.models import gpt2
 from refpeft.tensor import Tensor
 
@@ -95,6 +95,44 @@ def difference(config, method: str, options: dict) -> float:
 )
 def test_bottlenecks_are_those_of_adapterhub(config, method, options):
     assert difference(config(), method, options) < LIMIT
+
+
+def test_a_fusion_is_that_of_adapterhub():
+    """Values and penalty. Their keys have a bias, too, which adds the same to all scores of a token: nothing."""
+    model, _ = peer(adapters.SeqBnConfig(**SMALL))
+    both = adapters.composition.Fuse("a", "b")
+    model.add_adapter("b", config=adapters.SeqBnConfig(**SMALL))
+    model.add_adapter_fusion(both, "dynamic")
+    model.set_active_adapters(both)
+    model.double()
+    added = {name: p for name, p in model.named_parameters() if ".adapters." in name or "fusion_layer" in name}
+    ours = tiny.model("gpt2")
+    fusion = sites.prepare(ours, "adapterfusion", {"size": 6, "adapters": ["a", "b"]}, fit=False)
+    sites.put_on(ours, fusion)
+
+    def values(letter: str, before: str) -> np.ndarray:
+        if letter in BOTTLENECK:
+            found = [added[f"{before}.adapters.{name}.{BOTTLENECK[letter]}"] for name in ("a", "b")]
+        else:
+            kind = "bias" if letter.endswith("_bias") else "weight"
+            found = [added[f"{before}.adapter_fusion_layer.a,b.{letter.removesuffix('_bias')}.{kind}"]]
+        arrays = np.stack([parameter.detach().numpy() for parameter in found])
+        return arrays if letter in BOTTLENECK else arrays[0]
+
+    torch.manual_seed(1)
+    for drawn in (False, True):
+        for parameter in added.values() if drawn else ():
+            parameter.data = 0.3 * torch.randn_like(parameter)
+        for layer in fusion.layers:
+            before = layer.site.name.replace("block_out", "output_adapters")
+            for letter, tensor in layer.values.items():
+                if not drawn and letter == "value":
+                    assert np.allclose(tensor.data, values(letter, before), rtol=1e-7, atol=0)  # theirs is float32
+                tensor.data[...] = values(letter, before)
+        want = model(input_ids=torch.from_numpy(tiny.ids()).long()).logits.detach().numpy()
+        assert abs(ours(tiny.ids()).data - want).max() < LIMIT
+    penalty = sum(float(term.data) for term in learning.penalties(ours))
+    assert penalty == pytest.approx(model.get_fusion_regularization_loss().item(), rel=1e-13)
 
 
 @pytest.mark.parametrize("scale", [4.0, "learned"])

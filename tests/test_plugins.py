@@ -159,7 +159,7 @@ DIM, FF, KV, VOCAB, LAYERS = 24, 32, 12, 40, 2
         ("llama", "sparse_adapter", {"size": 5}, LAYERS * 2 * (2 * 5 * DIM + 5 + DIM)),
         ("llama", "adamix", {"size": 5, "modules": 3}, LAYERS * (3 * (5 * DIM + 5) + DIM * 5 + DIM)),
         ("llama", "adamix", {"size": 5, "share": "down"}, LAYERS * (5 * DIM + 5 + 4 * (DIM * 5 + DIM))),
-        ("llama", "adapterfusion", TO_FIT["adapterfusion"], LAYERS * (3 * DIM**2 + 2 * DIM)),
+        ("llama", "adapterfusion", TO_FIT["adapterfusion"], LAYERS * (3 * DIM**2 + DIM)),
         ("llama", "compacter", {"size": 8, "norms": False}, 4**3 + LAYERS * 2 * (2 * (8 + DIM) + 8 + DIM)),
         ("llama", "compacter_pp", {"size": 8, "rank": 2, "norms": False}, 64 + LAYERS * (4 * (8 + DIM) + 8 + DIM)),
         ("llama", "phm_adapter", {"size": 8, "norms": False}, LAYERS * 2 * (2 * 8 * DIM // 4 + 128 + 8 + DIM)),

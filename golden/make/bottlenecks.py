@@ -53,6 +53,7 @@ class Block:
     places  where it stands in every layer
     shared  config -> shapes of trained tensors that all places share
     constants  (draw, config, in, out) -> tensors of a place that are given and not trained, by letter
+    penalty  (letters, config) -> a term of the objective for a place
     """
 
     method: str
@@ -62,6 +63,7 @@ class Block:
     places: tuple[str, ...]
     shared: Callable[[dict], Shapes] = lambda config: {}
     constants: Callable[..., dict[str, np.ndarray]] = lambda draw, config, inp, out: {}
+    penalty: Callable[[Tensors, dict], torch.Tensor] | None = None
     flags: str = ""
 
 
@@ -93,6 +95,7 @@ def _at_one_place(block: Block, name: str, config: dict, flags: str, at: str, ou
         config=config,
         flags=f"{block.flags} {flags}",
         comment="what it stands at is x @ weight.T",
+        penalty=(lambda t: block.penalty(t, config)) if block.penalty else None,
     )
 
 

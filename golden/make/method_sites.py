@@ -51,7 +51,8 @@ def site_case(
         leaves = {name: tensors[name].clone().requires_grad_() for name in wrt.split() if name != "x"}
         term = penalty(tensors | leaves)
         term.backward()
-        return {"penalty": term, **{f"penalty.grad.{name}": leaf.grad for name, leaf in leaves.items()}}
+        reached = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+        return {"penalty": term, **{f"penalty.grad.{name}": grad for name, grad in reached.items()}}
 
     return Case(
         id=case_id,

@@ -1,4 +1,4 @@
-"""AdaMix: bottlenecks of several modules, one drawn for a pass, and what makes two passes agree. Draws are inputs."""
+"""Several bottlenecks at a place: one drawn for each pass (AdaMix; draws are inputs), or attention over all of them."""
 
 from __future__ import annotations
 
@@ -35,6 +35,12 @@ def cases() -> Iterator[Case]:
         ("gpt2", methods.SMALL_GPT2, "transformer.h"),
     ):
         yield training(family, settings, [f"{prefix}.{layer}.mlp_out" for layer in range(2)])
+    yield from bottlenecks.block_cases(
+        FUSION, ("plain", FUSED, ""), ("three", FUSED | {"adapters": ["a", "b", "c"]}, "")
+    )
+
+
+# ---- AdaMix ----------------------------------------------------------------------------------------------------
 
 
 def letters(config: dict, inp: int, out: int) -> dict[str, tuple[int, ...]]:
@@ -167,3 +173,39 @@ def three_steps(model: dict, names: list[str], places: list[str]) -> Compute:
         return {"losses": torch.stack(losses), **{f"after.{name}": p for name, p in trained.items()}}
 
     return compute
+
+
+# ---- AdapterFusion ---------------------------------------------------------------------------------------------
+
+FUSED = {"adapters": ["a", "b"], "size": 3, "activation": "relu", "penalty": 0.01}
+
+
+def attention_letters(config: dict, inp: int, out: int) -> dict[str, tuple[int, ...]]:
+    return {"query": (out, inp), "query_bias": (out,), "key": (out, out), "value": (out, out)}
+
+
+def trained_adapters(draw: Draw, config: dict, inp: int, out: int) -> dict[str, np.ndarray]:
+    shapes = bottlenecks.letters(config, inp, out)
+    return {letter: draw.normal(len(config["adapters"]), *shape, scale=0.5) for letter, shape in shapes.items()}
+
+
+def fused(f: Callable, x: torch.Tensor, t: dict, config: dict) -> torch.Tensor:
+    """Keys and values are of what each adapter adds, without the residual."""
+    h = f(x)
+    each = [{letter: t[letter][i] for letter in bottlenecks.letters(config, 1, 1)} for i in range(len(t["down"]))]
+    z = torch.stack([bottlenecks.bottleneck(h, one, config) for one in each], dim=-2)
+    query, keys, values = h @ t["query"].mT + t["query_bias"], z @ t["key"].mT, z @ t["value"].mT
+    scores = (query.unsqueeze(-2) * keys).sum(-1).softmax(-1)
+    return h + (scores.unsqueeze(-1) * values).sum(-2)
+
+
+FUSION = Block(
+    "adapterfusion",
+    "arXiv:2005.00247, section 3; biases, residual and penalty as AdapterHub",
+    attention_letters,
+    fused,
+    ("block_out",),
+    constants=trained_adapters,
+    penalty=lambda t, config: config["penalty"] * (t["value"] - torch.eye(len(t["value"]))).square().sum(),
+    flags="BottleneckSkip FusionResidual FusionScale",
+)
