@@ -1,7 +1,8 @@
 """Adapters as files: directories with `adapter_config.json` and `adapter_model.safetensors`, as Hugging Face PEFT has.
 
 What PEFT can express is written in its form and read from it (`refpeft.peft_formats`). Anything else has the peft_type
-REFPEFT, the method's name and options in the config, and its tensors under refpeft's own names.
+REFPEFT, the method's name and options in the config, and its tensors under refpeft's own names. Directories of
+AdapterHub's library are read, too (`refpeft.adapterhub`).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from . import manager, survey
+from . import adapterhub, manager, survey
 from .backend import Array, bfloat16, to_host
 from .errors import RefpeftError
 from .files import expanded, read_json, read_safetensors, write_json, write_safetensors
@@ -243,7 +244,11 @@ def _load_one(model: Model, directory: Path) -> Adapter:
 
 def _read(model: Model, directory: Path) -> Adapter:
     """The adapter of a directory, made for the model and not put on it."""
-    config, tensors = read_json(directory / CONFIG), read_safetensors(directory / TENSORS)
+    config, file = read_json(directory / CONFIG), directory / TENSORS
+    if adapterhub.is_config(config):
+        (config, tensors), file = adapterhub.read(directory), directory / adapterhub.TENSORS
+    else:
+        tensors = read_safetensors(file)
     try:
         method, form, options = _understood(config, model)
         _refuse_sizes(options, tensors)
@@ -263,7 +268,7 @@ def _read(model: Model, directory: Path) -> Adapter:
             layer.part.call("peft_check_values", site=layer.site, p=layer.arrays)
         adapter.settled = True
     except RefpeftError as error:
-        raise RefpeftError(f"{directory / TENSORS}: {error}") from None
+        raise RefpeftError(f"{file}: {error}") from None
     return adapter
 
 
@@ -276,7 +281,7 @@ def _understood(config: dict[str, Any], model: Model) -> tuple[str, Format | Non
             raise RefpeftError("expected 'method', a name, and 'options', an object")
         manager.path_of(method, "method")  # a name that is known: a file of others names no path
         return method, None, options
-    for method, form in FORMATS.items():
+    for method, form in (*FORMATS.items(), *adapterhub.FORMATS.items()):
         if form.peft_type == kind and form.means(config):
             settings = Settings(config)
             options = form.options(settings, model)

@@ -81,6 +81,7 @@ for verb in (
     use.evaluate,
     use.generate,
     use.merge,
+    use.export,
     quantize.quantize,
     inspect.data,
     inspect.sites,

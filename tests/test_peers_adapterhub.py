@@ -1,4 +1,4 @@
-"""Bottlenecks against AdapterHub's `adapters`, on the same tensors in float64, on GPT-2.
+"""Bottlenecks against AdapterHub's `adapters`, on the same tensors in float64, and their files both ways.
 
 adapters 1.3.0 wants transformers 4.57, so this runs in an environment of its own and is skipped elsewhere:
 pip install adapters==1.3.0 torch pytest, and this package.
@@ -6,11 +6,14 @@ pip install adapters==1.3.0 torch pytest, and this package.
 
 from __future__ import annotations
 
+import importlib
+
 import numpy as np
 import pytest
 import tiny
 
-from refpeft import learning, sites
+from refpeft import adapterhub, learning, sites
+from refpeft import adapters as files
 from refpeft.models import gpt2
 from refpeft.tensor import Tensor
 
@@ -41,13 +44,40 @@ SMALL, TWO = {"reduction_factor": 4}, {"reduction_factor": 4, "phm_dim": 2}
 FACTORED = {"size": 6, "n": 2, "norms": False, "activation": "gelu"}
 
 
-def peer(config):
-    """Their GPT-2 with the tiny model's weights and a random adapter; its trained parameters by name."""
-    config_of = {name: value for name, value in tiny.GPT2_SMALL.items() if name != "model_type"}
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**config_of, attn_implementation="eager"))
-    tensors = {name: torch.tensor(array) for name, array in tiny.arrays(tiny.GPT2_SMALL).items()}
+@pytest.fixture(autouse=True)
+def float64(monkeypatch):
+    """transformers' RMSNorm and its rotary angles round to float32 inside; these do not."""
+    module = importlib.import_module("transformers.models.llama.modeling_llama")
+
+    def norm(self, x):
+        return self.weight * (x / (x.square().mean(-1, keepdim=True) + self.variance_epsilon).sqrt())
+
+    def rotary(self, x, position_ids):
+        dim = self.config.hidden_size // self.config.num_attention_heads
+        speeds = 10000.0 ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+        angles = (position_ids[..., None] * speeds).repeat(1, 1, 2)
+        return angles.cos(), angles.sin()
+
+    monkeypatch.setattr(module.LlamaRMSNorm, "forward", norm)
+    monkeypatch.setattr(module.LlamaRotaryEmbedding, "forward", rotary)
+
+
+def bare_peer(family="gpt2"):
+    """Their model with the tiny model's weights."""
+    kinds = {"gpt2": (transformers.GPT2LMHeadModel, transformers.GPT2Config)}
+    kinds["llama"] = (transformers.LlamaForCausalLM, transformers.LlamaConfig)
+    model_kind, config_kind = kinds[family]
+    config_of = {name: value for name, value in tiny.CONFIGS[family].items() if name != "model_type"}
+    model = model_kind(config_kind(**config_of, attn_implementation="sdpa"))
+    tensors = {name: torch.tensor(array) for name, array in tiny.arrays(tiny.CONFIGS[family]).items()}
     model.load_state_dict(tensors, strict=False)
     adapters.init(model)
+    return model.double()
+
+
+def peer(config, family="gpt2"):
+    """Their model with a random adapter; its trained parameters by name."""
+    model = bare_peer(family)
     model.add_adapter("a", config=config)
     model.train_adapter("a")
     model.double().eval()
@@ -73,12 +103,16 @@ def theirs(name: str, trained: dict[str, np.ndarray]) -> np.ndarray:
     return array.transpose(0, 2, 1) if array.ndim == 3 and letter != "scale" else array
 
 
+def logits_of(model) -> np.ndarray:
+    return model(input_ids=torch.from_numpy(tiny.ids()).long()).logits.detach().numpy()
+
+
 def difference(config, method: str, options: dict) -> float:
     model, trained = peer(config)
     ours = tiny.model("gpt2")
     for name, tensor in sites.attach(ours, method, options).params.items():
         tensor.data[...] = theirs(name, trained)
-    want = model(input_ids=torch.from_numpy(tiny.ids()).long()).logits.detach().numpy()
+    want = logits_of(model)
     assert abs(want - tiny.model("gpt2")(tiny.ids()).data).max() > 0.1
     return abs(ours(tiny.ids()).data - want).max()
 
@@ -148,3 +182,48 @@ def test_a_parallel_adapter_reads_what_the_mlp_reads_and_adapterhubs_what_stands
     monkeypatch.setattr(gpt2.Layer, "_layer", layer)  # the norm as a part of the MLP, whose input is then the stream
     monkeypatch.setattr(gpt2.Layer, "_mlp", lambda self, x: inside(self, self.norm2(x)))
     assert difference(config, "parallel", options) < LIMIT
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+THEIRS = {
+    "seq_bn": lambda: adapters.SeqBnConfig(**SMALL),
+    "seq_bn-inside": lambda: adapters.SeqBnConfig(**SMALL, original_ln_before=False, non_linearity="gelu_new"),
+    "double_seq_bn": lambda: adapters.DoubleSeqBnConfig(**SMALL, leave_out=[0]),
+    "attention": lambda: adapters.DoubleSeqBnConfig(reduction_factor=5, output_adapter=False, non_linearity="tanh"),
+    "compacter": lambda: adapters.CompacterConfig(**TWO, phm_rank=2),
+    "compacter++": lambda: adapters.CompacterPlusPlusConfig(**TWO),
+}
+OURS = {
+    "pfeiffer": {"size": 5, "layers": [1]},
+    "houlsby": {"size": 7, "norms": False},
+    "compacter": FACTORED | {"rank": 2},
+    "compacter_pp": FACTORED,
+}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", THEIRS)
+def test_their_files_have_the_same_logits_here(family, name, tmp_path):
+    model, _ = peer(THEIRS[name](), family)
+    model.save_adapter(str(tmp_path), "a", use_safetensors=True)
+    ours = tiny.model(family)
+    (adapter,) = files.load(ours, tmp_path)
+    assert adapter.size == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert abs(ours(tiny.ids()).data - tiny.model(family)(tiny.ids()).data).max() > 0.01
+    assert abs(ours(tiny.ids()).data - logits_of(model)).max() < LIMIT
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("method", OURS)
+def test_our_files_have_the_same_logits_there(family, method, tmp_path):
+    ours = tiny.model(family)
+    adapter = sites.attach(ours, method, OURS[method])
+    tiny.scramble(adapter)
+    for tensor in adapter.params.values():
+        tensor.data[...] = tensor.data.astype("f4")  # the dtype in which they make an adapter that they read
+    adapterhub.save(tmp_path, ours, adapter, "mine")
+    model = bare_peer(family).float()
+    model.load_adapter(str(tmp_path), use_safetensors=True, set_active=True)
+    assert model.adapters_config.adapters["mine"]
+    assert abs(ours(tiny.ids()).data - logits_of(model.double().eval())).max() < LIMIT

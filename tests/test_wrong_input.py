@@ -10,10 +10,13 @@ from variants import quantizer
 from refpeft import manager, sites
 from refpeft.cli import main
 from refpeft.errors import RefpeftError, RefpeftWarning
+from refpeft.layers import INPUTS
 from refpeft.lowrank import Ranked
 from refpeft.quant import make_quantizer
 
-METHODS = sorted(name for name, listing in manager.catalogue().items() if listing.kind == "method")
+FORWARD = {f"peft_{kind}" for kind in INPUTS}
+METHODS = sorted(name for name, listing in manager.catalogue().items() if FORWARD & set(listing.hooks))
+"""Recipes bring methods along, which look at what they are given."""
 Q = "model.layers.0.self_attn.q_proj"
 V = "model.layers.0.self_attn.v_proj"
 

@@ -1,4 +1,4 @@
-"""The verbs that use a model or an adapter: eval, generate, merge."""
+"""The verbs that use a model or an adapter: eval, generate, merge, export."""
 
 from __future__ import annotations
 
@@ -163,3 +163,30 @@ def merge(adapter: str, out: str, as_json: bool, **how: Any) -> None:
         options.echo_json(dataclasses.asdict(merged))
     else:
         click.echo("\n".join(merged.lines()))
+
+
+@click.command()
+@click.option("--adapter", required=True, metavar="DIR", help="An adapter directory, such as a run's.")
+@click.option("--model", metavar="PATH|ID", help="The adapter's model. Default: where its run had it.")
+@click.option("--out", required=True, metavar="DIR", help="Where the files go; must not exist.")
+@click.option("--name", default="refpeft", show_default=True, help="The adapter's name in AdapterHub.")
+@options.plugins
+def export(adapter: str, model: str | None, out: str, name: str) -> None:
+    """Writes a bottleneck adapter in the form of AdapterHub's library.
+
+    There, `model.load_adapter(DIR, use_safetensors=True)` reads it. PEFT's methods need no export: adapters of runs are
+    in its form already.
+    """
+    from pathlib import Path
+
+    from refpeft import adapterhub
+    from refpeft.errors import RefpeftError
+
+    if Path(out).exists():
+        raise RefpeftError(f"{out} exists: choose another --out")
+    loaded = _load(model, adapter, None, False, None, "cpu")
+    if len(loaded.adapters) > 1:
+        names = ", ".join(one.name for one in loaded.adapters)
+        raise RefpeftError(f"{adapter} holds {names}: give the directory of one of them")
+    adapterhub.save(out, loaded, loaded.adapters[0], name)
+    click.echo(f"{out} is {adapter} as AdapterHub's adapter {name!r}")
