@@ -9,16 +9,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-BESIDE_THE_CORE = {"cuda", "conformance", "embedded"}
-"""Folders of the package that are not its core: kernels, the conformance kit, and the recipe of the embedded model."""
-
-CORE = 10900
+BESIDE_THE_CORE = 12400
 """Lines of code of the core: lines that hold more than a comment or a docstring. The design said about 6,000. Reading
 what others wrote (GGUF, hub, PEFT's adapters, templates in a sandbox, formats of data) took 500 more than was thought;
 quantizers and QLoRA 1,900: files of quantized models, block-wise codes plain and fast, bitsandbytes' own rules, five
-optimizers with paging, merging with measurement, and the plan of memory; and all methods beside LoRA 2,200: how PEFT
-and AdapterHub write each down, operations on blocks and Kronecker products, what bottlenecks, rotations and prompts have
-in common, methods that ask the data first or take part in a step, and comparing and listing sixty of them."""
+optimizers with paging, merging with measurement, and the plan of memory; all methods beside LoRA 2,700: how PEFT and
+AdapterHub write each down, operations on blocks and Kronecker products, what bottlenecks, rotations and prompts have in
+common, methods that ask the data first or take part in a step, comparing and listing sixty of them; and encoders and
+encoder-decoders, which the 6,000 should have held, 850."""
 
 TOP = {"LICENSE", "README.md", "golden", "plugins", "pyproject.toml", "refpeft", "tests"}
 
