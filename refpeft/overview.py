@@ -13,8 +13,14 @@ from refpeft.peft_formats import FORMATS, Format
 from refpeft.quant import make_quantizer
 
 SHAPE = "llama-3-8b"
-NEEDED = {"bitfit": {"create": True}, "trainable_tokens": {"token_indices": [0]}, "spot": {"sources": ["runs/other"]}}
-NEEDED |= {"adapterfusion": {"adapters": ["runs/a", "runs/b"]}}
+NEEDED = {
+    "adapterfusion": {"adapters": ["runs/a", "runs/b"]},
+    "bitfit": {"create": True},
+    "lora_bitfit": {"create": True},
+    "s4": {"create": True},
+    "spot": {"sources": ["runs/other"]},
+    "trainable_tokens": {"token_indices": [0]},
+}
 """The least options of methods that SHAPE cannot have at their defaults; the table names them."""
 
 _HEAD = ("method", "family", "what it computes", "trained of Llama-3-8B", "merges", "PEFT's file", "source")
