@@ -47,7 +47,8 @@ class Ranked:
         vain = [key for key in _OF_LINEAR & fields.keys() if getattr(self, key) != fields[key]]
         if vain and all(site.kind == "embedding" for site in sites):
             warn(f"{name}: {min(vain)} has no effect at embeddings, and there are no other targets")
-        above = [site for site in sites if self.rank(site) > self.most(site)]
+        weights = (site for site in sites if site.kind in ("linear", "embedding"))
+        above = [site for site in weights if self.rank(site) > self.most(site)]
         if not above:
             return
         site = min(above, key=self.most)

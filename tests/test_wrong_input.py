@@ -85,6 +85,7 @@ def test_sizes_like_ranks_have_bounds_of_their_own(method, options, message):
 
 def test_a_method_with_a_rank_is_ranked_or_has_a_check_of_its_own():
     of_their_own = {"randlora", "hra", "miss", "shira"}  # as above
+    of_their_own.add("ladder_side")  # r divides widths: see tests of its own
     of_their_own.add("vera")  # r random directions with a gain each: more of them are not in vain
     for name in METHODS:
         config = getattr(manager.load(name), "Config", None)
