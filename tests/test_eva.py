@@ -98,6 +98,8 @@ def test_all_targets_together_keep_their_ranks_and_A_is_the_svd_of_what_a_layer_
         vectors, _ = plain(inputs[layer.site.name], ranks[layer.site.name])
         assert np.allclose(layer.arrays.A, vectors, rtol=0, atol=1e-6)
         assert layer.arrays.B.shape == (layer.site.shape[0], ranks[layer.site.name]) and not layer.arrays.B.any()
+    q, k, o = (inputs[f"model.layers.0.self_attn.{name}_proj"] for name in "qko")
+    assert q is k and q is not o  # what reads the same is explored once
 
 
 def test_a_target_without_a_direction_is_left_out_of_training_and_of_the_file(tmp_path):
