@@ -7,7 +7,7 @@ arXiv:2308.03303, section 3): with `freeze_A` the A of linear layers keeps its f
 
 First values, which leave the model as it is. Linear: A uniform in +-1 / sqrt(in), which is kaiming_uniform(a=sqrt(5))
 as in loralib and PEFT, or normal of deviation 1 / r (`init = "gaussian"`); B zero. Embedding: A zero, B normal.
-Trained: A (r, in) and B (out, r), r (in + out) numbers a target, or r out; and what `bias` and `modules_to_save` name.
+Trained: A (r, in), B (out, r): r (in + out) numbers a target, r out with A frozen; what bias, modules_to_save name.
 """
 
 from dataclasses import dataclass, field
