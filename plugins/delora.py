@@ -34,6 +34,11 @@ class Config(Ranked):
     exclude: tuple[str, ...] | str = ()
     layers: tuple[int, ...] | None = None  # numbers of the layers; none: all
 
+    def __post_init__(self):
+        super().__post_init__()
+        if 0 in (self.lambda_initial, *self.lambda_pattern.values()):
+            raise ValueError("expected lambda_initial other than 0: nothing would be learned")
+
 
 @hookimpl
 def peft_params(site, cfg, rng, weight):

@@ -34,6 +34,8 @@ class Config:
     def __post_init__(self):
         if min((self.frequencies, *self.frequencies_pattern.values())) < 1 or not 0 <= self.places_seed < 2**63:
             raise ValueError("expected frequencies of at least 1, and places_seed of at least 0 and less than 2^63")
+        if not self.scaling:
+            raise ValueError("expected scaling other than 0: nothing would be learned")
 
     def count(self, site):
         return patterned(self.frequencies_pattern, site, self.frequencies)

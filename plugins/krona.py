@@ -30,8 +30,8 @@ class Config:
     layers: tuple[int, ...] | None = None  # numbers of the layers; none: all
 
     def __post_init__(self):
-        if min(self.a_out, self.a_in) < 0:
-            raise ValueError("expected a_out and a_in of at least 1, or 0")
+        if min(self.a_out, self.a_in) < 0 or not self.scale:
+            raise ValueError("expected a_out and a_in of at least 1, or 0, and scale other than 0")
 
 
 def _sides(site):

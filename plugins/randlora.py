@@ -30,8 +30,8 @@ class Config:
     layers: tuple[int, ...] | None = None  # numbers of the layers; none: all
 
     def __post_init__(self):
-        if self.r < 1 or not 0 <= self.dropout < 1:
-            raise ValueError("expected r of at least 1, and dropout of at least 0 and less than 1")
+        if self.r < 1 or not self.alpha or not 0 <= self.dropout < 1:
+            raise ValueError("expected r of at least 1, alpha other than 0, and dropout from 0 to less than 1")
 
 
 @hookimpl

@@ -37,8 +37,8 @@ class Config:
 
     def __post_init__(self):
         check_size(self)
-        if not (0 <= self.sparsity < 1 and self.rows >= 1 and self.init_std > 0):
-            raise ValueError("expected sparsity from 0 to less than 1, 1 or more rows, and init_std above 0")
+        if not (0 <= self.sparsity < 1 and self.rows >= 1):
+            raise ValueError("expected sparsity from 0 to less than 1, and 1 or more rows")
 
 
 @hookimpl

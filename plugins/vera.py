@@ -30,8 +30,8 @@ class Config:
     layers: tuple[int, ...] | None = None  # numbers of the layers; none: all
 
     def __post_init__(self):
-        if self.r < 1 or not 0 <= self.dropout < 1:
-            raise ValueError("expected r of at least 1, and dropout of at least 0 and less than 1")
+        if self.r < 1 or not self.d_initial or not 0 <= self.dropout < 1:
+            raise ValueError("expected r of at least 1, d_initial other than 0, and dropout from 0 to less than 1")
         if self.torch_seed is not None and self.torch_seed < 0:
             raise ValueError("expected torch_seed of at least 0, or none")
 

@@ -28,9 +28,11 @@ ACTIVATIONS = {
 
 
 def check_size(cfg: Any) -> None:
-    """Raises ValueError where the bottleneck of a Config has no width."""
+    """Raises ValueError where the bottleneck of a Config has no width, or nothing that would be learned."""
     if cfg.size < 1:
         raise ValueError(f"size is {cfg.size}: expected 1 or more")
+    if getattr(cfg, "init_std", 1) <= 0 or getattr(cfg, "scale", 1) == 0:
+        raise ValueError("expected init_std above 0, and scale other than 0: nothing would be learned")
 
 
 def normal_values(rng: Stream, size: int, dim: int, std: float) -> dict[str, np.ndarray]:
@@ -69,6 +71,11 @@ def prune(places: Sequence[SimpleNamespace], share: float, scores: Sequence[Arra
             mask[...] = masks[at : at + mask.size].reshape(mask.shape)
             weight *= mask
             at += mask.size
+
+
+def gate(x: Tensor, p: SimpleNamespace) -> Tensor:
+    """sigmoid(gate x + gate_bias) with gate (1, dim): how much of what a method adds a token gets, (batch, time, 1)."""
+    return ops.sigmoid(ops.linear(x, p.gate, p.gate_bias))
 
 
 # ---- PHM layers (Zhang et al., 2021, arXiv:2102.08597; Compacter: arXiv:2106.04647) ----------------------------------
