@@ -20,6 +20,7 @@ CHANGE_AT_THE_START = {
     "pre_embed",
     "pre_layer",
     "ladder_side",
+    "attention_fusion",
     "spot",
     "multitask_prompt",
     "p_tuning",

@@ -5,10 +5,11 @@ import pytest
 import tiny
 from test_memory import BATCH, SIZE, TIME, count_weights, loss_of
 
-from refpeft import sites
+from refpeft import ops, sites
 from refpeft.errors import RefpeftError
 from refpeft.generate import generate
 from refpeft.learning import refuse_recomputation
+from refpeft.tensor import Tensor
 
 PROMPTS = [[5, 9, 2], [7, 1, 30, 22, 8, 3, 11], [4]]
 LADDERS = [{"r": 3}, {"r": 3, "output": "add"}, {"r": 3, "drop": [0]}, {"r": 3, "drop": [1]}]
@@ -36,6 +37,21 @@ def test_the_tape_has_one_hidden_state_of_each_layer_that_is_read_and_backward_a
     whole = BATCH * TIME * model.config.dim * SIZE
     assert list(buffers.values()).count(whole) == read
     assert name == "gpt2" or max(buffers.values()) == whole  # GPT-2's feed-forward part is 4 times as wide
+    before = dict(asked)
+    loss.backward()
+    assert asked == before
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_attention_fusion_keeps_the_hidden_states_and_weights_and_backward_asks_for_no_weight(name):
+    model = tiny.model(name, "float32")
+    tiny.scramble(sites.attach(model, "attention_fusion"))
+    asked = count_weights(model)
+    loss, buffers = loss_of(model)
+    states = 1 + model.config.layers
+    sizes = sorted(buffers.values())[-2:]
+    rows = tiny.batch().supervised * model.config.dim * SIZE  # of what the head reads: its norm, and its gradient
+    assert sizes == [rows, BATCH * TIME * states * model.config.dim * SIZE]
     before = dict(asked)
     loss.backward()
     assert asked == before
@@ -107,3 +123,35 @@ def test_what_reads_all_layers_refuses_recomputation():
 def test_a_side_network_that_cannot_be_is_an_error(options, message):
     with pytest.raises(RefpeftError, match=message):
         sites.attach(tiny.model(), "ladder_side", options)
+
+
+# ---- attention fusion ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_with_all_weight_on_the_last_layer_attention_fusion_is_the_model(name, monkeypatch):
+    model = tiny.model(name)
+    before = model(tiny.ids()).data
+    sites.attach(model, "attention_fusion")
+
+    def last(x, axis):
+        return Tensor(np.broadcast_to(np.arange(x.shape[axis])[:, None] == x.shape[axis] - 1, x.shape) * 1.0)
+
+    monkeypatch.setattr(ops, "softmax", last)
+    assert abs(model(tiny.ids()).data - before).max() < 1e-4  # eps is added twice
+
+
+@pytest.mark.parametrize("output", ["replace", "add"])
+def test_attention_fusion_in_generation_is_what_it_is_without_a_cache(output):
+    model = tiny.model()
+    tiny.scramble(sites.attach(model, "attention_fusion", {"output": output}), scale=1)
+    assert generate(model, PROMPTS, 4) == [by_hand(model, prompt, 4) for prompt in PROMPTS]
+
+
+def test_attention_fusion_trains_one_query():
+    assert sites.attach(tiny.model(), "attention_fusion").size == 24
+
+
+def test_attention_fusion_takes_no_other_targets():
+    with pytest.raises(RefpeftError, match="attention_fusion reads all layers: leave its targets as they are"):
+        sites.attach(tiny.model(), "attention_fusion", {"targets": ["0.block_out"]})

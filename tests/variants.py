@@ -98,6 +98,8 @@ VARIANTS = {
     "prefix_tuning-zero": ("prefix_tuning", {"tokens": 3, "hidden": 4, "positions": "zero"}),
     "pre_embed": ("pre_embed", {"tokens": 3}),
     "pre_layer": ("pre_layer", {"tokens": 3, "init_std": 0.5}),
+    "attention_fusion": ("attention_fusion", {}),
+    "attention_fusion-add": ("attention_fusion", {"output": "add"}),
     "ladder_side": ("ladder_side", {"r": 3}),
     "ladder_side-drop": ("ladder_side", {"r": 1, "temperature": 1.0, "drop": [0]}),
     "llama_adapter": ("llama_adapter", {"tokens": 3}),

@@ -1,4 +1,4 @@
-"""Methods that read all layers and leave them alone: a ladder side network, on whole tiny models."""
+"""Methods that read all layers and leave them alone, on whole tiny models: a ladder side network, attention fusion."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from common import Case, Tensors
 from methods import SMALL_GPT2, SMALL_LLAMA, Adapted
 from torch.nn import functional
 
-equations.PAPERS |= {"ladder_side": "arXiv:2206.06522, section 3.2"}
+equations.PAPERS |= {
+    "ladder_side": "arXiv:2206.06522, section 3.2",
+    "attention_fusion": "https://aclanthology.org/2022.findings-naacl.64",
+}
 
 WIDE = SMALL_LLAMA | {"hidden_size": 12, "head_dim": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
 
@@ -26,6 +29,12 @@ def cases() -> Iterator[Case]:
                 family, settings, iter([ladder(family, {"r": 2, "temperature": 1.0} | options)])
             )
             yield from (case for case in found if not options or case.at == "model")
+    for family, settings, options in (
+        ("llama", SMALL_LLAMA, {}),
+        ("llama", SMALL_LLAMA, {"output": "add"}),
+        ("gpt2", SMALL_GPT2, {}),
+    ):
+        yield from methods.model_cases(family, settings, iter([fusion(family, 8, options)]))
 
 
 # ---- ladder side-tuning ----------------------------------------------------------------------------------------
@@ -94,3 +103,40 @@ def side_layer(x: torch.Tensor, t: Tensors, attention: Callable, head: int) -> t
     up = n @ t["up"].mT
     inner = functional.silu(n @ t["gate"].mT) * up if "gate" in t else functional.gelu(up, approximate="tanh")
     return x + inner @ t["down"].mT
+
+
+# ---- attention fusion ------------------------------------------------------------------------------------------
+
+
+def fusion(family: str, dim: int, options: dict) -> Adapted:
+    layer = "transformer.h" if family == "gpt2" else "model.layers"
+    places = [f"{layer}.{i}.block_out" for i in range(2)]
+    query = f"{places[1]}.query"
+
+    def advice(t: Tensors) -> dict[str, Callable]:
+        states = []
+
+        def read(f: Callable, x: torch.Tensor, place: str) -> torch.Tensor:
+            h = f(x)
+            if place == places[0]:
+                states[:] = [x]
+            states.append(h)
+            if place == places[0]:
+                return h
+            v = [rms_norm(state, torch.ones(dim)) for state in states]
+            weights = torch.stack([state @ t[query] for state in v], dim=-1).softmax(-1)
+            told = sum(weights[..., j, None] * state for j, state in enumerate(v))
+            return h + told if options.get("output") == "add" else told
+
+        return {place: lambda f, x, place=place: read(f, x, place) for place in places}
+
+    return Adapted(
+        "attention_fusion",
+        options,
+        {query: (dim,)},
+        advice,
+        flags="FusionStates",
+        peft=False,
+        comment="three states of each token: what the first layer reads, and what both give",
+        label="add-" if options else "",
+    )
