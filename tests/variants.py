@@ -79,6 +79,9 @@ VARIANTS = {
     "shira": ("shira", {"r": 3}),
     "shira-magnitude": ("shira", {"r": 2, "mask": "magnitude", "targets": "all-linear"}),
     "fish_mask": ("fish_mask", {"share": 0.05}),
+    "diff_pruning": ("diff_pruning", {"share": 0.1}),
+    "diff_pruning-gated": ("diff_pruning", {"prune": False, "alpha": 0.3}),
+    "diff_pruning-plain": ("diff_pruning", {"prune": False, "alpha": -0.2, "structured": False, "targets": ["@q"]}),
     "far": ("far", {"share": 0.2}),
     "lt_sft": ("lt_sft", {"share": 0.1, "l1": 0.1}),
     "trainable_tokens": ("trainable_tokens", {"token_indices": [5, 2, 30]}),
@@ -104,6 +107,15 @@ VARIANTS = {
     "ladder_side-drop": ("ladder_side", {"r": 1, "temperature": 1.0, "drop": [0]}),
     "llama_adapter": ("llama_adapter", {"tokens": 3}),
     "llama_adapter-peft": ("llama_adapter", {"tokens": 3, "count": 1, "compat": "peft"}),
+    "mam": ("mam", {"tokens": 3, "hidden": 5, "size": 5}),
+    "mam-flat": ("mam", {"tokens": 3, "hidden": 0, "size": 5, "layers": [1]}),
+    "lora_bitfit": ("lora_bitfit", {"r": 3, "create": True}),
+    "s4": ("s4", {"strategies": ["AL", "PBL"], "groups": [1, 1], "create": True}),
+    "unipelt": ("unipelt", {"r": 3, "tokens": 3, "hidden": 5, "size": 5}),
+    "unipelt-flat": (
+        "unipelt",
+        {"tokens": 2, "size": 5, "hidden": 0, "layers": [1], "targets": ["@attend", "@attn_out", "@k"]},
+    ),
 }
 WITH_BIASES = {
     "bitfit": ("bitfit", {}),
@@ -115,6 +127,8 @@ TO_FIT |= {"hira": {"r": 8}, "lokr": {"r": 2}}
 TO_FIT |= {"miss": {"r": 5}, "vblora": {"vector_length": 4, "num_vectors": 7}}
 TO_FIT |= {"randlora": {"r": 5}, "intrinsic_said": {"d": 60}}
 TO_FIT |= {"adapterfusion": {"size": 5, "adapters": sources.bottlenecks(2)}}
+TO_FIT |= {"mam": {"hidden": 6, "size": 5}}
+TO_FIT |= {"lora_bitfit": {"create": True}, "s4": {"strategies": ["AP", "PBL"], "groups": [1, 1], "create": True}}
 TO_FIT |= {"spot": {"tokens": 3, "sources": sources.prompts(1)}}
 TO_FIT |= {"c3a": {"block_size": 4}, "fourierft": {"frequencies": 50}, "ladder_side": {"r": 1}}
 """Options without which a method's sizes do not fit tiny models."""

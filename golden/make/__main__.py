@@ -24,6 +24,7 @@ SCRIPTS = (
         "mixtures",
         "prompts",
         "transfers",
+        "hybrids",
         "layer_prompts",
         "side_networks",
         "selective",
