@@ -196,7 +196,8 @@ def train(resolved: Resolved, directory: Path, resume: bool = False, say: Callab
     for line in rows.summary.lines() + (held_out.summary.lines()[:2] if held_out else []):
         say(line)
     for method in run.methods:
-        if manager.hook(manager.load(method), "peft_fit"):
+        fit = manager.hook(manager.load(method), "peft_fit")
+        if fit and "original" in fit[1]:
             say(f"{method} is fitted to the weights: with large ones this takes minutes")
         sites.attach(model, method, resolved.options[method], seed=run.seed)
     trained = sum(adapter.size for adapter in model.adapters)

@@ -194,7 +194,8 @@ def _add_part(model: Any, adapter: Adapter, part: Part, seed: int, fit: bool) ->
         tensor = value if isinstance(value, Tensor) else Tensor(value)
         tensor.data = model.place(tensor.data)
         setattr(part.shared, key, tensor)
-        adapter.kind(tensor)[f"shared.{key}"] = tensor
+        if adapter.kind(tensor).setdefault(f"shared.{key}", tensor) is not tensor:
+            raise RefpeftError(f"two parts of method '{adapter.name}' share a value called {key!r}")
     references: list[tuple[Layer, str, str]] = []
     for site in part.sites:
         have = {

@@ -66,6 +66,20 @@ def test_lora_with_biases_merges():
     assert abs(model(tiny.ids()).data - before).max() < 1e-12
 
 
+def test_two_parts_that_share_values_of_one_name_are_an_error(tmp_path):
+    (tmp_path / "twice.py").write_text(
+        """'''Prefixes twice.'''
+from refpeft import hookimpl
+
+@hookimpl
+def peft_companions():
+    return {"prefix_tuning": {"hidden": 3}, "p_tuning_v2": {"hidden": 3}}
+"""
+    )
+    with pytest.raises(RefpeftError, match="two parts of method 'twice' share a value called 'rows'"):
+        sites.attach(tiny.model(), str(tmp_path / "twice.py"))
+
+
 # ---- S4's groups -----------------------------------------------------------------------------------------------------
 
 
