@@ -4,10 +4,9 @@ He et al., 2022, arXiv:2210.04284, section 2 (SparseAdapter). `prune` says which
 "magnitude", the smallest; "snip", those with the smallest |weight x gradient| over `rows` rows of the training data; or
 only after its last step: "threshold", the smallest then (a run that stops early keeps all). The first two look at each
 place by itself, the others at all together; biases stay. Places as houlsby's; targets = ["@block_out"]: as pfeiffer's.
-Large-Sparse: size = 256, sparsity = 0.75 keep as many weights as size = 64, sparsity = 0.
-
-First values: D and U normal of deviation 0.02, d and u zero: nearly the identity. Trained: down (size, dim), down_bias,
-up (dim, size), up_bias: 2 size dim + size + dim numbers a place; a share of `sparsity` of D and U is zero and stays so.
+Large-Sparse: size = 256, sparsity = 0.75 keep as many weights as size = 64, sparsity = 0. First values: D and U normal
+of deviation 0.02, d and u zero: nearly the identity. Trained: down (size, dim), down_bias, up (dim, size), up_bias:
+2 size dim + size + dim numbers a place; a share of `sparsity` of D and U is zero and stays so.
 """
 
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ class Config:
     sparsity: float = 0.4  # the share of the weights that is pruned
     prune: Literal["random", "magnitude", "snip", "threshold"] = "snip"
     rows: int = 32  # of the training data, for "snip"
+    only_with = (("rows", "prune", "snip"),)
     activation: Literal["gelu_tanh", "gelu", "relu", "silu", "tanh"] = "relu"
     init_std: float = 0.02  # of the first weights
     targets: tuple[str, ...] | str = ("@attn_out", "@mlp_out")

@@ -116,6 +116,11 @@ def test_masks_of_other_numbers_are_an_error(tmp_path):
         adapters.load(tiny.model(), tmp_path)
 
 
+def test_rows_to_look_at_without_snip_are_an_error():
+    with pytest.raises(RefpeftError, match=r"rows.*prune"):
+        sites.attach(tiny.model(), "sparse_adapter", {"prune": "random", "rows": 8})
+
+
 @pytest.mark.parametrize("options", [{"sparsity": 1.0}, {"sparsity": -0.1}, {"rows": 0}])
 def test_a_sparse_adapter_that_cannot_be_is_an_error(options):
     with pytest.raises(RefpeftError, match="expected sparsity from 0 to less than 1"):
