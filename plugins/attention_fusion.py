@@ -15,8 +15,8 @@ from typing import Literal
 
 import numpy as np
 
-from refpeft import RefpeftError, hookimpl, ops
-from refpeft.side import EPS
+from refpeft import hookimpl, ops
+from refpeft.side import EPS, check_layers
 
 FAMILY = "additive"
 
@@ -28,9 +28,8 @@ class Config:
 
 
 @hookimpl
-def peft_check(cfg):
-    if tuple(cfg.targets) != Config.targets:
-        raise RefpeftError("attention_fusion reads all layers: leave its targets as they are")
+def peft_check(sites, cfg):
+    check_layers("attention_fusion", cfg, sites)
 
 
 @hookimpl

@@ -19,7 +19,7 @@ from typing import Literal
 import numpy as np
 
 from refpeft import RefpeftError, fused, hookimpl, ops
-from refpeft.side import EPS, side_layer, side_values, uniform
+from refpeft.side import EPS, check_layers, side_layer, side_values, uniform
 
 FAMILY = "additive"
 
@@ -39,9 +39,8 @@ class Config:
 
 @hookimpl
 def peft_check(sites, cfg):
+    check_layers("ladder_side", cfg, sites)
     last = sites[-1].index
-    if tuple(cfg.targets) != Config.targets:
-        raise RefpeftError("ladder_side reads all layers: leave its targets as they are, and name layers in `drop`")
     if not set(cfg.drop) < set(range(last + 1)):
         raise RefpeftError(f"ladder_side: drop names layers 0 to {last}, but not all of them: it is {list(cfg.drop)}")
 

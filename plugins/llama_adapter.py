@@ -2,7 +2,8 @@
 
 Zhang et al., 2023, arXiv:2303.16199, sections 3.1 and 3.2, and the authors' code: P stands in the topmost layers, the
 layer's own projections give its keys and values (with their biases, and normalized where the layer's keys are; not
-rotated), its scores have a softmax of their own, and each head has a gate g. The output layer comes after the sum.
+rotated), its scores have a softmax of their own, and each head has a gate g. The output layer comes after the sum. (The
+scores are divided by sqrt(d) in T5, too, which does not divide its own.)
 
 `compat = "peft"` has PEFT's gate: one for all heads, without tanh. (PEFT's adapters of Llama and Mistral are read and
 written. On GPT-2 it adds the prompt's part behind the output layer, without it; that is not computed here.)

@@ -11,8 +11,9 @@ at each layer but the last: layers tokens dim numbers. The paper has 8 tokens fo
 
 from dataclasses import dataclass
 
-from refpeft import RefpeftError, hookimpl, ops
+from refpeft import hookimpl, ops
 from refpeft.prompts import check_tokens, with_rows
+from refpeft.side import check_layers
 
 FAMILY = "soft prompt"
 
@@ -28,11 +29,8 @@ class Config:
 
 
 @hookimpl
-def peft_check(cfg):
-    if tuple(cfg.targets) != Config.targets:
-        raise RefpeftError(
-            "pre_layer has tokens from the embedding on through all layers: leave its targets as they are"
-        )
+def peft_check(sites, cfg):
+    check_layers("pre_layer", cfg, sites)
 
 
 @hookimpl

@@ -75,8 +75,8 @@ class Base:
 class Near:
     """The linear layers in the same layer of the model as a site: near("k", x) is what its `k` makes of x (..., in)."""
 
-    def __init__(self, sites: Iterable[Site], index: int | None):
-        beside = [site for site in sites if site.index == index]
+    def __init__(self, sites: Iterable[Site], home: str):
+        beside = [site for site in sites if site.home == home]
         self._by_role = {role: s for s in beside if s.kind in ("linear", "attention") for role in s.roles}
         self._key_norm = next((site for site in beside if site.name.endswith(".k_norm")), None)
 

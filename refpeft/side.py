@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,9 +15,19 @@ from .tensor import Tensor
 
 if TYPE_CHECKING:
     from .layers import Near
+    from .sites import Site
 
 EPS = 1e-6
 """Of a side network's normalizations."""
+
+
+def check_layers(name: str, cfg: Any, sites: list[Site]) -> None:
+    """Raises RefpeftError unless `sites`, of a method that goes through all layers, are those of one stack of them."""
+    if tuple(cfg.targets) != type(cfg).targets:
+        raise RefpeftError(f"{name} goes through all layers: leave its targets as they are")
+    numbers = [site.index for site in sites if site.kind == "block"]
+    if numbers != list(range(len(numbers))):
+        raise RefpeftError(f"{name} goes through one stack of layers, and this model has an encoder and a decoder")
 
 
 def uniform(rng: Stream, out: int, width: int) -> np.ndarray:
@@ -32,9 +42,10 @@ def side_values(rng: Stream, near: Near, r: int) -> dict[str, np.ndarray]:
     model's has one, gate. No biases. Raises RefpeftError where heads cannot be divided by `r`.
     """
     (kv_heads, head), (ff, dim) = near.site("attend").shape, near.site("up").shape
-    if head % (2 * r):
-        fits = max(n for n in range(1, r) if head % (2 * n) == 0)
-        raise RefpeftError(f"r is {r}, and heads of {head} numbers have no r-th part of even width: r = {fits} fits")
+    fit = [n for n in range(1, head + 1) if head % n == 0 and head // n % 2 == head % 2]  # even, for rotary positions
+    if r not in fit:
+        nearest = max(n for n in fit if n <= r)
+        raise RefpeftError(f"r is {r}, and heads of {head} numbers have no r-th part of even width: r = {nearest} fits")
     width, inner, q, kv = dim // r, ff // r, near.site("o").shape[1] // r, kv_heads * head // r
     shapes = {"q": (q, width), "k": (kv, width), "v": (kv, width), "o": (width, q)}
     shapes |= {"gate": (inner, width)} if near.has("gate") else {}

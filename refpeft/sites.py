@@ -68,8 +68,13 @@ class Site:
     @property
     def index(self) -> int | None:
         """The number of the layer that this site is in, or None."""
-        numbers = [part for part in self.name.split(".") if part.isdigit()]
-        return int(numbers[0]) if numbers else None
+        return int(self.home.rpartition(".")[2]) if self.home else None
+
+    @property
+    def home(self) -> str:
+        """The name of the layer that this site is in, such as "model.layers.0"; empty elsewhere."""
+        parts = self.name.split(".")
+        return next((".".join(parts[: i + 1]) for i, part in enumerate(parts) if part.isdigit()), "")
 
     def compose(self) -> None:
         """Makes calls go through `layers`, the last outermost."""
@@ -204,7 +209,7 @@ def _add_part(model: Any, adapter: Adapter, part: Part, seed: int, fit: bool) ->
             "weight": Lazy(lambda site=site: site.weight() if site.weight else None),
             "tokenizer": model.tokenizer,
         }
-        near = Near(model.sites.values(), site.index)
+        near = Near(model.sites.values(), site.home)
         first = part.call("peft_params", bias=site.bias, near=near, **have)
         if first is None:
             continue

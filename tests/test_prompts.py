@@ -110,7 +110,7 @@ def test_behind_a_layer_special_tokens_are_what_was_trained():
 
 
 def test_pre_layer_takes_no_other_targets():
-    with pytest.raises(RefpeftError, match="from the embedding on through all layers: leave its targets as they are"):
+    with pytest.raises(RefpeftError, match="pre_layer goes through all layers: leave its targets as they are"):
         sites.attach(tiny.model(), "pre_layer", {"targets": ["@embed", "0.block_out"]})
 
 

@@ -117,7 +117,7 @@ def test_what_reads_all_layers_refuses_recomputation():
         ({"r": 0}, "expected r of at least 1, and a temperature above 0"),
         ({"r": 3, "drop": [0, 1]}, r"drop names layers 0 to 1, but not all of them: it is \[0, 1\]"),
         ({"r": 3, "drop": [2]}, r"drop names layers 0 to 1, but not all of them: it is \[2\]"),
-        ({"r": 3, "targets": ["0.block_out"]}, "leave its targets as they are, and name layers in `drop`"),
+        ({"r": 3, "targets": ["0.block_out"]}, "ladder_side goes through all layers: leave its targets as they are"),
     ],
 )
 def test_a_side_network_that_cannot_be_is_an_error(options, message):
@@ -153,5 +153,5 @@ def test_attention_fusion_trains_one_query():
 
 
 def test_attention_fusion_takes_no_other_targets():
-    with pytest.raises(RefpeftError, match="attention_fusion reads all layers: leave its targets as they are"):
+    with pytest.raises(RefpeftError, match="attention_fusion goes through all layers: leave its targets as they are"):
         sites.attach(tiny.model(), "attention_fusion", {"targets": ["0.block_out"]})

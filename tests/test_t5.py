@@ -220,6 +220,19 @@ def test_a_config_that_asks_for_other_maths_is_refused(change, message):
         from_hf(_T5 | change)
 
 
+def test_layers_beside_a_site_are_those_of_its_own_half():
+    model = built("t5")
+    adapter = sites.attach(model, "llama_adapter", {"tokens": 2})
+    beside = {layer.site.home: layer.near.site("k").name for layer in adapter.layers}
+    assert all(name.startswith(f"{home}.layer.0.") for home, name in beside.items()) and len(beside) == 5
+
+
+@pytest.mark.parametrize("method", ["pre_layer", "ladder_side", "attention_fusion"])
+def test_what_goes_through_one_stack_of_layers_is_refused(method):
+    with pytest.raises(RefpeftError, match=f"{method} goes through one stack of layers, .* an encoder and a decoder"):
+        sites.attach(built("t5"), method)
+
+
 def test_what_needs_a_model_of_one_text_is_an_error():
     with pytest.raises(RefpeftError, match="a t5 model is no language model of one text"):
         generate(built("t5"), [[3, 4]])
