@@ -46,8 +46,7 @@ def peft_params(site, cfg, bias):
 
 
 @hookimpl
-def peft_survey(layers, cfg, survey):
-    sites = [layer.site for layer in layers]
+def peft_survey(sites, cfg, survey):
     changes = survey.changes(sites, max(1, round(cfg.priming * survey.steps)), cfg.priming_lr)
     sizes = {site: to_host(abs(changes[site.name]).sum(axis=1)) for site in sites}
     return {site.name: {"rows": np.sort(np.argsort(-size)[: cfg.nodes(site)])} for site, size in sizes.items()}

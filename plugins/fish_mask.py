@@ -31,18 +31,12 @@ class Config:
 
 
 @hookimpl
-def peft_check(sites, cfg):
-    sparse.check_share("fish_mask", sites, cfg.share)
-
-
-@hookimpl
 def peft_params(site, sites, cfg):
     return sparse.spread(site, sites, cfg.share)
 
 
 @hookimpl
-def peft_survey(layers, cfg, survey):
-    sites = [layer.site for layer in layers]
+def peft_survey(sites, cfg, survey):
     information = {}
     for gradients in survey.gradients(sites, min(cfg.samples, survey.rows)):
         for name, gradient in gradients.items():

@@ -34,20 +34,14 @@ class Config:
 
 
 @hookimpl
-def peft_check(sites, cfg):
-    sparse.check_share("lt_sft", sites, cfg.share)
-
-
-@hookimpl
 def peft_params(site, sites, cfg):
     return sparse.spread(site, sites, cfg.share)
 
 
 @hookimpl
-def peft_survey(layers, cfg, survey):
-    sites = [layer.site for layer in layers]
+def peft_survey(sites, cfg, survey):
     changes = survey.changes(sites, cfg.full_steps or survey.steps, cfg.full_lr, l1=cfg.l1)
-    return sparse.largest({name: abs(change) for name, change in changes.items()}, sparse.how_many(sites, cfg.share))
+    return sparse.largest(changes, sparse.how_many(sites, cfg.share))
 
 
 @hookimpl

@@ -83,7 +83,7 @@ def peft_shared(sites, cfg, rng):
 
 
 @hookspec
-def peft_survey(layers, cfg, rng, survey):
+def peft_survey(layers, sites, cfg, rng, survey):
     """Values that the data decide, such as which numbers of a weight are trained, found before the first step.
 
     Gives {site name: {name: array}}, in place of some of `peft_params`, of any shape; None in place of the dict takes

@@ -31,7 +31,12 @@ def constant_at(places: np.ndarray, width: int) -> dict[str, Any]:
 
 
 def spread(site: Site, sites: Sequence[Site], share: float) -> dict[str, Any]:
-    """First values of a site until data decide: evenly over all sites, `how_many` of them together."""
+    """First values of a site until data decide: evenly over all sites, `how_many` of them together.
+
+    Raises RefpeftError where that is none.
+    """
+    if not how_many(sites, share):
+        raise RefpeftError(f"share is {share:g}, less than one of the targets' {how_many(sites, 1):,} numbers")
     before = sites[: sites.index(site)]
     count = how_many([*before, site], share) - how_many(before, share)
     out, width = site.shape
@@ -43,26 +48,23 @@ def how_many(sites: Sequence[Site], share: float) -> int:
     return round(share * sum(out * width for out, width in (site.shape for site in sites)))
 
 
-def check_share(method: str, sites: Sequence[Site], share: float) -> None:
-    """Raises RefpeftError where a share of these sites is not one number."""
-    if how_many(sites, share) < 1:
-        total = sum(out * width for out, width in (site.shape for site in sites))
-        raise RefpeftError(f"{method}: share is {share:g}, less than one of the targets' {total:,} numbers")
+def largest(scores: dict[str, Array], count: int, keep: bool = False) -> dict[str, dict[str, np.ndarray] | None]:
+    """Values at the places of the `count` largest |scores| of all matrices (out, in) together; None where none is.
 
-
-def largest(scores: dict[str, Array], count: int) -> dict[str, dict[str, np.ndarray] | None]:
-    """Values at the places of the `count` largest scores, of all matrices (out, in) together; None where there is none.
-
-    The names of `scores` are those of sites: this is what the hook peft_survey gives.
+    The names of `scores` are those of sites: this is what the hook peft_survey gives. Values are zero, or with `keep`
+    the scores themselves.
     """
     xp = xp_of(next(iter(scores.values())))
-    every = xp.concatenate([matrix.reshape(-1) for matrix in scores.values()])
+    every = abs(xp.concatenate([matrix.reshape(-1) for matrix in scores.values()]))
     chosen = np.sort(to_host(xp.argpartition(every, every.size - count)[every.size - count :]))
     found: dict[str, dict[str, np.ndarray] | None] = {}
     start = 0
     for name, matrix in scores.items():
         low, high = np.searchsorted(chosen, (start, start + matrix.size))
-        found[name] = at(chosen[low:high] - start, matrix.shape[1]) if high > low else None
+        places = chosen[low:high] - start
+        found[name] = at(places, matrix.shape[1]) if len(places) else None
+        if keep and len(places):
+            found[name]["values"] = to_host(matrix)[tuple(found[name]["indices"])]
         start += matrix.size
     return found
 

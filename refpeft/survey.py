@@ -43,7 +43,7 @@ class Survey:
 
     def gradients(self, chosen: Sequence[Site], rows: int) -> Iterator[dict[str, Array]]:
         """For each of `rows` rows, the gradient of its mean loss by each site's dense weight, by the site's name."""
-        with self._in_full(chosen) as full:
+        with self._alone("full", {"targets": [site.name for site in chosen], "tie": False}) as full:
             for row in self._rows(rows):
                 yield _gradients(self.model, row, {site.name: full.params[f"{site.name}.weight"] for site in chosen})
 
@@ -70,8 +70,17 @@ class Survey:
     def changes(self, chosen: Sequence[Site], steps: int, lr: float, **options: Any) -> dict[str, Array]:
         """By how much `steps` steps of training in full change the dense weight of each site, by the site's name.
 
-        AdamW with a constant learning rate and no weight decay; the biases of these sites are trained too. `options`
-        are those of the method `full`.
+        The biases of these sites are trained too. `options` are those of the method `full`; else see `trained`.
+        """
+        options |= {"targets": [site.name for site in chosen], "tie": False}
+        with self.trained("full", options, steps, lr) as full:
+            return {site.name: full.params[f"{site.name}.weight"].data - site.weight() for site in chosen}
+
+    @contextlib.contextmanager
+    def trained(self, method: str, config: Any, steps: int, lr: float) -> Iterator[Adapter]:
+        """Within it nothing is attached but this method, trained for `steps` steps.
+
+        `config` is its Config, or a dict of options. AdamW with a constant learning rate and no weight decay.
         """
         from .trainer import Trainer
 
@@ -79,22 +88,20 @@ class Survey:
         settings = self.settings.model_copy(
             update=alone | {"steps": steps, "lr": lr, "optimizer": "adamw", "weight_decay": 0.0, "schedule": "constant"}
         )
-        with self._in_full(chosen, **options) as full:
-            weights = {site.name: full.params[f"{site.name}.weight"] for site in chosen}
-            before = {name: tensor.data.copy() for name, tensor in weights.items()}
+        with self._alone(method, config) as adapter:
+            adapter.settled = True
             Trainer(self.model, self.batches, None, settings, seed=self.seed).run()
-            return {name: tensor.data - before[name] for name, tensor in weights.items()}
+            yield adapter
 
     @contextlib.contextmanager
-    def _in_full(self, chosen: Sequence[Site], **options: Any) -> Iterator[Adapter]:
-        """Within it nothing is attached but `full`, on these sites."""
-        options |= {"targets": [site.name for site in chosen], "tie": False}
+    def _alone(self, method: str, config: Any) -> Iterator[Adapter]:
+        """Within it nothing is attached but this method."""
         with sites.bypassed(self.model):
-            full = sites.attach(self.model, "full", options)
+            adapter = sites.attach(self.model, method, config)
             try:
-                yield full
+                yield adapter
             finally:
-                sites.detach(self.model, full)
+                sites.detach(self.model, adapter)
 
     def _rows(self, count: int) -> Iterator[Batch]:
         """One row after another, each a batch."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from refpeft import fourier, fused, ops
+from refpeft import fourier, fused, gates, ops
 from refpeft.rng import Stream
 from refpeft.tensor import Op, Tensor
 
@@ -102,6 +102,10 @@ def fastfood(x, *, signs, order, gauss, size):
     return (H @ (gauss * mixed[order]))[:size] / np.sqrt(size * (gauss.astype("f8") ** 2).sum())
 
 
+def hard_concrete(log_alpha, *, u):
+    return np.clip(3 * sigmoid(np.log(u / (1 - u)) + log_alpha) - 1.5, 0, 1)
+
+
 def sigmoid(x):
     return 1 / (1 + np.exp(-x))
 
@@ -175,6 +179,7 @@ EPS = 1e-5
 WEIGHT = Stream(3, "weight").standard_normal((5, 4))
 TABLE = Stream(3, "table").standard_normal((7, 3))
 ANGLES = Stream(3, "angles").uniform(0, 6, (2, 1, 5, 3))
+UNIFORM = Stream(3, "uniform").uniform(0.1, 0.9, (3, 4))
 TARGETS = np.array([2, -100, 0, 6, -100, 2])
 SEGMENTS = np.array([[0, 0, 1, 1, 1, -1], [3, 3, 3, 3, 3, 3]])
 
@@ -237,6 +242,14 @@ OPS = [
         ((2, 3, 4), (3,)),
         lambda x, c, places, shape: np.einsum("bti,oi->bto", x, waves(c, places, shape)),
         given(places=np.array([1, 23, 10]), shape=(6, 4)),
+    ),
+    Case(gates.hard_concrete, ((3, 4),), hard_concrete, given(u=UNIFORM), note="drawn"),
+    Case(gates.hard_concrete, ((3, 4),), hard_concrete, given(u=gates.MIDDLE)),
+    Case(
+        gates.gated_linear,
+        ((2, 5, 4), (3, 4), (3, 4)),
+        lambda x, w, log_alpha, u: np.einsum("bti,oi->bto", x, w * hard_concrete(log_alpha, u=u)),
+        given(u=UNIFORM),
     ),
     Case(
         fourier.fastfood,

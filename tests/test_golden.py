@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from sources import write_prompt
 
-from refpeft import fourier, fused, learning, manager, ops, schedule
+from refpeft import fourier, fused, gates, learning, manager, ops, schedule
 from refpeft.batches import Batch, collate
 from refpeft.config import plugin_options
 from refpeft.conformance.compare import compare
@@ -45,11 +45,11 @@ def run_op(case: Case, given: Arrays, dtype: str) -> Arrays:
     options = {name: tuple(v) if isinstance(v, list) else v for name, v in case.config.items()}
     if case.name == "getitem":
         options["key"] = tuple(slice(*part) if isinstance(part, list) else part for part in case.config["key"])
-    constants = ("condition", "indices", "places", "signs", "order", "gauss")
+    constants = ("condition", "indices", "places", "signs", "order", "gauss", "u")
     options |= {name: given.pop(name) for name in constants if name in given}
     g = given.pop("g")
     leaves = {name: parameter(array) for name, array in given.items()}
-    op = getattr(fourier if hasattr(fourier, case.name) else ops, case.name)
+    op = next(getattr(module, case.name) for module in (ops, fourier, gates) if hasattr(module, case.name))
     return gradients(op(*leaves.values(), **options), g, leaves)
 
 
@@ -229,6 +229,7 @@ def attached(model: Model, method: str, options: dict) -> Adapter:
 def as_drawn(model: Model, given: Arrays) -> Iterator[None]:
     """Within it the model trains where the case says what is drawn: masks of dropout, numbers in the order of draws."""
     draws = iter(given["draws"].ravel() if "draws" in given else ())
+    uniform = iter([given[name] for name in ("u", "u_group") if name in given])
 
     def dropout(_: Train, x: Tensor, rate: float) -> Tensor:
         return x * given["keep"] * (1 / (1 - rate))
@@ -236,8 +237,8 @@ def as_drawn(model: Model, given: Arrays) -> Iterator[None]:
     def draw(_: Train, n: int, apart: bool = False) -> int:
         return int(next(draws))
 
-    model.mode.training = "keep" in given or "draws" in given
-    with mock.patch.multiple(Train, dropout=dropout, draw=draw):
+    model.mode.training = bool({"keep", "draws", "u"} & given.keys())
+    with mock.patch.multiple(Train, dropout=dropout, draw=draw, uniform=lambda _, like: Tensor(next(uniform))):
         yield
     model.mode.training = False
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from refpeft import fourier, fused, ops
+from refpeft import fourier, fused, gates, ops
 from refpeft.conformance.gradcheck import gradcheck
 from refpeft.errors import RefpeftError
 from refpeft.tensor import Op, Tensor, parameter
@@ -31,7 +31,10 @@ def close(got, expected, limit=64):
 
 def test_no_op_is_missing_from_the_table():
     defined = {
-        value.name for module in (ops, fused, fourier) for value in vars(module).values() if isinstance(value, Op)
+        value.name
+        for module in (ops, fused, fourier, gates)
+        for value in vars(module).values()
+        if isinstance(value, Op)
     }
     assert defined == {case.op.name for case in ALL}
 
@@ -133,6 +136,8 @@ WRONG = {
     "hadamard_linear": lambda: fused.hadamard_linear(x(2, 3), x(4, 2), x(2, 5), weight=lambda: np.zeros((4, 3))),
     "circulant_linear": lambda: fourier.circulant_linear(x(2, 3), x(1, 2, 2)),
     "spectral_linear": lambda: fourier.spectral_linear(x(2, 3), x(1), places=np.array([0]), shape=(4, 5)),
+    "hard_concrete": lambda: gates.hard_concrete(x(2, 3), u=np.ones((3, 2))),
+    "gated_linear": lambda: gates.gated_linear(x(2, 3), x(4, 3), x(3, 4), u=gates.MIDDLE),
     "fastfood": lambda: fourier.fastfood(x(2, 3), signs=np.ones(4), order=np.arange(4), gauss=np.ones(4), size=4),
     "embedding": lambda: fused.embedding(x(2, 3), ids=np.array([2])),
     "rms_norm": lambda: fused.rms_norm(x(2, 3), x(1), eps=1e-5),

@@ -8,7 +8,7 @@ import tiny
 from test_trainer import examples
 from variants import quantizer
 
-from refpeft import adapters, learning, sites, sparse
+from refpeft import adapters, gates, learning, sites, sparse
 from refpeft.batches import Batches, split
 from refpeft.config import Train
 from refpeft.errors import RefpeftError
@@ -18,6 +18,7 @@ from refpeft.trainer import Trainer
 TARGETS = ["@q", "@v", "@down"]
 METHODS = {
     "fish_mask": {"share": 0.01, "samples": 6, "targets": TARGETS},
+    "diff_pruning": {"share": 0.01, "gated_steps": 3, "gated_lr": 0.01, "gate_rate": 30.0, "targets": TARGETS},
     "lt_sft": {"share": 0.01, "full_steps": 3, "full_lr": 0.01, "l1": 50.0, "targets": TARGETS},
 }
 BATCHES = Batches(examples(), 4, 32)
@@ -105,6 +106,38 @@ def test_far_lets_the_nodes_learn_that_priming_changes_most():
         assert set(layer.p.rows.data.tolist()) == set(np.argsort(-sizes)[:count].tolist())
     trainer.run()
     assert all((layer.p.change.data != 0).all() for layer in adapter.layers)
+
+
+def test_diff_pruning_keeps_the_largest_gated_differences_and_starts_from_them():
+    model, gated = tiny.model("llama"), tiny.model("llama")
+    adapter = sites.attach(model, "diff_pruning", METHODS["diff_pruning"])
+    Trainer(model, BATCHES, settings=Train(steps=1, lr=0.01))
+    alone = {"prune": False, "gate_rate": 30.0, "targets": TARGETS}
+    layers = sites.attach(gated, "diff_pruning", alone).layers
+    settings = Train(steps=3, lr=0.01, schedule="constant", warmup=0)
+    Trainer(gated, BATCHES, settings=settings).run()
+    changes = {layer.site.name: gates.difference(layer.arrays) for layer in layers}
+    assert_largest(adapter, {f"{name}.weight": abs(change) for name, change in changes.items()})
+    for layer in adapter.layers:
+        assert np.array_equal(layer.p.values.data, changes[layer.site.name][tuple(layer.p.indices.data)])
+
+
+def test_gates_are_drawn_in_training_alone_and_close_under_the_penalty():
+    model = tiny.model("llama")
+    adapter = sites.attach(model, "diff_pruning", {"prune": False, "alpha": 0.3, "l0": 1.0, "gate_rate": 10.0})
+    tiny.scramble(adapter)
+    evaluated = model(tiny.ids()).data
+    assert np.array_equal(model(tiny.ids()).data, evaluated)
+    model.mode.training = True
+    drawn = model(tiny.ids()).data
+    assert abs(drawn - evaluated).max() > 1e-3 and np.array_equal(model(tiny.ids()).data, drawn)
+    model.mode.step = 1
+    assert abs(model(tiny.ids()).data - drawn).max() > 1e-3
+    model.mode.training = False
+    Trainer(model, BATCHES, settings=Train(steps=12, lr=0.01)).run()
+    closed = {layer.site.name: gates.difference(layer.arrays) for layer in adapter.layers}
+    assert not any(change.any() for change in closed.values())
+    assert np.array_equal(model(tiny.ids()).data, tiny.model("llama")(tiny.ids()).data)
 
 
 def test_without_a_number_of_its_own_the_first_phase_is_as_long_as_the_run(monkeypatch):
@@ -199,7 +232,7 @@ def test_values_and_indices_of_different_numbers_are_refused(tmp_path):
 
 
 def test_a_share_of_less_than_one_number_is_an_error():
-    with pytest.raises(RefpeftError, match="fish_mask: share is 1e-05, less than one of the targets' 8,064 numbers"):
+    with pytest.raises(RefpeftError, match="share is 1e-05, less than one of the targets' 8,064 numbers"):
         sites.attach(tiny.model("llama"), "fish_mask", {"share": 1e-5})
 
 
@@ -210,6 +243,8 @@ def test_a_share_of_less_than_one_number_is_an_error():
         ("fish_mask", {"samples": 0}, "samples to be 1 or more"),
         ("lt_sft", {"l1": -1.0}, "l1 to be 0 or more"),
         ("lt_sft", {"full_steps": 0}, "full_steps to be 1 or more"),
+        ("diff_pruning", {"gated_steps": 0}, "gated_steps of 1 or more"),
+        ("diff_pruning", {"prune": False, "share": 0.5}, "share has an effect only with prune = true"),
         ("far", {"priming": 0.0}, "priming and its lr to be more than 0"),
         ("full", {"l1": -1.0}, "l1 is -1: expected 0 or more"),
     ],

@@ -46,8 +46,16 @@ OPS: dict[str, Callable[..., torch.Tensor]] = {
     "cos": torch.cos,
     "circulant_linear": lambda x, w: x @ _circulant(w).mT,
     "fastfood": lambda x, signs, order, gauss, size: fastfood(x, signs, order.long(), gauss, size),
+    "hard_concrete": lambda log_alpha, u: hard_concrete(log_alpha, u),
+    "gated_linear": lambda x, w, log_alpha, u: x @ (hard_concrete(log_alpha, u) * w).mT,
     "spectral_linear": lambda x, c, places, shape: x @ _spectral(c, places.long(), shape).mT,
 }
+
+
+def hard_concrete(log_alpha: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """Gates stretched to [-1.5, 1.5] and clipped; u is kept 1e-4 away from 0 and 1, as in diff pruning's code."""
+    u = u.clamp(1e-4, 1 - 1e-4)
+    return (torch.sigmoid(u.log() - (1 - u).log() + log_alpha) * 3 - 1.5).clamp(0, 1)
 
 
 def _axes(x: torch.Tensor, axis: int | list[int] | None) -> list[int]:
@@ -84,7 +92,7 @@ def _case(
     def forward(**tensors: torch.Tensor) -> torch.Tensor:
         return OPS[name](*tensors.values(), **config)
 
-    wrt = tuple(n for n, a in inputs.items() if a.dtype == np.float32 and n != "gauss")
+    wrt = tuple(n for n, a in inputs.items() if a.dtype == np.float32 and n not in ("gauss", "u"))
     y = forward(**{n: torch.from_numpy(a) for n, a in inputs.items()})
     inputs = inputs | {"g": Draw(f"{case_id} g").normal(*y.shape)}
     return Case(
@@ -272,6 +280,16 @@ def _algebra() -> Iterator[Case]:
         places = draw.generator.permutation(shape[0] * shape[1])[:7].astype(np.int32)
         inputs = {"x": draw.normal(*rows, shape[1]), "c": draw.normal(7), "places": places}
         yield _case(variant, inputs, name="spectral_linear", shape=shape)
+    for variant, rows in (("plain", (4,)), ("3d", (2, 3))):
+        draw = Draw(f"hard_concrete-{variant}")
+        u = draw.uniform(5, 4)
+        u[0, :2] = 0, 1
+        inputs = {"log_alpha": draw.normal(5, 4, scale=2), "u": u}
+        if variant == "plain":
+            comment = "among u are 0 and 1"
+            yield _case(variant, inputs, name="hard_concrete", flags=("HardConcrete",), comment=comment)
+        inputs = {"x": draw.normal(*rows, 4), "w": draw.normal(5, 4), **inputs}
+        yield _case(variant, inputs, name="gated_linear", flags=("HardConcrete",))
     for variant, count, n, size in (("plain", 5, 16, 12), ("short", 8, 8, 3), ("one", 1, 1, 1), ("long", 20, 256, 200)):
         draw = Draw(f"fastfood-{variant}")
         random = {"signs": 2 * draw.integers(0, 2, n) - 1, "order": draw.generator.permutation(n).astype(np.int32)}

@@ -12,6 +12,7 @@ from common import Case, Draw, Tensors
 from linear_methods import Equation, Variant, cases_of, shapes_of
 from method_sites import site_case
 from models import weight_shapes
+from ops import hard_concrete
 from torch.nn import functional
 
 FAMILIES = (("llama", methods.SMALL_LLAMA), ("gpt2", methods.SMALL_GPT2))
@@ -29,6 +30,7 @@ def cases() -> Iterator[Case]:
     yield from shira()
     yield from chosen_by_data("fish_mask", "arXiv:2111.09839, section 3", {"share": 0.25})
     yield from chosen_by_data("lt_sft", "arXiv:2110.07560, section 3", {"share": 0.25, "l1": 0.3}, penalty=mean_change)
+    yield from diff_pruning()
     yield from far()
     yield from trainable_tokens()
 
@@ -115,7 +117,7 @@ def mean_change(weight: torch.Tensor, t: Tensors, config: dict) -> torch.Tensor:
     return config["l1"] * (scattered(weight, t, config) - weight).abs().mean()
 
 
-def chosen_by_data(method: str, source: str, config: dict, **more: Callable) -> Iterator[Case]:
+def chosen_by_data(method: str, source: str, config: dict, *only: Variant, **more: Callable) -> Iterator[Case]:
     """The places, which a method finds in the training data, are given."""
 
     def count(config: dict, out: int, inp: int) -> int:
@@ -134,7 +136,69 @@ def chosen_by_data(method: str, source: str, config: dict, **more: Callable) -> 
         flags="SparseIndices",
         **more,
     )
-    yield from cases_of(equation, *shapes_of(config), Variant("square", config, out=5, inp=5), models=config)
+    variants = only or (*shapes_of(config), Variant("square", config, out=5, inp=5))
+    yield from cases_of(equation, *variants, models=None if only else config)
+
+
+# ---- a gated difference ----------------------------------------------------------------------------------------
+
+
+def diff_pruning() -> Iterator[Case]:
+    """The first phase, in which gates are trained; and the second, with places that are given."""
+
+    def trained(config: dict, out: int, inp: int) -> dict[str, tuple[int, ...]]:
+        group = {"group": (1,)} if config.get("structured", True) else {}
+        return {"w": (out, inp), "log_alpha": (out, inp)} | group
+
+    def started(letters: dict, weight: np.ndarray, config: dict) -> dict[str, np.ndarray]:
+        return letters | {name: 3 * letters[name] for name in letters.keys() & {"log_alpha"}}
+
+    source = "arXiv:2012.07463, sections 2 and 3; arXiv:1712.01312"
+    config = {"prune": False, "l0": 0.3, "gate_rate": 1.0}
+    equation = Equation(
+        "diff_pruning",
+        source,
+        trained,
+        lambda f, x, weight, t, config: f(x) + x @ gated(t).mT,
+        merged=lambda weight, t, config: weight + gated(t),
+        penalty=open_gates,
+        start=started,
+        flags="HardConcrete",
+    )
+    alone = Variant("unstructured", config | {"structured": False}, comment="no gate of the whole matrix")
+    yield from cases_of(equation, *shapes_of(config), alone, models=config)
+    draw = Draw("diff_pruning-linear-drawn")
+    inputs = {"x": draw.normal(2, 3, 4), "weight": draw.normal(6, 4), "bias": draw.normal(6), "w": draw.normal(6, 4)}
+    inputs |= {"log_alpha": draw.normal(6, 4), "group": np.float32([0.7])}
+    yield site_case(
+        "diff_pruning",
+        "linear",
+        "drawn",
+        inputs | {"u": draw.uniform(6, 4), "u_group": np.float32([0.4])},
+        lambda x, weight, bias, u, u_group, **t: (
+            functional.linear(x, weight, bias)
+            + x @ (hard_concrete(t["log_alpha"], u) * t["w"]).mT * hard_concrete(t["group"], u_group)
+        ),
+        "x w log_alpha group",
+        config=config,
+        penalty=lambda t: open_gates(t["weight"], t, config),
+        flags="HardConcrete",
+        comment="in training: u and u_group are given",
+    )
+    yield from chosen_by_data("diff_pruning", source, {"share": 0.25}, Variant("pruned", {"share": 0.25}))
+
+
+def gated(t: Tensors) -> torch.Tensor:
+    """The difference outside of training: gates of u = 1 / 2."""
+    half = torch.full_like(t["w"], 0.5)
+    group = hard_concrete(t["group"], half[0, :1]) if "group" in t else 1
+    return hard_concrete(t["log_alpha"], half) * t["w"] * group
+
+
+def open_gates(weight: torch.Tensor, t: Tensors, config: dict) -> torch.Tensor:
+    """The expected number of gates that are not 0, as log(1.5 / 1.5) = 0."""
+    group = torch.sigmoid(t["group"]) if "group" in t else 1
+    return config["l0"] * (torch.sigmoid(t["log_alpha"]) * group).sum()
 
 
 FAR_SITES = {
