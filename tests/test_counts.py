@@ -121,10 +121,10 @@ COUNTS = [
     (
         "llama",
         "ladder_side",
-        {"r": 2},
-        2 * DIM * DIM // 2
-        + DIM // 2
-        + LAYERS * (DIM * DIM // 2 + 1 + DIM + (2 * DIM * DIM + 2 * DIM * KV + 3 * DIM * FF) // 4),
+        {"r": 3},
+        2 * DIM * DIM // 3
+        + DIM // 3
+        + LAYERS * (DIM * DIM // 3 + 1 + 2 * DIM // 3 + 8 * (2 * 8 + 2 * 4 + 3 * (FF // 3))),
     ),
     ("llama", "oft", {"block_size": 6}, LAYERS * 2 * DIM * 5 // 2),
 ]
