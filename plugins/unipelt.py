@@ -57,8 +57,8 @@ def peft_params(site, cfg, rng):
 
 
 @hookimpl
-def peft_positions(cfg):
-    return cfg.tokens
+def peft_positions(cfg, sites):
+    return cfg.tokens if any(site.kind == "attention" for site in sites) else 0
 
 
 @hookimpl

@@ -93,7 +93,7 @@ def peft_survey(layers, sites, cfg, rng, survey):
 
 
 @hookspec
-def peft_positions(cfg):
+def peft_positions(cfg, sites):
     """The position of the first real token, for methods that put keys before it without adding rows."""
 
 

@@ -151,8 +151,8 @@ def prepare(model: Any, method: str | ModuleType, config: Any = None, *, seed: i
     while waiting:
         part = waiting.pop(0)
         adapter.parts.append(part)
-        adapter.positions += part.call("peft_positions") or 0
         chosen = _add_part(model, adapter, part, seed, fit)
+        adapter.positions += part.call("peft_positions") or 0
         for companion, options in (part.call("peft_companions", sites=chosen) or {}).items():
             other = manager.load(companion)
             waiting.append(Part(other, plugin_options(other, options)))

@@ -227,3 +227,22 @@ def test_our_files_have_the_same_logits_there(family, method, tmp_path):
     model.load_adapter(str(tmp_path), use_safetensors=True, set_active=True)
     assert model.adapters_config.adapters["mine"]
     assert abs(ours(tiny.ids()).data - logits_of(model.double().eval())).max() < LIMIT
+
+
+@pytest.mark.parametrize("alpha", [1, 400])
+def test_gates_of_lora_are_unipelts_where_a_row_has_one_token_and_alpha_has_no_effect(alpha):
+    """AdapterHub averages gates over a row. UniPELT's paper has the gate in place of alpha / r."""
+    model, trained = peer(adapters.LoRAConfig(r=3, alpha=alpha, use_gating=True), "llama")
+    model.set_active_adapters("a")
+    ours = tiny.model()
+    adapter = sites.attach(ours, "unipelt", {"r": 3, "targets": ["@q", "@v"]})
+    names = {"A": "lora_A", "B": "lora_B", "gate": "gate.weight", "gate_bias": "gate.bias"}
+    for name, tensor in adapter.params.items():
+        site, _, letter = name.rpartition(".")
+        tensor.data[...] = trained[f"{site}.loras.a.{names[letter]}"]
+    ids = tiny.ids(5, 1)
+    want = model(input_ids=torch.from_numpy(ids).long()).logits.detach().numpy()
+    assert abs(ours(ids).data - want).max() < LIMIT * abs(want).max()
+    several = tiny.ids()
+    averaged = model(input_ids=torch.from_numpy(several).long()).logits.detach().numpy()
+    assert abs(ours(several).data - averaged).max() > 1e-3

@@ -66,18 +66,11 @@ def test_lora_with_biases_merges():
     assert abs(model(tiny.ids()).data - before).max() < 1e-12
 
 
-def test_two_parts_that_share_values_of_one_name_are_an_error(tmp_path):
-    (tmp_path / "twice.py").write_text(
-        """'''Prefixes twice.'''
-from refpeft import hookimpl
-
-@hookimpl
-def peft_companions():
-    return {"prefix_tuning": {"hidden": 3}, "p_tuning_v2": {"hidden": 3}}
-"""
-    )
-    with pytest.raises(RefpeftError, match="two parts of method 'twice' share a value called 'rows'"):
-        sites.attach(tiny.model(), str(tmp_path / "twice.py"))
+def test_two_parts_that_share_values_of_one_name_are_an_error(registered):
+    both = {"prefix_tuning": {"hidden": 3}, "p_tuning_v2": {"hidden": 3}}
+    recipe = registered(None, peft_companions=lambda: both)
+    with pytest.raises(RefpeftError, match="two parts of method 'made_here' share a value called 'rows'"):
+        sites.attach(tiny.model(), recipe)
 
 
 # ---- S4's groups -----------------------------------------------------------------------------------------------------
@@ -170,6 +163,11 @@ def test_the_order_of_gated_prefixes_does_not_matter():
             tiny.scramble(sites.attach(model, name, options), len(name))
         logits.append(model(tiny.ids()).data)
     assert np.allclose(*logits, atol=1e-12)
+
+
+def test_without_a_prefix_text_keeps_its_positions():
+    assert sites.attach(tiny.model(), "unipelt", SMALL["unipelt"]).positions == 3
+    assert sites.attach(tiny.model(), "unipelt", {"r": 3, "targets": ["@q", "@v"]}).positions == 0
 
 
 @pytest.mark.parametrize("name", SMALL)
