@@ -30,7 +30,8 @@ The arguments:
     p       the site's values by name, p.A: Tensors; in peft_merge and peft_base their arrays
     shared  the values of `peft_shared` by name
     near    the layers beside an attention or a block, by role: near("k", x) is what the layer's `k` makes of x;
-            near.site("k") is its Site, near.keys_and_values(x, site.shape) what attention would have of rows x
+            near.site("k") is its Site, near.has("gate") whether there is one, and near.keys_and_values(x, site.shape)
+            what attention would have of rows x
     memo    what the hooks of a method hand on from site to site, upward, within one forward pass: a namespace
     behind  how many rows the embedding had, this time, before this method's hook there put its own before them; the
             last so many of x, but in cached generation, where x has fewer
