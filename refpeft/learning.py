@@ -106,6 +106,16 @@ def states(model: Model) -> dict[str, Array]:
     return found
 
 
+def constants(model: Model) -> dict[str, Array]:
+    """The constants of methods that act around steps, where they may change them: flat views, by name."""
+    return {
+        f"{adapter.name}.{name}": tensor.data.reshape(-1)
+        for adapter in model.adapters
+        if any(manager.hook(part.plugin, "peft_step") for part in adapter.parts)
+        for name, tensor in adapter.constants.items()
+    }
+
+
 def step(model: Model, update: Callable[[], Any], number: int, total: int) -> None:
     """One optimizer step, `update`, with what methods do around it."""
     for part, layers in _with(model, "peft_step"):

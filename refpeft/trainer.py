@@ -90,7 +90,7 @@ class Trainer:
         with backend.blas_threads(model.parameters()), self._room():
             self._settle()
             self.flat = Flat(model.trained(), learning.rates(model))
-            self.kept = learning.states(model)
+            self.kept, self.constants = learning.states(model), learning.constants(model)
             self.optimizer = OPTIMIZERS[s.optimizer](self.flat, weight_decay=s.weight_decay, paged=s.paged, **options)
         self.summary = Summary()
         if s.best and (evaluation is None or out is None):
@@ -142,7 +142,7 @@ class Trainer:
             if not self.summary.stopped_early:
                 self._judge(self.summary.loss_after)
             if self.settings.best and self.summary.best_step != self.summary.steps and self.checkpoints:
-                self._load_arrays(self.checkpoints / "best", ["values"])
+                self._load_arrays(self.checkpoints / "best", ["values", *self.constants])
                 self.summary.loss_after = self.summary.best_loss
         return self.summary
 
@@ -279,7 +279,7 @@ class Trainer:
     @property
     def _arrays(self) -> dict[str, Array]:
         """What a checkpoint holds."""
-        return {"values": self.flat.values} | self.optimizer.state | self.kept
+        return {"values": self.flat.values} | self.optimizer.state | self.kept | self.constants
 
     def _save(self, name: str | None = None) -> None:
         if self.checkpoints is None:

@@ -20,7 +20,7 @@ from refpeft.config import Train as Settings
 from refpeft.errors import RefpeftError
 from refpeft.layers import Train
 from refpeft.learning import objective
-from refpeft.trainer import Trainer
+from refpeft.trainer import Trainer, mean_loss
 
 DIM = 24
 
@@ -70,6 +70,16 @@ def test_threshold_prunes_the_smallest_and_only_after_the_last_step():
     for name, weight in before.items():
         assert np.array_equal(masks[name] == 1, abs(weight) >= limit)
         assert np.array_equal(after[name], weight * masks[name])
+
+
+def test_the_best_step_comes_back_as_it_was_also_where_it_was_before_pruning(tmp_path):
+    model = tiny.model()
+    tiny.scramble(sites.attach(model, "sparse_adapter", {"size": 5, "prune": "threshold", "sparsity": 0.9}))
+    settings = Settings(steps=4, batch=4, lr=0.01, eval_every=1, best=True)
+    rows = Batches(examples(), 4, 32, shuffle=False)
+    summary = Trainer(model, Batches(examples(), 4, 32), rows, settings, tmp_path).run()
+    assert summary.best_step < 4
+    assert mean_loss(model, rows) == summary.loss_after == summary.best_loss
 
 
 def test_snip_keeps_the_largest_products_of_weight_and_gradient():
