@@ -48,6 +48,8 @@ def select(sites: Iterable[Site], cfg: Any, usable: Callable[[Site], bool]) -> l
     must match at least one usable site; raises RefpeftError with the nearest names otherwise.
     """
     sites = list(sites)
+    if not cfg.targets:
+        raise RefpeftError("targets is empty: name at least one that there is something to do for")
     found = {target: _hit(target, hits, sites, usable) for target, hits in matcher(cfg.targets).items()}
     targeted = set().union(*found.values())
     chosen = set(targeted)

@@ -74,7 +74,7 @@ def test_any_name_is_read(label, tmp_path):
         ({"reduction_factor": 0}, "reduction_factor is 0: expected one number"),
         ({"reduction_factor": 1e-9}, "no tensor in .* has a side of more than"),
         ({"architecture": "lora"}, "architecture is 'lora': of AdapterHub's adapters bottlenecks are read"),
-        ({"mh_adapter": False, "output_adapter": False}, "no site is left"),
+        ({"mh_adapter": False, "output_adapter": False}, "targets is empty"),
         ({"phm_layer": True, "phm_dim": 2, "phm_rank": 1, "shared_phm_rule": False}, "shared_phm_rule is False"),
         ({"output_adapter": False}, "tensor 'model.layers.0.output_adapters.* is not expected"),
     ],

@@ -94,7 +94,7 @@ def test_exclude_and_layers_take_away():
         (("@q",), {"exclude": ("nonsense",)}, "target 'nonsense' matches no site"),
         (("@q",), {"layers": (2,)}, "layers names 2: the model has layers 0 to 1"),
         (("@q",), {"exclude": ("@q",)}, "after 'exclude' and 'layers' no site is left"),
-        ((), {}, "after 'exclude' and 'layers' no site is left"),
+        ((), {}, "targets is empty: name at least one"),
     ],
 )
 def test_a_mistake_in_targets_is_said(targets, more, message):

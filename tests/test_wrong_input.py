@@ -122,6 +122,8 @@ def test_a_method_with_a_rank_is_ranked_or_has_a_check_of_its_own():
         ("lora", {"rank_pattern": {"k_proj": 3}}, "has the key 'k_proj', which matches none of the targets"),
         ("lora", {"targets": ["@q", "@qq"]}, "target '@qq' matches no site of this model; did you mean '@q'"),
         ("lora", {"exclude": ["@w"]}, "target '@w' matches no site of this model"),
+        ("lora", {"targets": []}, "targets is empty: name at least one"),
+        ("lora", {"targets": ["@embed"], "bias": "lora_only"}, "targets is empty"),  # biases of linear targets
         ("lora", {"exclude": ["@q", "@v"]}, "after 'exclude' and 'layers' no site is left"),
     ],
 )
