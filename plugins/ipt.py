@@ -1,8 +1,8 @@
 """Intrinsic prompt tuning: a prompt that a fixed decoder makes of a few numbers: P = W2 tanh(W1 z + b1) + b2; [P; E].
 
 Qin et al., 2021, arXiv:2110.07867, section 3. The decoder is one half of an auto-encoder of the `prompts` of other
-tasks, X: Enc(X) = U X + u, fitted by Adam so that the mean square of Dec(Enc(X)) - X becomes small (equation 2, without
-the tasks' own losses, for which their data would be needed); as many tasks as can be had, the authors have 100. Without
+tasks, X: Enc(X) = U X + u, fitted by Adam so that the mean square of Dec(Enc(X)) - X becomes small (without the tasks'
+own losses, for which their data would be needed); of as many tasks as can be had: the authors have 100. Without
 `prompts` the decoder is random, and the subspace is no better than any other.
 
 First values, which change the model: z normal of deviation 0.02, as in the authors' code; W1, b1, W2, b2 (and U, u

@@ -1,9 +1,9 @@
 """MAM, mix-and-match adapters: prefix tuning in attention, and a scaled parallel adapter at the feed-forward part.
 
-He et al., 2022, arXiv:2110.04366, section 4.5 and table 6: a short prefix, as attention gains most from few numbers,
-and the larger share of them at the feed-forward part, where y = f(x) + s (U relu(D x + d) + u). A recipe: the methods
-`prefix_tuning` (with its network where `hidden` is not 0) and `parallel` do the work; see there for first values, which
-change the model. Defaults are the paper's, with the width of the network in the authors' code.
+He et al., 2022, arXiv:2110.04366, section 4: a short prefix, as attention gains most from few numbers, and the larger
+share of them at the feed-forward part, where y = f(x) + s (U relu(D x + d) + u). A recipe: the methods `prefix_tuning`
+(with its network where `hidden` is not 0) and `parallel` do the work; see there for first values, which change the
+model. Defaults are the paper's, with the width of the network in the authors' code.
 
 Trained, with w = kv_heads head_dim: tokens w + hidden (w + 1) numbers, and in each layer 2 w (hidden + 1), or without
 `hidden` 2 tokens w, and 2 size dim + size + dim. AdapterHub's MAMConfig starts real tokens at position 0, and its

@@ -1,6 +1,6 @@
 """Multitask prompt tuning: a prompt that tasks share, scaled by a factor of low rank for each: [P * (U_k V_k); E[ids]].
 
-Wang et al., 2023, arXiv:2303.02861, section 3.1: P (tokens, dim) and for every task U_k (tokens, ranks), V_k (ranks,
+Wang et al., 2023, arXiv:2303.02861, section 3: P (tokens, dim) and for every task U_k (tokens, ranks), V_k (ranks,
 dim), multiplied number by number. A run is of one `task`; the factors of the others are constants that stay in the
 file, PEFT's MULTITASK_PROMPT_TUNING. There the program that uses it names the task; here its adapter_config.json does,
 as "refpeft_task".

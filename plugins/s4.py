@@ -1,9 +1,9 @@
 """S4: groups of layers, small ones at both ends, with methods of their own each: adapters, LoRA, prefixes, biases.
 
-Chen et al., 2023, arXiv:2301.01821, sections 4.2 to 4.5, found by search: four groups whose sizes grow and shrink
-(a spindle), all of them trained, with as many numbers in each layer of a method; the first group has adapters and LoRA,
-the second adapters and prefixes, the third adapters, prefixes and biases, the last prefixes, biases and LoRA. The paper
-does not give the sizes: here a sixth of the layers at each end, and the rest halved.
+Chen et al., 2023, arXiv:2301.01821, section 4, found by search: four groups whose sizes grow and shrink (a spindle),
+all of them trained, a method with as many numbers in each layer; the first group has adapters and LoRA, the second
+adapters and prefixes, the third adapters, prefixes and biases, the last prefixes, biases and LoRA. The spindle here: a
+sixth of the layers at each end, and the rest halved.
 
 A recipe: `houlsby` (without its norms), `lora`, `prefix_tuning` and `bitfit` do the work; see there for first values,
 which change the model, and what each trains of a layer; their numbers add up. Models of Llama's kind have no biases:

@@ -2,11 +2,11 @@
 
 Vu et al., 2022, arXiv:2110.07904, section 2. Of several `sources` those are taken that are most similar to `task`, a
 prompt of this task from a short run of prompt_tuning: by the cosine of the prompts' mean rows, their weighted average
-(section 3.3: with top = 1 the best one, else "top-k weighted average"). Sources may be of any method that puts rows
+(section 3: with top = 1 the best one, else "top-k weighted average"). Sources may be of any method that puts rows
 before the embeddings, in refpeft's form or PEFT's, such as PROMPT_TUNING; a file of this one is read as prompt_tuning.
 
 First values: P = the sum of s_i P_i over the sum of s_i, s_i the similarities of the `top` sources. They change the
-model. Trained: prompt (tokens, dim).
+model. Trained: prompt (tokens, dim), tokens dim numbers.
 """
 
 from dataclasses import dataclass
@@ -55,6 +55,10 @@ def peft_fit(site, cfg):
     means, mean = sources.mean(axis=1), prompt(cfg.task, site, cfg.tokens).mean(axis=0)
     similar = means @ mean / (np.linalg.norm(means, axis=1) * np.linalg.norm(mean))
     best = np.argsort(-similar, kind="stable")[: cfg.top]
+    if cfg.top > 1 and similar[best[-1]] <= 0:
+        raise RefpeftError(
+            f"spot.top is {cfg.top}, and only {int((similar > 0).sum())} sources are similar to the task"
+        )
     return {"prompt": np.average(sources[best], axis=0, weights=similar[best])}
 
 

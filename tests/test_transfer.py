@@ -89,6 +89,15 @@ def test_spot_starts_from_the_source_most_similar_to_the_task():
     assert np.allclose(found, rows[int(np.argmax(cosines))], rtol=1e-14)
 
 
+def test_an_average_of_sources_that_are_not_similar_is_an_error(tmp_path):
+    rows = np.random.default_rng(0).normal(size=(3, 24))
+    near, far, task = (write_prompt(tmp_path / name, rows * sign) for name, sign in (("a", 2), ("b", -1), ("c", 1)))
+    options = {"tokens": 3, "sources": [near, far], "task": task}
+    assert np.allclose(first_values("spot", options)["prompt"], 2 * rows, atol=1e-6)
+    with pytest.raises(RefpeftError, match=r"spot.top is 2, and only 1 sources are similar to the task"):
+        first_values("spot", options | {"top": 2})
+
+
 # ---- prompts of several tasks ----------------------------------------------------------------------------------------
 
 THREE = {"tokens": 3, "ranks": 2, "tasks": 3, "task": 2}

@@ -74,7 +74,7 @@ def bottleneck_letters(size: int) -> Shapes:
 
 
 def mam(family: Family) -> Adapted:
-    equations.PAPERS["mam"] = "arXiv:2110.04366, section 4.5"
+    equations.PAPERS["mam"] = "arXiv:2110.04366, section 4"
     options = {"tokens": TOKENS, "hidden": HIDDEN, "size": 3, "scale": 4.0}
     trained = prompts.shared_shapes(HIDDEN, family.kv)
     for layer in family.layers:
@@ -170,7 +170,7 @@ UNIPELT = {"r": 2, "tokens": TOKENS, "hidden": HIDDEN, "size": 3}
 
 
 def gate(x: torch.Tensor, t: Tensors) -> torch.Tensor:
-    """arXiv:2110.07577, section 3.2, of each token by itself: (batch, time, 1)."""
+    """arXiv:2110.07577, section 3, of each token by itself: (batch, time, 1)."""
     return torch.sigmoid(functional.linear(x, t["gate"], t["gate_bias"]))
 
 

@@ -36,7 +36,7 @@ def cases() -> Iterator[Case]:
 
 
 def start(sources: torch.Tensor, task: torch.Tensor | None, top: int) -> torch.Tensor:
-    """arXiv:2110.07904, section 3.3: the `top` sources most similar to the task's prompt, averaged by similarity."""
+    """arXiv:2110.07904, section 3: the `top` sources most similar to the task's prompt, averaged by similarity."""
     if task is None:
         return sources[0]
     similarities = torch.cosine_similarity(sources.mean(dim=1), task.mean(dim=0)[None], dim=1)
@@ -45,7 +45,7 @@ def start(sources: torch.Tensor, task: torch.Tensor | None, top: int) -> torch.T
 
 
 def prompts_to_start_from() -> Iterator[Case]:
-    equations.PAPERS["spot"] = "arXiv:2110.07904, sections 2 and 3.3"
+    equations.PAPERS["spot"] = "arXiv:2110.07904, sections 2 and 3"
     for variant, count, top, comment in (
         ("one", 1, 1, "one source"),
         ("best", 4, 1, "the source most similar to a prompt of this task"),
@@ -90,13 +90,13 @@ def shapes_of_tasks(dim: int) -> tuple[dict[str, tuple[int, ...]], dict[str, tup
 
 
 def of_task(t: Tensors, place: str = "") -> torch.Tensor:
-    """arXiv:2303.02861, section 3.1."""
+    """arXiv:2303.02861, section 3."""
     task = TASKS["task"]
     return t[f"{place}prompt"] * (t[f"{place}cols{task}"] @ t[f"{place}rows{task}"])
 
 
 def prompts_of_tasks() -> Iterator[Case]:
-    equations.PAPERS["multitask_prompt"] = "arXiv:2303.02861, section 3.1"
+    equations.PAPERS["multitask_prompt"] = "arXiv:2303.02861, section 3"
     draw = Draw("multitask_prompt-embedding-plain")
     trained, constant = shapes_of_tasks(DIM)
     inputs = {"ids": IDS, "weight": draw.normal(7, DIM)}
@@ -178,13 +178,13 @@ def shapes_of_decoder(dim: int) -> dict[str, tuple[int, ...]]:
 
 
 def of_decoder(t: Tensors, dim: int, place: str = "") -> torch.Tensor:
-    """arXiv:2110.07867, section 3.2."""
+    """arXiv:2110.07867, section 3."""
     z, W1, b1, W2, b2 = (t[f"{place}{name}"] for name in ("z", *shapes_of_decoder(dim)))
     return (W2 @ torch.tanh(W1 @ z + b1) + b2).unflatten(0, (TOKENS, dim))
 
 
 def decoded_prompts() -> Iterator[Case]:
-    equations.PAPERS["ipt"] = "arXiv:2110.07867, section 3.2"
+    equations.PAPERS["ipt"] = "arXiv:2110.07867, section 3"
     draw = Draw("ipt-embedding-plain")
     inputs = {"ids": IDS, "weight": draw.normal(7, DIM), "z": draw.normal(DECODER["d"])}
     inputs |= {name: draw.normal(*shape) for name, shape in shapes_of_decoder(DIM).items()}
