@@ -1,9 +1,9 @@
 """Diff pruning: W' = W + z w, where few of the gates z stay open: a sparse difference whose places are learned.
 
-Guo et al., 2021, arXiv:2012.07463. First phase, before the run: for every number of the targets w and log_alpha, of a
-hard-concrete gate (refpeft.gates) drawn in every pass, are trained; `structured`, group gates a whole matrix, too. `l0`
-times the expected number of open gates, sum sigmoid(log_alpha) sigmoid(group) (the authors' code adds up the two), is
-added to the loss. Second phase, the run: the largest |z w| of all targets are kept, and trained on. The first holds
+Guo et al., 2021, arXiv:2012.07463, section 3. First phase, before the run: of every number of the targets w is trained,
+and log_alpha of a hard-concrete gate (refpeft.gates) drawn in every pass; `structured`, group gates a whole matrix too.
+`l0` times the expected number of open gates, sum sigmoid(log_alpha) sigmoid(group) (the authors' code adds up the two),
+is added to the loss. Second phase, the run: the largest |z w| of all targets are kept, and trained on. The first holds
 some ten times the targets' numbers in memory; without `prune` it is the run, and all there is.
 
 First values, which leave the model as it is: w zero, log_alpha and group `alpha`; the run starts from the largest z w.

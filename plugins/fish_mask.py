@@ -1,10 +1,9 @@
 """FISH Mask: W' = W + S, with S sparse: the numbers of W with the largest Fisher information are trained.
 
-Sung et al., 2021, arXiv:2111.09839, section 3. It is estimated once, before the first step, as the mean over rows of
-the training data of the squared gradient of log p: that of the data's own tokens (the empirical Fisher), a row's log p
-being the mean over its tokens, as in the authors' code. The largest of all targets together are chosen, so that a
-target may have many or none. Meanwhile a dense copy of the targets' weights, their gradients and their information are
-held.
+Sung et al., 2021, arXiv:2111.09839. It is estimated once, before the first step, as the mean over rows of the training
+data of the squared gradient of log p: that of the data's own tokens (the empirical Fisher), a row's log p being the
+mean over its tokens, as in the authors' code. The largest of all targets together are chosen, so that a target may have
+many or none. Meanwhile a dense copy of the targets' weights, their gradients and their information are held.
 
 First values, which leave the model as it is: zero. Trained: values, share of the numbers of all targets together.
 Constant: their indices (2, values).

@@ -28,7 +28,7 @@ def cases() -> Iterator[Case]:
     yield from parts_of_models()
     yield from rows()
     yield from shira()
-    yield from chosen_by_data("fish_mask", "arXiv:2111.09839, section 3", {"share": 0.25})
+    yield from chosen_by_data("fish_mask", "arXiv:2111.09839", {"share": 0.25})
     yield from chosen_by_data("lt_sft", "arXiv:2110.07560, section 3", {"share": 0.25, "l1": 0.3}, penalty=mean_change)
     yield from diff_pruning()
     yield from far()
@@ -153,7 +153,7 @@ def diff_pruning() -> Iterator[Case]:
     def started(letters: dict, weight: np.ndarray, config: dict) -> dict[str, np.ndarray]:
         return letters | {name: 3 * letters[name] for name in letters.keys() & {"log_alpha"}}
 
-    source = "arXiv:2012.07463, sections 2 and 3; arXiv:1712.01312"
+    source = "arXiv:2012.07463, section 3; arXiv:1712.01312"
     config = {"prune": False, "l0": 0.3, "gate_rate": 1.0}
     equation = Equation(
         "diff_pruning",
