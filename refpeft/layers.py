@@ -51,7 +51,7 @@ class Base:
         n-th of the model's frequencies where `width` is an n-th of its head_dim, and so span the same range.
         """
         around = self._keywords
-        if "cos" in around:
+        if around.get("cos") is not None:
             every, odd = divmod(2 * around["cos"].shape[-1], q.shape[-1])
             if odd:
                 raise RefpeftError(f"{self._site.name}: heads of {q.shape[-1]} numbers do not divide the model's")

@@ -106,9 +106,11 @@ def test_a_method_knows_its_own_rows_among_those_of_others(registered):
     assert seen[1:] == [(1 + 2 + 3 + 5, 3 + 5), (1, 3 + 1)]
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_attention_of_a_sub_network_is_the_models_own_and_remembers_in_generation(family, registered):
+@pytest.mark.parametrize("family", ["llama", "gpt2", "smollm3"])
+def test_attention_of_a_sub_network_is_the_models_own_and_remembers_in_generation(family, registered, monkeypatch):
     """With the model's q, k and v as those of the sub-network, it gives what the model's attention gives."""
+    no_rope = {"model_type": "smollm3", "no_rope_layers": [0, 1], "pad_token_id": None}
+    monkeypatch.setitem(tiny.CONFIGS, "smollm3", tiny.TIED_LLAMA | no_rope)
     found = []
 
     def peft_block(x, base, p, near, site):

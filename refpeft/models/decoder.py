@@ -31,8 +31,9 @@ class Decoder(Model):
         hidden = self.embedded(ids, cache)
         positions, virtual = self.positioned(hidden, ids, positions, cache)
         keys = ids.shape[1] + (cache.tokens if cache else 0)
-        cos, sin = self._tables(positions, keys + self.first_position(virtual, cache))
+        tables = self._tables(positions, keys + self.first_position(virtual, cache))
         for i, layer in enumerate(self.layers):
+            cos, sin = tables if self.config.use_rope[i] else (None, None)
             mask = fused.Mask(keys, self.config.windows[i], segments)
             hidden = self.run(partial(layer, cos=cos, sin=sin, mask=mask, cache=cache), hidden)
         if cache:
@@ -76,20 +77,24 @@ class Layer:
         self.mlp_out = model.place_of(f"{name}.mlp_out", "block", dim, "mlp_out", self._mlp)
         self.block_out = model.place_of(f"{name}.block_out", "block", dim, "block_out", self._layer)
 
-    def __call__(self, x: Tensor, *, cos: Array, sin: Array, mask: fused.Mask, cache: Cache | None) -> Tensor:
+    def __call__(
+        self, x: Tensor, *, cos: Array | None, sin: Array | None, mask: fused.Mask, cache: Cache | None
+    ) -> Tensor:
         return self.block_out(x, cos=cos, sin=sin, mask=mask, cache=cache)
 
     def _layer(self, x: Tensor, **around: object) -> Tensor:
         x = x + self.attn_out(self.norm1(x), **around)
         return x + self.mlp_out(self.norm2(x))
 
-    def _attention(self, x: Tensor, *, cos: Array, sin: Array, mask: fused.Mask, cache: Cache | None) -> Tensor:
+    def _attention(
+        self, x: Tensor, *, cos: Array | None, sin: Array | None, mask: fused.Mask, cache: Cache | None
+    ) -> Tensor:
         batch, time, _ = x.shape
         q, k, v = (f(x).reshape(batch, time, -1, self.config.head_dim) for f in (self.q, self.k, self.v))
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (a.transpose(0, 2, 1, 3) for a in (q, k, v))
-        if self.config.use_rope[self.index]:
+        if cos is not None:
             q, k = fused.rope(q, cos=cos, sin=sin), fused.rope(k, cos=cos, sin=sin)
         if cache:
             k, v = cache.extend(self.index, k, v)
