@@ -18,7 +18,7 @@ from typing import Literal
 import numpy as np
 
 from refpeft import RefpeftError, hookimpl, ops
-from refpeft.prompts import check_tokens
+from refpeft.prompts import check_tokens, widened
 
 FAMILY = "soft prompt"
 
@@ -55,8 +55,9 @@ def peft_params(site, sites, cfg, rng, near):
 @hookimpl
 def peft_attention(q, k, v, base, p, cfg, site, near):
     keys, values = near.keys_and_values(p.prompt, site.shape)
-    grouped = q.reshape(q.shape[0], site.shape[0], -1, q.shape[-1])  # the heads of one key head side by side
-    scores = ops.softmax(grouped @ keys.transpose(0, 2, 1) * q.shape[-1] ** -0.5)
-    told = (scores @ values).reshape(*q.shape)
+    (batch, heads, time, wide), (kv_heads, width) = q.shape, site.shape
+    grouped = q[..., :width].reshape(batch, kv_heads, -1, width)  # the heads of one key head side by side
+    scores = ops.softmax(grouped @ keys.transpose(0, 2, 1) * width**-0.5)
+    told = widened((scores @ values).reshape(batch, heads, time, width), wide - width)
     gate = p.gate if cfg.compat == "peft" else ops.tanh(p.gate)
     return base(q, k, v) + gate.reshape(-1, 1, 1) * told

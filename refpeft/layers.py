@@ -38,11 +38,15 @@ class Base:
         twice = stand_ins.keys() & self._keywords.keys() & {"weight", "bias"}
         if twice:
             raise RefpeftError(f"two methods replace the {twice.pop()} of {self._site.name}: attach only one of them")
-        return self._call(*args, **self._keywords, **stand_ins)
+        return self._call(*args, **(self._keywords | stand_ins))
 
     def frozen(self, x: Tensor) -> Tensor:
         """x (..., in) times a linear layer's frozen weight, without its bias and the methods below: (..., out)."""
         return fused.frozen_linear(x, weight=self._site.weight)
+
+    def scale(self, q: Tensor) -> float:
+        """What an attention multiplies the scores of q (..., width) with: 1 / sqrt(width), in some models another."""
+        return self._keywords.get("scale", q.shape[-1] ** -0.5)
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention (batch, heads, time, width) such as this layer's own: positions, window, documents, earlier tokens.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,7 @@ from .rng import Stream
 from .tensor import Tensor, parameter
 
 if TYPE_CHECKING:
-    from .layers import Train
+    from .layers import Base, Train
     from .tokenizer import Tokenizer
 
 
@@ -103,26 +102,24 @@ def with_prefix(pair: Tensor, k: Tensor, v: Tensor, rate: float, train: Train | 
     pair = ops.broadcast_to(pair, shape=(k.shape[0], *pair.shape))
     if train:
         pair = train.dropout(pair, rate)
-    pair = _widened(pair, k.shape[-1] - pair.shape[-1])
+    pair = widened(pair, k.shape[-1] - pair.shape[-1])
     return ops.concat(pair[:, 0], k, axis=2), ops.concat(pair[:, 1], v, axis=2)
 
 
-def with_gated_prefix(
-    base: Callable[..., Tensor], pair: Tensor, gate: Tensor, q: Tensor, k: Tensor, v: Tensor
-) -> Tensor:
+def with_gated_prefix(base: Base, pair: Tensor, gate: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention over (g K, k) and (g V, v), K and V what `prefix` gave, g (batch, time, 1) with a value for each query.
 
     Heads become twice as wide: text has the first half of a key, the prefix the second, with which gated queries meet.
     """
     width, gate = q.shape[-1], gate.reshape(gate.shape[0], 1, gate.shape[1], 1)
     pair = ops.broadcast_to(pair, shape=(k.shape[0], *pair.shape))
-    pair = _widened(_widened(pair, width - pair.shape[-1]), width, before=True)
-    k, v = (ops.concat(pair[:, n], _widened(text, width), axis=2) for n, text in enumerate((k, v)))
-    y = base(2**0.5 * ops.concat(q, gate * q, axis=3), k, v)  # scores are divided by the root of the width
+    pair = widened(widened(pair, width - pair.shape[-1]), width, before=True)
+    k, v = (ops.concat(pair[:, n], widened(text, width), axis=2) for n, text in enumerate((k, v)))
+    y = base(ops.concat(q, gate * q, axis=3), k, v, scale=base.scale(q))  # that of heads as wide as they were
     return y[..., :width] + gate * y[..., width:]
 
 
-def _widened(x: Tensor, more: int, before: bool = False) -> Tensor:
+def widened(x: Tensor, more: int, before: bool = False) -> Tensor:
     """x with `more` zeros after, or before, the last axis: heads are wider within `with_gated_prefix` of others."""
     if not more:
         return x

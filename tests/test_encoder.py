@@ -282,3 +282,17 @@ def test_minilm_has_the_similarities_of_its_usage_page():
     vectors = (model(ids, segments=segments).data * real).sum(axis=1) / real.sum(axis=1)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     assert (vectors @ vectors.T)[np.triu_indices(3, 1)] == pytest.approx([0.6660, 0.1046, 0.1411], abs=5e-5)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_an_open_gate_leaves_a_prefix_as_it_is(family):
+    gated, plain = built(family), built(family)
+    options = {"tokens": 2, "hidden": 0}
+    values = sites.attach(gated, "unipelt", options | {"targets": ["@attend", "@attn_out"]})
+    tiny.scramble(values)
+    for name, tensor in values.params.items():
+        if name.endswith("gate_bias"):
+            tensor.data[...] = 1e3
+    for name, tensor in sites.attach(plain, "prefix_tuning", options).params.items():
+        tensor.data[...] = values.params[name].data
+    assert np.allclose(gated(**rows(family)).data, plain(**rows(family)).data, rtol=0, atol=1e-12)

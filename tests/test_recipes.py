@@ -140,7 +140,10 @@ def test_open_gates_leave_the_parts_alone_and_closed_ones_nothing(open_wide):
     assert abs(model(tiny.ids()).data - parts(tiny.ids()).data).max() < 1e-12
 
 
-@pytest.mark.parametrize(("inner", "outer"), [("unipelt", "unipelt"), ("prefix_tuning", "unipelt"), ("unipelt", "mam")])
+@pytest.mark.parametrize(
+    ("inner", "outer"),
+    [("unipelt", "unipelt"), ("prefix_tuning", "unipelt"), ("unipelt", "mam"), ("llama_adapter", "unipelt")],
+)
 def test_gated_prefixes_go_with_other_prefixes_in_any_order(inner, outer):
     model = tiny.model()
     for number, name in enumerate((inner, outer)):
@@ -153,13 +156,14 @@ def test_gated_prefixes_go_with_other_prefixes_in_any_order(inner, outer):
     assert changed[5:].all() and not changed[:5].any()
 
 
-def test_the_order_of_gated_prefixes_does_not_matter():
+@pytest.mark.parametrize("other", ["prefix_tuning", "llama_adapter"])
+def test_the_order_of_gated_prefixes_does_not_matter(other):
     """They all stand beside the text, whichever was attached first."""
     logits = []
-    for order in (("prefix_tuning", "unipelt"), ("unipelt", "prefix_tuning")):
+    for order in ((other, "unipelt"), ("unipelt", other)):
         model = tiny.model()
         for name in order:
-            options = {"tokens": 2} if name == "prefix_tuning" else SMALL[name]
+            options = SMALL.get(name, {"tokens": 2})
             tiny.scramble(sites.attach(model, name, options), len(name))
         logits.append(model(tiny.ids()).data)
     assert np.allclose(*logits, atol=1e-12)

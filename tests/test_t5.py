@@ -236,3 +236,16 @@ def test_what_goes_through_one_stack_of_layers_is_refused(method):
 def test_what_needs_a_model_of_one_text_is_an_error():
     with pytest.raises(RefpeftError, match="a t5 model is no language model of one text"):
         generate(built("t5"), [[3, 4]])
+
+
+def test_an_open_gate_leaves_a_prefix_as_it_is_beside_scores_that_are_not_scaled():
+    gated, plain = built("t5"), built("t5")
+    options = {"tokens": 2, "hidden": 0}
+    values = sites.attach(gated, "unipelt", options | {"targets": ["@attend", "@attn_out"]})
+    tiny.scramble(values)
+    for name, tensor in values.params.items():
+        if name.endswith("gate_bias"):
+            tensor.data[...] = 1e3
+    for name, tensor in sites.attach(plain, "prefix_tuning", options).params.items():
+        tensor.data[...] = values.params[name].data
+    assert np.allclose(gated(**rows()).data, plain(**rows()).data, rtol=0, atol=1e-12)
