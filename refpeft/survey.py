@@ -55,8 +55,11 @@ class Survey:
     def inputs(self, chosen: Sequence[Site], batches: int) -> Iterator[dict[str, Array]]:
         """For each of `batches` batches, what linear layers read: (tokens, in) without padding, by the site's name.
 
-        Layers that read the same, such as those of queries and keys, have one array.
+        Layers that read the same, such as those of queries and keys, have one array. Raises RefpeftError for the head,
+        which is not run.
         """
+        if self.model.head in chosen:
+            raise RefpeftError(f"what {self.model.head.name} reads is not looked at: leave it out of the targets")
         seen: dict[str, Array] = {}
         with sites.bypassed(self.model), _listening(chosen, seen), no_grad():
             for step in range(batches):

@@ -9,6 +9,7 @@ from variants import quantizer
 from refpeft import adapters, sites
 from refpeft.batches import Batches, split
 from refpeft.config import Train as Settings
+from refpeft.errors import RefpeftError
 from refpeft.survey import Survey
 from refpeft.tensor import Tensor
 from refpeft.trainer import Trainer
@@ -61,6 +62,12 @@ def test_inputs_are_what_layers_read_without_padding_and_without_what_is_attache
         assert found[site.name].shape == (batch.tokens, 24)
     assert not any(layer.site is None for layer in asked.model.sites[site.name].layers)
     assert len(asked.model.sites[site.name].layers) == 1
+
+
+def test_what_the_head_reads_is_refused(registered):
+    asked = survey(registered(**GAIN))
+    with pytest.raises(RefpeftError, match="lm_head reads is not looked at: leave it out of the targets"):
+        next(asked.inputs([asked.model.head], 1))
 
 
 @pytest.mark.parametrize("packer", [None, quantizer()])
