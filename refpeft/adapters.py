@@ -73,7 +73,7 @@ def save(
         "base_model_name_or_path": model.name,
         "inference_mode": True,
         "peft_version": PEFT_VERSION,
-        "task_type": "CAUSAL_LM",
+        "task_type": model.task_type,
     }
     directory.mkdir(parents=True, exist_ok=True)
     write_safetensors(directory / TENSORS, tensors, {"format": "pt"})

@@ -9,7 +9,7 @@ from safetensors.numpy import save_file
 from variants import quantizer
 
 import refpeft
-from refpeft import ops, sites
+from refpeft import adapters, ops, sites
 from refpeft.errors import RefpeftError
 from refpeft.generate import generate
 from refpeft.models.base import Cache
@@ -249,3 +249,19 @@ def test_an_open_gate_leaves_a_prefix_as_it_is_beside_scores_that_are_not_scaled
     for name, tensor in sites.attach(plain, "prefix_tuning", options).params.items():
         tensor.data[...] = values.params[name].data
     assert np.allclose(gated(**rows()).data, plain(**rows()).data, rtol=0, atol=1e-12)
+
+
+@pytest.mark.real
+def test_peft_reads_its_adapters(tmp_path):
+    torch, transformers, peft = map(pytest.importorskip, ("torch", "transformers", "peft"))
+    model, given = built("t5"), rows()
+    tiny.scramble(sites.attach(model, "lora", {"r": 2}))
+    adapters.save(tmp_path, model)
+    peer = transformers.AutoModelForSeq2SeqLM.from_config(transformers.AutoConfig.for_model(**CONFIGS["t5"]))
+    peer.load_state_dict({name: torch.tensor(array) for name, array in arrays("t5").items()}, strict=False)
+    theirs = peft.PeftModel.from_pretrained(peer, tmp_path).eval()(
+        input_ids=torch.tensor(given["ids"]),
+        attention_mask=torch.tensor((given["segments"] >= 0) * 1),
+        decoder_input_ids=torch.tensor(given["said"]),
+    )
+    assert abs(model(**given).data - theirs.logits.detach().numpy()).max() < 1e-5

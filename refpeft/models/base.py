@@ -58,6 +58,7 @@ class Model:
     tokenizer: Any = None  # and its tokenizer
     weightless = False  # of a plan's model, whose weights are not there
     stream = Stream  # what first values are drawn from
+    task_type = "CAUSAL_LM"  # PEFT's word for what such a model does
 
     def __init__(self, config: ModelConfig, weights: Callable[..., Frozen], dtype: np.dtype, xp: ModuleType = np):
         self.config, self.dtype, self.xp = config, np.dtype(dtype), xp

@@ -24,6 +24,8 @@ from refpeft.tensor import Tensor
 class Encoder(Model):
     """An encoder without a head: what it computes are the hidden states of the last layer, (batch, time, dim)."""
 
+    task_type = "FEATURE_EXTRACTION"
+
     def __init__(self, config: EncoderConfig, weights: Callable[..., Frozen], dtype: np.dtype, xp: ModuleType = np):
         super().__init__(config, weights, dtype, xp)
         name, prefix = NAMES[config.family], PREFIX[config.family]

@@ -25,6 +25,8 @@ from refpeft.tensor import Tensor
 class T5(Model):
     """An encoder-decoder: `model(ids, said)` gives the logits of what comes next in `said`."""
 
+    task_type = "SEQ_2_SEQ_LM"
+
     def __init__(self, config: T5Config, weights: Callable[..., Frozen], dtype: np.dtype, xp: ModuleType = np):
         super().__init__(config, weights, dtype, xp)
         self.embed = self.embedding("shared", "embed")
