@@ -300,7 +300,7 @@ class Mask:
             seen &= (row - column < self.window) | own
         seen = seen[None]
         if self.segments is not None:
-            # virtual tokens are queries too; what number they get is of no matter, since they see none but `own` keys
+            # virtual tokens are queries too, of number 0: where attention is causal, they see none but `own` keys
             tokens = xp.pad(self.segments, ((0, 0), (extra, 0)))
             asking = tokens[:, total - queries :] if self.asking is None else self.asking
             seen = seen & ((asking[:, start:stop, None] == tokens[:, None, :keys]) | own)

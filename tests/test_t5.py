@@ -249,6 +249,7 @@ def test_an_open_gate_leaves_a_prefix_as_it_is_beside_scores_that_are_not_scaled
     for name, tensor in sites.attach(plain, "prefix_tuning", options).params.items():
         tensor.data[...] = values.params[name].data
     assert np.allclose(gated(**rows()).data, plain(**rows()).data, rtol=0, atol=1e-12)
+    assert not vars(values.parts[0].memo)  # it would hold the tape
 
 
 @pytest.mark.real

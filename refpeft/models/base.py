@@ -230,8 +230,12 @@ class Model:
         try:
             return self.trunk(*arrays[:3], cache, **dict(zip(more, arrays[3:], strict=True)))
         finally:
-            for part in (part for adapter in self.adapters for part in adapter.parts):
-                part.memo.__dict__.clear()
+            self.forget()
+
+    def forget(self) -> None:
+        """Drops what hooks handed on to others (`memo`) in a forward pass: it holds the tape of that pass."""
+        for part in (part for adapter in self.adapters for part in adapter.parts):
+            part.memo.__dict__.clear()
 
     @property
     def room(self) -> float:

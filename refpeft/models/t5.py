@@ -88,9 +88,12 @@ class Side:
         return self.relative(self.model.xp.asarray(buckets)).transpose(2, 0, 1)[None]
 
     def __call__(self, hidden: Tensor, **around: object) -> Tensor:
-        for layer in self.layers:
-            hidden = self.model.run(partial(layer, **around), hidden)
-        return self.norm(hidden)
+        try:
+            for layer in self.layers:
+                hidden = self.model.run(partial(layer, **around), hidden)
+            return self.norm(hidden)
+        finally:
+            self.model.forget()
 
 
 class Layer:
