@@ -26,7 +26,7 @@ from refpeft.models.config import from_hf
 from refpeft.models.decoder import Decoder
 from refpeft.models.gpt2 import GPT2
 from refpeft.models.quantized_files import tensors_of
-from refpeft.optim import OPTIMIZERS, AdamW, Flat
+from refpeft.optim import OPTIMIZERS, SGD, AdamW, Flat
 from refpeft.quant import Dense, Quantized, make_quantizer
 from refpeft.rng import Stream, philox4x32
 from refpeft.sites import Adapter, attach, merge, prepare, put_on
@@ -194,6 +194,8 @@ def run_loss(case: Case, given: Arrays, dtype: str) -> Arrays:
 def run_method(case: Case, given: Arrays, dtype: str) -> Arrays:
     if case.at == "objective":
         return run_objective(case, given)
+    if case.at == "steps":
+        return run_steps(case, given, dtype)
     if case.at not in ("model", "train"):
         return run_site(case, given, dtype)
     options = {name: tuple(v) if isinstance(v, list) else v for name, v in case.config.items()}
@@ -257,6 +259,29 @@ def run_objective(case: Case, given: Arrays) -> Arrays:
     )
     loss.backward()
     return {"loss": loss.data} | {f"grad.{name}": leaf.grad for name, leaf in leaves.items()}
+
+
+def run_steps(case: Case, given: Arrays, dtype: str) -> Arrays:
+    """What a method does around steps of plain gradient descent, at two sites, with gradients that are given."""
+    options = dict(case.config)
+    total, lr = options.pop("steps"), options.pop("lr")
+    shapes = {site: (len(given[f"{site}.P"]), given[f"{site}.Q"].shape[1]) for site in "ab"}
+    model = Model(None, frozen({f"{site}.weight": np.zeros(s) for site, s in shapes.items()}, dtype), np.dtype(dtype))
+    for site in shapes:
+        model.linear(site, "q", bias=False)
+    adapter = attached(model, case.name, options | {"targets": ("a", "b")})
+    set_values(adapter, model, given)
+    learning.states(model)
+    flat = Flat(adapter.params.items())
+    optimizer, trace = SGD(flat, momentum=0.0), {f"E.{site}": [] for site in shapes}
+    for number in range(total):
+        for name, tensor in adapter.params.items():
+            tensor.grad[...] = given[f"grad.{name}"][number]
+        learning.step(model, partial(optimizer.step, lr), number, total)
+        for site in shapes:
+            trace[f"E.{site}"].append(adapter.params[f"{site}.E"].data.copy())
+    after = {f"after.{name}": tensor.data for name, tensor in adapter.params.items()}
+    return {name: np.array(values) for name, values in trace.items()} | after
 
 
 def run_site(case: Case, given: Arrays, dtype: str) -> Arrays:

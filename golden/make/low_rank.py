@@ -20,6 +20,7 @@ LORA_NAMES = {"A": "lora_A.default.weight", "B": "lora_B.default.weight"}
 def cases() -> Iterator[Case]:
     yield from dora()
     yield from adalora()
+    yield from (adalora_steps(compat) for compat in ("none", "official"))
     yield from eva()
     yield from vera()
     yield from loha()
@@ -113,6 +114,87 @@ def adalora() -> Iterator[Case]:
     yield from cases_of(equation, *shapes_of(config), square, dropout_of(config), models=config)
     comment = "two of three triplets are left: the scale is that of the first rank, init_r"
     yield from cases_of(left, Variant("pruned", config | {"rank_pattern": {"site": 2}}, comment=comment))
+
+
+def adalora_steps(compat: str) -> Case:
+    """Which triplets of two targets are left after each of twelve steps, whose gradients are given."""
+    config = {"init_r": 4, "target_r": 2, "tinit": 2, "tfinal": 3, "delta_t": 2, "beta1": 0.85, "beta2": 0.7}
+    config |= {"compat": compat, "steps": 12, "lr": 0.1}
+    draw = Draw(f"adalora-steps-{compat}")
+    shapes = {"a.P": (6, 4), "a.E": (4,), "a.Q": (4, 5), "b.P": (4, 4), "b.E": (4,), "b.Q": (4, 7)}
+    inputs = {name: draw.normal(*shape) for name, shape in shapes.items()}
+    inputs |= {f"grad.{name}": draw.normal(config["steps"], *shape) for name, shape in shapes.items()}
+    order = {"none": "as in the paper", "official": "of numbers after the step, as in the authors' code"}
+    return Case(
+        id=f"adalora-steps-{compat}",
+        kind="method",
+        name="adalora",
+        at="steps",
+        comment=f"sensitivities {order[compat]}; the last choice is made in step 9, no multiple of delta_t",
+        flags=("AdaloraAllocation",),
+        spec="arXiv:2303.10512, Algorithm 1",
+        config=config,
+        inputs=inputs,
+        compute=lambda t: algorithm_1(t, list(shapes), config),
+        witnesses={peft_witness.VERSION: lambda t: peft_allocation(t, list(shapes), config)}
+        if compat != "none"
+        else {},
+    )
+
+
+def algorithm_1(t: dict, names: list[str], config: dict) -> dict:
+    numbers = {name: t[name].clone() for name in names}
+    means, distances = ({name: torch.zeros_like(t[name]) for name in names} for _ in range(2))
+    last, chosen = config["steps"] - config["tfinal"], {"a": [], "b": []}
+    for step in range(1, config["steps"] + 1):
+        before = {name: number.clone() for name, number in numbers.items()}
+        for name in names:
+            gradient = t[f"grad.{name}"][step - 1]
+            numbers[name] -= config["lr"] * gradient
+            if step < last:
+                sensitivity = ((before if config["compat"] == "none" else numbers)[name] * gradient).abs()
+                means[name] = config["beta1"] * means[name] + (1 - config["beta1"]) * sensitivity
+                distance = (sensitivity - means[name]).abs()
+                distances[name] = config["beta2"] * distances[name] + (1 - config["beta2"]) * distance
+        if step >= last or (step > config["tinit"] and step % config["delta_t"] == 0):
+            part = max(1 - (step - config["tinit"]) / (last - config["tinit"]), 0)
+            budget = int(2 * (config["init_r"] - config["target_r"]) * part**3 + 2 * config["target_r"])
+            of = {name: means[name] * distances[name] for name in names}
+            score = torch.stack([of[f"{w}.E"] + of[f"{w}.P"].mean(0) + of[f"{w}.Q"].mean(1) for w in "ab"])
+            best = (
+                torch.zeros(score.numel()).index_fill(0, score.flatten().topk(budget).indices, 1).reshape(score.shape)
+            )
+            for where, kept in zip("ab", best, strict=True):
+                numbers[f"{where}.E"] = numbers[f"{where}.E"] * kept
+        for where, trace in chosen.items():
+            trace.append(numbers[f"{where}.E"].clone())
+    after = {f"after.{name}": number for name, number in numbers.items()}
+    return {f"E.{where}": torch.stack(trace) for where, trace in chosen.items()} | after
+
+
+def peft_allocation(t: dict, names: list[str], config: dict) -> dict:
+    """The same by PEFT's allocator, which has the official order."""
+    layers = {w: torch.nn.Linear(t[f"{w}.Q"].shape[1], t[f"{w}.P"].shape[0]) for w in "ab"}
+    options = {name: config[name] for name in ("init_r", "target_r", "tinit", "tfinal", "beta1", "beta2")}
+    schedule = {"deltaT": config["delta_t"], "total_step": config["steps"]}
+    adapted = peft.get_peft_model(
+        torch.nn.ModuleDict(layers), peft.AdaLoraConfig(**options, **schedule, target_modules=list(layers))
+    ).double()
+    letters = {"P": "lora_B", "E": "lora_E", "Q": "lora_A"}
+    theirs = {n: getattr(adapted.base_model.model[n[0]], letters[n[2]])["default"] for n in names}
+    chosen = {"a": [], "b": []}
+    with torch.no_grad():
+        for name, parameter in theirs.items():
+            parameter.copy_(t[name].reshape(parameter.shape))
+        for step in range(1, config["steps"] + 1):
+            for name, parameter in theirs.items():
+                parameter.grad = t[f"grad.{name}"][step - 1].reshape(parameter.shape).to(parameter.dtype)
+                parameter -= config["lr"] * parameter.grad
+            adapted.base_model.update_and_allocate(step)
+            for where, trace in chosen.items():
+                trace.append(theirs[f"{where}.E"].detach().flatten().clone())
+    after = {f"after.{name}": theirs[name].detach().reshape(t[name].shape) for name in names}
+    return {f"E.{where}": torch.stack(trace) for where, trace in chosen.items()} | after
 
 
 def eva() -> Iterator[Case]:
