@@ -1,9 +1,10 @@
 """What a plugin may define. Reading this file is reading what refpeft takes a PEFT method, or a quantizer, to be.
 
-A plugin is one file: a docstring, a frozen dataclass `Config` with defaults, and any of these functions under
-`@hookimpl`. An implementation names only the arguments that it wants; what it does not name is not computed (`weight`
-of a quantized layer would be dequantized). Which hooks it has is what it can do: without `peft_merge`, `refpeft merge`
-refuses it by name.
+A plugin is one file: a docstring, of which listings show the first line and the first arXiv id or address; for a method
+a constant FAMILY, one of refpeft.manager.FAMILIES; a frozen dataclass `Config` with defaults; and any of these
+functions under `@hookimpl`. An implementation names only the arguments that it wants; what it does not name is not
+computed (`weight` of a quantized layer would be dequantized). Which hooks it has is what it can do: without
+`peft_merge`, `refpeft merge` refuses it by name.
 
 A method's Config must have `targets`, and may have `exclude` and `layers`: these choose its sites
 (refpeft.targets.select). Fields that end in `_pattern` map regular expressions to values for the sites that match
@@ -26,16 +27,19 @@ The arguments:
     x       Tensor (batch, time, in); ids: integer array (batch, time)
     base    the layer below, to be called once: base(x). Keywords stand in for its frozen parts: base(x, bias=p.bias).
             base.weight and base.bias are those parts as constants; base.frozen(x) is x times the weight alone;
-            base.attention(q, k, v), in a block's hook, is attention such as the layer's own for a sub-network
-    p       the site's values by name, p.A: Tensors; in peft_merge and peft_base their arrays
-    shared  the values of `peft_shared` by name
+            base.attention(q, k, v), in a block's hook, is attention such as the layer's own for a sub-network;
+            base.scale(q), in an attention's, what its scores are multiplied with, to be handed on where q is widened
+    p       the site's values by name, p.A: Tensors in the hooks of the forward pass and in peft_penalty, else arrays
+    shared  the values of `peft_shared` by name: Tensors, in peft_merge too
     near    the layers beside an attention or a block, by role: near("k", x) is what the layer's `k` makes of x;
             near.site("k") is its Site, near.has("gate") whether there is one, and near.keys_and_values(x, site.shape)
             what attention would have of rows x
-    memo    what the hooks of a method hand on from site to site, upward, within one forward pass: a namespace
-    behind  how many rows the embedding had, this time, before this method's hook there put its own before them; the
-            last so many of x, but in cached generation, where x has fewer
-    train   None outside of training; otherwise refpeft.layers.Train: .dropout(x, rate), .draw(n), .uniform(like), .step
+    memo    what the hooks of a method hand on from site to site, upward, within one forward pass: a namespace, empty
+            when a pass begins. checkpoint_activations is refused with it, since layers would run again without it
+    behind  how many rows of a block's x stand behind those that this method put there: those of text, and of methods
+            attached before it. In cached generation x may have fewer, and then none of them is this method's
+    train   None outside of training; otherwise refpeft.layers.Train: .step, .dropout(x, rate), .uniform(like), and
+            .draw(n), the same number at every site, or with apart=True one for each
     layers  the list of refpeft.layers.Layer of the method, one a site: .site, .p, .arrays, .grads, .state
 """
 
@@ -48,7 +52,7 @@ hookimpl = HookimplMarker("refpeft")
 
 
 @hookspec
-def peft_params(site, sites, cfg, rng, weight, bias, tokenizer, near):
+def peft_params(site, sites, cfg, rng, weight, bias, near):
     """First values of what is trained at `site`: {name: array}; None leaves the site alone.
 
     In place of an array, the name of another parameter of this adapter ("model.embed_tokens.weight") makes the two one;
@@ -89,7 +93,8 @@ def peft_survey(layers, sites, cfg, rng, survey):
 
     Gives {site name: {name: array}}, in place of some of `peft_params`, of any shape; None in place of the dict takes
     the method off that site. Or it changes a layer's .arrays in place, and gives nothing. `survey` is a
-    refpeft.survey.Survey: .gradients, .own_gradients, .inputs, .changes. Not called where a file brings the values.
+    refpeft.survey.Survey: .rows, .steps, .gradients, .own_gradients, .inputs, .changes, .trained. Not called where a
+    file brings the values.
     """
 
 
@@ -155,6 +160,8 @@ def peft_objective(logits, loss, mean, cfg):
     logits()   the logits of all supervised positions (positions, vocab), in a forward pass of its own at every call
     loss(z)    the mean -log p that logits say
     mean(e)    the mean of one number a position (positions,), over the batch that the step is for
+
+    One attached method may have it, and not with checkpoint_activations.
     """
 
 

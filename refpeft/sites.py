@@ -207,7 +207,6 @@ def _add_part(model: Any, adapter: Adapter, part: Part, seed: int, fit: bool) ->
             "site": site,
             "rng": model.stream(seed, "init", adapter.name, site.name),
             "weight": Lazy(lambda site=site: site.weight() if site.weight else None),
-            "tokenizer": model.tokenizer,
         }
         near = Near(model.sites.values(), site.home)
         first = part.call("peft_params", bias=site.bias, near=near, **have)
@@ -219,7 +218,11 @@ def _add_part(model: Any, adapter: Adapter, part: Part, seed: int, fit: bool) ->
             if adapter.kind(value).setdefault(f"{site.name}.{key}", value) is not value:
                 raise RefpeftError(f"two parts of method '{adapter.name}' train {key!r} at {site.name}")
         if fit and not model.weightless:
-            more = {"original": _original(model, site), "requantize": Lazy(lambda site=site: _requantize(site))}
+            more = {
+                "tokenizer": model.tokenizer,
+                "original": _original(model, site),
+                "requantize": Lazy(lambda site=site: _requantize(site)),
+            }
             for key, array in (part.call("peft_fit", **have, **more) or {}).items():
                 values[key].data[...] = model.place(array)  # in the layout that a file's values have: equal bits
         layer = Layer(part, site, values, model.mode, adapter.name, near)

@@ -80,8 +80,8 @@ class Encoder(Model):
     ) -> Tensor:
         """The hidden states (batch, time, dim) of integer ids (batch, time).
 
-        segments (batch, time) are 0, and -1 at padding, which no token sees; types (batch, time) tell the texts of a pair
-        apart, where the model does: 0 and 1.
+        segments (batch, time) are 0, and -1 at padding, which no token sees; types (batch, time) tell the texts of a
+        pair apart, where the model does: 0 and 1.
         """
         return self._hidden(ids, positions, segments, types=types)
 
