@@ -54,7 +54,7 @@ def masked(p: SimpleNamespace) -> SimpleNamespace:
 
 
 def prune(places: Sequence[SimpleNamespace], share: float, scores: Sequence[Array] = ()) -> None:
-    """Sets `share` of the weights of bottlenecks to zero, those with the lowest scores, all places together.
+    """Sets `share` of the weights of bottlenecks to zero, but one, those with the lowest scores, all places together.
 
     places  with arrays down, up, down_mask and up_mask, changed in place; masks are 1 where a weight is kept, else 0
     scores  of each place's down and then its up; without them the weights' magnitudes
@@ -62,7 +62,7 @@ def prune(places: Sequence[SimpleNamespace], share: float, scores: Sequence[Arra
     scores = scores or [abs(weight) for place in places for weight in (place.down, place.up)]
     xp = xp_of(scores[0])
     every = xp.concatenate([score.reshape(-1) for score in scores])
-    count = round(share * every.size)
+    count = min(round(share * every.size), every.size - 1)
     masks = xp.ones(every.size, "i1")
     masks[xp.argpartition(every, count)[:count]] = 0
     at = 0

@@ -195,3 +195,8 @@ def test_the_command_line_prints_a_warning_as_one_line_and_goes_on():
     one, two = result.stderr.splitlines()
     assert one == "warning: exclude '@embed' has no effect: it is none of the targets"
     assert two.startswith("warning: lora: r is 300, but above ")
+
+
+def test_a_sparsity_that_rounds_to_all_weights_keeps_one():
+    adapter = sites.attach(tiny.model(), "sparse_adapter", {"size": 1, "sparsity": 0.9999, "prune": "magnitude"})
+    assert {int(layer.p.down_mask.data.sum() + layer.p.up_mask.data.sum()) for layer in adapter.layers} == {1}
