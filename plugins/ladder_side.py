@@ -19,7 +19,8 @@ from typing import Literal
 import numpy as np
 
 from refpeft import RefpeftError, fused, hookimpl, ops
-from refpeft.side import EPS, check_layers, side_layer, side_values, uniform
+from refpeft.lowrank import kaiming
+from refpeft.side import EPS, check_layers, side_layer, side_values
 
 FAMILY = "additive"
 
@@ -50,12 +51,12 @@ def peft_params(site, sites, cfg, rng, near):
     dim, values = site.shape[0], {}
     width = dim // cfg.r
     if site is sites[0]:
-        values["first"] = uniform(rng, width, dim)
+        values["first"] = kaiming(rng, width, dim)
     if site.index not in cfg.drop:
-        values |= {"ladder": uniform(rng, width, dim), "alpha": np.zeros(1)} | side_values(rng, near, cfg.r)
+        values |= {"ladder": kaiming(rng, width, dim), "alpha": np.zeros(1)} | side_values(rng, near, cfg.r)
     if site is sites[-1]:
         values["norm"] = np.ones(width)
-        values["last"] = np.zeros((dim, width)) if cfg.output == "add" else uniform(rng, dim, width)
+        values["last"] = np.zeros((dim, width)) if cfg.output == "add" else kaiming(rng, dim, width)
     return values or None
 
 

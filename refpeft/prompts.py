@@ -11,6 +11,7 @@ import numpy as np
 from . import ops
 from .backend import xp_of
 from .errors import RefpeftError
+from .lowrank import kaiming
 from .rng import Stream
 from .tensor import Tensor, parameter
 
@@ -35,7 +36,7 @@ def linear_values(rng: Stream, name: str, out: int, width: int, std: float | Non
     if std is not None:
         return {name: std * rng.standard_normal((out, width)), f"{name}_bias": np.zeros(out)}
     bound = width**-0.5
-    return {name: rng.uniform(-bound, bound, (out, width)), f"{name}_bias": rng.uniform(-bound, bound, out)}
+    return {name: kaiming(rng, out, width), f"{name}_bias": rng.uniform(-bound, bound, out)}
 
 
 # ---- rows before the token embeddings --------------------------------------------------------------------------------

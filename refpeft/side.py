@@ -10,6 +10,7 @@ import numpy as np
 
 from . import fused, ops
 from .errors import RefpeftError
+from .lowrank import kaiming
 from .rng import Stream
 from .tensor import Tensor
 
@@ -30,11 +31,6 @@ def check_layers(name: str, cfg: Any, sites: list[Site]) -> None:
         raise RefpeftError(f"{name} goes through one stack of layers, and this model has an encoder and a decoder")
 
 
-def uniform(rng: Stream, out: int, width: int) -> np.ndarray:
-    """First values of a matrix (out, width): uniform in +-1 / sqrt(width), as torch has them."""
-    return rng.uniform(-(width**-0.5), width**-0.5, (out, width))
-
-
 def side_values(rng: Stream, near: Near, r: int) -> dict[str, np.ndarray]:
     """First values of a layer whose every width is that of the model's layer, near, divided by `r` and rounded down.
 
@@ -51,7 +47,7 @@ def side_values(rng: Stream, near: Near, r: int) -> dict[str, np.ndarray]:
     shapes |= {"gate": (inner, width)} if near.has("gate") else {}
     shapes |= {"up": (inner, width), "down": (width, inner)}
     norms = {"norm1": np.ones(width), "norm2": np.ones(width)}
-    return norms | {name: uniform(rng, *shape) for name, shape in shapes.items()}
+    return norms | {name: kaiming(rng, *shape) for name, shape in shapes.items()}
 
 
 def side_layer(x: Tensor, p: SimpleNamespace, attention: Callable[..., Tensor], head: int) -> Tensor:
