@@ -97,6 +97,18 @@ def test_snip_keeps_the_largest_products_of_weight_and_gradient():
         assert np.array_equal(mask == 1, scores[name] > limit), name
 
 
+def test_weights_that_are_pruned_at_random_are_not_the_smallest():
+    def kept_of_the_larger_half(prune: str) -> float:
+        options = {"size": 8, "prune": prune, "sparsity": 0.5}
+        model, whole = tiny.model(), tiny.model()
+        masks = weights(sites.attach(model, "sparse_adapter", options), mask=True)
+        every = weights(sites.attach(whole, "sparse_adapter", options | {"sparsity": 0.0}))
+        return np.mean([masks[name][abs(w) > np.median(abs(w))].mean() for name, w in every.items()])
+
+    assert kept_of_the_larger_half("magnitude") > 0.95
+    assert 0.4 < kept_of_the_larger_half("random") < 0.6
+
+
 def test_large_sparse_keeps_as_many_weights_as_a_small_dense_one():
     sizes = {"size": 5, "sparsity": 0.0}, {"size": 20, "sparsity": 0.75}
     small, large = (sites.attach(tiny.model(), "sparse_adapter", size | {"prune": "magnitude"}) for size in sizes)
@@ -166,6 +178,7 @@ def test_a_step_of_adamix_makes_two_passes_through_other_modules_and_the_seed_de
     steps_and_passes = {tuple(drawn[at : at + 4]) for at in range(0, 16, 4)}
     assert len(steps_and_passes) == 4 and set(drawn) <= set(range(7))
     assert steps(0) == drawn and steps(1) != drawn
+    assert set(draws_of(lambda: trained("adamix", options, 8), monkeypatch)) == set(range(7))  # none is left out
 
 
 def test_a_step_of_adamix_without_consistency_is_one_pass_and_its_loss_the_modules(monkeypatch):

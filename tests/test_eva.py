@@ -131,6 +131,27 @@ def test_the_scale_goes_with_the_rank_as_the_file_says(rslora, adjust, tmp_path)
         assert lora.cfg.scale(layer.site) == adapter.cfg.scale_of(layer.site, layer.arrays.A.shape[0])
 
 
+def test_alpha_grows_from_the_rank_that_a_pattern_gives():
+    adapter = sites.attach(tiny.model(), "eva", {"r": 2, "alpha": 5.0, "rank_pattern": {"q_proj": 4}})
+    scales = {layer.site.name.rpartition(".")[2]: adapter.cfg.scale_of(layer.site, 8) for layer in adapter.layers}
+    assert scales == {"q_proj": 5 / 4, "v_proj": 5 / 2}
+
+
+def test_no_more_batches_are_looked_at_than_it_is_told():
+    data = Batches(examples(), 4, 32)
+    options = {"r": 2, "rho": 1.0, "tau": 1.0, "targets": ["@q"], "layers": [0]}
+    (first,) = settled(options | {"batches": 1}, data=data)[1].layers
+    (second,) = settled(options | {"batches": 2}, data=data)[1].layers
+    assert not np.allclose(first.arrays.A, second.arrays.A, rtol=0, atol=1e-3)
+
+
+def test_layers_that_read_the_same_may_have_ranks_of_their_own_and_a_batch_just_as_many_tokens():
+    x = rows(6)
+    found = directions.explore([{"few": x, "many": x}], {"few": 1, "many": 3}, 2.0, 0.99)
+    assert len(found["few"]) + len(found["many"]) == 4
+    assert all(np.allclose(own, plain(x, len(own))[0], rtol=0, atol=1e-6) for own in found.values())
+
+
 def test_batches_with_too_few_tokens_are_an_error():
     with pytest.raises(RefpeftError, match=r"24 directions are asked for at .*, but no batch has as many tokens"):
         settled({"r": 12}, data=Batches(examples(3), 1, 32))

@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 import tiny
 
-from refpeft import ops, sites
+from refpeft import fused, ops, sites
 from refpeft.errors import RefpeftError
 from refpeft.generate import generate
+from refpeft.layers import Mode, Train
 from refpeft.learning import refuse_recomputation
 from refpeft.models.base import Cache
-from refpeft.tensor import no_grad
+from refpeft.tensor import Tensor, no_grad
 
 
 def gain(site):
@@ -141,6 +142,26 @@ def test_attention_of_a_sub_network_is_the_models_own_and_remembers_in_generatio
     assert own == {(adapter.name, "made_here", adapter.sites[0].name)}
 
 
+def test_thinner_heads_have_every_nth_frequency_of_the_models(registered, monkeypatch):
+    monkeypatch.setitem(tiny.CONFIGS, "llama", tiny.LLAMA | {"hidden_size": 32})  # heads of 8: four frequencies
+    turned = []
+    rope = fused.rope
+    monkeypatch.setattr(
+        fused, "rope", lambda x, cos, sin: turned.append((x.shape[-1], cos)) or rope(x, cos=cos, sin=sin)
+    )
+
+    def peft_block(x, base, p):
+        q = x[..., :4].reshape(*x.shape[:2], 1, 4).transpose(0, 2, 1, 3)
+        return base(x) * p.s + base.attention(q, q, q).sum()
+
+    model = tiny.model()
+    sites.attach(model, registered(targets=("0.block_out",), peft_params=gain, peft_block=peft_block))
+    model(tiny.ids())
+    whole = next(cos for width, cos in turned if width == 8)
+    for thin in (cos for width, cos in turned if width == 4):
+        assert np.array_equal(thin, whole[..., [0, 2]])
+
+
 def test_heads_that_do_not_divide_the_models_are_an_error(registered):
     def peft_block(x, base, p):
         q = x.reshape(*x.shape[:2], 6, 4).transpose(0, 2, 1, 3)
@@ -167,6 +188,24 @@ def test_draws_are_one_for_all_sites_or_one_for_each_and_anew_in_every_pass(regi
     together, apart = zip(*seen, strict=True)
     assert together[0] == together[1] == together[2] == together[3] != together[4]
     assert len(set(apart[:6])) == 6 and apart[:2] == apart[6:]
+
+
+def test_every_part_of_a_batch_has_draws_and_masks_of_its_own_and_every_call_too(registered):
+    """But the draw that is one for all sites is one for all parts of a step."""
+    x = Tensor(np.ones((1, 200)))
+
+    def drawn(site: str = "one", **mode) -> list:
+        train = Train(Mode(training=True, **mode), ("adapter", "method", site))
+        pair = [[train.draw(1000, apart=True), train.uniform(x).data[0, 0]] for _ in range(2)]
+        masks = [train.dropout(x, 0.5).data.tobytes() for _ in range(2)]
+        return [train.draw(1000), *(a for a, _ in pair), *(u for _, u in pair), *masks]
+
+    first, others = drawn(), [drawn(part=1), drawn("another"), drawn(again=1)]
+    assert first == drawn()
+    for other in others:
+        assert first[0] == other[0] and len(set(first[1:] + other[1:])) == 12
+    chunk = drawn(chunk=1)
+    assert chunk[:3] == first[:3] and not set(chunk[3:]) & set(first[3:])
 
 
 def test_uniform_numbers_of_training_are_the_seeds(registered):

@@ -9,7 +9,7 @@ from refpeft import ops, sites
 from refpeft.batches import Batches, split
 from refpeft.config import Train as Settings
 from refpeft.errors import RefpeftError
-from refpeft.learning import objective
+from refpeft.learning import objective, penalties
 from refpeft.optim import OPTIMIZERS, Flat
 from refpeft.tensor import parameter
 from refpeft.trainer import Trainer, mean_loss
@@ -55,6 +55,17 @@ def test_a_site_may_have_no_penalty(registered):
     assert np.allclose(moved[:24], 0.1) and not moved[24:].any()
 
 
+def test_a_penalty_is_of_the_methods_own_sites_and_knows_of_training(registered):
+    seen = []
+    penal = registered(**GAIN, peft_penalty=lambda p, site, train: seen.append((site.name, train is not None)))
+    model = tiny.model()
+    sites.attach(model, penal)
+    sites.attach(model, "lora", {"targets": ["@k"]})
+    model.mode.training = True
+    assert list(penalties(model)) == []
+    assert seen == [(f"model.layers.{n}.self_attn.q_proj", True) for n in range(2)]
+
+
 # ---- objectives ------------------------------------------------------------------------------------------------------
 
 
@@ -81,9 +92,10 @@ def test_every_call_for_logits_is_a_pass_with_draws_of_its_own(registered):
 
     def peft_objective(logits, loss, mean):
         a, b = logits(), logits()
+        apart.append(abs(a.data - b.data).max())
         return loss(a) + mean(ops.sum((a - b) * (a - b), axis=-1))
 
-    model = tiny.model()
+    model, apart = tiny.model(), []
     sites.attach(model, registered(**GAIN | {"peft_linear": peft_linear}, peft_objective=peft_objective))
     batch = Batches(examples(), 4, 32).at(0)
     different = float(objective(model, batch, batch.supervised).data)
@@ -92,11 +104,30 @@ def test_every_call_for_logits_is_a_pass_with_draws_of_its_own(registered):
     assert routed == float(objective(model, batch, batch.supervised).data)
     assert different == pytest.approx(float(model_loss(model, batch)), rel=1e-12)  # without routes the two are equal
     assert abs(routed - different) > 1e-3 and model.mode.again == 0
+    assert apart[0] == 0 and apart[1] == apart[2] > 1e-3
 
 
 def model_loss(model, batch):
     model.mode.training = False
     return model.loss(batch, batch.supervised).data
+
+
+def test_an_objectives_mean_is_over_the_whole_batch_however_it_is_cut(registered):
+    plugin = registered(**GAIN, peft_objective=lambda logits, mean: mean(ops.sum(logits() ** 2, axis=-1)))
+    model = tiny.model()
+    sites.attach(model, plugin)
+    batch = Batches(examples(), 4, 32).at(0)
+    whole = objective(model, batch, batch.supervised).data
+    parts = [objective(model, part, batch.supervised).data for part in split(batch, 1)]
+    assert sum(parts) == pytest.approx(whole, rel=1e-12)
+
+
+def test_an_objective_learns_the_token_0_too(registered):
+    model = tiny.model()
+    sites.attach(model, registered(**GAIN, peft_objective=lambda logits, loss: loss(logits())))
+    batch = tiny.batch()
+    batch.targets[:, 3] = 0
+    assert objective(model, batch, batch.supervised).data == pytest.approx(model.loss(batch).data, rel=1e-13)
 
 
 def test_two_objectives_are_an_error(registered):

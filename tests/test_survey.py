@@ -10,7 +10,7 @@ from refpeft import adapters, sites
 from refpeft.batches import Batches, split
 from refpeft.config import Train as Settings
 from refpeft.errors import RefpeftError
-from refpeft.survey import Survey
+from refpeft.survey import Survey, restore, settle, values, waiting
 from refpeft.tensor import Tensor
 from refpeft.trainer import Trainer
 
@@ -129,6 +129,36 @@ def test_the_data_decide_values_of_any_shape_before_the_first_step(registered):
     assert rows.dtype.kind == "i" and len(set(rows.tolist())) == 3
     built.run()
     assert (built.flat.values != 1).all()
+
+
+def test_the_data_are_asked_once_with_draws_of_the_runs_seed(registered):
+    calls = []
+    plugin = registered(**chosen(calls))
+    for seed in (0, 1, 1):
+        model = tiny.model()
+        adapter = sites.attach(model, plugin)
+        Trainer(model, Batches(examples(), 4, 32), None, SETTINGS, seed=seed)
+        assert waiting(model) == [] and all(
+            tensor.grad is None or not tensor.grad.any() for _, tensor in model.trained()
+        )
+        Trainer(model, Batches(examples(), 4, 32), None, SETTINGS, seed=seed)
+    assert adapter.settled and len(calls) == 3 and calls[0] != calls[1] == calls[2]
+
+
+def test_each_of_two_adapters_gets_back_what_was_decided_of_it(registered):
+    def two():
+        model = tiny.model()
+        found = [sites.attach(model, plugin) for plugin in plugins]
+        return model, found
+
+    plugins = [registered(targets=(target,), **chosen()) for target in ("@q", "@v")]
+    model, settled = two()
+    settle(model, Batches(examples(), 4, 32), SETTINGS, 0)
+    kept = values(settled)
+    other, fresh = two()
+    restore(other, fresh, kept)
+    assert waiting(other) == [] and values(fresh).keys() == kept.keys()
+    assert all(np.array_equal(array, kept[name]) for name, array in values(fresh).items())
 
 
 def test_a_site_that_gets_nothing_is_left_alone(registered):
