@@ -39,7 +39,7 @@ _OF_EVERY_METHOD = {
     "revision",
     "task_type",
 }
-_SIZES = ("r", "tokens", "size", "rank", "n", "tasks", "ranks", "hidden")  # options that say how large tensors are
+_SIDES = ("r", "tokens", "size", "rank", "n", "tasks", "ranks", "hidden", "modules")  # options: sides of tensors
 _NOTHING = (None, False, 0, "", [], {})  # values of keys that are unknown and say that they are not used
 
 
@@ -319,11 +319,14 @@ def _refuse_other_base(config: dict[str, Any], adapter: Adapter) -> None:
 def _refuse_sizes(options: dict[str, Any], tensors: dict[str, Array]) -> None:
     """Raises RefpeftError for a rank or a length beyond any tensor of the file, before anything of its size is made."""
     patterns = options.get("rank_pattern")
-    asked = {name: options.get(name) for name in _SIZES} | (patterns if isinstance(patterns, dict) else {})
+    asked = {name: options.get(name) for name in _SIDES} | (patterns if isinstance(patterns, dict) else {})
     largest = max((side for array in tensors.values() for side in array.shape), default=0)
     for name, size in asked.items():
         if isinstance(size, int) and size > largest:
             raise RefpeftError(f"{name} = {size}, but no tensor in {TENSORS} has a side of more than {largest}")
+    d, most = options.get("d"), 2 * sum(array.nbytes for array in tensors.values())  # of 4 bits, at least
+    if isinstance(d, int) and d > most:
+        raise RefpeftError(f"d = {d}, but {TENSORS} has no more than {most} numbers")
 
 
 def _without_base(tensors: dict[str, Array], adapter: Adapter, model: Model) -> dict[str, Array]:

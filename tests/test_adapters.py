@@ -393,3 +393,18 @@ def peft_linear(x, base, p, shared):
     other = tiny.model()
     adapters.load(other, tmp_path)
     assert np.array_equal(other(tiny.ids()).data, model(tiny.ids()).data)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "more"),
+    [("ipt", {"tokens": 3, "d": 5, "hidden": 4}, {"d": 10**12}), ("adamix", {"size": 3}, {"modules": 10**12})],
+)
+def test_a_file_of_refpeft_asks_for_no_more_memory_than_it_has_numbers(tmp_path, method, options, more):
+    model = tiny.model()
+    sites.attach(model, method, options)
+    adapters.save(tmp_path, model)
+    written = config(tmp_path)
+    written["options"] |= more
+    (tmp_path / "adapter_config.json").write_text(json.dumps(written))
+    with pytest.raises(RefpeftError, match="= 1000000000000, but"):
+        adapters.load(tiny.model(), tmp_path)
