@@ -41,6 +41,7 @@ NORMAL = [  # method, options, name of the value, deviation
 ]
 
 UNIFORM = [  # method, options, name of the value, the width whose root bounds it
+    ("compacter", {"size": 8, "n": 4}, "down_t", (1 + DIM / 4) / 12),  # Glorot's, with gain sqrt(2)
     ("eva", {"r": 8}, "A", DIM),
     ("ipt", {"hidden": 64}, "outer", 64),
     ("ipt", {"d": 50}, "inner", 50),
@@ -72,6 +73,10 @@ def test_normal_values_have_the_deviation_that_is_said(method, options, name, de
 def test_uniform_values_fill_the_bounds_that_are_said(method, options, name, width):
     found = first_values(method, options, name)
     assert found.size > 50 and 0.9 * width**-0.5 < abs(found).max() <= width**-0.5
+
+
+def test_scales_of_said_start_from_one():
+    assert (first_values("intrinsic_said", {"d": 100}, "weight_scale") == 1).all()
 
 
 def test_a_fusion_starts_from_all_but_the_identity():

@@ -55,3 +55,9 @@ def bytes_of_a_step(**options) -> int:
 
 def test_with_a_frozen_A_a_step_keeps_r_numbers_of_a_token_and_not_its_input():
     assert bytes_of_a_step() - bytes_of_a_step(freeze_A=True) == BATCH * TIME * 32 * SIZE
+
+
+def test_the_biases_of_lora_are_those_of_its_linear_targets():
+    adapter = sites.attach(tiny.model("qwen2"), "lora", {"bias": "lora_only", "targets": ["@embed", "@q"]})
+    biases = [name for name in adapter.params if name.endswith("bias")]
+    assert biases == [f"model.layers.{number}.self_attn.q_proj.bias" for number in range(2)]

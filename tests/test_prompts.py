@@ -1,5 +1,7 @@
 """Soft prompts: where first values come from, and networks that give rows, keys and values."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import tiny
@@ -43,9 +45,15 @@ def test_prompts_start_from_the_tokens_of_a_text_cut_or_repeated(with_tokenizer,
 def test_prompts_start_from_common_tokens_and_no_special_ones(with_tokenizer):
     table, specials = with_tokenizer.embed.weight(), with_tokenizer.tokenizer.added_ids
     assert specials == {0, 1, 2}
-    rows = first_rows(with_tokenizer, tokens=200, common=5)
+    rows = first_rows(with_tokenizer, tokens=200, common=7)
     drawn = {int(np.flatnonzero((table == row).all(axis=1))[0]) for row in rows}
-    assert drawn == {3, 4, 5, 6, 7}
+    assert drawn == {3, 4, 5, 6, 7, 8, 9}
+
+
+def test_a_text_begins_as_the_models_own_texts_do():
+    asked = []
+    tokenizer = SimpleNamespace(encode=lambda text, specials=False: asked.append(specials) or [1, 5])
+    assert prompts.text_ids(tokenizer, "say it") == [1, 5] and asked == [True]
 
 
 def test_a_text_for_a_model_without_a_tokenizer_is_an_error():
@@ -158,6 +166,16 @@ def test_first_values_have_the_distribution_that_is_said():
     }
     assert values["outer"].std() == pytest.approx(0.02, rel=0.05) and not values["outer_bias"].any()
     assert values["rows"].std() == pytest.approx(0.02, rel=0.15)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_tokens_are_after_the_prefix_or_as_if_it_were_not_there(family):
+    found, ids = {}, tiny.ids(2, 6)
+    for positions in ("after", "zero"):
+        model = tiny.model(family)
+        sites.attach(model, "prefix_tuning", {"tokens": 3, "positions": positions})
+        found[positions] = model(ids, np.broadcast_to(np.arange(6) + 3 * (positions == "zero"), ids.shape)).data
+    assert np.allclose(found["after"], found["zero"], rtol=0, atol=1e-12)
 
 
 def test_a_prefix_of_the_models_own_keys_is_the_text_itself():

@@ -8,7 +8,14 @@ from variants import quantizer
 from refpeft import adapters, files, sites
 from refpeft.errors import RefpeftError
 
-OPTIONS = {"r": 3, "rslora": True, "rank_pattern": {".*1.*": 2}, "targets": ["@q", "@down"], "layers": [0, 1]}
+OPTIONS = {
+    "r": 3,
+    "alpha": 5.0,
+    "rslora": True,
+    "rank_pattern": {".*1.*": 2},
+    "targets": ["@q", "@down"],
+    "layers": [0, 1],
+}
 
 
 def on_nf4(method: str, **options):

@@ -33,6 +33,25 @@ def test_a_recipe_trains_what_its_parts_train_and_computes_what_they_compute(nam
     assert np.array_equal(recipe(tiny.ids()).data, apart(tiny.ids()).data)
 
 
+PASSED_ON = {
+    "mam": {"tokens": 3, "hidden": 7, "size": 5, "scale": 2.5, "layers": (1,)},
+    "lora_bitfit": {"r": 3, "alpha": 5.0, "dropout": 0.25, "layers": (1,)},
+    "s4": {"r": 3, "alpha": 5.0, "size": 6, "tokens": 4},
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_hands_its_options_to_its_parts(name):
+    adapter = sites.attach(tiny.model("qwen2"), name, SMALL[name] | PASSED_ON[name])
+    handed = set()
+    for part in adapter.parts[1:]:
+        own = {key: value for key, value in PASSED_ON[name].items() if hasattr(part.cfg, key)}
+        assert {key: getattr(part.cfg, key) for key in own} == own, part.name
+        handed |= own.keys()
+    assert handed == PASSED_ON[name].keys()
+    assert "layers" not in handed or {layer.site.index for layer in adapter.layers} == {1}
+
+
 @pytest.mark.parametrize("name", SMALL)
 def test_a_file_of_several_methods_is_read_as_one(name, tmp_path):
     model = tiny.model("qwen2")
