@@ -312,9 +312,10 @@ class Trainer:
                 f"checkpoint {newest} cannot be read: {error}; remove it to go on from an older one"
             ) from None
         now = self._of_a_step()
-        other = [f"{key} was {saved.get(key)}, now {now[key]}" for key in now if saved.get(key) != now[key]]
-        if other:
-            raise RefpeftError(f"checkpoint {newest} is of another run: {'; '.join(other)[:500]}; use another --out")
+        if other := [key for key in now if saved.get(key) != now[key]]:
+            told = [f"{key} was {saved[key]}, now {now[key]}" for key in other if key in saved and key != "parameters"]
+            what = "; ".join(told)[:500] or "what it trains has other shapes"
+            raise RefpeftError(f"checkpoint {newest} is of another run: {what}; use another --out")
         self._load_arrays(newest, self._arrays)
         self.summary, self.optimizer.step_count = summary, summary.steps
 

@@ -156,6 +156,8 @@ def test_a_checkpoint_of_another_run_is_refused_with_what_differs(tmp_path):
         trainer(Train(steps=4, batch=4, lr=0.5), out=tmp_path).run(resume=True)
     with pytest.raises(RefpeftError, match=r"another run: lora\.alpha was 16\.0, now 4\.0; use another"):
         trainer(Train(steps=4, batch=4), out=tmp_path, alpha=4.0).run(resume=True)
+    with pytest.raises(RefpeftError, match=r"another run: lora\.r was 8, now 2; use another"):
+        trainer(Train(steps=4, batch=4), out=tmp_path, r=2).run(resume=True)
     with pytest.raises(RefpeftError, match=r"another run: warm-up steps was 1, now 2;"):
         trainer(Train(steps=4, batch=4, warmup=2), out=tmp_path).run(resume=True)
     with pytest.raises(RefpeftError, match=r"holds another run's checkpoints: resume it"):
