@@ -213,9 +213,6 @@ def train(resolved: Resolved, directory: Path, resume: bool = False, say: Callab
 
     if resume and not any((directory / "checkpoints").glob("step-*")):
         say(f"there is no checkpoint in {directory}: the run begins at its first step")
-    directory.mkdir(parents=True, exist_ok=True)
-    if not (resume and (directory / config.FILE).is_file()):  # the run that goes on may refuse other options
-        files.write_text(directory / config.FILE, config.to_toml(resolved))
     batches = make_batches(run, rows, model.config)
     evaluation = make_batches(run, held_out, model.config, shuffle=False) if held_out else None
     progress = report.Progress(run.train.log_every)
@@ -224,6 +221,9 @@ def train(resolved: Resolved, directory: Path, resume: bool = False, say: Callab
         say(f"the optimizer's state is not paged: {why}")
     trainer = Trainer(model, batches, evaluation, run.train, directory, (progress, metrics), run.seed)
     progress.steps = trainer.total
+    directory.mkdir(parents=True, exist_ok=True)  # now, for the trainer may have refused the run
+    if not (resume and (directory / config.FILE).is_file()):  # the run that goes on may refuse other options
+        files.write_text(directory / config.FILE, config.to_toml(resolved))
     started = time.monotonic()
     try:
         with np.errstate(all="ignore"):  # the trainer itself says where a loss is not finite

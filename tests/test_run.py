@@ -150,6 +150,13 @@ def test_rows_of_the_file_are_held_out_whole_and_at_random(resolve):
         run.load_rows(resolve("data.eval_share=0.99", **{"data.eval_file": None}).run, shape, tokenizer)
 
 
+def test_a_run_that_the_trainer_refuses_leaves_its_directory_free(resolve, tmp_path):
+    refused = resolve("train.checkpoint_activations=true", method=["attention_fusion"])
+    with pytest.raises(RefpeftError, match="checkpoint_activations computes"):
+        train(refused)
+    assert not (tmp_path / "runs").exists()
+
+
 def test_another_run_is_never_overwritten(resolve):
     assert str(train(resolve()).directory) == "runs/model-lora"
     assert str(train(resolve()).directory) == "runs/model-lora-2"
