@@ -94,6 +94,7 @@ def test_one_method_shows_its_options_as_toml(refpeft, method):
         "start = 1.0           # float            first value\n"
         'targets = ["q_proj"]  # tuple[str, ...]\n'
     )
+    assert "\nrank_pattern = {} " in refpeft("methods", "lora").stdout
 
 
 def test_a_listing_as_json(refpeft, method):

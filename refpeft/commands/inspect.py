@@ -88,7 +88,7 @@ def _as_toml(source: str) -> str:
     from refpeft import toml
 
     try:
-        return toml.text(ast.literal_eval(source))
+        return toml.text(ast.literal_eval("{}" if source == "field(default_factory=dict)" else source))
     except (ValueError, SyntaxError):
         return source
 
