@@ -85,6 +85,19 @@ def test_batches_are_taken_until_what_is_needed_is_steady():
     assert found["one"].shape == (2, 10) and 2 <= len(taken) < 10
 
 
+def test_directions_that_nobody_takes_need_not_be_steady():
+    taken = []
+
+    def batches():
+        rng = np.random.default_rng(0)
+        for step in range(50):
+            taken.append(step)
+            yield {"one": rng.standard_normal((40, 10)) * np.array([9.0, 6.0, *[1.0] * 8])}
+
+    found = directions.explore(batches(), {"one": 2}, 2.0, 0.99)
+    assert found["one"].shape == (2, 10) and len(taken) < 10
+
+
 @pytest.mark.parametrize("rho", [1.0, 2.0])
 def test_all_targets_together_keep_their_ranks_and_A_is_the_svd_of_what_a_layer_reads(rho):
     options = {"r": 3, "rho": rho, "batches": 1, "targets": "all-linear"}
@@ -140,15 +153,18 @@ def test_alpha_grows_from_the_rank_that_a_pattern_gives():
 def test_no_more_batches_are_looked_at_than_it_is_told():
     data = Batches(examples(), 4, 32)
     options = {"r": 2, "rho": 1.0, "tau": 1.0, "targets": ["@q"], "layers": [0]}
-    (first,) = settled(options | {"batches": 1}, data=data)[1].layers
-    (second,) = settled(options | {"batches": 2}, data=data)[1].layers
-    assert not np.allclose(first.arrays.A, second.arrays.A, rtol=0, atol=1e-3)
+    model, adapter = settled(options | {"batches": 1}, data=data)
+    (layer,) = adapter.layers
+    first, second = survey.Survey(model, adapter, data, SETTINGS, 0).inputs([layer.site], 2)
+    vectors, _ = plain(first[layer.site.name], 2)
+    assert np.allclose(layer.arrays.A, vectors, rtol=0, atol=1e-6)
+    assert not np.allclose(layer.arrays.A, plain(second[layer.site.name], 2)[0], rtol=0, atol=1e-3)
 
 
 def test_layers_that_read_the_same_may_have_ranks_of_their_own_and_a_batch_just_as_many_tokens():
-    x = rows(6)
-    found = directions.explore([{"few": x, "many": x}], {"few": 1, "many": 3}, 2.0, 0.99)
-    assert len(found["few"]) + len(found["many"]) == 4
+    x = rows(10)
+    found = directions.explore([{"few": x, "many": x}], {"few": 1, "many": 5}, 2.0, 0.99)
+    assert len(found["few"]) == len(found["many"]) == 3
     assert all(np.allclose(own, plain(x, len(own))[0], rtol=0, atol=1e-6) for own in found.values())
 
 

@@ -13,6 +13,7 @@ from refpeft.batches import Batches, split
 from refpeft.config import Train
 from refpeft.errors import RefpeftError
 from refpeft.survey import Survey
+from refpeft.tensor import Tensor
 from refpeft.trainer import Trainer
 
 TARGETS = ["@q", "@v", "@down"]
@@ -135,6 +136,12 @@ def test_diff_pruning_keeps_the_largest_gated_differences_and_starts_from_them()
     assert_largest(adapter, {f"{name}.weight": abs(change) for name, change in changes.items()})
     for layer in adapter.layers:
         assert np.array_equal(layer.p.values.data, changes[layer.site.name][tuple(layer.p.indices.data)])
+
+
+def test_what_gates_are_drawn_from_is_not_nearer_to_0_or_1_than_a_ten_thousandth():
+    log_alpha = Tensor(np.array([9.9, -8.5]))
+    near, limit, inside = (gates.hard_concrete(log_alpha, u=np.array([u, 1 - u])).data for u in (1e-9, 1e-4, 2e-4))
+    assert np.array_equal(near, limit) and (abs(near - 0.5) < 0.1).all() and (abs(inside - near) > 0.1).all()
 
 
 def test_gates_are_drawn_in_training_alone_and_close_under_the_penalty():
