@@ -147,7 +147,7 @@ def _names(asked: str | None, own: Mapping[str, Flags], out: Path) -> list[str]:
         known = [listing for listing in manager.catalogue().values() if listing.kind == "method"]
         names = [listing.name for group in manager.by_family(known).values() for listing in group]
     else:
-        names = [name.strip() for name in asked.split(",")] if asked else list(own)
+        names = list(own) if asked is None else [name.strip() for name in asked.split(",") if name.strip()]
     if not names:
         raise RefpeftError("name the methods: --methods lora,dora, or --methods all")
     for name in names:

@@ -104,6 +104,8 @@ def test_methods_that_start_from_others_come_last_and_find_them(tmp_path):
 def test_mistakes_are_told(tmp_path):
     with pytest.raises(RefpeftError, match="name the methods"):
         resolve(flags=[("--model", "model", "model")])
+    with pytest.raises(RefpeftError, match="name the methods"):
+        resolve("")
     with pytest.raises(RefpeftError, match="no method is named 'lroa'; did you mean 'lora'"):
         resolve("ia3,lroa")
     with pytest.raises(RefpeftError, match="plugin 'dora' is not chosen"):
