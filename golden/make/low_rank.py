@@ -118,10 +118,10 @@ def adalora() -> Iterator[Case]:
 
 def adalora_steps(compat: str) -> Case:
     """Which triplets of two targets are left after each of twelve steps, whose gradients are given."""
-    config = {"init_r": 4, "target_r": 2, "tinit": 2, "tfinal": 3, "delta_t": 2, "beta1": 0.85, "beta2": 0.7}
+    config = {"init_r": 8, "target_r": 3, "tinit": 2, "tfinal": 3, "delta_t": 2, "beta1": 0.7, "beta2": 0.3}
     config |= {"compat": compat, "steps": 12, "lr": 0.1}
     draw = Draw(f"adalora-steps-{compat}")
-    shapes = {"a.P": (6, 4), "a.E": (4,), "a.Q": (4, 5), "b.P": (4, 4), "b.E": (4,), "b.Q": (4, 7)}
+    shapes = {"a.P": (9, 8), "a.E": (8,), "a.Q": (8, 10), "b.P": (8, 8), "b.E": (8,), "b.Q": (8, 11)}
     inputs = {name: draw.normal(*shape) for name, shape in shapes.items()}
     inputs |= {f"grad.{name}": draw.normal(config["steps"], *shape) for name, shape in shapes.items()}
     order = {"none": "as in the paper", "official": "of numbers after the step, as in the authors' code"}
