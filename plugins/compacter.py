@@ -15,7 +15,6 @@ from typing import Literal
 
 from refpeft import hookimpl
 from refpeft.bottleneck import RULE_STD, check_phm, factored_bottleneck, factored_values
-from refpeft.tensor import parameter
 
 FAMILY = "additive"
 
@@ -43,7 +42,7 @@ def peft_check(sites, cfg):
 
 @hookimpl
 def peft_shared(cfg, rng):
-    return {"rule": parameter(RULE_STD * rng.standard_normal((cfg.n, cfg.n, cfg.n)))}
+    return {"rule": RULE_STD * rng.standard_normal((cfg.n, cfg.n, cfg.n))}
 
 
 @hookimpl

@@ -15,7 +15,7 @@ from math import prod
 import numpy as np
 
 from refpeft import RefpeftError, fourier, hookimpl, ops
-from refpeft.tensor import Tensor, checkpoint, parameter
+from refpeft.tensor import Tensor, checkpoint
 
 FAMILY = "reparametrisation"
 
@@ -36,7 +36,7 @@ def peft_shared(sites, cfg):
     most = sum(prod(site.shape) for site in sites)
     if not scales < cfg.d <= most:
         raise RefpeftError(f"intrinsic_said: d is {cfg.d}: expected {scales + 1} to {most} for these targets")
-    return {"theta": parameter(np.zeros(cfg.d - scales))}
+    return {"theta": np.zeros(cfg.d - scales)}
 
 
 @hookimpl
@@ -62,7 +62,7 @@ def peft_norm(x, base, p, cfg, site, shared):
 
 @hookimpl
 def peft_merge(weight, bias, p, cfg, site, shared):
-    moves = _moves(p, cfg, site, Tensor(shared.theta.data))
+    moves = _moves(p, cfg, site, Tensor(shared.theta))
     return {part: {"weight": weight, "bias": bias}[part] + move.data for part, move in moves.items()}
 
 

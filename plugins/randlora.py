@@ -46,7 +46,7 @@ def peft_check(sites, cfg):
 def peft_shared(sites, cfg, rng):
     small, large = sorted(max(sides) for sides in zip(*(site.shape for site in sites), strict=True))
     shapes = {"A": (cfg.r, 1, small), "B": (large, -(-small // cfg.r), cfg.r)}
-    return {name: rng.uniform(-(3**0.5), 3**0.5, shape) for name, shape in shapes.items()}
+    return {name: Tensor(rng.uniform(-(3**0.5), 3**0.5, shape)) for name, shape in shapes.items()}
 
 
 @hookimpl
@@ -68,13 +68,13 @@ def peft_linear(x, base, p, cfg, site, shared, train):
 
 @hookimpl
 def peft_merge(weight, p, cfg, site, shared):
-    first, second = _factors(Tensor(p.L), Tensor(p.G), shared, site)
-    return weight + cfg.alpha / cfg.r * (second.data @ first.data)
+    first, second = _factors(p.L, p.G, shared, site)
+    return weight + cfg.alpha / cfg.r * (second @ first)
 
 
 def _factors(L, G, shared, site):
     """What x meets first (r N, in), and then (out, r N); the one at the smaller side has the diagonals."""
     (count, small), large = G.shape, max(site.shape)
-    A, B = Tensor(shared.A.data[:, :, :small]), Tensor(shared.B.data[:large, :count].reshape(large, -1))
+    A, B = shared.A[:, :, :small], shared.B[:large, :count].reshape(large, -1)
     scaled = (L.reshape(*L.shape, 1) * A * G).reshape(-1, small)
     return (scaled, B) if site.shape[1] == small else (B.T, scaled.T)

@@ -14,7 +14,7 @@ from refpeft import fused, hookimpl, ops
 from refpeft.backend import xp_of
 from refpeft.lowrank import Ranked
 from refpeft.structured import IN, OUT, check_divides
-from refpeft.tensor import Tensor, parameter
+from refpeft.tensor import Tensor
 
 FAMILY = "reparametrisation"
 
@@ -44,7 +44,7 @@ def peft_check(sites, cfg):
 
 @hookimpl
 def peft_shared(cfg, rng):
-    return {"bank": parameter(rng.uniform(-0.02, 0.02, (cfg.num_vectors, cfg.vector_length)))}
+    return {"bank": rng.uniform(-0.02, 0.02, (cfg.num_vectors, cfg.vector_length))}
 
 
 @hookimpl
@@ -63,7 +63,7 @@ def peft_linear(x, base, p, cfg, shared, train):
 
 @hookimpl
 def peft_merge(weight, p, cfg, shared):
-    A, B = _factors(Tensor(p.logits_A), Tensor(p.logits_B), shared.bank, cfg)
+    A, B = _factors(*map(Tensor, (p.logits_A, p.logits_B, shared.bank)), cfg)
     return weight + B.data @ A.data
 
 

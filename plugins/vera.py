@@ -41,8 +41,10 @@ def peft_shared(sites, cfg, rng):
     out, width = (max(sides) for sides in zip(*(site.shape for site in sites), strict=True))
     wanted = [((6 / columns) ** 0.5, (rows, columns)) for rows, columns in ((cfg.r, width), (out, cfg.r))]
     if cfg.torch_seed is not None:
-        return dict(zip("AB", torch_uniform(cfg.torch_seed, *wanted), strict=True))
-    return {name: rng.uniform(-bound, bound, shape) for name, (bound, shape) in zip("AB", wanted, strict=True)}
+        drawn = torch_uniform(cfg.torch_seed, *wanted)
+    else:
+        drawn = [rng.uniform(-bound, bound, shape) for bound, shape in wanted]
+    return dict(zip("AB", map(Tensor, drawn), strict=True))
 
 
 @hookimpl
@@ -59,11 +61,11 @@ def peft_linear(x, base, p, cfg, site, shared, train):
 
 @hookimpl
 def peft_merge(weight, p, site, shared):
-    A, B = (part.data for part in _parts(shared, site))
+    A, B = _parts(shared, site)
     return weight + p.b[:, None] * (B * p.d) @ A
 
 
 def _parts(shared, site):
     """A and B as far as this site goes."""
     out, width = site.shape
-    return Tensor(shared.A.data[:, :width]), Tensor(shared.B.data[:out])
+    return shared.A[:, :width], shared.B[:out]

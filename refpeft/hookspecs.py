@@ -30,7 +30,7 @@ The arguments:
             base.attention(q, k, v), in a block's hook, is attention such as the layer's own for a sub-network;
             base.scale(q), in an attention's, what its scores are multiplied with, to be handed on where q is widened
     p       the site's values by name, p.A: Tensors in the hooks of the forward pass and in peft_penalty, else arrays
-    shared  the values of `peft_shared` by name: Tensors, in peft_merge too
+    shared  the values of `peft_shared` by name, likewise
     near    the layers beside an attention or a block, by role: near("k", x) is what the layer's `k` makes of x;
             near.site("k") is its Site, near.has("gate") whether there is one, and near.keys_and_values(x, site.shape)
             what attention would have of rows x
@@ -84,7 +84,7 @@ def peft_base(site, cfg, p, original):
 
 @hookspec
 def peft_shared(sites, cfg, rng):
-    """Values that all sites share: {name: array}, constant; or {name: refpeft.tensor.parameter(array)}, trained."""
+    """First values of what all sites share: {name: array} is trained, a Tensor a constant, as in `peft_params`."""
 
 
 @hookspec

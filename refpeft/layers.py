@@ -288,5 +288,6 @@ class Layer:
         if manager.hook(self.part.plugin, "peft_merge") is None or weight is None:
             raise RefpeftError(f"method '{self.part.name}' cannot be merged into weights (at {self.site.name})")
         have = {"weight": weight, "bias": bias, "frozen": Lazy(self.site.weight)}
-        out = self.part.call("peft_merge", **have, p=self.arrays, site=self.site)
+        shared = SimpleNamespace(**{name: value.data for name, value in vars(self.part.shared).items()})
+        out = self.part.call("peft_merge", **have, p=self.arrays, site=self.site, shared=shared)
         return {"weight": weight, "bias": bias} | (out if isinstance(out, dict) else {"weight": out})

@@ -13,7 +13,7 @@ from .backend import xp_of
 from .errors import RefpeftError
 from .lowrank import kaiming
 from .rng import Stream
-from .tensor import Tensor, parameter
+from .tensor import Tensor
 
 if TYPE_CHECKING:
     from .layers import Base, Train
@@ -68,7 +68,7 @@ def common_ids(tokenizer: Tokenizer | None, vocab: int, count: int) -> np.ndarra
 # ---- keys and values before those of the text ------------------------------------------------------------------------
 
 
-def prefix_shared(rng: Stream, cfg: Any, shape: tuple[int, int], std: float | None = None) -> dict[str, Tensor]:
+def prefix_shared(rng: Stream, cfg: Any, shape: tuple[int, int], std: float | None = None) -> dict[str, np.ndarray]:
     """What all layers share of a reparametrised prefix: P', of `cfg.init_std`, and the first layer of the network.
 
     `shape` is that of an attention, (kv_heads, head_dim). Empty where `cfg.hidden` is 0. `std` as in `linear_values`.
@@ -78,7 +78,7 @@ def prefix_shared(rng: Stream, cfg: Any, shape: tuple[int, int], std: float | No
     width = shape[0] * shape[1]
     values = {"rows": cfg.init_std * rng.standard_normal((cfg.tokens, width))}
     values |= linear_values(rng, "inner", cfg.hidden, width, std)
-    return {name: parameter(array) for name, array in values.items()}
+    return values
 
 
 def prefix_values(rng: Stream, cfg: Any, shape: tuple[int, int], std: float | None = None) -> dict[str, np.ndarray]:

@@ -195,9 +195,8 @@ def _add_part(model: Any, adapter: Adapter, part: Part, seed: int, fit: bool) ->
     part.call("peft_check", fit=fit)
     made: list[Site] = []
     shared = part.call("peft_shared", rng=model.stream(seed, "init", adapter.name, "shared")) or {}
-    for key, value in shared.items():
-        tensor = value if isinstance(value, Tensor) else Tensor(value)
-        tensor.data = model.place(tensor.data)
+    for key, first in shared.items():
+        tensor = _value(model, first)
         setattr(part.shared, key, tensor)
         if adapter.kind(tensor).setdefault(f"shared.{key}", tensor) is not tensor:
             raise RefpeftError(f"two parts of method '{adapter.name}' share a value called {key!r}")

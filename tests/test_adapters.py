@@ -363,7 +363,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from refpeft import hookimpl, ops
+from refpeft import Tensor, hookimpl, ops
 
 
 @dataclass(frozen=True)
@@ -373,7 +373,7 @@ class Config:
 
 @hookimpl
 def peft_shared(sites, rng):
-    return {"A": rng.standard_normal((2, sites[0].shape[1]))}
+    return {"A": Tensor(rng.standard_normal((2, sites[0].shape[1])))}
 
 
 @hookimpl

@@ -12,7 +12,7 @@ from variants import quantizer
 from refpeft import manager, sites
 from refpeft.errors import RefpeftError, RefpeftWarning
 from refpeft.targets import select
-from refpeft.tensor import parameter
+from refpeft.tensor import Tensor
 
 
 def chosen(targets, family: str = "llama", **more) -> list[str]:
@@ -151,7 +151,7 @@ def test_a_hook_gets_what_it_names(registered):
         return {"s": np.ones(site.shape[0])}
 
     def peft_shared(sites, rng):
-        return {"c": np.full(len(sites), 3.0), "t": parameter(np.ones(1))}
+        return {"c": Tensor(np.full(len(sites), 3.0)), "t": np.ones(1)}
 
     def peft_linear(x, base, p, shared, train):
         seen.update(train=train, weight=base.weight.shape, bias_of_base=base.bias)
