@@ -57,10 +57,12 @@ def test_a_site_may_have_no_penalty(registered):
 
 def test_a_penalty_is_of_the_methods_own_sites_and_knows_of_training(registered):
     seen = []
-    penal = registered(**GAIN, peft_penalty=lambda p, site, train: seen.append((site.name, train is not None)))
+
+    def peft_penalty(p, site, train):
+        seen.append((site.name, train is not None))
+
     model = tiny.model()
-    sites.attach(model, penal)
-    sites.attach(model, "lora", {"targets": ["@k"]})
+    sites.attach(model, registered(**GAIN, peft_penalty=peft_penalty, peft_companions=lambda: {"lora": {}}))
     model.mode.training = True
     assert list(penalties(model)) == []
     assert seen == [(f"model.layers.{n}.self_attn.q_proj", True) for n in range(2)]
