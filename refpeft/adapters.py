@@ -205,7 +205,10 @@ def own_values(directory: str | Path) -> tuple[str, dict[str, Any], dict[str, Ar
     config = read_json(directory / CONFIG)
     method, options = config.get("method"), config.get("options")
     if config.get("peft_type") != OWN or "quantizer" in config or not isinstance(options, dict):
-        raise RefpeftError(f"{directory / CONFIG}: expected an adapter in refpeft's own form, not quantized")
+        kind = "in a quantizer's format" if "quantizer" in config else f"of peft_type {config.get('peft_type')!r}"
+        raise RefpeftError(
+            f"{directory} holds an adapter {kind}: expected one in refpeft's own form, in floating point"
+        )
     tensors = read_safetensors(directory / TENSORS)
     return method, options, {name.removeprefix(PREFIX): array for name, array in tensors.items()}
 

@@ -210,6 +210,7 @@ class Layer:
         self.state = SimpleNamespace()
         self.p = SimpleNamespace(**values)
         self._purpose = (adapter, part.name, site.name)
+        self.name = ".".join(self._purpose)
         self._function, self._names = manager.hook(part.plugin, f"peft_{site.kind}")
         missing = [name for name in INPUTS[site.kind] if name not in self._names]
         if missing:

@@ -99,10 +99,7 @@ def states(model: Model) -> dict[str, Array]:
             kept = part.call("peft_state", site=layer.site, p=layer.arrays) or {}
             for key, array in kept.items():
                 setattr(layer.state, key, model.place(array))
-                name = f"{part.name}.{layer.site.name}.{key}"
-                if name in found:
-                    raise RefpeftError(f"{part.name} keeps something in training, and is attached twice")
-                found[name] = getattr(layer.state, key).reshape(-1)
+                found[f"{layer.name}.{key}"] = getattr(layer.state, key).reshape(-1)
     return found
 
 

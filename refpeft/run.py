@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from refpeft import adapters, api, config, files, manager, paging, report, sites
+from refpeft import adapters, api, config, files, manager, paging, report, sites, survey
 from refpeft.batches import Batches
 from refpeft.config import EMBEDDED, Resolved, RunConfig
 from refpeft.data import Data, Example, load_data
@@ -219,6 +219,8 @@ def train(resolved: Resolved, directory: Path, resume: bool = False, say: Callab
     metrics = report.Metrics(directory / "metrics.jsonl", resume, run.device)
     if run.train.paged and (why := paging.obstacle(model.xp)):
         say(f"the optimizer's state is not paged: {why}")
+    for adapter in survey.waiting(model):
+        say(f"{adapter.name} looks at the training data first, which may take as long as the training")
     trainer = Trainer(model, batches, evaluation, run.train, directory, (progress, metrics), run.seed)
     progress.steps = trainer.total
     directory.mkdir(parents=True, exist_ok=True)  # now, for the trainer may have refused the run

@@ -269,6 +269,8 @@ class Trainer:
         if directory and directory.is_dir() and files.read_json(directory / "state.json").get("run") == now:
             survey.restore(self.model, waiting, files.read_safetensors(directory / "state.safetensors"))
             return
+        if newest := self._newest():
+            self._refuse_another_run(newest, now)  # before what it was settled on is lost
         survey.settle(self.model, self.train, self.settings, self.seed)
         if directory:
             with files.replace_directory(directory) as new:
@@ -304,6 +306,12 @@ class Trainer:
         newest = self._newest()
         if newest is None:
             return
+        summary = self._refuse_another_run(newest, self._of_a_step())
+        self._load_arrays(newest, self._arrays)
+        self.summary, self.optimizer.step_count = summary, summary.steps
+
+    def _refuse_another_run(self, newest: Path, now: dict[str, Any]) -> Summary:
+        """Raises RefpeftError where a checkpoint cannot be read, or differs from `now`; gives its summary otherwise."""
         try:
             state = json.loads((newest / "state.json").read_text())
             saved, summary = state["run"], Summary(**state["summary"])
@@ -311,13 +319,11 @@ class Trainer:
             raise RefpeftError(
                 f"checkpoint {newest} cannot be read: {error}; remove it to go on from an older one"
             ) from None
-        now = self._of_a_step()
         if other := [key for key in now if saved.get(key) != now[key]]:
             told = [f"{key} was {saved[key]}, now {now[key]}" for key in other if key in saved and key != "parameters"]
             what = "; ".join(told)[:500] or "what it trains has other shapes"
             raise RefpeftError(f"checkpoint {newest} is of another run: {what}; use another --out")
-        self._load_arrays(newest, self._arrays)
-        self.summary, self.optimizer.step_count = summary, summary.steps
+        return summary
 
     def _load_arrays(self, directory: Path, names: Iterable[str]) -> None:
         stored = files.read_safetensors(directory / "state.safetensors")

@@ -25,7 +25,10 @@ def prompt(directory: str, site: Site, tokens: int) -> np.ndarray:
 
     Raises RefpeftError where it adds none, or another number of them, and as `adapters.stored` does.
     """
-    adapter = stored(directory, [site])
+    try:
+        adapter = stored(directory, [site])
+    except RefpeftError as error:
+        raise RefpeftError(f"{directory} holds no prompt for {site.name}: {error}") from None
     (layer,) = adapter.layers
     with no_grad():
         rows = layer.around(lambda ids: Tensor(np.zeros((1, 1, site.shape[1]))))(np.zeros((1, 1), int)).data[0, :-1]

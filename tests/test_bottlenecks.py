@@ -304,7 +304,10 @@ def refusals(folder: Path) -> dict[str, tuple[dict, str]]:
         "activation": (with_one["tanh"], "has activation = 'tanh', and activation is 'relu'"),
         "norms": (with_one["norms"], "holds houlsby with .*: expected pfeiffer"),
         "ia3": (with_one["ia3"], "holds ia3 with .*: expected pfeiffer"),
-        "lora": ({"size": 5, "adapters": [one, str(folder / "lora")]}, "expected an adapter in refpeft's own form"),
+        "lora": (
+            {"size": 5, "adapters": [one, str(folder / "lora")]},
+            "of peft_type 'LORA': expected one in refpeft's own form",
+        ),
         "places": (FUSED | {"targets": ["@mlp_out"]}, "has no bottleneck at model.layers.0.mlp_out, but at model.lay"),
         "nothing": ({"size": 5, "adapters": [one, str(folder / "no")]}, "holds no adapter"),
     }

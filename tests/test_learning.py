@@ -231,6 +231,15 @@ def test_what_a_method_keeps_is_in_checkpoints_and_a_resumed_run_has_the_same_bi
     assert all(np.array_equal(array, whole.kept[name]) and array.any() for name, array in again.kept.items())
 
 
+def test_two_adapters_of_a_method_keep_each_their_own(registered):
+    model, plugin = tiny.model(), registered(**KEEPING)
+    sites.attach(model, plugin)
+    sites.attach(model, plugin)
+    run = Trainer(model, Batches(examples(), 4, 32), None, Settings(steps=2, batch=4))
+    run.run()
+    assert len(run.kept) == 4 and all(array.any() for array in run.kept.values())
+
+
 def test_steps_of_several_methods_nest_around_one_update(registered):
     order = []
 

@@ -185,8 +185,9 @@ def test_a_run_that_goes_on_does_not_ask_again_and_has_the_same_bits(targets, tm
     again.run(resume=True)
     assert len(calls) == 2
     assert np.array_equal(again.flat.values, whole.flat.values)
-    other = run(plugin, out=tmp_path, lr=0.5)  # of other settings: it is asked again
-    assert len(calls) == 3 and other.flat.values.size == again.flat.values.size
+    with pytest.raises(RefpeftError, match=r"is of another run: lr was 0\.01, now 0\.5"):
+        run(plugin, out=tmp_path, lr=0.5)  # before what was found is lost
+    assert len(calls) == 2
 
 
 def test_an_adapter_from_a_file_is_not_settled_again(tmp_path):
