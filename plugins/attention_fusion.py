@@ -16,7 +16,8 @@ from typing import Literal
 import numpy as np
 
 from refpeft import hookimpl, ops
-from refpeft.side import EPS, check_layers
+from refpeft.side import EPS
+from refpeft.targets import check_layers
 
 FAMILY = "additive"
 

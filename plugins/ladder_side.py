@@ -20,7 +20,8 @@ import numpy as np
 
 from refpeft import RefpeftError, fused, hookimpl, ops
 from refpeft.lowrank import kaiming
-from refpeft.side import EPS, check_layers, side_layer, side_values
+from refpeft.side import EPS, side_layer, side_values
+from refpeft.targets import check_layers
 
 FAMILY = "additive"
 

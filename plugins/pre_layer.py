@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from refpeft import hookimpl, ops
 from refpeft.prompts import check_tokens, with_rows
-from refpeft.side import check_layers
+from refpeft.targets import check_layers
 
 FAMILY = "soft prompt"
 

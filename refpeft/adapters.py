@@ -261,7 +261,7 @@ def _read(model: Model, directory: Path) -> Adapter:
         if not form and survey.shapes(adapter):
             survey.reshape(adapter, config.get("shapes"), 2 * sum(array.nbytes for array in tensors.values()))
     except RefpeftError as error:
-        raise RefpeftError(f"{directory / CONFIG}: {error}") from None
+        raise RefpeftError(f"{directory / CONFIG}: {error}{_other_model(config, model)}") from None
     try:
         entries = form.entries(adapter) if form else _own_entries(adapter)
         if quantizer:
@@ -271,8 +271,14 @@ def _read(model: Model, directory: Path) -> Adapter:
             layer.part.call("peft_check_values", site=layer.site, p=layer.arrays)
         adapter.settled = True
     except RefpeftError as error:
-        raise RefpeftError(f"{file}: {error}") from None
+        raise RefpeftError(f"{file}: {error}{_other_model(config, model)}") from None
     return adapter
+
+
+def _other_model(config: dict[str, Any], model: Model) -> str:
+    """A hint that ends a message, where the adapter says that it was made for a model of another name."""
+    base = config.get("base_model_name_or_path")
+    return f"; it was made for {base}, and this is {model.name}" if base and model.name and base != model.name else ""
 
 
 def _understood(config: dict[str, Any], model: Model) -> tuple[str, Format | None, dict[str, Any]]:

@@ -287,7 +287,8 @@ class Layer:
     def merged(self, weight: Array, bias: Array | None) -> dict[str, Array]:
         """{"weight": ..., "bias": ...} with this layer folded in. Raises RefpeftError where the method cannot."""
         if manager.hook(self.part.plugin, "peft_merge") is None or weight is None:
-            raise RefpeftError(f"method '{self.part.name}' cannot be merged into weights (at {self.site.name})")
+            where = f"(at {self.site.name}): keep it as an adapter"
+            raise RefpeftError(f"method '{self.part.name}' cannot be merged into weights {where}")
         have = {"weight": weight, "bias": bias, "frozen": Lazy(self.site.weight)}
         shared = SimpleNamespace(**{name: value.data for name, value in vars(self.part.shared).items()})
         out = self.part.call("peft_merge", **have, p=self.arrays, site=self.site, shared=shared)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,19 +16,9 @@ from .tensor import Tensor
 
 if TYPE_CHECKING:
     from .layers import Near
-    from .sites import Site
 
 EPS = 1e-6
 """Of a side network's normalizations."""
-
-
-def check_layers(name: str, cfg: Any, sites: list[Site]) -> None:
-    """Raises RefpeftError unless `sites`, of a method that goes through all layers, are those of one stack of them."""
-    if tuple(cfg.targets) != type(cfg).targets:
-        raise RefpeftError(f"{name} goes through all layers: leave its targets as they are")
-    numbers = [site.index for site in sites if site.kind == "block"]
-    if numbers != list(range(len(numbers))):
-        raise RefpeftError(f"{name} goes through one stack of layers, and this model has an encoder and a decoder")
 
 
 def side_values(rng: Stream, near: Near, r: int) -> dict[str, np.ndarray]:

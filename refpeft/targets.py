@@ -74,6 +74,15 @@ def select(sites: Iterable[Site], cfg: Any, usable: Callable[[Site], bool]) -> l
     return [site for site in sites if site.name in chosen]
 
 
+def check_layers(name: str, cfg: Any, sites: list[Site]) -> None:
+    """Raises RefpeftError unless `sites`, of a method that goes through all layers, are those of one stack of them."""
+    if tuple(cfg.targets) != type(cfg).targets:
+        raise RefpeftError(f"{name} goes through all layers: leave its targets as they are")
+    numbers = [site.index for site in sites if site.kind == "block"]
+    if numbers != list(range(len(numbers))):
+        raise RefpeftError(f"{name} goes through one stack of layers, and this model has an encoder and a decoder")
+
+
 def _hit(target: str, hits: Callable[[Site], bool], sites: list[Site], usable: Callable[[Site], bool]) -> set[str]:
     """Names of the usable sites that one target matches; an error if there are none."""
     found = [site for site in sites if hits(site)]

@@ -57,7 +57,7 @@ class Trainer:
 
     `settings` is config.Train; `out` the run directory, for checkpoints (none without it); each of `listeners` is
     called with a dict for every step ({"step", "loss", "lr", "grad_norm", "tokens", "supervised", "seconds"}) and every
-    evaluation ({"step", "eval_loss"}).
+    evaluation ({"step", "eval_loss"}). The loss of a step has the methods' penalties in it, that of an evaluation not.
     """
 
     def __init__(

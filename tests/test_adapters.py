@@ -408,3 +408,12 @@ def test_a_file_of_refpeft_asks_for_no_more_memory_than_it_has_numbers(tmp_path,
     (tmp_path / "adapter_config.json").write_text(json.dumps(written))
     with pytest.raises(RefpeftError, match="= 1000000000000, but"):
         adapters.load(tiny.model(), tmp_path)
+
+
+def test_an_adapter_of_another_model_says_whose_it_is(tmp_path):
+    model, other = tiny.model(), tiny.model("gpt2")
+    model.name, other.name = "one", "other"
+    sites.attach(model, "lora", {"targets": ["v_proj"]})
+    adapters.save(tmp_path, model)
+    with pytest.raises(RefpeftError, match=r"; it was made for one, and this is other$"):
+        adapters.load(other, tmp_path)

@@ -12,15 +12,12 @@ from variants import quantizer
 
 import refpeft
 from refpeft import adapters, ops, sites
-from refpeft.api import class_of
 from refpeft.errors import RefpeftError
 from refpeft.generate import generate
 from refpeft.models import saving
-from refpeft.models.checkpoint import expected_tensors
 from refpeft.models.config import from_hf
 from refpeft.models.encoder import Encoder
 from refpeft.models.encoder_config import PREFIX
-from refpeft.quant import Dense
 from refpeft.tensor import Tensor
 
 _BERT = {
@@ -66,19 +63,8 @@ CONFIGS |= {
 every_family = pytest.mark.parametrize("family", CONFIGS)
 
 
-def arrays(family: str) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(0)
-    return {name: rng.normal(0, 0.3, shape) for name, shape in expected_tensors(from_hf(CONFIGS[family])).items()}
-
-
 def built(family: str, packer=None) -> Encoder:
-    found, compute = arrays(family), np.dtype("f8")
-
-    def weights(name: str, linear: bool, transposed: bool):
-        return packer(found[name].astype("f4"), compute, name) if linear and packer else Dense(found[name], compute)
-
-    config = from_hf(CONFIGS[family])
-    return class_of(config)(config, weights, compute)
+    return tiny.of(CONFIGS[family], packer)
 
 
 def rows(family: str, padded: bool = True) -> dict[str, np.ndarray]:
@@ -112,7 +98,7 @@ def test_hidden_states_and_all_gradients_are_those_of_transformers(family, padde
     config = transformers.AutoConfig.for_model(**CONFIGS[family])
     peer = transformers.AutoModel.from_config(config).double().eval()
     prefix = PREFIX[CONFIGS[family]["model_type"]]
-    state = {name.removeprefix(prefix): torch.tensor(array) for name, array in arrays(family).items()}
+    state = {name.removeprefix(prefix): torch.tensor(array) for name, array in tiny.drawn(CONFIGS[family]).items()}
     missing, unexpected = peer.load_state_dict(state, strict=False)
     assert not unexpected and all(name.startswith("pooler.") for name in missing)
     given, model = rows(family, padded), built(family)
@@ -197,7 +183,7 @@ def test_methods_at_its_sites_have_right_gradients(family, method, packer):
 
 def write(folder, family: str, bare: bool, more: dict | None = None) -> None:
     prefix = PREFIX[CONFIGS[family]["model_type"]]
-    found = {name.removeprefix(prefix) if bare else name: array for name, array in arrays(family).items()}
+    found = {name.removeprefix(prefix) if bare else name: array for name, array in tiny.drawn(CONFIGS[family]).items()}
     save_file(found | (more or {}), folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(CONFIGS[family]))
     model = {"type": "WordLevel", "vocab": {"[UNK]": 0, "a": 1}, "unk_token": "[UNK]"}
@@ -299,13 +285,15 @@ def test_an_open_gate_leaves_a_prefix_as_it_is(family):
 
 
 @pytest.mark.real
+@pytest.mark.filterwarnings("ignore")  # of transformers and PEFT, about themselves
 def test_peft_reads_its_adapters(tmp_path):
     torch, transformers, peft = map(pytest.importorskip, ("torch", "transformers", "peft"))
     model, given = built("bert"), rows("bert")
     tiny.scramble(sites.attach(model, "lora", {"r": 2}))
     adapters.save(tmp_path, model)
     peer = transformers.AutoModelForMaskedLM.from_config(transformers.AutoConfig.for_model(**CONFIGS["bert"]))
-    peer.load_state_dict({name: torch.tensor(array) for name, array in arrays("bert").items()}, strict=False)
+    weights = {name: torch.tensor(array) for name, array in tiny.drawn(CONFIGS["bert"]).items()}
+    peer.load_state_dict(weights, strict=False)
     peer = peft.PeftModel.from_pretrained(peer.double(), tmp_path, autocast_adapter_dtype=False).double().eval()
     real = given["segments"] >= 0
     types = {"token_type_ids": torch.tensor(given["types"])} if "types" in given else {}

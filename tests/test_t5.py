@@ -13,11 +13,9 @@ from refpeft import adapters, ops, sites
 from refpeft.errors import RefpeftError
 from refpeft.generate import generate
 from refpeft.models.base import Cache
-from refpeft.models.checkpoint import expected_tensors
 from refpeft.models.config import from_hf
 from refpeft.models.relative import t5_buckets
 from refpeft.models.t5 import T5
-from refpeft.quant import Dense
 from refpeft.tensor import Tensor, no_grad
 
 _T5 = {
@@ -41,18 +39,8 @@ CONFIGS = {
 every_kind = pytest.mark.parametrize("kind", CONFIGS)
 
 
-def arrays(kind: str) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(0)
-    return {name: rng.normal(0, 0.3, shape) for name, shape in expected_tensors(from_hf(CONFIGS[kind])).items()}
-
-
 def built(kind: str, packer=None) -> T5:
-    found, compute = arrays(kind), np.dtype("f8")
-
-    def weights(name: str, linear: bool, transposed: bool):
-        return packer(found[name].astype("f4"), compute, name) if linear and packer else Dense(found[name], compute)
-
-    return T5(from_hf(CONFIGS[kind]), weights, compute)
+    return tiny.of(CONFIGS[kind], packer)
 
 
 def rows() -> dict[str, np.ndarray]:
@@ -77,7 +65,7 @@ def test_logits_and_all_gradients_are_those_of_transformers(kind):
 
     peer = transformers.AutoModelForSeq2SeqLM.from_config(transformers.AutoConfig.for_model(**CONFIGS[kind]))
     peer = peer.double().eval()
-    state = {name: torch.tensor(array) for name, array in arrays(kind).items()}
+    state = {name: torch.tensor(array) for name, array in tiny.drawn(CONFIGS[kind]).items()}
     if "lm_head.weight" in state:  # transformers 5 ties it all the same
         peer.lm_head.weight = torch.nn.Parameter(state["lm_head.weight"])
     missing, unexpected = peer.load_state_dict(state, strict=False)
@@ -182,7 +170,7 @@ def test_methods_at_its_sites_have_right_gradients(kind, method, packer):
 
 
 def write(folder, kind: str, more: dict | None = None) -> None:
-    save_file(arrays(kind) | (more or {}), folder / "model.safetensors")
+    save_file(tiny.drawn(CONFIGS[kind]) | (more or {}), folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(CONFIGS[kind]))
     model = {"type": "WordLevel", "vocab": {"[UNK]": 0, "a": 1}, "unk_token": "[UNK]"}
     (folder / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": model, "added_tokens": []}))
@@ -190,7 +178,7 @@ def write(folder, kind: str, more: dict | None = None) -> None:
 
 @every_kind
 def test_files_load_and_a_table_that_is_there_again_is_the_same_one(kind, tmp_path):
-    again = {"encoder.embed_tokens.weight": arrays(kind)["shared.weight"]} if kind == "t5" else {}
+    again = {"encoder.embed_tokens.weight": tiny.drawn(CONFIGS[kind])["shared.weight"]} if kind == "t5" else {}
     write(tmp_path, kind, again)
     model, given = refpeft.load(tmp_path, dtype="float64"), rows()
     assert np.array_equal(model(**given).data, built(kind)(**given).data)
@@ -253,13 +241,14 @@ def test_an_open_gate_leaves_a_prefix_as_it_is_beside_scores_that_are_not_scaled
 
 
 @pytest.mark.real
+@pytest.mark.filterwarnings("ignore")  # of transformers and PEFT, about themselves
 def test_peft_reads_its_adapters(tmp_path):
     torch, transformers, peft = map(pytest.importorskip, ("torch", "transformers", "peft"))
     model, given = built("t5"), rows()
     tiny.scramble(sites.attach(model, "lora", {"r": 2}))
     adapters.save(tmp_path, model)
     peer = transformers.AutoModelForSeq2SeqLM.from_config(transformers.AutoConfig.for_model(**CONFIGS["t5"]))
-    peer.load_state_dict({name: torch.tensor(array) for name, array in arrays("t5").items()}, strict=False)
+    peer.load_state_dict({name: torch.tensor(array) for name, array in tiny.drawn(CONFIGS["t5"]).items()}, strict=False)
     theirs = peft.PeftModel.from_pretrained(peer, tmp_path).eval()(
         input_ids=torch.tensor(given["ids"]),
         attention_mask=torch.tensor((given["segments"] >= 0) * 1),

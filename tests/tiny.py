@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from refpeft import sites
+from refpeft.api import class_of
 from refpeft.batches import Batch
 from refpeft.models.base import Model
 from refpeft.models.checkpoint import expected_tensors
@@ -66,6 +67,24 @@ def model(
         return Dense(xp.asarray(array.astype(compute)), compute)
 
     return (GPT2 if config.family == "gpt2" else Decoder)(config, weights, compute, xp)
+
+
+def drawn(config: dict) -> dict[str, np.ndarray]:
+    """Random tensors of any model, under the names and in the layout of its files."""
+    rng = np.random.default_rng(0)
+    return {name: rng.normal(0, 0.3, shape) for name, shape in expected_tensors(from_hf(config)).items()}
+
+
+def of(config: dict, quantizer: Quantizer | None = None) -> Model:
+    """The model of any config.json in float64, with the weights of `drawn`."""
+    found, compute, read = drawn(config), np.dtype("f8"), from_hf(config)
+
+    def weights(name: str, linear: bool, transposed: bool):
+        if linear and quantizer:
+            return quantizer(found[name].astype("f4"), compute, name)
+        return Dense(found[name], compute)
+
+    return class_of(read)(read, weights, compute)
 
 
 def ids(rows: int = 2, time: int = 9, seed: int = 1) -> np.ndarray:

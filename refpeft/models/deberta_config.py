@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from refpeft.errors import RefpeftError
-from refpeft.models.config_keys import REQUIRED, activation, count, flag, layer_count, positive, read, special_ids
-from refpeft.models.encoder_config import ARCHITECTURES, HARMLESS, EncoderConfig, tensors_of
+from refpeft.models.config_keys import REQUIRED, activation, count, flag, positive, read
+from refpeft.models.encoder_config import ARCHITECTURES, HARMLESS, EncoderConfig, in_common, tensors_of
 
 FAMILY, PREFIX = "deberta-v2", "deberta."
 
@@ -70,9 +70,7 @@ def from_hf(config: dict) -> DebertaConfig:
     values = read(config, FAMILY, _KEYS, _ONLY, [*HARMLESS, *_HARMLESS], ARCHITECTURES)
     if not flag(values, "relative_attention"):
         raise RefpeftError("config key relative_attention = false: refpeft has DeBERTa with it alone")
-    dim, heads = count(values, "hidden_size"), count(values, "num_attention_heads")
-    if dim % heads:
-        raise RefpeftError(f"config: the width, {dim}, is not a multiple of the number of heads, {heads}")
+    common = in_common(values)
     longest = count(values, "max_position_embeddings")
     kinds = _kinds(values["pos_att_type"])
     norms = _words(values["norm_rel_ebd"])
@@ -84,20 +82,13 @@ def from_hf(config: dict) -> DebertaConfig:
     biased = flag(values, "position_biased_input")
     return DebertaConfig(
         family=FAMILY,
-        vocab=count(values, "vocab_size"),
-        dim=dim,
-        layers=layer_count(values, "num_hidden_layers"),
-        heads=heads,
-        ff=count(values, "intermediate_size"),
         norm_eps=positive(values, "layer_norm_eps"),
-        activation=activation(values, "hidden_act"),
         positions=longest if biased else 0,
         types=count(values, "type_vocab_size", least=0),
         first_position=0,
-        pad_id=special_ids(values)["pad_id"],
         raw=config,
         longest=longest,
-        width=dim if values["embedding_size"] is None else count(values, "embedding_size"),
+        width=common["dim"] if values["embedding_size"] is None else count(values, "embedding_size"),
         buckets=_or_none(values, "position_buckets") or 0,
         distance=_or_none(values, "max_relative_positions") or longest,
         content_to_position="c2p" in kinds,
@@ -106,6 +97,7 @@ def from_hf(config: dict) -> DebertaConfig:
         norm_positions="layer_norm" in norms,
         conv_kernel=kernel,
         conv_activation="tanh" if values["conv_act"] == "tanh" else activation(values, "conv_act"),
+        **common,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from refpeft.errors import RefpeftError
 from refpeft.models.config_keys import activation, count, layer_count, positive, read, special_ids
@@ -164,26 +165,34 @@ def from_hf(config: dict) -> EncoderConfig:
     family = config["model_type"]
     values = read(config, family, _KEYS[family], _ONLY, HARMLESS, ARCHITECTURES)
     values = {_IN_BERTS_WORDS.get(key, key): value for key, value in values.items()}
-    dim, heads = count(values, "hidden_size"), count(values, "num_attention_heads")
-    if dim % heads:
-        raise RefpeftError(f"config: the width, {dim}, is not a multiple of the number of heads, {heads}")
-    pad = special_ids(values)["pad_id"]
+    common = in_common(values)
+    pad = common["pad_id"]
     first = (0 if pad is None else pad) + 1 if family in ("roberta", "xlm-roberta") else 0
     positions = count(values, "max_position_embeddings")
     if first >= positions:
         raise RefpeftError(f"config key pad_token_id = {pad}: positions begin behind it, and there are {positions}")
     return EncoderConfig(
         family=family,
-        vocab=count(values, "vocab_size"),
-        dim=dim,
-        layers=layer_count(values, "num_hidden_layers"),
-        heads=heads,
-        ff=count(values, "intermediate_size"),
         norm_eps=positive(values, "layer_norm_eps") if "layer_norm_eps" in values else 1e-12,
-        activation=activation(values, "hidden_act"),
         positions=positions,
         types=count(values, "type_vocab_size") if "type_vocab_size" in values else 0,
         first_position=first,
-        pad_id=pad,
         raw=config,
+        **common,
     )
+
+
+def in_common(values: dict) -> dict[str, Any]:
+    """What all encoders say in the same words, as fields of EncoderConfig."""
+    dim, heads = count(values, "hidden_size"), count(values, "num_attention_heads")
+    if dim % heads:
+        raise RefpeftError(f"config: the width, {dim}, is not a multiple of the number of heads, {heads}")
+    return {
+        "vocab": count(values, "vocab_size"),
+        "dim": dim,
+        "layers": layer_count(values, "num_hidden_layers"),
+        "heads": heads,
+        "ff": count(values, "intermediate_size"),
+        "activation": activation(values, "hidden_act"),
+        "pad_id": special_ids(values)["pad_id"],
+    }
