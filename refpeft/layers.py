@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -79,8 +79,7 @@ class Base:
 class Near:
     """The linear layers in the same layer of the model as a site: near("k", x) is what its `k` makes of x (..., in)."""
 
-    def __init__(self, sites: Iterable[Site], home: str):
-        beside = [site for site in sites if site.home == home]
+    def __init__(self, beside: Sequence[Site]):
         self._by_role = {role: s for s in beside if s.kind in ("linear", "attention") for role in s.roles}
         self._key_norm = next((site for site in beside if site.name.endswith(".k_norm")), None)
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from refpeft import manager, memory, shapes, sites, toml
 from refpeft.errors import RefpeftError
+from refpeft.layers import INPUTS
 from refpeft.manager import Listing
 from refpeft.models.checkpoint import Checkpoint
 from refpeft.peft_formats import FORMATS, Format
@@ -40,7 +41,7 @@ def ordered(listings: Iterable[Listing]) -> list[Listing]:
 
 def cells(listing: Listing, counted: bool = True) -> list[str]:
     """A method's row; without `counted` its COUNT is left empty, which is faster."""
-    recipe = "peft_params" not in listing.hooks  # of companions, which do what it does
+    recipe = not any(f"peft_{kind}" in listing.hooks for kind in INPUTS)  # of companions, which do what it does
     adapter = _adapter(listing) if counted or recipe else None
     form = _form(listing.name, adapter)
     merges = _all_merge(adapter) if recipe else "peft_merge" in listing.hooks

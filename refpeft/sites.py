@@ -201,13 +201,14 @@ def _add_part(model: Any, adapter: Adapter, part: Part, seed: int, fit: bool) ->
         if adapter.kind(tensor).setdefault(f"shared.{key}", tensor) is not tensor:
             raise RefpeftError(f"two parts of method '{adapter.name}' share a value called {key!r}")
     references: list[tuple[Layer, str, str]] = []
+    beside = _beside(model)
     for site in part.sites:
         have = {
             "site": site,
             "rng": model.stream(seed, "init", adapter.name, site.name),
             "weight": Lazy(lambda site=site: site.weight() if site.weight else None),
         }
-        near = Near(model.sites.values(), site.home)
+        near = beside[site.home]
         first = part.call("peft_params", bias=site.bias, near=near, **have)
         if first is None:
             continue
@@ -233,6 +234,14 @@ def _add_part(model: Any, adapter: Adapter, part: Part, seed: int, fit: bool) ->
         layer.values[key] = adapter.params[other]
         setattr(layer.p, key, adapter.params[other])
     return made
+
+
+def _beside(model: Any) -> dict[str, Near]:
+    """The sites of each layer of the model, by the layer's name."""
+    homes: dict[str, list[Site]] = {}
+    for site in model.sites.values():
+        homes.setdefault(site.home, []).append(site)
+    return {home: Near(sites) for home, sites in homes.items()}
 
 
 def _value(model: Any, first: Any) -> Tensor:

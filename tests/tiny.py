@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
+import pytest
 
 from refpeft import sites
 from refpeft.api import class_of
@@ -13,6 +16,7 @@ from refpeft.models.config import from_hf
 from refpeft.models.decoder import Decoder
 from refpeft.models.gpt2 import GPT2
 from refpeft.quant import Dense, Quantizer
+from refpeft.tensor import Tensor
 
 _SHAPE = {
     "vocab_size": 40,
@@ -104,6 +108,20 @@ def scramble(adapter: sites.Adapter, seed: int = 2, scale: float = 0.1) -> None:
     rng = np.random.default_rng(seed)
     for tensor in adapter.params.values():
         tensor.data += rng.normal(0, scale, tensor.shape)
+
+
+def assert_slope(adapter: sites.Adapter, value: Callable[[], Tensor]) -> None:
+    """The gradient of `value` along a random direction of all parameters is its finite difference."""
+    value().backward()
+    rng, slope = np.random.default_rng(4), 0.0
+    directions = {name: rng.standard_normal(tensor.shape) for name, tensor in adapter.params.items()}
+    here = {name: tensor.data for name, tensor in adapter.params.items()}
+    for sign in (1, -1):
+        for name, tensor in adapter.params.items():
+            tensor.data = here[name] + sign * 1e-6 * directions[name]
+        slope += sign * float(value().data) / 2e-6
+    expected = sum((tensor.grad * directions[name]).sum() for name, tensor in adapter.params.items())
+    assert slope == pytest.approx(expected, rel=1e-5)
 
 
 def gradients(built: Model, one: Batch) -> dict[str, np.ndarray]:

@@ -19,6 +19,8 @@ from .common import PREFIX, Entry, Format, Settings
 
 _KEYS = ("num_attention_heads", "num_layers", "token_dim")  # PEFT's, derived from the model; shapes are checked
 
+_ONE_STACK = {"num_transformer_submodules": (1,)}  # not of an encoder and a decoder
+
 
 def _virtual_tokens(adapter: Adapter, model: Any, heads: int, dim: int) -> dict[str, Any]:
     return {
@@ -28,6 +30,10 @@ def _virtual_tokens(adapter: Adapter, model: Any, heads: int, dim: int) -> dict[
         "num_attention_heads": heads,
         "token_dim": dim,
     }
+
+
+def _at_the_embedding(adapter: Adapter, model: Any) -> bool:
+    return adapter.sites == [model.embed]
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------
@@ -53,9 +59,9 @@ PROMPT_TUNING = Format(
     lambda adapter: [Entry("prompt_embeddings", (f"{adapter.sites[0].name}.prompt",))],
     _prompt_settings,
     _prompt_options,
-    fits=lambda adapter, model: adapter.sites == [model.embed],
     any_value=(*_KEYS, "tokenizer_kwargs", "tokenizer_name_or_path"),
-    values={"num_transformer_submodules": (1,)},
+    fits=_at_the_embedding,
+    values=_ONE_STACK,
 )
 
 
@@ -97,7 +103,6 @@ MULTITASK_PROMPT = Format(
     _task_entries,
     _task_settings,
     _task_options,
-    fits=lambda adapter, model: adapter.sites == [model.embed],
     any_value=(
         *PROMPT_TUNING.any_value,
         "prompt_tuning_init",
@@ -105,7 +110,8 @@ MULTITASK_PROMPT = Format(
         "prompt_tuning_init_state_dict_path",
         "prompt_tuning_init_task",
     ),
-    values={"num_transformer_submodules": (1,)},
+    fits=_at_the_embedding,
+    values=_ONE_STACK,
 )
 
 
@@ -137,7 +143,6 @@ P_TUNING = Format(
     _rows_entries,
     _encoder,
     lambda config, model: {"tokens": config.need("num_virtual_tokens"), "encoder": "none"},
-    fits=lambda adapter, model: adapter.sites == [model.embed],
     any_value=(
         *_KEYS,
         "encoder_reparameterization_type",
@@ -145,7 +150,8 @@ P_TUNING = Format(
         "encoder_num_layers",
         "encoder_dropout",
     ),
-    values={"num_transformer_submodules": (1,)},
+    fits=_at_the_embedding,
+    values=_ONE_STACK,
 )
 
 
@@ -193,7 +199,7 @@ PREFIX_TUNING = Format(
     lambda config, model: {"tokens": config.need("num_virtual_tokens")},
     fits=_prefix_fits,
     any_value=(*_KEYS, "encoder_hidden_size", "prefix_projection", "init_weights"),
-    values={"num_transformer_submodules": (1,)},
+    values=_ONE_STACK,
 )
 
 PRE_EMBED = replace(PROMPT_TUNING, means=lambda config: False)  # to PEFT, it is prompt tuning
