@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from refpeft.data import Example
 from refpeft.errors import RefpeftError
 from refpeft.rng import Stream
+
+if TYPE_CHECKING:
+    from refpeft.examples import Example
 
 IGNORE = -100  # a target that does not count
 
@@ -22,15 +25,24 @@ IGNORE = -100  # a target that does not count
 class Batch:
     """int32 arrays (batch, time); padding is on the right.
 
-    targets     the token that comes next, where it is learned; else -100. Already shifted, never of another document
+    targets     what is learned at each token: the one that comes next, a label, or a number (float32); where nothing
+                is, -100 or NaN. Of an encoder-decoder they belong to `said`
     positions   of each token in its document; None where that is 0, 1, 2, ... in every row
     segments    number of the document in its row, -1 for padding; None where each row is one document without padding
+    types       0 in the first text of a pair and 1 in the second, where the model tells them apart
+    said        what the decoder of an encoder-decoder reads: (batch, its own time)
+    weights     float32, how much each target counts; None: 1
+    rows_each   so many rows belong together: two of a pair of texts
     """
 
     ids: np.ndarray
     targets: np.ndarray
     positions: np.ndarray | None = None
     segments: np.ndarray | None = None
+    types: np.ndarray | None = None
+    said: np.ndarray | None = None
+    weights: np.ndarray | None = None
+    rows_each: int = 1
 
     @property
     def tokens(self) -> int:
@@ -38,15 +50,28 @@ class Batch:
         return self.ids.size if self.segments is None else int((self.segments >= 0).sum())
 
     @property
+    def asked(self) -> np.ndarray:
+        """Where the targets that count are, in the flattened array of them."""
+        counts = self.targets >= 0 if self.targets.dtype.kind == "i" else ~np.isnan(self.targets)
+        return np.flatnonzero(counts)
+
+    @property
     def supervised(self) -> int:
         """How many targets count."""
-        return int((self.targets >= 0).sum())
+        return self.asked.size
+
+    @property
+    def denominator(self) -> float:
+        """What the loss of the whole batch is divided by: the sum of the targets' weights, or their number."""
+        if self.weights is None:
+            return self.supervised
+        return float(self.weights.reshape(-1)[self.asked].sum(dtype=np.float64))
 
 
 class Batches:
     """The batches of a data set, epoch after epoch.
 
-    examples   of refpeft.data
+    examples   all of one kind of refpeft.examples
     batch      rows of a batch; the last batch of an epoch may have fewer
     length     the most tokens of a row; with `pack` several documents share a row
     shuffle    a new order of rows in every epoch. Without it (for evaluation) rows come longest first. The sum of the
@@ -54,7 +79,7 @@ class Batches:
     """
 
     def __init__(
-        self, examples: list[Example], batch: int, length: int, pack: bool = False, seed: int = 0, shuffle: bool = True
+        self, examples: list[Any], batch: int, length: int, pack: bool = False, seed: int = 0, shuffle: bool = True
     ):
         if not examples:
             raise RefpeftError("there are no examples to make batches of")
@@ -64,6 +89,7 @@ class Batches:
         if longest > length:
             raise RefpeftError(f"an example has {longest:,} tokens, but a row {length:,}: fit the examples first")
         self.batch, self.seed, self.shuffle = batch, seed, shuffle
+        self.collate = type(examples[0]).collate
         # Rows are packed once: then every epoch has the same number of steps. Only their order changes.
         self.rows = pack_rows(examples, length, seed) if pack else [[example] for example in examples]
         self.rows.sort(key=lambda row: -sum(map(len, row)))
@@ -83,7 +109,7 @@ class Batches:
         """The batch of optimizer step `step`, counted from 0 over all epochs."""
         epoch, index = divmod(step, self.steps_per_epoch)
         order = self._epoch(epoch)[index * self.batch : (index + 1) * self.batch]
-        return collate([self.rows[i] for i in order], self.packed)
+        return self.collate([self.rows[i] for i in order], self.packed, Stream(self.seed, "batch", step))
 
     def __len__(self) -> int:
         return self.steps_per_epoch
@@ -123,38 +149,22 @@ def pack_rows(examples: list[Example], length: int, seed: int = 0) -> list[list[
     return rows
 
 
-def collate(rows: list[list[Example]], packed: bool = False) -> Batch:
-    """A batch of rows, each a list of documents (one, unless packed), padded to the longest row."""
-    time = max(sum(map(len, row)) for row in rows)
-    shape = len(rows), time
-    ids, positions = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
-    targets, segments = np.full(shape, IGNORE, np.int32), np.full(shape, -1, np.int32)
-    for r, row in enumerate(rows):
-        at = 0
-        for number, example in enumerate(row):
-            here = slice(at, at + len(example))
-            ids[r, here] = example.ids
-            positions[r, here] = np.arange(len(example))
-            segments[r, here] = number
-            before = slice(at, at + len(example) - 1)
-            targets[r, before] = np.where(example.supervised[1:], example.ids[1:], IGNORE)
-            at += len(example)
-    full = not packed and (segments == 0).all()
-    return Batch(ids, targets, positions if packed else None, None if full else segments)
-
-
 def split(batch: Batch, rows: int) -> list[Batch]:
     """A batch in parts of at most `rows` rows, for the accumulation of gradients; each without needless padding."""
+    rows *= batch.rows_each
     return [_part(batch, slice(start, start + rows)) for start in range(0, len(batch.ids), rows)]
 
 
 def _part(batch: Batch, rows: slice) -> Batch:
-    if batch.segments is None:
-        return Batch(batch.ids[rows], batch.targets[rows])
-    segments = batch.segments[rows]
-    time = int((segments >= 0).sum(axis=1).max())
-    cut = (rows, slice(0, time))
-    segments = segments[:, :time]
-    positions = None if batch.positions is None else batch.positions[cut]
-    full = positions is None and (segments == 0).all()
-    return Batch(batch.ids[cut], batch.targets[cut], positions, None if full else segments)
+    arrays = {name: array[rows] for name, array in vars(batch).items() if isinstance(array, np.ndarray)}
+    segments = arrays.get("segments")
+    time = batch.ids.shape[1] if segments is None else int((segments >= 0).sum(axis=1).max())
+    said = 0
+    if batch.said is not None:
+        said = 1 + int((arrays["targets"] >= 0).nonzero()[1].max())
+    for name, array in arrays.items():
+        of_decoder = batch.said is not None and name in ("targets", "said", "weights")
+        arrays[name] = array[:, : said if of_decoder else time]
+    if segments is not None and batch.positions is None and (arrays["segments"] == 0).all():
+        arrays["segments"] = None
+    return replace(batch, **arrays)

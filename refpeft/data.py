@@ -20,6 +20,7 @@ import numpy as np
 
 from refpeft.choices import OVERLONG, SUPERVISE
 from refpeft.errors import RefpeftError
+from refpeft.examples import Example
 from refpeft.formats import (
     SHOWN_PROBLEMS,
     Chat,
@@ -38,23 +39,6 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 SHOWN_LINES = 10
-
-
-@dataclass(frozen=True)
-class Example:
-    """One document. `supervised[t]`: whether token t is learned. Token 0 has nothing before it and is no target."""
-
-    ids: np.ndarray  # int32 (tokens,)
-    supervised: np.ndarray  # bool (tokens,)
-    line: int  # of its row in the file
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    @property
-    def targets(self) -> int:
-        """How many tokens of it are learned."""
-        return int(self.supervised[1:].sum())
 
 
 @dataclass

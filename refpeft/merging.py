@@ -19,8 +19,8 @@ import numpy as np
 from refpeft import api, config, files, fused, report, run, sites
 from refpeft.backend import blas_threads
 from refpeft.batches import Batch, Batches
-from refpeft.data import Example
 from refpeft.errors import RefpeftError
+from refpeft.examples import Example
 from refpeft.models import saving
 from refpeft.models.base import Model
 from refpeft.quant import Dense, Quantized

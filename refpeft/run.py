@@ -15,8 +15,9 @@ import numpy as np
 from refpeft import adapters, api, config, files, manager, paging, report, sites, survey
 from refpeft.batches import Batches
 from refpeft.config import EMBEDDED, Resolved, RunConfig
-from refpeft.data import Data, Example, load_data
+from refpeft.data import Data, load_data
 from refpeft.errors import RefpeftError
+from refpeft.examples import Example
 from refpeft.generate import generate
 from refpeft.models.base import Model
 from refpeft.models.config import ModelConfig, check_speaks

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from refpeft import RefpeftError
-from refpeft.batches import IGNORE, Batches, collate, pack_rows, split
-from refpeft.data import Example
+from refpeft.batches import IGNORE, Batches, pack_rows, split
+from refpeft.examples import Example
 
 LENGTH = 24
 
@@ -92,12 +92,12 @@ def test_packing_is_fast_enough_for_a_hundred_thousand_rows():
 
 
 def test_a_row_of_one_document_without_padding_needs_no_segments():
-    batch = collate([made([[True] * 3])[0:1], made([[True] * 3])[0:1]])
+    batch = Example.collate([made([[True] * 3])[0:1], made([[True] * 3])[0:1]])
     assert batch.segments is None and batch.positions is None and batch.tokens == 6
-    batch = collate([made([[True] * 3]), made([[False, True]])])
+    batch = Example.collate([made([[True] * 3]), made([[False, True]])])
     assert batch.segments.tolist() == [[0, 0, 0], [0, 0, -1]] and batch.positions is None
     assert batch.targets.tolist() == [[1, 2, -100], [1, -100, -100]]
-    packed = collate([made([[True] * 2, [False, True]])], packed=True)
+    packed = Example.collate([made([[True] * 2, [False, True]])], packed=True)
     assert packed.segments.tolist() == [[0, 0, 1, 1]] and packed.positions.tolist() == [[0, 1, 0, 1]]
     assert packed.targets.tolist() == [[1, -100, 3, -100]]
 

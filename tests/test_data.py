@@ -10,6 +10,7 @@ from tiny_tokenizers import CHATML, byte_level, chatml, llama, plain, save
 
 from refpeft import RefpeftError
 from refpeft.data import load_data, runs, view
+from refpeft.examples import Example
 from refpeft.formats import ALPACA, ALPACA_WITH_INPUT
 from refpeft.templates import Template
 from refpeft.tokenizer import Tokenizer
@@ -370,7 +371,7 @@ def test_split_rows_keep_the_prompt_and_see_the_token_before(write):
 @given(st.lists(st.booleans(), min_size=2, max_size=60), st.integers(2, 20))
 @settings(deadline=None)
 def test_splitting_learns_every_token_once(mask, length):
-    from refpeft.data import Example, _fit, _prompt_tokens, _summarise
+    from refpeft.data import _fit, _prompt_tokens, _summarise
 
     example = Example(np.arange(len(mask), dtype=np.int32), np.array(mask), 1)
     if not example.targets or length - _prompt_tokens(example) < 2:

@@ -14,11 +14,11 @@ import pytest
 from sources import write_prompt
 
 from refpeft import fourier, fused, gates, learning, manager, ops, schedule
-from refpeft.batches import Batch, collate
+from refpeft.batches import Batch
 from refpeft.config import plugin_options
 from refpeft.conformance.compare import compare
 from refpeft.conformance.vectors import Arrays, Case, cases
-from refpeft.data import Example
+from refpeft.examples import Example
 from refpeft.layers import Part, Train
 from refpeft.models.base import Frozen, Model
 from refpeft.models.checkpoint import expected_tensors
@@ -175,7 +175,7 @@ def run_loss(case: Case, given: Arrays, dtype: str) -> Arrays:
             documents = [segments == n for n in np.unique(segments[segments >= 0])]
             rows.append([Example(ids[here], learned[here].astype(bool), line=1) for here in documents])
         targets = np.full(given["ids"].shape, -100, np.int32)
-        made = collate(rows, packed=True).targets
+        made = Example.collate(rows, packed=True).targets
         targets[:, : made.shape[1]] = made
         return {"targets": targets}
     model = model_of(case.config["model"], given, dtype)

@@ -20,8 +20,8 @@ import tiny_files
 from refpeft import optim, paging, report, run, sites
 from refpeft.batches import Batches
 from refpeft.config import Train, resolve
-from refpeft.data import Example
 from refpeft.errors import RefpeftError
+from refpeft.examples import Example
 from refpeft.optim import OPTIMIZERS, Flat
 from refpeft.paging import FileArray, PagedArray, in_turn
 from refpeft.tensor import parameter

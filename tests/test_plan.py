@@ -8,9 +8,9 @@ import tiny_files
 
 import refpeft
 from refpeft import config, memory, plan, report
-from refpeft.batches import collate
 from refpeft.data import load_data
 from refpeft.errors import RefpeftError
+from refpeft.examples import Example
 from refpeft.models.checkpoint import Checkpoint
 from refpeft.optim import OPTIMIZERS, Flat
 
@@ -72,7 +72,9 @@ def test_activations_take_as_much_as_was_planned(resolve, method):
     longest = sorted(examples, key=len)[-4:]
     for example in longest:
         example.supervised[:] = True  # the plan takes every token to be learned
-    assert planned == pytest.approx(memory.tape_bytes(model, collate([[example] for example in longest])), rel=0.1)
+    assert planned == pytest.approx(
+        memory.tape_bytes(model, Example.collate([[example] for example in longest])), rel=0.1
+    )
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

@@ -17,8 +17,8 @@ import tiny_files
 from refpeft import sites
 from refpeft.batches import Batches, split
 from refpeft.config import Train
-from refpeft.data import Example
 from refpeft.errors import RefpeftError
+from refpeft.examples import Example
 from refpeft.files import read_safetensors
 from refpeft.quant import make_quantizer
 from refpeft.trainer import Trainer, mean_loss

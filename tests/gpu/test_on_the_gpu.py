@@ -17,7 +17,7 @@ from refpeft.backend import bfloat16, module, to_host
 from refpeft.batches import Batch, Batches
 from refpeft.cli import main
 from refpeft.config import Train
-from refpeft.data import Example
+from refpeft.examples import Example
 from refpeft.generate import generate
 from refpeft.models.base import Model
 from refpeft.quant import Dense, Quantizer, make_quantizer

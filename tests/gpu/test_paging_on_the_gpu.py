@@ -18,8 +18,8 @@ from refpeft import trainer as training
 from refpeft.backend import to_host
 from refpeft.batches import Batches
 from refpeft.config import Train
-from refpeft.data import Example
 from refpeft.errors import RefpeftError
+from refpeft.examples import Example
 from refpeft.optim import OPTIMIZERS, Flat, Optimizer
 from refpeft.paging import ManagedArray
 from refpeft.tensor import parameter
