@@ -40,22 +40,39 @@ _LARGE = (
 )  # fmt: skip
 _SQRT_1_PI = 0.56418958354775628695
 
+# erf(x) / x in x^2 for float32 (that of XLA); highest power first. Above 3.8 it overshoots 1, and is cut off there.
+_SINGLE = (
+    (2.2905065861350646e-4, 3.4082910107109506e-3, 5.0955695062380861e-2, 1.8520832239976145e-1, 1.128379143519084),
+    (
+        -1.1791602954361697e-7, 2.3547966471313185e-5, 1.0179625278914885e-3, 1.4070470171167667e-2,
+        1.1098505178285362e-1, 4.9746925110067538e-1, 1.0,
+    ),
+)  # fmt: skip
+_FAR = 4.0  # here the quotient is 6 eps above 1
+
 
 def _ratio(x: Array, coefficients: tuple[tuple[float, ...], tuple[float, ...]]) -> Array:
     above, below = (_polynomial(x, c) for c in coefficients)
-    return above / below
+    above /= below
+    return above
 
 
 def _polynomial(x: Array, coefficients: tuple[float, ...]) -> Array:
     """The polynomial with these coefficients, highest power first, at `x`."""
     total = xp_of(x).full_like(x, coefficients[0])
     for c in coefficients[1:]:
-        total = total * x + c
+        total *= x
+        total += c
     return total
 
 
 def erf(x: Array) -> Array:
-    """The error function of `x` in its dtype, within 2.5 eps of the value in float64."""
+    """The error function of `x` in its dtype: within 2.5 eps of the value in float64, 3.5 eps in float32.
+
+    Float32 has a formula of its own: the other one takes 20 times as long, which was most of an encoder's time.
+    """
+    if x.dtype == np.float32:
+        return _single(x)
     xp, wide = xp_of(x), x.astype(np.float64)
     a = xp.abs(wide)
     small = a <= 0.46875
@@ -66,3 +83,11 @@ def erf(x: Array) -> Array:
     large = _SQRT_1_PI - tail_square * _ratio(tail_square, _LARGE)
     complement = xp.exp(-far * far) * xp.where(far <= 4, _ratio(xp.minimum(far, 4.0), _MIDDLE), large / far)
     return xp.where(small, inner, xp.sign(wide) * (1 - complement)).astype(x.dtype)
+
+
+def _single(x: Array) -> Array:
+    xp = xp_of(x)
+    inside = xp.clip(x, -_FAR, _FAR)
+    y = _ratio(inside * inside, _SINGLE)
+    y *= inside
+    return xp.clip(y, -1, 1, out=y)
