@@ -1,30 +1,34 @@
-"""Data files and the formats of their rows.
+"""The formats of rows: what their columns are called, and the item that each row is.
 
-Files: JSON lines, a JSON list, CSV and TSV. Every row keeps its line number. Formats, told from the columns:
+Formats, told from the columns (in this order: a row that fits two is read as the first):
 
 messages       OpenAI's: [{"role": "system" | "user" | "assistant" | "tool", "content": ...}, ...]; perhaps `tools`
 conversations  ShareGPT's: [{"from": "human" | "gpt" | "system" | "tool", "value": ...}, ...]; perhaps `system`
 instruction    Alpaca's: instruction, input (may be missing or empty), output
 prompt         prompt, completion: joined as they stand, no template
+source         source, target: a line break between them
+tags           words, tags: lists of the same length
+pair           text_a, text_b, and perhaps a label (a name or a number) or a score (a number)
+label          text, and its label or score
 text           text: all of it is learned
 
-A mistake in the data never stops at the first: `Problems` collects them and reports ten at once.
+The columns may have the names that GLUE and others give them (`told_by`), or any: then `fields` says which is which.
 """
 
 from __future__ import annotations
 
-import csv
-import io
-import json
+import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from refpeft.errors import RefpeftError
-
-SHOWN_PROBLEMS = 10
+from refpeft.errors import RefpeftError, nearest
+from refpeft.items import Chat, Item, Labelled, Plain, Tagged
+from refpeft.rows import NUMBER, Problems, Row
+from refpeft.rows import SHOWN_PROBLEMS as SHOWN_PROBLEMS
+from refpeft.rows import read_rows as read_rows
 
 # Stanford Alpaca's own prompts, for models without a chat template.
 ALPACA_WITH_INPUT = (
@@ -50,163 +54,39 @@ SHAREGPT_ROLES = {
 
 
 @dataclass(frozen=True)
-class Row:
-    line: int  # where it begins in the file, from 1
-    fields: dict[str, Any]
+class Items:
+    """The rows of a file in one format, and the item of each. The rows' columns have the format's own names."""
+
+    rows: list[Row]
+    items: list[Item]
+    format: str
+    unused: list[str]  # columns that the format does not read, in order of appearance
+    notes: list[str]  # what people should be told of the file
 
 
-@dataclass(frozen=True)
-class Chat:
-    """A conversation, to be rendered by the model's chat template."""
+def read_items(
+    path: str | Path,
+    format: str | None = None,
+    fields: Mapping[str, str] | None = None,
+    has_template: bool = False,
+    answers: bool = True,
+) -> Items:
+    """The items of a data file. Raises RefpeftError with every mistake's line.
 
-    messages: list[dict[str, Any]]
-    tools: list[Any] | None = None
-
-    @property
-    def answers(self) -> list[str]:
-        """What is to be learned: an assistant's message may be a call of a tool without content."""
-        said = [m for m in self.messages if m["role"] == "assistant"]
-        return [m.get("content") or ("tool" if m.get("tool_calls") else "") for m in said]
-
-
-@dataclass(frozen=True)
-class Plain:
-    """A prompt, and the completion that is to be learned."""
-
-    prompt: str
-    completion: str
-
-    @property
-    def answers(self) -> list[str]:
-        return [self.completion]
-
-
-@dataclass
-class Problems:
-    """Mistakes found in a file. `stop()` raises all of them as one RefpeftError."""
-
-    file: str
-    found: list[str] = field(default_factory=list)
-
-    def add(self, line: int | None, text: str) -> None:
-        self.found.append(f"{self.file}{'' if line is None else f':{line}'}: {text}")
-
-    def stop(self) -> None:
-        if self.found:
-            more = len(self.found) - SHOWN_PROBLEMS
-            shown = self.found[:SHOWN_PROBLEMS] + ([f"and {more:,} more"] if more > 0 else [])
-            raise RefpeftError("\n".join(shown))
-
-
-# -- files -------------------------------------------------------------------------------------------------------------
-
-
-def read_rows(path: str | Path) -> list[Row]:
-    """The rows of a .jsonl (or .ndjson), .json, .csv or .tsv file. Raises RefpeftError with every mistake's line."""
-    path = Path(path)
-    readers = {".jsonl": _json_lines, ".ndjson": _json_lines, ".json": _json, ".csv": _csv, ".tsv": _tsv}
-    reader = readers.get(path.suffix.lower())
-    if reader is None and path.exists() and not path.is_dir():
-        raise RefpeftError(f"{path}: expected a file whose name ends in {', '.join(readers)}")
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise RefpeftError(f"{path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise RefpeftError(f"{path}:{line}: this is not UTF-8 text ({error.reason}): convert the file") from None
-    problems = Problems(str(path))
-    rows = list(reader(text, problems))
-    problems.stop()
-    if not rows:
-        raise RefpeftError(f"{path} has no rows")
-    return rows
-
-
-def _json_lines(text: str, problems: Problems) -> Iterator[Row]:
-    for number, line in enumerate(text.split("\n"), start=1):  # not splitlines: a string may hold U+2028
-        if line.strip():
-            try:
-                value = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                column = f"column {error.colno}: {error.msg}" if isinstance(error, json.JSONDecodeError) else error
-                problems.add(number, f"this line is not JSON: {column}")
-                continue
-            yield from _object(value, number, problems)
-
-
-def _json(text: str, problems: Problems) -> Iterator[Row]:
-    """A list of objects. (Some .json files hold JSON lines: they begin with an object.)"""
-    start = len(text) - len(text.lstrip())
-    if text[start : start + 1] != "[":
-        yield from _json_lines(text, problems)
-        return
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        line = error.lineno if isinstance(error, json.JSONDecodeError) else None
-        column = f"column {error.colno}: {error.msg}" if line else error
-        problems.add(line, f"this file is not JSON: {column}")
-        return
-    # It is a list, so its items can be found one by one; that tells the line of each.
-    decoder, at, line, counted = json.JSONDecoder(), start + 1, 1, 0
-    for value in values:
-        while text[at] in " \t\r\n,":
-            at += 1
-        line, counted = line + text.count("\n", counted, at), at
-        yield from _object(value, line, problems)
-        at = decoder.raw_decode(text, at)[1]
-
-
-def _object(value: Any, line: int, problems: Problems) -> Iterator[Row]:
-    if isinstance(value, dict):
-        yield Row(line, value)
-    else:
-        problems.add(line, f"a row is a {type(value).__name__}: expected an object with named fields")
-
-
-def _csv(text: str, problems: Problems) -> Iterator[Row]:
-    csv.field_size_limit(2**31 - 1)  # the default refuses texts over 128 KiB
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-
-    def records() -> Iterator[tuple[int, list[str]]]:
-        """Records with the line that each begins at: one may span several."""
-        while True:
-            line = reader.line_num + 1
-            try:
-                yield line, next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                problems.add(line, f"this is not CSV: {error}")
-                return
-
-    yield from _table(records(), problems)
-
-
-def _tsv(text: str, problems: Problems) -> Iterator[Row]:
-    """Tab-separated values have no quoting: a quotation mark is a character like any other."""
-    lines = (line.removesuffix("\r") for line in text.split("\n"))
-    yield from _table(
-        ((number, line.split("\t") if line else []) for number, line in enumerate(lines, start=1)), problems
-    )
-
-
-def _table(records: Iterable[tuple[int, list[str]]], problems: Problems) -> Iterator[Row]:
-    """Rows below a header; empty lines are skipped."""
-    header: list[str] = []
-    for line, record in records:
-        if not record:
-            continue
-        if not header:
-            header = [name.strip() for name in record]
-            if len(set(header)) < len(header):
-                problems.add(line, f"the header names a column twice: {', '.join(header)}")
-                return
-        elif len(record) != len(header):
-            problems.add(line, f"{len(record)} fields: expected {len(header)} ({', '.join(header)})")
-        else:
-            yield Row(line, dict(zip(header, record, strict=True)))
+    format          one of FORMATS; None tells it from the columns
+    fields          what the file calls a format's columns: {"text": "review", "label": "stars"}
+    has_template    whether the model has a chat template: then an instruction is what its user says
+    answers         False: rows are to be predicted, so what `fields` calls label, score or tags may be missing
+    """
+    notes: list[str] = []
+    fields = dict(fields or {})
+    _check_names(format, fields)
+    rows = read_rows(path, known=(*NAMES, *fields.values()), notes=notes)
+    rows = _with_fields(rows, fields, answers, str(path))
+    format = format or detect_format(rows, str(path), fields)
+    unused = ignored_columns(rows, format)
+    found = read_format(rows, format, has_template=has_template, file=str(path))
+    return Items([row for row, _ in found], [item for _, item in found], format, unused, notes)
 
 
 # -- formats -----------------------------------------------------------------------------------------------------------
@@ -214,19 +94,39 @@ def _table(records: Iterable[tuple[int, list[str]]], problems: Problems) -> Iter
 
 @dataclass(frozen=True)
 class Format:
-    required: tuple[str, ...]
+    """told_by: columns of files that are told to be of this format, as names of the first of `columns + optional`."""
+
+    columns: tuple[str, ...]  # that every row has
     optional: tuple[str, ...]
-    read: Callable[[Row, Problems, bool], Chat | Plain | None]  # row, problems, whether there is a chat template
+    tasks: tuple[str, ...]  # that it serves, the likeliest first
+    read: Callable[[Row, Problems, bool], Item | None]  # row, problems, whether there is a chat template
+    told_by: tuple[tuple[str, ...], ...]
+
+    def names(self, row: Row) -> dict[str, str]:
+        """What this row calls the format's columns: {ours: its}; empty where the format cannot be told by it."""
+        for its in self.told_by:
+            names = dict(zip((*self.columns, *self.optional), its, strict=False))
+            if set(its) <= row.fields.keys() and not any(a != b and a in row.fields for a, b in names.items()):
+                return names
+        return {}
 
 
-def detect_format(rows: list[Row], file: str = "the data") -> str:
-    """The format of all rows, told from their columns. Raises RefpeftError where rows differ or fit no format."""
-    kinds = [next((name for name, f in FORMATS.items() if set(f.required) <= row.fields.keys()), None) for row in rows]
+def detect_format(rows: list[Row], file: str = "the data", fields: Iterable[str] = ()) -> str:
+    """The format of all rows, told from their columns. Raises RefpeftError where rows differ or fit no format.
+
+    Of formats that fit, one that has all of the columns `fields`.
+    """
+    able = {name: f for name, f in FORMATS.items() if set(fields) <= {*f.columns, *f.optional}}
+    kinds = [_kind_of_row(row, able, bool(fields)) for row in rows]
     problems = Problems(file)
     if set(kinds) == {None}:
         columns = ", ".join(rows[0].fields) or "none"
-        wanted = " | ".join(", ".join(f.required) for f in FORMATS.values())
-        problems.add(rows[0].line, f"its columns ({columns}) fit no format: expected {wanted}")
+        wanted = " | ".join(", ".join(f.told_by[0]) for f in able.values())
+        problems.add(
+            rows[0].line,
+            f"its columns ({columns}) fit no format: expected {wanted or 'all of one format'}. "
+            "With `fields` you say which is which",
+        )
         problems.stop()
     usual = Counter(kind for kind in kinds if kind).most_common(1)[0][0]
     for row, kind in zip(rows, kinds, strict=True):
@@ -239,15 +139,20 @@ def detect_format(rows: list[Row], file: str = "the data") -> str:
     return usual
 
 
-def read_format(
-    rows: list[Row], format: str, *, has_template: bool, file: str = "the data"
-) -> list[tuple[Row, Chat | Plain]]:
-    """Each row as a Chat or a Plain. Raises RefpeftError with every mistake's line."""
-    if format not in FORMATS:
-        raise RefpeftError(f"format {format!r} is unknown: expected one of {', '.join(FORMATS)}")
+def _kind_of_row(row: Row, able: Mapping[str, Format], named: bool) -> str | None:
+    """The first format that the row's columns tell; where some of them were `named`, else the first that can be."""
+    told = next((name for name, f in able.items() if f.names(row)), None)
+    if told or not named:
+        return told
+    return next((name for name, f in able.items() if set(f.columns) <= row.fields.keys()), None)
+
+
+def read_format(rows: list[Row], format: str, *, has_template: bool, file: str = "the data") -> list[tuple[Row, Item]]:
+    """Each row with its item. Raises RefpeftError with every mistake's line."""
+    _check_names(format, {})
     problems, out = Problems(file), []
-    for row in rows:
-        missing = [name for name in FORMATS[format].required if name not in row.fields]
+    for row in _standard(rows, format):
+        missing = [name for name in FORMATS[format].columns if name not in row.fields]
         if missing:
             problems.add(row.line, f"{', '.join(missing)} missing: the format {format!r} needs it")
             continue
@@ -255,13 +160,61 @@ def read_format(
         if item is not None:
             out.append((row, item))
     problems.stop()
-    return out
+    labelled = _of_one_kind(out, problems)
+    problems.stop()
+    return labelled
 
 
 def ignored_columns(rows: list[Row], format: str) -> list[str]:
     """Columns that the format does not read, in order of appearance."""
-    known = {*FORMATS[format].required, *FORMATS[format].optional}
-    return [name for name in Counter(name for row in rows for name in row.fields) if name not in known]
+    known = {*FORMATS[format].columns, *FORMATS[format].optional}
+    return [
+        name for name in Counter(name for row in _standard(rows, format) for name in row.fields) if name not in known
+    ]
+
+
+# -- names of columns --------------------------------------------------------------------------------------------------
+
+
+def _check_names(format: str | None, fields: Mapping[str, str]) -> None:
+    """Raises RefpeftError for formats and columns of formats that there are not."""
+    if format is not None and format not in FORMATS:
+        raise RefpeftError(f"format {format!r} is unknown: expected one of {', '.join(FORMATS)}")
+    columns = COLUMNS if format is None else (*FORMATS[format].columns, *FORMATS[format].optional)
+    for name in fields:
+        if name not in columns:
+            whose = "no format has" if format is None else f"the format {format!r} has not"
+            raise RefpeftError(
+                f"fields: {whose} a column {name!r}: expected some of {', '.join(columns)}{nearest(name, columns)}"
+            )
+
+
+def _with_fields(rows: list[Row], fields: Mapping[str, str], answers: bool, file: str) -> list[Row]:
+    """The rows with the format's names for columns that the file calls otherwise."""
+    columns = Counter(name for row in rows for name in row.fields)
+    problems = Problems(file)
+    for ours, theirs in fields.items():
+        if theirs not in columns and (answers or ours not in ANSWERS):
+            have = f"its columns are {', '.join(columns) or 'none'}{nearest(theirs, columns)}"
+            problems.add(None, f"it has no column {theirs!r}, which fields.{ours} names: {have}")
+    problems.stop()
+    return [_renamed(row, fields) for row in rows]
+
+
+def _standard(rows: list[Row], format: str) -> list[Row]:
+    return [_renamed(row, FORMATS[format].names(row)) for row in rows]
+
+
+def _renamed(row: Row, names: Mapping[str, str]) -> Row:
+    """The row with columns called by our names, in its own order; {ours: its}."""
+    if all(ours == its for ours, its in names.items()):
+        return row
+    ours = {its: ours for ours, its in names.items() if its in row.fields}
+    kept = {ours.get(name, name): value for name, value in row.fields.items() if name in ours or name not in names}
+    return replace(row, fields=kept)
+
+
+# -- rows as items -----------------------------------------------------------------------------------------------------
 
 
 def _string(row: Row, name: str, problems: Problems, default: str | None = None) -> str | None:
@@ -348,16 +301,131 @@ def _read_prompt(row: Row, problems: Problems, has_template: bool) -> Plain | No
     return None if prompt is None or completion is None else Plain(prompt, completion)
 
 
+def _read_source(row: Row, problems: Problems, has_template: bool) -> Plain | None:
+    """A line break tells a model where the source ends."""
+    source, target = _string(row, "source", problems), _string(row, "target", problems)
+    return None if source is None or target is None else Plain(f"{source}\n", target)
+
+
 def _read_text(row: Row, problems: Problems, has_template: bool) -> Plain | None:
     text = _string(row, "text", problems)
     return None if text is None else Plain("", text)
 
 
+def _read_labelled(row: Row, problems: Problems, has_template: bool) -> Labelled | None:
+    before = len(problems.found)
+    paired = "text_a" in row.fields
+    text = _string(row, "text_a" if paired else "text", problems)
+    text_b = _string(row, "text_b", problems) if paired else None
+    label = _score(row, problems) if "label" not in row.fields else _label(row, problems)
+    return Labelled(text, text_b, label) if len(problems.found) == before else None
+
+
+def _label(row: Row, problems: Problems) -> str | int | float | None:
+    label = row.fields["label"]
+    if isinstance(label, str):
+        return label.strip() or None
+    if isinstance(label, bool):
+        return int(label)
+    if label is not None and not (isinstance(label, int | float) and math.isfinite(label)):
+        what = _kind(label) if not isinstance(label, float) else str(label)
+        problems.add(row.line, f"label is {what}: expected a name or a number")
+        return None
+    return label
+
+
+def _score(row: Row, problems: Problems) -> float | None:
+    """A score is a number, also where all of them happen to be whole."""
+    score = row.fields.get("score")
+    if score is None or score == "":
+        return None
+    number = isinstance(score, int | float) and not isinstance(score, bool) and math.isfinite(score)
+    if number or (isinstance(score, str) and NUMBER.fullmatch(score.strip())):
+        return float(score)
+    problems.add(row.line, f"score is {score!r}: expected a number")
+    return None
+
+
+def _read_tags(row: Row, problems: Problems, has_template: bool) -> Tagged | None:
+    words, tags = row.fields["words"], row.fields.get("tags")
+    if not isinstance(words, list) or not words:
+        problems.add(row.line, f"words is {'empty' if words == [] else _kind(words)}: expected a list of words")
+        return None
+    wrong = next((i for i, word in enumerate(words) if not isinstance(word, str) or not word.strip()), None)
+    if wrong is not None:
+        found = "empty" if isinstance(words[wrong], str) else _kind(words[wrong])
+        problems.add(row.line, f"words[{wrong}] is {found}: expected a word")
+    elif tags is not None and not isinstance(tags, list):
+        problems.add(row.line, f"tags is {_kind(tags)}: expected a list with a tag for each word")
+    elif tags is not None and len(tags) != len(words):
+        problems.add(row.line, f"{len(tags):,} tags for {len(words):,} words: expected a tag for each word")
+    elif tags is not None and {type(tag) for tag in tags} not in ({str}, {int}):
+        problems.add(row.line, "tags are not all names or all whole numbers")
+    else:
+        return Tagged(words, tags)
+    return None
+
+
+def _of_one_kind(found: list[tuple[Row, Item]], problems: Problems) -> list[tuple[Row, Item]]:
+    """Labels as numbers where all of them are, and as values where one is not whole; all rows have them, or none."""
+    labels = [item.label for _, item in found if isinstance(item, Labelled)]
+    if labels and all(isinstance(label, str) and NUMBER.fullmatch(label) for label in labels):
+        whole = all(label.lstrip("+-").isdigit() for label in labels)
+        labels = [int(label) if whole else float(label) for label in labels]
+    if any(isinstance(label, float) for label in labels):
+        labels = [float(label) if isinstance(label, int) else label for label in labels]
+    if labels:
+        found = [(row, replace(item, label=label)) for (row, item), label in zip(found, labels, strict=True)]
+    kinds = [_kind_of_answer(item) for _, item in found]
+    usual = Counter(kinds).most_common(1)[0][0] if kinds else None
+    for (row, item), kind in zip(found, kinds, strict=True):
+        if kind != usual:
+            what = "tags" if isinstance(item, Tagged) else "label"
+            problems.add(row.line, f"it has {kind} as its {what}, and most rows have {usual}")
+    return found
+
+
+def _kind_of_answer(item: Item) -> str:
+    answer = (
+        item.label if isinstance(item, Labelled) else item.tags[0] if isinstance(item, Tagged) and item.tags else None
+    )
+    return "nothing" if answer is None else "names" if isinstance(answer, str) else "numbers"
+
+
+_PAIRS = (
+    ("text_a", "text_b"),
+    ("premise", "hypothesis"),
+    ("sentence1", "sentence2", "gold_label"),  # MNLI and SNLI
+    ("sentence1", "sentence2"),  # RTE and WNLI; STS-B, with a score
+    ("question1", "question2", "is_duplicate"),  # QQP
+    ("question1", "question2"),
+    ("question", "sentence"),  # QNLI
+    ("#1 String", "#2 String", "Quality"),  # MRPC
+    ("#1 String", "#2 String"),
+)
+_TEXTS = (("text", "label"), ("sentence",))  # CoLA and SST-2, of which the tests have no label
+_TAGS = (("words", "tags"), ("tokens", "tags"), ("words", "ner_tags"), ("tokens", "ner_tags"))
+_SOURCES = (("source", "target"), ("document", "summary"), ("article", "highlights"))
+_GENERATION = ("causal-lm", "seq2seq")
+_CLASSES = ("classify", "regress", "embed")
+
 # In order: a row that fits two formats is read as the first (the published Alpaca set also has a column `text`).
 FORMATS = {
-    "messages": Format(("messages",), ("tools",), _read_messages),
-    "conversations": Format(("conversations",), ("system",), _read_conversations),
-    "instruction": Format(("instruction", "output"), ("input",), _read_instruction),
-    "prompt": Format(("prompt", "completion"), (), _read_prompt),
-    "text": Format(("text",), (), _read_text),
+    "messages": Format(("messages",), ("tools",), ("causal-lm",), _read_messages, (("messages",),)),
+    "conversations": Format(
+        ("conversations",), ("system",), ("causal-lm",), _read_conversations, (("conversations",),)
+    ),
+    "instruction": Format(
+        ("instruction", "output"), ("input",), _GENERATION, _read_instruction, (("instruction", "output"),)
+    ),
+    "prompt": Format(("prompt", "completion"), (), _GENERATION, _read_prompt, (("prompt", "completion"),)),
+    "source": Format(("source", "target"), (), _GENERATION, _read_source, _SOURCES),
+    "tags": Format(("words",), ("tags",), ("tag",), _read_tags, _TAGS),
+    "pair": Format(("text_a", "text_b"), ("label", "score"), _CLASSES, _read_labelled, _PAIRS),
+    "label": Format(("text",), ("label", "score"), _CLASSES, _read_labelled, _TEXTS),
+    "text": Format(("text",), (), ("causal-lm", "mlm", "embed"), _read_text, (("text",),)),
 }
+COLUMNS = tuple(dict.fromkeys(name for f in FORMATS.values() for name in (*f.columns, *f.optional)))
+NAMES = {name for f in FORMATS.values() for names in f.told_by for name in names} | {*COLUMNS}
+ANSWERS = ("label", "score", "tags")
+"""What may be missing in rows that are to be predicted."""
