@@ -13,6 +13,7 @@ from typing import Literal
 
 from refpeft import RefpeftError, hookimpl
 from refpeft.bottleneck import bottleneck, check_size, normal_values
+from refpeft.targets import check_runs
 
 FAMILY = "additive"
 
@@ -36,6 +37,7 @@ class Config:
 
 @hookimpl
 def peft_check(sites, cfg):
+    check_runs("adapterdrop", sites)
     last = max(site.index for site in sites)
     if cfg.drop > last:
         raise RefpeftError(

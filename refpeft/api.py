@@ -13,6 +13,8 @@ from . import backend, manager
 from .backend import COMPUTE_DTYPES
 from .errors import RefpeftError
 from .files import let_go
+from .models.albert import Albert
+from .models.albert_config import AlbertConfig
 from .models.base import Frozen, Model
 from .models.checkpoint import Checkpoint, open_checkpoint
 from .models.config import AnyConfig
@@ -107,3 +109,5 @@ def class_of(config: AnyConfig) -> type[Model]:
     if isinstance(config, T5Config):
         return T5
     return GPT2 if config.family == "gpt2" else Decoder
+    if isinstance(config, AlbertConfig):
+        return Albert

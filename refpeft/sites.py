@@ -35,6 +35,7 @@ class Site:
     bias    frozen array, or None
     tied    the name of the site whose weight this one shares, or None
     transposed  whether the checkpoint has the weight as (in, out), as GPT-2's linear layers do
+    runs    how often a forward pass calls it: more than once where layers share their weights (ALBERT)
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class Site:
     ):
         self.name, self.kind, self.shape, self.roles = name, kind, shape, roles
         self.base, self.weight, self.bias, self.tied, self.transposed = base, weight, bias, tied, transposed
+        self.runs = 1
         self.layers: list[Layer] = []
         self._call = base
 

@@ -55,20 +55,23 @@ class Survey:
     def inputs(self, chosen: Sequence[Site], batches: int) -> Iterator[dict[str, Array]]:
         """For each of `batches` batches, what linear layers read: (tokens, in) without padding, by the site's name.
 
-        Layers that read the same, such as those of queries and keys, have one array. Raises RefpeftError for the head,
-        which is not run.
+        Layers that read the same, such as those of queries and keys, have one array; of a layer that is run several
+        times it has all that it reads. Raises RefpeftError for the head, which is not run.
         """
         if self.model.head in chosen:
             raise RefpeftError(f"what {self.model.head.name} reads is not looked at: leave it out of the targets")
-        seen: dict[str, Array] = {}
+        seen: dict[str, list[Array]] = {}
         with sites.bypassed(self.model), _listening(chosen, seen), no_grad():
             for step in range(batches):
                 batch = self.batches.at(step)
                 self.model.states(batch, np.flatnonzero(batch.targets >= 0))
                 real = np.arange(batch.ids.size) if batch.segments is None else np.flatnonzero(batch.segments >= 0)
                 real = self.model.xp.asarray(real)
-                once = {id(x): x.reshape(-1, x.shape[-1])[real] for x in seen.values()}
-                yield {name: once[id(x)] for name, x in seen.items()}
+                once = {tuple(map(id, runs)): runs for runs in seen.values()}
+                for key, runs in once.items():
+                    once[key] = self.model.xp.concatenate([x.reshape(-1, x.shape[-1])[real] for x in runs])
+                yield {name: once[tuple(map(id, runs))] for name, runs in seen.items()}
+                seen.clear()
 
     def changes(self, chosen: Sequence[Site], steps: int, lr: float, **options: Any) -> dict[str, Array]:
         """By how much `steps` steps of training in full change the dense weight of each site, by the site's name.
@@ -217,20 +220,20 @@ def _gradients(model: Model, batch: Batch, tensors: dict[str, Tensor]) -> dict[s
 class _Listener:
     """In the place of a Layer: notes what the site reads."""
 
-    def __init__(self, name: str, seen: dict[str, Array]):
+    def __init__(self, name: str, seen: dict[str, list[Array]]):
         self.name, self.seen = name, seen
 
     def around(self, inner: Any) -> Any:
         def call(x: Tensor, **keywords: Any) -> Tensor:
-            self.seen[self.name] = x.data
+            self.seen.setdefault(self.name, []).append(x.data)
             return inner(x, **keywords)
 
         return call
 
 
 @contextlib.contextmanager
-def _listening(chosen: Sequence[Site], seen: dict[str, Array]) -> Iterator[None]:
-    """Within it, what each of these sites reads is put into `seen` by its name."""
+def _listening(chosen: Sequence[Site], seen: dict[str, list[Array]]) -> Iterator[None]:
+    """Within it, what each of these sites reads is added to `seen`, by its name."""
     for site in chosen:
         site.layers.append(_Listener(site.name, seen))
         site.compose()

@@ -60,6 +60,13 @@ CONFIGS |= {
     | {"share_att_key": False, "position_buckets": -1, "norm_rel_ebd": "none", "position_biased_input": True},
     "deberta-c2p": _DEBERTA | {"share_att_key": False, "pos_att_type": ["c2p"], "max_relative_positions": 5},
 }
+CONFIGS["albert"] = _BERT | {
+    "model_type": "albert",
+    "num_hidden_layers": 5,
+    "num_hidden_groups": 2,
+    "embedding_size": 12,
+    "pad_token_id": 1,
+}
 every_family = pytest.mark.parametrize("family", CONFIGS)
 
 
@@ -73,7 +80,9 @@ def rows(family: str, padded: bool = True) -> dict[str, np.ndarray]:
     segments = np.where(np.arange(9) < [[9], [6 if padded else 9]], 0, -1)
     found = {"ids": np.where(segments < 0, 1, rng.integers(3, 40, (2, 9))), "segments": segments}
     return found | (
-        {"types": np.where(np.arange(9) < 4, 0, 1) * np.ones((2, 1), int)} if family in ("bert", "deberta-conv") else {}
+        {"types": np.where(np.arange(9) < 4, 0, 1) * np.ones((2, 1), int)}
+        if family in ("bert", "deberta-conv", "albert")
+        else {}
     )
 
 

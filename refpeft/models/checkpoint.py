@@ -14,7 +14,8 @@ import numpy as np
 
 from refpeft.errors import RefpeftError
 from refpeft.files import read_json, read_safetensors
-from refpeft.models import deberta_config, encoder_config, t5_config
+from refpeft.models import albert_config, deberta_config, encoder_config, t5_config
+from refpeft.models.albert_config import AlbertConfig
 from refpeft.models.config import AnyConfig, ModelConfig, from_hf
 from refpeft.models.deberta_config import DebertaConfig
 from refpeft.models.encoder_config import EncoderConfig
@@ -173,6 +174,8 @@ def _llama_shaped_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         "self_attn.k_proj": ((kv, dim), config.qkv_bias),
         "self_attn.v_proj": ((kv, dim), config.qkv_bias),
         "self_attn.o_proj": ((dim, q), config.o_bias),
+    if isinstance(config, AlbertConfig):
+        return albert_config.tensors(config)
         "mlp.gate_proj": ((ff, dim), config.mlp_bias),
         "mlp.up_proj": ((ff, dim), config.mlp_bias),
         "mlp.down_proj": ((dim, ff), config.mlp_bias),

@@ -8,7 +8,7 @@ import reprlib
 from dataclasses import dataclass, field
 
 from refpeft.errors import RefpeftError
-from refpeft.models import deberta_config, encoder_config, t5_config
+from refpeft.models import albert_config, deberta_config, encoder_config, t5_config
 from refpeft.models.config_keys import REQUIRED, activation, count, flag, layer_count, positive, read, special_ids
 from refpeft.models.encoder_config import EncoderConfig
 from refpeft.models.t5_config import T5Config
@@ -202,6 +202,8 @@ def from_hf(config: dict) -> AnyConfig:
         raise RefpeftError(f"model_type is {family!r}; refpeft has {', '.join(known)}")
     if family == deberta_config.FAMILY:
         return deberta_config.from_hf(config)
+    if family == albert_config.FAMILY:
+        return albert_config.from_hf(config)
     if family in t5_config.FAMILIES:
         return t5_config.from_hf(config)
     if family in encoder_config.NAMES:

@@ -33,7 +33,7 @@ class Encoder(Model):
         self.position = self.embedding(prefix + name["positions"], "position") if config.positions else None
         self.type = self.embedding(prefix + name["types"], "type") if config.types else None
         self.first_norm = self.norm(prefix + name["norm"], config.norm_eps, "norm", bias=True)
-        self.layers = [self.make_layer(f"{prefix}{name['layer']}.{i}", name) for i in range(config.layers)]
+        self.layers = [self.make_layer(f"{prefix}{name['layer']}.{i}", name) for i in range(config.distinct)]
 
     def make_layer(self, start: str, name: dict[str, str]) -> Layer:
         """The layer whose modules' names begin with `start` and go on as in `name`."""

@@ -13,7 +13,7 @@ from refpeft.models.config_keys import activation, count, layer_count, positive,
 class EncoderConfig:
     """The shape of an encoder, with nothing left to look up."""
 
-    family: str  # bert, roberta, xlm-roberta or distilbert
+    family: str  # bert, roberta, xlm-roberta, distilbert, deberta-v2 or albert
     vocab: int
     dim: int
     layers: int
@@ -39,6 +39,11 @@ class EncoderConfig:
     def context(self) -> int:
         """The most tokens of a row."""
         return self.positions - self.first_position
+
+    @property
+    def distinct(self) -> int:
+        """How many layers have weights of their own."""
+        return self.layers
 
 
 _BERT = {
@@ -72,12 +77,25 @@ _DISTILBERT = _BERT | {
 _DEBERTA = _BERT | {
     letter: f"attention.self.{word}_proj" for letter, word in zip("qkv", ("query", "key", "value"), strict=True)
 }
+_ALBERT = _BERT | {
+    "layer": "encoder.albert_layer_groups",
+    "attention": "albert_layers.0.attention",
+    "q": "albert_layers.0.attention.query",
+    "k": "albert_layers.0.attention.key",
+    "v": "albert_layers.0.attention.value",
+    "o": "albert_layers.0.attention.dense",
+    "norm1": "albert_layers.0.attention.LayerNorm",
+    "up": "albert_layers.0.ffn",
+    "down": "albert_layers.0.ffn_output",
+    "norm2": "albert_layers.0.full_layer_layer_norm",
+}
 NAMES = {
     "bert": _BERT,
     "roberta": _BERT,
     "xlm-roberta": _BERT,
     "distilbert": _DISTILBERT,
     "deberta-v2": _DEBERTA,
+    "albert": _ALBERT,
 }
 """What modules are called, by family."""
 
@@ -87,6 +105,7 @@ PREFIX = {
     "xlm-roberta": "roberta.",
     "distilbert": "distilbert.",
     "deberta-v2": "deberta.",
+    "albert": "albert.",
 }
 """What stands before these names in a model that has a head."""
 
@@ -98,7 +117,7 @@ def tensors_of(config: EncoderConfig, width: int) -> dict[str, tuple[int, ...]]:
     shapes = {f"{name[table]}.weight": (rows, width) for table, rows in tables.items() if rows}
     linears = {"q": (dim, dim), "k": (dim, dim), "v": (dim, dim), "o": (dim, dim), "up": (ff, dim), "down": (dim, ff)}
     norms = [name["norm"]]
-    for layer in range(config.layers):
+    for layer in range(config.distinct):
         start = f"{name['layer']}.{layer}."
         for part, shape in linears.items():
             shapes[f"{start}{name[part]}.weight"], shapes[f"{start}{name[part]}.bias"] = shape, shape[:1]
@@ -144,7 +163,7 @@ _KEYS = {
 }
 _IN_BERTS_WORDS = {"dim": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads"}
 _IN_BERTS_WORDS |= {"hidden_dim": "intermediate_size", "activation": "hidden_act"}
-_ONLY = {
+BERT_ONLY = {
     "add_cross_attention": False,
     "is_encoder_decoder": False,
     "position_embedding_type": "absolute",
@@ -163,7 +182,7 @@ ARCHITECTURES = ("Model", "ForMaskedLM", "ForPreTraining", "ForSequenceClassific
 def from_hf(config: dict) -> EncoderConfig:
     """The EncoderConfig of a parsed `config.json`; raises RefpeftError as refpeft.models.config.from_hf does."""
     family = config["model_type"]
-    values = read(config, family, _KEYS[family], _ONLY, HARMLESS, ARCHITECTURES)
+    values = read(config, family, _KEYS[family], BERT_ONLY, HARMLESS, ARCHITECTURES)
     values = {_IN_BERTS_WORDS.get(key, key): value for key, value in values.items()}
     common = in_common(values)
     pad = common["pad_id"]

@@ -40,7 +40,7 @@ def _at_the_embedding(adapter: Adapter, model: Any) -> bool:
 
 
 def _prompt_settings(adapter: Adapter, model: Any) -> dict[str, Any]:
-    settings = _virtual_tokens(adapter, model, model.config.heads, model.config.dim)
+    settings = _virtual_tokens(adapter, model, model.config.heads, model.embed.shape[1])
     init = getattr(adapter.cfg, "init", "random")
     if init == "text" and model.name:  # PEFT insists on the tokenizer's name, although it does not use it any more
         text = {"prompt_tuning_init_text": adapter.cfg.text, "tokenizer_name_or_path": model.name}
@@ -79,7 +79,7 @@ def _task_entries(adapter: Adapter) -> list[Entry]:
 
 
 def _task_settings(adapter: Adapter, model: Any) -> dict[str, Any]:
-    cfg, settings = adapter.cfg, _virtual_tokens(adapter, model, model.config.heads, model.config.dim)
+    cfg, settings = adapter.cfg, _virtual_tokens(adapter, model, model.config.heads, model.embed.shape[1])
     chosen = {"refpeft_task": cfg.task} if cfg.tasks > 1 else {}  # a key that PEFT does not know, and leaves out
     return settings | {"num_tasks": cfg.tasks, "num_ranks": cfg.ranks} | chosen
 
@@ -126,7 +126,7 @@ def _rows_entries(adapter: Adapter) -> list[Entry]:
 
 
 def _encoder(adapter: Adapter, model: Any) -> dict[str, Any]:
-    cfg, dim = adapter.cfg, model.config.dim
+    cfg, dim = adapter.cfg, model.embed.shape[1]
     settings = _virtual_tokens(adapter, model, model.config.heads, dim)
     if cfg.encoder == "none":
         return settings
@@ -189,7 +189,8 @@ def _prefix_settings(adapter: Adapter, model: Any) -> dict[str, Any]:
 
 def _prefix_fits(adapter: Adapter, model: Any) -> bool:
     everywhere = [site for site in model.sites.values() if site.kind == "attention"]
-    return adapter.positions == adapter.cfg.tokens and adapter.sites == everywhere
+    apart = all(site.runs == 1 for site in everywhere)  # PEFT has keys and values for each run of a layer
+    return adapter.positions == adapter.cfg.tokens and adapter.sites == everywhere and apart
 
 
 PREFIX_TUNING = Format(
