@@ -104,10 +104,10 @@ def class_of(config: AnyConfig) -> type[Model]:
     """The class of the model that a config describes."""
     if isinstance(config, DebertaConfig):
         return Deberta
+    if isinstance(config, AlbertConfig):
+        return Albert
     if isinstance(config, EncoderConfig):
         return Encoder
     if isinstance(config, T5Config):
         return T5
     return GPT2 if config.family == "gpt2" else Decoder
-    if isinstance(config, AlbertConfig):
-        return Albert

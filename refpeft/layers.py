@@ -119,8 +119,8 @@ class Mode:
     part: int = 0  # of the step's batch, where its gradients are accumulated
     again: int = 0  # how often the same rows were computed before, for methods that compare passes
     chunk: int = 0  # of the rows, where the loss gives them to the head in chunks
-
     run: int = 0  # of a layer that a model runs several times (ALBERT)
+
 
 class Train:
     """What a hook knows of training: the optimizer's step, and random numbers, the same in every run of a seed."""
@@ -128,8 +128,8 @@ class Train:
     def __init__(self, mode: Mode, purpose: tuple[str, ...]):
         self.step = mode.step
         again = ("again", mode.again) if mode.again else ()
-        self._key = (mode.seed, "dropout", *purpose, mode.step, mode.part, mode.chunk, *again)
         again += ("run", mode.run) if mode.run else ()
+        self._key = (mode.seed, "dropout", *purpose, mode.step, mode.part, mode.chunk, *again)
         self._of_the_pass = (mode.seed, "draw", *purpose, mode.step, mode.part, *again)
         self._of_the_step = (mode.seed, "draw", *purpose[:-1], mode.step)
         self._stream: Stream | None = None

@@ -78,9 +78,17 @@ def check_layers(name: str, cfg: Any, sites: list[Site]) -> None:
     """Raises RefpeftError unless `sites`, of a method that goes through all layers, are those of one stack of them."""
     if tuple(cfg.targets) != type(cfg).targets:
         raise RefpeftError(f"{name} goes through all layers: leave its targets as they are")
+    check_runs(name, sites)
     numbers = [site.index for site in sites if site.kind == "block"]
     if numbers != list(range(len(numbers))):
         raise RefpeftError(f"{name} goes through one stack of layers, and this model has an encoder and a decoder")
+
+
+def check_runs(name: str, sites: list[Site]) -> None:
+    """Raises RefpeftError where the model runs a layer several times, for a method that treats layers differently."""
+    runs = max(site.runs for site in sites)
+    if runs > 1:
+        raise RefpeftError(f"{name} treats a model's layers differently, and this model runs one {runs} times")
 
 
 def _hit(target: str, hits: Callable[[Site], bool], sites: list[Site], usable: Callable[[Site], bool]) -> set[str]:
@@ -90,18 +98,10 @@ def _hit(target: str, hits: Callable[[Site], bool], sites: list[Site], usable: C
     if not fit:
         raise RefpeftError(_no_match(target, found, sites))
     return fit
-    check_runs(name, sites)
 
 
 def patterned(patterns: Mapping[str, Any], site: Site, default: Any) -> Any:
     """The value of the first key, a regular expression, that ends the site's name from a dot on; else `default`.
-
-def check_runs(name: str, sites: list[Site]) -> None:
-    """Raises RefpeftError where the model runs a layer several times, for a method that treats layers differently."""
-    runs = max(site.runs for site in sites)
-    if runs > 1:
-        raise RefpeftError(f"{name} treats a model's layers differently, and this model runs one {runs} times")
-
 
     This is PEFT's rank_pattern. Fields of a Config that are named so are checked: each key must match a site.
     """

@@ -152,6 +152,8 @@ def expected_tensors(config: AnyConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape, as files have them, of every tensor of such a model (GPT-2's linear weights are (in, out))."""
     if isinstance(config, DebertaConfig):
         return deberta_config.tensors(config)
+    if isinstance(config, AlbertConfig):
+        return albert_config.tensors(config)
     if isinstance(config, EncoderConfig):
         return encoder_config.tensors_of(config, config.dim)
     if isinstance(config, T5Config):
@@ -174,8 +176,6 @@ def _llama_shaped_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         "self_attn.k_proj": ((kv, dim), config.qkv_bias),
         "self_attn.v_proj": ((kv, dim), config.qkv_bias),
         "self_attn.o_proj": ((dim, q), config.o_bias),
-    if isinstance(config, AlbertConfig):
-        return albert_config.tensors(config)
         "mlp.gate_proj": ((ff, dim), config.mlp_bias),
         "mlp.up_proj": ((ff, dim), config.mlp_bias),
         "mlp.down_proj": ((dim, ff), config.mlp_bias),
