@@ -10,7 +10,7 @@ of turn (ChatML: a newline) is not learned, for generation has stopped by then.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -21,17 +21,9 @@ import numpy as np
 from refpeft.choices import OVERLONG, SUPERVISE
 from refpeft.errors import RefpeftError
 from refpeft.examples import Example
-from refpeft.formats import (
-    SHOWN_PROBLEMS,
-    Chat,
-    Plain,
-    Problems,
-    Row,
-    detect_format,
-    ignored_columns,
-    read_format,
-    read_rows,
-)
+from refpeft.formats import FORMATS, Items, read_items
+from refpeft.items import Chat, Plain, label_lines
+from refpeft.rows import SHOWN_PROBLEMS, Problems
 from refpeft.templates import Rendered, Template
 from refpeft.tokenizer import Tokenizer
 
@@ -115,6 +107,7 @@ def load_data(
     tokenizer: Tokenizer,
     *,
     format: str | None = None,
+    fields: Mapping[str, str] | None = None,
     template: Template | None = None,
     length: int | None = None,
     overlong: str = "error",
@@ -123,6 +116,7 @@ def load_data(
     """The examples of a file and their summary.
 
     format      one of refpeft.formats.FORMATS; None tells it from the columns
+    fields      what the file calls the format's columns: {"prompt": "question"}
     template    instead of the tokenizer's own chat template
     length      the most tokens that an example may have
     overlong    what becomes of longer rows:
@@ -148,11 +142,9 @@ def load_data(
         )
     if template is None and tokenizer.chat_template is not None:
         template = Template(tokenizer.chat_template, tokenizer.special_tokens)
-    rows = read_rows(path)
-    format = format or detect_format(rows, str(path))
-    items = read_format(rows, format, has_template=template is not None, file=str(path))
-    examples, rewritten = _encode(items, tokenizer, template, supervise, str(path))
-    summary = _summarise(str(path), format, rows, items, examples, tokenizer)
+    read = read_items(path, format, fields, has_template=template is not None)
+    examples, rewritten = _encode(read, tokenizer, template, supervise, str(path))
+    summary = _summarise(str(path), read, examples, tokenizer)
     if rewritten:
         summary.notes.append(
             f"{rewritten:,} conversations became one example per answer: the template rewrites history"
@@ -168,12 +160,15 @@ def load_data(
 
 
 def _encode(
-    items: list[tuple[Row, Chat | Plain]], tokenizer: Tokenizer, template: Template | None, supervise: str, file: str
+    read: Items, tokenizer: Tokenizer, template: Template | None, supervise: str, file: str
 ) -> tuple[list[Example], int]:
     """Examples, and how many conversations became several. Raises RefpeftError for rows in which nothing is learned."""
+    if "causal-lm" not in FORMATS[read.format].tasks:
+        what = "; ".join([f"the format {read.format!r}", *label_lines(read.items)])
+        raise RefpeftError(f"{file} ({what}) holds no texts to go on with: choose another format")
     examples: list[Example] = []
     rewritten, problems = 0, Problems(file)
-    for row, item in items:
+    for row, item in zip(read.rows, read.items, strict=True):
         if isinstance(item, Chat) and template is None:
             raise RefpeftError(
                 f"{file} holds conversations, but {tokenizer.name} has no chat template: give one, "
@@ -317,24 +312,18 @@ def _windows(example: Example, length: int) -> Iterator[Example]:
 # -- telling people ----------------------------------------------------------------------------------------------------
 
 
-def _summarise(
-    file: str,
-    format: str,
-    rows: list[Row],
-    items: list[tuple[Row, Chat | Plain]],
-    examples: list[Example],
-    tokenizer: Tokenizer,
-) -> Summary:
+def _summarise(file: str, read: Items, examples: list[Example], tokenizer: Tokenizer) -> Summary:
     last = [int(example.ids[example.supervised][-1]) for example in examples]
     ends = sum(token in tokenizer.eos_ids for token in last)
     summary = Summary(
         file=file,
-        format=format,
-        rows=len(rows),
-        ignored_columns=ignored_columns(rows, format),
-        empty_answers=sum(not all(answer.strip() for answer in item.answers) for _, item in items),
+        format=read.format,
+        rows=len(read.rows),
+        ignored_columns=read.unused,
+        empty_answers=sum(not all(answer.strip() for answer in item.answers) for item in read.items),
         duplicates=len(examples) - len({example.ids.tobytes() for example in examples}),
         ends_in_eos=ends,
+        notes=list(read.notes),
     )
     if ends < len(examples):
         other = next(token for token in last if token not in tokenizer.eos_ids)
@@ -342,7 +331,7 @@ def _summarise(
             f"{len(examples) - ends:,} answers end in {tokenizer.decode([other], skip_specials=False)!r}, "
             f"at which generation does not stop (the model's files name {', '.join(map(repr, tokenizer.ends))})"
         )
-    spaces = sum(isinstance(item, Plain) and item.prompt.endswith(" ") for _, item in items)
+    spaces = sum(isinstance(item, Plain) and item.prompt.endswith(" ") for item in read.items)
     if spaces:
         summary.notes.append(
             f"{spaces:,} prompts end in a space, which most tokenizers put at the start of the next word: "

@@ -18,17 +18,17 @@ The columns may have the names that GLUE and others give them (`told_by`), or an
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from refpeft.errors import RefpeftError, nearest
 from refpeft.items import Chat, Item, Labelled, Plain, Tagged
-from refpeft.rows import NUMBER, Problems, Row
-from refpeft.rows import SHOWN_PROBLEMS as SHOWN_PROBLEMS
-from refpeft.rows import read_rows as read_rows
+from refpeft.rows import NUMBER, Problems, Row, read_rows
 
 # Stanford Alpaca's own prompts, for models without a chat template.
 ALPACA_WITH_INPUT = (
@@ -79,17 +79,19 @@ def read_items(
     answers         False: rows are to be predicted, so what `fields` calls label, score or tags may be missing
     """
     notes: list[str] = []
-    fields = dict(fields or {})
+    fields = fields or {}
     _check_names(format, fields)
     rows = read_rows(path, known=(*NAMES, *fields.values()), notes=notes)
     rows = _with_fields(rows, fields, answers, str(path))
-    format = format or detect_format(rows, str(path), fields)
-    unused = ignored_columns(rows, format)
-    found = read_format(rows, format, has_template=has_template, file=str(path))
-    return Items([row for row, _ in found], [item for _, item in found], format, unused, notes)
+    format = format or _told(rows, fields, str(path))
+    names = FORMATS[format].names
+    rows = [_renamed(row, names(tuple(row.fields))) for row in rows]
+    columns = dict.fromkeys(name for row in rows for name in row.fields)
+    unused = [name for name in columns if name not in FORMATS[format].all_columns]
+    return Items(rows, _items(rows, format, has_template, str(path)), format, unused, notes)
 
 
-# -- formats -----------------------------------------------------------------------------------------------------------
+# -- formats and the names of their columns ----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -102,31 +104,79 @@ class Format:
     read: Callable[[Row, Problems, bool], Item | None]  # row, problems, whether there is a chat template
     told_by: tuple[tuple[str, ...], ...]
 
-    def names(self, row: Row) -> dict[str, str]:
-        """What this row calls the format's columns: {ours: its}; empty where the format cannot be told by it."""
+    @property
+    def all_columns(self) -> tuple[str, ...]:
+        return self.columns + self.optional
+
+    @cache  # noqa: B019 (there is one of each format, and files have rows of few kinds)
+    def names(self, columns: tuple[str, ...]) -> dict[str, str]:
+        """What a row of these columns calls the format's: {ours: its}; empty where it does not tell the format."""
         for its in self.told_by:
-            names = dict(zip((*self.columns, *self.optional), its, strict=False))
-            if set(its) <= row.fields.keys() and not any(a != b and a in row.fields for a, b in names.items()):
+            names = dict(zip(self.all_columns, its, strict=False))
+            if all(b in columns and (a == b or a not in columns) for a, b in names.items()):
                 return names
         return {}
 
 
-def detect_format(rows: list[Row], file: str = "the data", fields: Iterable[str] = ()) -> str:
+def _check_names(format: str | None, fields: Mapping[str, str]) -> None:
+    """Raises RefpeftError for formats, and columns of formats, that there are not."""
+    if format is not None and format not in FORMATS:
+        raise RefpeftError(f"format {format!r} is unknown: expected one of {', '.join(FORMATS)}")
+    columns = COLUMNS if format is None else FORMATS[format].all_columns
+    for name in fields:
+        if name not in columns:
+            whose = "no format has" if format is None else f"the format {format!r} does not have"
+            raise RefpeftError(
+                f"fields: {whose} a column {name!r}: expected some of {', '.join(columns)}{nearest(name, columns)}"
+            )
+    for its, count in Counter(fields.values()).items():
+        if count > 1:
+            raise RefpeftError(f"fields: the column {its!r} is named {count} times: expected once")
+
+
+def _with_fields(rows: list[Row], fields: Mapping[str, str], answers: bool, file: str) -> list[Row]:
+    """The rows with the format's names for columns that the file calls otherwise."""
+    columns = dict.fromkeys(name for row in rows for name in row.fields)
+    problems = Problems(file)
+    for ours, its in fields.items():
+        if its not in columns and (answers or ours not in ANSWERS):
+            have = f"the file has {', '.join(columns) or 'none'}{nearest(its, columns)}"
+            problems.add(None, f"no column {its!r}, which fields.{ours} names: {have}")
+    problems.stop()
+    return [_renamed(row, fields) for row in rows]
+
+
+def _renamed(row: Row, names: Mapping[str, str]) -> Row:
+    """The row with columns called by our names, {ours: its}, in its own order."""
+    if all(ours == its for ours, its in names.items()):
+        return row
+    ours = {its: ours for ours, its in names.items() if its in row.fields}
+    kept = {ours.get(name, name): value for name, value in row.fields.items() if name in ours or name not in names}
+    return replace(row, fields=kept)
+
+
+def _told(rows: list[Row], fields: Collection[str], file: str) -> str:
     """The format of all rows, told from their columns. Raises RefpeftError where rows differ or fit no format.
 
-    Of formats that fit, one that has all of the columns `fields`.
+    Of formats that have all of the columns `fields`: the first by whose `told_by` a row is told, or else, where some
+    columns were named, the first whose columns it has.
     """
-    able = {name: f for name, f in FORMATS.items() if set(fields) <= {*f.columns, *f.optional}}
-    kinds = [_kind_of_row(row, able, bool(fields)) for row in rows]
+    able = {name: f for name, f in FORMATS.items() if set(fields) <= set(f.all_columns)}
+
+    @cache
+    def told(columns: tuple[str, ...]) -> str | None:
+        fitting = [name for name, f in able.items() if f.names(columns)]
+        if fields:
+            fitting += [name for name, f in able.items() if set(f.columns) <= set(columns)]
+        return next(iter(fitting), None)
+
+    kinds = [told(tuple(row.fields)) for row in rows]
     problems = Problems(file)
     if set(kinds) == {None}:
+        wanted = " | ".join(", ".join(f.told_by[0]) for f in able.values()) or "columns of one format in `fields`"
+        hint = "" if fields else "; `fields` says which columns are which"
         columns = ", ".join(rows[0].fields) or "none"
-        wanted = " | ".join(", ".join(f.told_by[0]) for f in able.values())
-        problems.add(
-            rows[0].line,
-            f"its columns ({columns}) fit no format: expected {wanted or 'all of one format'}. "
-            "With `fields` you say which is which",
-        )
+        problems.add(rows[0].line, f"its columns ({columns}) fit no format: expected {wanted}{hint}")
         problems.stop()
     usual = Counter(kind for kind in kinds if kind).most_common(1)[0][0]
     for row, kind in zip(rows, kinds, strict=True):
@@ -139,82 +189,49 @@ def detect_format(rows: list[Row], file: str = "the data", fields: Iterable[str]
     return usual
 
 
-def _kind_of_row(row: Row, able: Mapping[str, Format], named: bool) -> str | None:
-    """The first format that the row's columns tell; where some of them were `named`, else the first that can be."""
-    told = next((name for name, f in able.items() if f.names(row)), None)
-    if told or not named:
-        return told
-    return next((name for name, f in able.items() if set(f.columns) <= row.fields.keys()), None)
+# -- rows as items -----------------------------------------------------------------------------------------------------
 
 
-def read_format(rows: list[Row], format: str, *, has_template: bool, file: str = "the data") -> list[tuple[Row, Item]]:
-    """Each row with its item. Raises RefpeftError with every mistake's line."""
-    _check_names(format, {})
-    problems, out = Problems(file), []
-    for row in _standard(rows, format):
+def _items(rows: list[Row], format: str, has_template: bool, file: str) -> list[Item]:
+    """The item of each row. Raises RefpeftError with every mistake's line."""
+    problems, items = Problems(file), []
+    for row in rows:
         missing = [name for name in FORMATS[format].columns if name not in row.fields]
         if missing:
             problems.add(row.line, f"{', '.join(missing)} missing: the format {format!r} needs it")
-            continue
-        item = FORMATS[format].read(row, problems, has_template)
-        if item is not None:
-            out.append((row, item))
+        else:
+            items.append(FORMATS[format].read(row, problems, has_template))
     problems.stop()
-    labelled = _of_one_kind(out, problems)
+    items = _with_numbers(items)
+    kinds = [_kind_of_answer(item) for item in items]
+    usual = Counter(kinds).most_common(1)[0][0]
+    for row, kind in zip(rows, kinds, strict=True):
+        if kind != usual:
+            what = "tags" if format == "tags" else "label"
+            problems.add(row.line, f"its {what} is {kind}, but most rows have {usual}")
     problems.stop()
-    return labelled
+    return items
 
 
-def ignored_columns(rows: list[Row], format: str) -> list[str]:
-    """Columns that the format does not read, in order of appearance."""
-    known = {*FORMATS[format].columns, *FORMATS[format].optional}
-    return [
-        name for name in Counter(name for row in _standard(rows, format) for name in row.fields) if name not in known
-    ]
+def _with_numbers(items: list[Item]) -> list[Item]:
+    """Labels as numbers where all of them are, and as values where one of these is not whole."""
+    labels = [item.label for item in items if isinstance(item, Labelled)]
+    if not labels:
+        return items
+    if all(isinstance(label, str) and NUMBER.fullmatch(label) for label in labels):
+        whole = all(re.fullmatch(r"[+-]?\d+", label) for label in labels)
+        labels = [int(label) if whole else float(label) for label in labels]
+    if any(isinstance(label, float) for label in labels):
+        labels = [float(label) if isinstance(label, int) else label for label in labels]
+    return [replace(item, label=label) for item, label in zip(items, labels, strict=True)]
 
 
-# -- names of columns --------------------------------------------------------------------------------------------------
-
-
-def _check_names(format: str | None, fields: Mapping[str, str]) -> None:
-    """Raises RefpeftError for formats and columns of formats that there are not."""
-    if format is not None and format not in FORMATS:
-        raise RefpeftError(f"format {format!r} is unknown: expected one of {', '.join(FORMATS)}")
-    columns = COLUMNS if format is None else (*FORMATS[format].columns, *FORMATS[format].optional)
-    for name in fields:
-        if name not in columns:
-            whose = "no format has" if format is None else f"the format {format!r} has not"
-            raise RefpeftError(
-                f"fields: {whose} a column {name!r}: expected some of {', '.join(columns)}{nearest(name, columns)}"
-            )
-
-
-def _with_fields(rows: list[Row], fields: Mapping[str, str], answers: bool, file: str) -> list[Row]:
-    """The rows with the format's names for columns that the file calls otherwise."""
-    columns = Counter(name for row in rows for name in row.fields)
-    problems = Problems(file)
-    for ours, theirs in fields.items():
-        if theirs not in columns and (answers or ours not in ANSWERS):
-            have = f"its columns are {', '.join(columns) or 'none'}{nearest(theirs, columns)}"
-            problems.add(None, f"it has no column {theirs!r}, which fields.{ours} names: {have}")
-    problems.stop()
-    return [_renamed(row, fields) for row in rows]
-
-
-def _standard(rows: list[Row], format: str) -> list[Row]:
-    return [_renamed(row, FORMATS[format].names(row)) for row in rows]
-
-
-def _renamed(row: Row, names: Mapping[str, str]) -> Row:
-    """The row with columns called by our names, in its own order; {ours: its}."""
-    if all(ours == its for ours, its in names.items()):
-        return row
-    ours = {its: ours for ours, its in names.items() if its in row.fields}
-    kept = {ours.get(name, name): value for name, value in row.fields.items() if name in ours or name not in names}
-    return replace(row, fields=kept)
-
-
-# -- rows as items -----------------------------------------------------------------------------------------------------
+def _kind_of_answer(item: Item) -> str | None:
+    """What there is to be learned of a labelled text or tagged words, in words; None of others."""
+    if not isinstance(item, Labelled | Tagged):
+        return None
+    answer = item.label if isinstance(item, Labelled) else item.tags and item.tags[0]
+    return "missing" if answer is None else "a name" if isinstance(answer, str) else "a number"
 
 
 def _string(row: Row, name: str, problems: Problems, default: str | None = None) -> str | None:
@@ -366,32 +383,6 @@ def _read_tags(row: Row, problems: Problems, has_template: bool) -> Tagged | Non
     return None
 
 
-def _of_one_kind(found: list[tuple[Row, Item]], problems: Problems) -> list[tuple[Row, Item]]:
-    """Labels as numbers where all of them are, and as values where one is not whole; all rows have them, or none."""
-    labels = [item.label for _, item in found if isinstance(item, Labelled)]
-    if labels and all(isinstance(label, str) and NUMBER.fullmatch(label) for label in labels):
-        whole = all(label.lstrip("+-").isdigit() for label in labels)
-        labels = [int(label) if whole else float(label) for label in labels]
-    if any(isinstance(label, float) for label in labels):
-        labels = [float(label) if isinstance(label, int) else label for label in labels]
-    if labels:
-        found = [(row, replace(item, label=label)) for (row, item), label in zip(found, labels, strict=True)]
-    kinds = [_kind_of_answer(item) for _, item in found]
-    usual = Counter(kinds).most_common(1)[0][0] if kinds else None
-    for (row, item), kind in zip(found, kinds, strict=True):
-        if kind != usual:
-            what = "tags" if isinstance(item, Tagged) else "label"
-            problems.add(row.line, f"it has {kind} as its {what}, and most rows have {usual}")
-    return found
-
-
-def _kind_of_answer(item: Item) -> str:
-    answer = (
-        item.label if isinstance(item, Labelled) else item.tags[0] if isinstance(item, Tagged) and item.tags else None
-    )
-    return "nothing" if answer is None else "names" if isinstance(answer, str) else "numbers"
-
-
 _PAIRS = (
     ("text_a", "text_b"),
     ("premise", "hypothesis"),
@@ -425,7 +416,8 @@ FORMATS = {
     "label": Format(("text",), ("label", "score"), _CLASSES, _read_labelled, _TEXTS),
     "text": Format(("text",), (), ("causal-lm", "mlm", "embed"), _read_text, (("text",),)),
 }
-COLUMNS = tuple(dict.fromkeys(name for f in FORMATS.values() for name in (*f.columns, *f.optional)))
-NAMES = {name for f in FORMATS.values() for names in f.told_by for name in names} | {*COLUMNS}
+COLUMNS = tuple(dict.fromkeys(name for f in FORMATS.values() for name in f.all_columns))
+NAMES = {name for f in FORMATS.values() for names in f.told_by for name in names}.union(COLUMNS)
+"""What columns are called in files whose format is told."""
 ANSWERS = ("label", "score", "tags")
 """What may be missing in rows that are to be predicted."""

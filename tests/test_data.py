@@ -11,7 +11,7 @@ from tiny_tokenizers import CHATML, byte_level, chatml, llama, plain, save
 from refpeft import RefpeftError
 from refpeft.data import load_data, runs, view
 from refpeft.examples import Example
-from refpeft.formats import ALPACA, ALPACA_WITH_INPUT
+from refpeft.formats import ALPACA, ALPACA_WITH_INPUT, Items
 from refpeft.templates import Template
 from refpeft.tokenizer import Tokenizer
 
@@ -376,7 +376,7 @@ def test_splitting_learns_every_token_once(mask, length):
     example = Example(np.arange(len(mask), dtype=np.int32), np.array(mask), 1)
     if not example.targets or length - _prompt_tokens(example) < 2:
         return
-    summary = _summarise("file", "text", [], [], [example], PLAIN)
+    summary = _summarise("file", Items([], [], "text", [], []), [example], PLAIN)
     windows = _fit([example], length, "split", summary)
     targets = [int(i) for w in windows for i in w.ids[1:][w.supervised[1:]]]
     assert sorted(targets) == [i for i in range(1, len(mask)) if mask[i]]
