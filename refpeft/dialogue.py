@@ -6,18 +6,21 @@ from collections.abc import Sequence
 from typing import Any
 
 from refpeft.errors import RefpeftError
-from refpeft.formats import ALPACA
+from refpeft.formats import ALPACA, SOURCE
 from refpeft.generate import generate
 from refpeft.models.base import Model
 from refpeft.templates import Template
+
+PLAIN = ("prompt", "source", "text")
+"""Formats of rows that know no conversation."""
 
 
 class Speaker:
     """A model that is asked with texts.
 
     format    of the rows that it was trained on, where that is known. Prompts of the formats "prompt" and "text" are
-              given as they stand; others go through the model's chat template. Without a template "instruction" is put
-              into Alpaca's own prompt
+              given as they stand, those of "source" with a line break; others go through the model's chat template.
+              Without a template "instruction" is put into Alpaca's own prompt
     system    the system message of every conversation
     sampling  keywords of refpeft.generate: max_tokens, temperature, top_k, top_p, seed
     """
@@ -27,7 +30,7 @@ class Speaker:
         self.before = [{"role": "system", "content": system}] if system else []
         template = self.tokenizer.chat_template
         self.template = Template(template, self.tokenizer.special_tokens) if template else None
-        if system and (self.template is None or format in ("prompt", "text")):
+        if system and (self.template is None or format in PLAIN):
             raise RefpeftError("a system message needs a chat template, and prompts here are given as they stand")
 
     def answer(self, prompts: Sequence[str]) -> list[str]:
@@ -45,10 +48,12 @@ class Speaker:
             raise RefpeftError(f"{self.tokenizer.name} has no chat template, so there is no talking with it")
 
     def _encode(self, prompt: str) -> list[int]:
-        if self.template and self.format not in ("prompt", "text"):
+        if self.template and self.format not in PLAIN:
             return self._render([{"role": "user", "content": prompt}])
         if self.format == "instruction":
             prompt = ALPACA.format(instruction=prompt)
+        elif self.format == "source":
+            prompt = SOURCE.format(source=prompt)
         return self.tokenizer.encode(prompt, specials=True)
 
     def _render(self, messages: Sequence[dict[str, str]]) -> list[int]:

@@ -41,6 +41,9 @@ ALPACA = (
     "### Instruction:\n{instruction}\n\n### Response:\n"
 )
 
+# Where a source ends; a prompt stands as it is.
+SOURCE = "{source}\n"
+
 ROLES = ("system", "user", "assistant", "tool")
 SHAREGPT_ROLES = {
     "human": "user",
@@ -319,9 +322,8 @@ def _read_prompt(row: Row, problems: Problems, has_template: bool) -> Plain | No
 
 
 def _read_source(row: Row, problems: Problems, has_template: bool) -> Plain | None:
-    """A line break tells a model where the source ends."""
     source, target = _string(row, "source", problems), _string(row, "target", problems)
-    return None if source is None or target is None else Plain(f"{source}\n", target)
+    return None if source is None or target is None else Plain(SOURCE.format(source=source), target)
 
 
 def _read_text(row: Row, problems: Problems, has_template: bool) -> Plain | None:

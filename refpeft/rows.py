@@ -197,7 +197,7 @@ class _Table:
         if len(first) == len(COLA) and first[1] in ("0", "1") and first[2] in ("", "*"):
             self.notes.append(f"the file has no header: its columns are read as CoLA's ({', '.join(COLA)})")
             return COLA
-        if len(first) != 2 or (first[1].strip() in self.known and len(first[0].split()) == 1):
+        if len(first) != 2 or self._names_columns(*first):
             return None
         labels = Counter(record[1] for _, record in records if len(record) == 2)
         few = len(labels) <= min(MOST_LABELS, len(records) // 2) and max(map(len, labels)) <= LONGEST_LABEL
@@ -209,6 +209,10 @@ class _Table:
             return None
         self.notes.append(f"the file has no header: its columns are read as text and label, for the second is {what}")
         return ("text", "label")
+
+    def _names_columns(self, first: str, second: str) -> bool:
+        """Whether these are known names. (A class may be called "text", but then its row begins with a sentence.)"""
+        return second.strip() in self.known and (first.strip() in self.known or len(first.split()) == 1)
 
 
 # -- text files --------------------------------------------------------------------------------------------------------
@@ -251,17 +255,19 @@ def _words(text: str, problems: Problems) -> Iterator[Row]:
     for number, line in [*_lines(text), (0, "")]:
         if not line.strip() or line.startswith("-DOCSTART-"):
             if sentence:
-                tags = [columns[-1] for columns in sentence] if width > 1 else None
-                yield Row(start, {"words": [columns[0] for columns in sentence], "tags": tags})
+                words = [columns[0] for columns in sentence]
+                if width > 2 and len(words) > 1 and words == list(map(str, range(1, len(words) + 1))):
+                    problems.add(start, "the first column counts the words: expected the word first and its tag last")
+                yield Row(start, {"words": words, "tags": [columns[-1] for columns in sentence] if width > 1 else None})
             sentence = []
             continue
         columns = _columns(line)
         width = width or len(columns)
-        if len(columns) != width:
-            problems.add(number, f"{len(columns)} columns: expected {width}, as in the first line")
-        elif width > MOST_COLUMNS:
+        if width > MOST_COLUMNS:
             problems.add(number, f"{width} columns: expected at most {MOST_COLUMNS}, the word first and its tag last")
             return
+        if len(columns) != width:
+            problems.add(number, f"{len(columns)} columns: expected {width}, as in the first line")
         else:
             start = start if sentence else number
             sentence.append(columns)

@@ -37,7 +37,7 @@ TURN = "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
 
 @pytest.mark.parametrize(
     ("format", "text"),
-    [(None, TURN), ("messages", TURN), ("instruction", TURN), ("prompt", "hello"), ("text", "hello")],
+    [(None, TURN), ("messages", TURN), ("instruction", TURN), ("prompt", "hello"), ("text", "hello"), ("source", "hello\n")],
 )
 def test_the_format_decides_between_the_template_and_the_text_itself(chat, asked, format, text):
     assert Speaker(chat, format).answer(["hello"]) == ["yes"]
