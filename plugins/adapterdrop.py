@@ -2,7 +2,8 @@
 
 Rücklé et al., 2021, arXiv:2010.11918, section 3. `robust` training draws n anew for every step, from 0 up to the last
 adapted layer, so that one adapter serves with any n; afterwards n is `drop`. Without it the first `drop` layers have no
-adapters at all (specialized training). Below the first adapter nothing runs backwards, which is what makes it fast.
+adapters at all (specialized training). Below the first adapter nothing runs backwards, which is what makes it fast. In
+T5, n is of the encoder's and of the decoder's layers.
 
 The adapters are those of `pfeiffer`. First values: D and U normal of deviation 0.02, d and u zero: nearly the identity.
 Trained: down (size, dim), down_bias, up (dim, size), up_bias: 2 size dim + size + dim numbers a layer.

@@ -6,8 +6,9 @@ token's normalized hidden states, what the first layer reads and what each gives
 that with all weight on the last one the model is as it was; the sum stands in place of what the last layer gives,
 before the model's last normalization, or is added to it (`output = "add"`).
 
-The states are constants, of which the tape has one a layer; nothing runs back through the model. First values: q zero,
-so that all layers count alike, which changes the model. Trained: query (dim,), dim numbers in all.
+The states are constants, of which the tape has one a layer; nothing runs back through the model. Of T5 they are the
+decoder's, which its head reads. First values: q zero, so that all layers count alike, which changes the model. Trained:
+query (dim,), dim numbers in all.
 """
 
 from dataclasses import dataclass
@@ -30,11 +31,19 @@ class Config:
 
 @hookimpl
 def peft_check(sites, cfg):
-    check_layers("attention_fusion", cfg, sites)
+    check_layers("attention_fusion", cfg, stack(sites))
+
+
+def stack(sites):
+    """The layers before the head: of an encoder and a decoder the decoder's."""
+    name = sites[-1].home.rpartition(".")[0]
+    return [site for site in sites if site.home.rpartition(".")[0] == name]
 
 
 @hookimpl
 def peft_params(site, sites):
+    if site not in stack(sites):
+        return None
     return {"query": np.zeros(site.shape[0])} if site is sites[-1] else {}
 
 
@@ -45,7 +54,7 @@ def normalized(h):
 @hookimpl
 def peft_block(x, base, p, cfg, site, sites, memo):
     h = base(x)
-    if site is sites[0]:
+    if site is stack(sites)[0]:
         memo.states = [normalized(x)]
     memo.states.append(normalized(h))
     if site is not sites[-1]:

@@ -1,7 +1,7 @@
 """BitFit: only biases are trained: y = W x + b, or g norm(x) + b, with b in place of the frozen bias.
 
 Ben Zaken et al., 2021, arXiv:2106.10199, section 3. First values: the frozen biases. Trained: out numbers for every
-target that has a bias. Models of Llama's kind have none: `create` gives linear layers one, which starts at zero.
+target that has a bias. Models of Llama's kind and T5 have none: `create` gives linear layers one, which starts at zero.
 """
 
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ def peft_check(sites, cfg):
     if not cfg.create and all(site.bias is None for site in sites):
         raise RefpeftError(
             f"bitfit trains biases, and none of the {len(sites)} layers that it was pointed at has one (models like "
-            "Llama have no biases at all); set bitfit.create = true to add them, or take another method"
+            "Llama and T5 have no biases at all); set bitfit.create = true to add them, or take another method"
         )
     if cfg.create and all(site.bias is not None or site.kind != "linear" for site in sites):
         warn("bitfit: create has no effect: all linear targets have a bias")

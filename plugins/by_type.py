@@ -1,8 +1,9 @@
 """Layers of chosen types are trained, every weight and bias of theirs, in place of the frozen one; the rest is frozen.
 
 Selection by type: the survey arXiv:2303.15647, section on selective methods; for the attention layers alone Touvron et
-al., 2022, arXiv:2203.09795, section 4. Types: attention (queries, keys, values, output, norms of queries and keys),
-mlp, norm, embedding (of tokens and of positions), head. For single layers, use `full` with targets.
+al., 2022, arXiv:2203.09795, section 4. Types: attention (queries, keys, values, output, norms of queries and keys, what
+positions say there), mlp, norm, embedding (of tokens, positions, distances, texts of a pair), head. For single layers,
+use `full` with targets.
 
 First values: the frozen ones. Trained: as many numbers as the chosen layers have. A head that is tied to the token
 embedding stays one parameter with it.
@@ -12,14 +13,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 from refpeft import RefpeftError, hookimpl
+from refpeft.targets import matches
 
 FAMILY = "selective"
 
 ROLES = {
-    "attention": {"q", "k", "v", "o", "qk_norm"},
+    "attention": {"q", "k", "v", "o", "qk_norm", "pos_q", "pos_k", "relative"},
     "mlp": {"gate", "up", "down"},
     "norm": {"norm"},
-    "embedding": {"embed", "position"},
+    "embedding": {"embed", "position", "distance", "type", "embed_proj"},
     "head": {"head"},
 }
 
@@ -32,13 +34,17 @@ class Config:
     layers: tuple[int, ...] | None = None  # numbers of the layers; none: all
 
     def chooses(self, site):
-        return any(ROLES[name] & set(site.roles) for name in self.types)
+        return any(is_of(name, site) for name in self.types)
+
+
+def is_of(name, site):
+    return any(matches(f"@{role}", site) for role in ROLES[name])
 
 
 @hookimpl
 def peft_check(sites, cfg):
     for name in cfg.types:
-        if not any(ROLES[name] & set(site.roles) for site in sites):
+        if not any(is_of(name, site) for site in sites):
             raise RefpeftError(f"by_type: none of the {len(sites)} layers that it was pointed at is of type {name!r}")
     names = {site.name for site in sites if cfg.chooses(site)}
     for site in sites:

@@ -26,7 +26,7 @@ class Config:
     share: float = 0.1  # of a layer's nodes that learn, at least one
     priming: float = 0.1  # steps of priming as a share of the run's, at least one
     priming_lr: float = 5e-5  # constant
-    targets: tuple[str, ...] | str = ("*.mlp.*",)  # the feed-forward layers
+    targets: tuple[str, ...] | str = ("@gate", "@up", "@down")  # the feed-forward layers
     exclude: tuple[str, ...] | str = ()
     layers: tuple[int, ...] | None = None  # numbers of the layers; none: all
 

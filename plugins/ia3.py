@@ -1,8 +1,9 @@
 """(IA)^3: learned gains on keys, values and the feed-forward layer: y = gain (W x + b), or y = W (gain x) + b.
 
 Liu et al., 2022, arXiv:2205.05638, section 3.3. The second form is for `feedforward` targets: scaling what the last
-feed-forward matrix reads is scaling the inner activation, as in the paper and in PEFT. In GPT-2, queries, keys and
-values come from one layer and are all scaled, as in PEFT.
+feed-forward matrix reads is scaling the inner activation (behind the gate, where there is one), as in the paper and in
+PEFT. T5, the paper's model, has gains in cross-attention too. In GPT-2, queries, keys and values come from one layer
+and are all scaled, as in PEFT.
 
 First values: ones, so the model is unchanged. Trained: out numbers a target, in for `feedforward` ones.
 """

@@ -7,12 +7,14 @@ sixth of the layers at each end, and the rest halved.
 
 A recipe: `houlsby` (without its norms), `lora`, `prefix_tuning` and `bitfit` do the work; see there for first values,
 which change the model, and what each trains of a layer; their numbers add up. Models of Llama's kind have no biases:
-`create` gives their linear layers some.
+`create` gives their linear layers some. The encoder and the decoder of T5 are grouped alike.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 
 from refpeft import RefpeftError, hookimpl
+from refpeft.targets import homes
 
 FAMILY = "hybrid"
 
@@ -36,7 +38,10 @@ class Config:
 
 def layers_of(letter, sites, cfg):
     """The layers whose group has this letter."""
-    count = 1 + max(site.index or 0 for site in sites)
+    stacks = Counter(home.rpartition(".")[0] for home in homes(sites))
+    count = max(stacks.values())
+    if min(stacks.values()) < count:
+        raise RefpeftError(f"s4 groups layers by their numbers, and this model has stacks of {sorted(stacks.values())}")
     end, middle = max(1, count // 6), (count - 2 * max(1, count // 6)) // 2
     groups = cfg.groups or (end, middle, count - 2 * end - middle, end)
     starts = [sum(groups[:number]) for number in range(len(groups) + 1)]

@@ -1,7 +1,8 @@
 """Trainable tokens: chosen rows of the token embedding are trained in place of the frozen ones; of the head likewise.
 
 As in PEFT (https://huggingface.co/docs/peft/package_reference/trainable_tokens), for tokens that a model did not know.
-A head that is tied to the embedding shares the rows; one of its own has trained rows of its own if it is a target.
+A head that is tied to the embedding shares the rows; one of its own has trained rows of its own if it is a target. A
+model without a head has those of the embedding.
 
 First values: the frozen rows, so the model is unchanged. Trained: tokens (tokens, dim) a target, once where tied. What
 acts is their difference to the frozen rows, which are kept beside them: adapters below keep what they add to a row.

@@ -2,12 +2,10 @@
 
 Mao et al., 2022, arXiv:2110.07577, section 3: W x + b + g B A x, the gate in place of alpha / r; attention over (g K,
 k) and (g V, v), g of what the attention part reads; h + g (U relu(D h + d) + u) in the residual of the feed-forward
-part, h what that gives. There, and in AdapterHub, a gate is averaged over a row, which in a decoder would show tokens
-those after them: here each token has its own.
-
-First values, which change the model: A and gates as torch has them, B zero, adapters as `pfeiffer`, prefixes as
-`prefix_tuning`. Trained: r (in + out) + in + 1 numbers a target of LoRA, 2 size dim + size + 2 dim + 1 an adapter, what
-`prefix_tuning` has, and dim + 1 for its gate, at attn_out.
+part. There, and in AdapterHub, a gate is averaged over a row, which in a decoder shows tokens those after them: here
+each token has its own. First values, which change the model: A and gates as torch has them, B zero, adapters as
+`pfeiffer`, prefixes as `prefix_tuning`. Trained: r (in + out) + in + 1 numbers a target of LoRA, 2 size dim + size + 2
+dim + 1 an adapter, what `prefix_tuning` has, and dim + 1 for its gate, at attn_out, in T5's decoder also at cross_out.
 """
 
 from dataclasses import dataclass
@@ -19,6 +17,7 @@ from refpeft.bottleneck import bottleneck, gate, normal_values
 from refpeft.prompts import check_tokens, linear_values, prefix, prefix_shared, prefix_values, with_gated_prefix
 
 FAMILY = "hybrid"
+GATED = ("attn_out", "cross_out")  # blocks that have the gates of prefixes
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class Config(lowrank.Ranked):
     hidden: int = 512  # width of the network that gives it; 0: none, keys and values are trained themselves
     init_std: float = 1.0  # of the prefix, or of what the network reads
     size: int = 48  # of the adapter's bottleneck
-    targets: tuple[str, ...] | str = ("@q", "@v", "@attn_out", "@attend", "@mlp_out")
+    targets: tuple[str, ...] | str = ("@q", "@v", "@attn_out", "@cross_out", "@attend", "@mlp_out")
     layers: tuple[int, ...] | None = None  # numbers of the layers; none: all
 
     def __post_init__(self):
@@ -39,10 +38,11 @@ class Config(lowrank.Ranked):
 
 @hookimpl
 def peft_shared(sites, cfg, rng):
-    shapes = {role: site.shape for site in sites for role in site.roles}
-    if ("attend" in shapes) != ("attn_out" in shapes):
-        raise RefpeftError("unipelt.targets: expected @attn_out, which has the prefix's gate, and @attend together")
-    return prefix_shared(rng, cfg, shapes["attend"]) if "attend" in shapes else {}
+    shapes = [site.shape for site in sites if site.kind == "attention"]
+    if len(shapes) != sum(site.roles[0] in GATED for site in sites):
+        gated = "@attn_out, which has the prefix's gate (for cross-attention @cross_out)"
+        raise RefpeftError(f"unipelt.targets: expected {gated}, and @attend together")
+    return prefix_shared(rng, cfg, shapes[0]) if shapes else {}
 
 
 @hookimpl
@@ -53,7 +53,7 @@ def peft_params(site, cfg, rng):
     values = linear_values(rng, "gate", 1, width)
     if site.kind == "linear":
         return values | {"A": linear_values(rng, "A", cfg.r, width)["A"], "B": np.zeros((site.shape[0], cfg.r))}
-    return values if "attn_out" in site.roles else values | normal_values(rng, cfg.size, width, 0.02)
+    return values if site.roles[0] in GATED else values | normal_values(rng, cfg.size, width, 0.02)
 
 
 @hookimpl
@@ -68,7 +68,7 @@ def peft_linear(x, base, p):
 
 @hookimpl
 def peft_block(x, base, p, site, memo):
-    if "attn_out" in site.roles:
+    if site.roles[0] in GATED:
         memo.gate = gate(x, p)
         return base(x)
     h = base(x)

@@ -32,7 +32,7 @@ The arguments:
     p       the site's values by name, p.A: Tensors in the hooks of the forward pass and in peft_penalty, else arrays
     shared  the values of `peft_shared` by name, likewise
     near    the layers beside an attention or a block, by role: near("k", x) is what the layer's `k` makes of x;
-            near.site("k") is its Site, near.has("gate") whether there is one, and near.keys_and_values(x, site.shape)
+            near.site("k") is its Site, near.has("gate") whether there is one, and near.keys_and_values(x, site)
             what attention would have of rows x
     memo    what the hooks of a method hand on from site to site, upward, within one forward pass: a namespace, empty
             when a pass begins. checkpoint_activations is refused with it, since layers would run again without it

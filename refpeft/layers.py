@@ -99,12 +99,13 @@ class Near:
         at = site.roles.index(role) * share
         return y if len(site.roles) == 1 else y[..., at : at + share]
 
-    def keys_and_values(self, x: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Of rows x (rows, in), in heads of an attention's `shape`: (kv_heads, rows, head_dim) each.
+    def keys_and_values(self, x: Tensor, site: Site) -> tuple[Tensor, Tensor]:
+        """Of rows x (rows, in), as the layer makes them for its attention `site`: (kv_heads, rows, head_dim) each.
 
         Keys are normalized where the layer's own are, and have no rotary positions.
         """
-        k, v = (self(role, x[None]).reshape(-1, *shape) for role in "kv")
+        before = "cross_" if "cross_attend" in site.roles else ""
+        k, v = (self(before + role, x[None]).reshape(-1, *site.shape) for role in "kv")
         k = self._key_norm(k) if self._key_norm else k
         return k.transpose(1, 0, 2), v.transpose(1, 0, 2)
 

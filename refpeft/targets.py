@@ -18,9 +18,12 @@ _PLAIN = re.compile(r"@?[\w.-]+")
 
 
 def matches(target: str, site: Site) -> bool:
-    """Whether one target names the site: "@role", "all-linear", a glob, a full name or the end of one."""
+    """Whether one target names the site: "@role", "all-linear", a glob, a full name or the end of one.
+
+    What a decoder asks of an encoder has roles of its own: "@q" is all queries, "@cross_q" those of cross-attention.
+    """
     if target.startswith("@"):
-        return target[1:] in site.roles
+        return target[1:] in site.roles or f"cross_{target[1:]}" in site.roles
     if target == "all-linear":
         return site.kind == "linear" and "head" not in site.roles
     if any(c in target for c in "*?["):
@@ -45,12 +48,16 @@ def select(sites: Iterable[Site], cfg: Any, usable: Callable[[Site], bool]) -> l
     """The sites that cfg.targets names, less cfg.exclude, in cfg.layers (both optional fields).
 
     `targets` and `exclude` are lists of names, or one string: a regular expression over full names, as in PEFT. Each
-    must match at least one usable site; raises RefpeftError with the nearest names otherwise.
+    must match at least one usable site; raises RefpeftError with the nearest names otherwise. Of a method's own targets
+    one that this model has no site for (a head, cross-attention) is left out.
     """
     sites = list(sites)
     if not cfg.targets:
         raise RefpeftError("targets is empty: name at least one that there is something to do for")
-    found = {target: _hit(target, hits, sites, usable) for target, hits in matcher(cfg.targets).items()}
+    targets = matcher(cfg.targets)
+    if cfg.targets == getattr(type(cfg), "targets", None):
+        targets = {target: hits for target, hits in targets.items() if any(map(hits, sites))} or targets
+    found = {target: _hit(target, hits, sites, usable) for target, hits in targets.items()}
     targeted = set().union(*found.values())
     chosen = set(targeted)
     for target, hits in matcher(getattr(cfg, "exclude", ())).items():
@@ -72,6 +79,11 @@ def select(sites: Iterable[Site], cfg: Any, usable: Callable[[Site], bool]) -> l
     if not chosen:
         raise RefpeftError("after 'exclude' and 'layers' no site is left")
     return [site for site in sites if site.name in chosen]
+
+
+def homes(sites: Iterable[Site]) -> list[str]:
+    """The names of the layers that sites are in, in order: an encoder's come before its decoder's."""
+    return list(dict.fromkeys(site.home for site in sites if site.home))
 
 
 def check_layers(name: str, cfg: Any, sites: list[Site]) -> None:

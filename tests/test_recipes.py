@@ -1,6 +1,7 @@
 """Methods made of others: what each part trains, where it stands, what cannot be merged; and gates."""
 
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -101,7 +102,8 @@ def test_two_parts_that_share_values_of_one_name_are_an_error(registered):
 )
 def test_the_spindle_has_its_layers_in_the_middle(count, groups):
     s4 = manager.load("s4")
-    every = [type("Site", (), {"index": n, "bias": None})() for n in [None, *range(count)]]
+    homes = ["", *(f"layers.{number}" for number in range(count))]
+    every = [SimpleNamespace(home=home, bias=None) for home in homes]
     starts = np.cumsum([0, *groups])
     layers = [list(range(*pair)) for pair in itertools.pairwise(starts)]
     cfg = s4.Config()
