@@ -8,6 +8,7 @@ AdapterHub's library are read, too (`refpeft.adapterhub`).
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from . import adapterhub, manager, survey
+from . import config as runs
 from .backend import Array, bfloat16, to_host
 from .errors import RefpeftError
 from .files import expanded, read_json, read_safetensors, write_json, write_safetensors
@@ -40,6 +42,7 @@ _OF_EVERY_METHOD = {
     "task_type",
 }
 _SIDES = ("r", "tokens", "size", "rank", "n", "tasks", "ranks", "hidden", "modules")  # options: sides of tensors
+_LAST = re.compile(r"(^|\.)(score|classifier|classifier\.out_proj)\.weight$")  # of a head that classifies
 _NOTHING = (None, False, 0, "", [], {})  # values of keys that are unknown and say that they are not used
 
 
@@ -86,8 +89,13 @@ def _written(adapter: Adapter, model: Model, quantizer: Quantizer | None) -> tup
     if len(inside) == 1:  # a recipe of one method is written as that method
         adapter = replace(adapter, parts=inside)
     form = FORMATS.get(adapter.parts[0].name)
-    if form is not None and not form.fitted and quantizer is None and form.fits(adapter, model):
-        return form.entries(adapter), {"peft_type": form.peft_type} | form.settings(adapter, model)
+    rest, head = _without_head(adapter, model)
+    if form is not None and not form.fitted and quantizer is None and form.fits(rest, model):
+        settings = {"peft_type": form.peft_type} | form.settings(rest, model)
+        if head:
+            saved = {*(settings.get("modules_to_save") or ()), *map(_module, model.trained_head)}
+            settings["modules_to_save"] = sorted(saved)
+        return form.entries(rest) + head, settings
     settings = {
         "peft_type": OWN,
         "method": adapter.parts[0].name,
@@ -101,6 +109,27 @@ def _written(adapter: Adapter, model: Model, quantizer: Quantizer | None) -> tup
     if decided := survey.shapes(adapter):
         settings["shapes"] = decided
     return _own_entries(adapter), settings
+
+
+def _without_head(adapter: Adapter, model: Model) -> tuple[Adapter, list[Entry]]:
+    """(the adapter without what it trains of the task's head, the tensors of that): PEFT's modules_to_save."""
+    if adapter.plugin.__name__.endswith(".full"):
+        return adapter, []
+    mine = [layer for layer in adapter.layers if layer.site.name in model.trained_head]
+    values = [f"{layer.site.name}.{key}" for layer in mine for key in layer.values]
+    own = {layer.part.name for layer in adapter.layers if layer not in mine}
+    rest = replace(
+        adapter,
+        parts=[part for part in adapter.parts if part.name != "full" or "full" in own],
+        layers=[layer for layer in adapter.layers if layer not in mine],
+        params={name: value for name, value in adapter.params.items() if name not in values},
+    )
+    return rest, [Entry(PREFIX + name, (name,)) for name in values]
+
+
+def _module(name: str) -> str:
+    """What PEFT calls the module that holds a layer of a head: of RoBERTa's two, that is one."""
+    return "classifier" if name.startswith("classifier.") else name
 
 
 def _changed_weights(adapter: Adapter) -> list[Frozen]:
@@ -170,6 +199,25 @@ def directories(directory: str | Path) -> list[Path]:
     if not numbered:
         raise RefpeftError(f"{directory} holds no adapter: expected {CONFIG} in it")
     return sorted(numbered, key=lambda inside: int(inside.name.partition("-")[0]))
+
+
+def task_of(directory: str | Path) -> tuple[str | None, tuple[str, ...]]:
+    """(task, labels) that the adapters in a directory were trained for, by their run or by PEFT's task_type.
+
+    (None, ()) where neither says more than the model itself does. Labels that have no names are called LABEL_0, ...
+    """
+    if run := runs.run_of(directory):
+        return run.task, run.labels
+    one = directories(directory)[0]
+    kind = read_json(one / CONFIG).get("task_type") if (one / CONFIG).is_file() else None
+    if kind not in ("SEQ_CLS", "TOKEN_CLS"):
+        return None, ()
+    heads = [array for name, array in read_safetensors(one / TENSORS).items() if _LAST.search(name)]
+    if not heads:
+        return None, ()
+    count = len(heads[0])
+    labels = tuple(f"LABEL_{i}" for i in range(count)) if count > 1 else ()
+    return ("tag" if kind == "TOKEN_CLS" else "classify" if count > 1 else "regress"), labels
 
 
 def load(model: Model, directory: str | Path) -> list[Adapter]:
@@ -263,7 +311,8 @@ def _read(model: Model, directory: Path) -> Adapter:
     except RefpeftError as error:
         raise RefpeftError(f"{directory / CONFIG}: {error}{_other_model(config, model)}") from None
     try:
-        entries = form.entries(adapter) if form else _own_entries(adapter)
+        rest, head = _without_head(adapter, model)
+        entries = form.entries(rest) + head if form else _own_entries(adapter)
         if quantizer:
             tensors = _unpacked(tensors, adapter, quantizer)
         _fill(_values(adapter), entries, _without_base(tensors, adapter, model), model)
@@ -292,6 +341,10 @@ def _understood(config: dict[str, Any], model: Model) -> tuple[str, Format | Non
         return method, None, options
     for method, form in (*FORMATS.items(), *adapterhub.FORMATS.items()):
         if form.peft_type == kind and form.means(config):
+            saved = config.get("modules_to_save")
+            if isinstance(saved, list) and model.trained_head:  # the head comes with the task
+                of_head = {"classifier", "score", *map(_module, model.trained_head)}
+                config = config | {"modules_to_save": [name for name in saved if name not in of_head]}
             settings = Settings(config)
             options = form.options(settings, model)
             _refuse_unsupported(config, form, settings.read)

@@ -13,6 +13,7 @@ from . import backend, manager
 from .backend import COMPUTE_DTYPES
 from .errors import RefpeftError
 from .files import let_go
+from .models import heads
 from .models.albert import Albert
 from .models.albert_config import AlbertConfig
 from .models.base import Frozen, Model
@@ -40,6 +41,8 @@ def load(
     double_quant: bool = False,
     options: dict[str, Any] | None = None,
     plugins: Sequence[str | Path] = (),
+    task: str | None = None,
+    labels: Sequence[str] = (),
 ) -> Model:
     """A model ready to be called, trained and generated from.
 
@@ -51,6 +54,9 @@ def load(
     dtype      "float32", "float64", or "bfloat16": weights kept in bfloat16, computed with in float32
     device     "cpu" or "cuda"
     plugins    plugin files, folders or module names to make known first
+    task       what the model ends in: "classify", "regress", "tag", "mlm", "embed", or what it is without a head
+               ("causal-lm", "seq2seq"). Default: what the adapter was trained for, or the model's own config.json says
+    labels     the labels' names, where the task has some
 
     The model has `.name`, `.tokenizer` and `.checkpoint` besides what Model says. Raises RefpeftError for everything
     that is wrong with the files or the arguments.
@@ -61,18 +67,35 @@ def load(
     xp = backend.module(device)
     chosen = make_quantizer(quantizer, options, double_quant)
     checkpoint = open_checkpoint(resolve(str(model)))
-    built = build(checkpoint, dtype, xp, chosen)
-    built.name = str(model)
-    if adapter is not None:
+    directories = [adapter] if isinstance(adapter, (str, Path)) else list(adapter or ())
+    if task is None:
         from . import adapters
 
-        for directory in [adapter] if isinstance(adapter, (str, Path)) else adapter:
-            adapters.load(built, directory)
+        found = [adapters.task_of(directory) for directory in directories]
+        task, names = next((one for one in found if one[0]), (None, ()))
+        labels = labels or names
+    built = build(checkpoint, dtype, xp, chosen, task, labels)
+    built.name = str(model)
+    for directory in directories:
+        from . import adapters
+
+        adapters.load(built, directory)
     return built
 
 
-def build(checkpoint: Checkpoint, dtype: str, xp: ModuleType = np, quantizer: Quantizer | None = None) -> Model:
-    """The model of an opened checkpoint, with weights read one at a time."""
+def build(
+    checkpoint: Checkpoint,
+    dtype: str,
+    xp: ModuleType = np,
+    quantizer: Quantizer | None = None,
+    task: str | None = None,
+    labels: Sequence[str] = (),
+    seed: int = 0,
+) -> Model:
+    """The model of an opened checkpoint, with weights read one at a time; see `load`.
+
+    What a head lacks in the checkpoint has first values that `seed` decides.
+    """
     compute = COMPUTE_DTYPES[dtype]
 
     def weights(name: str, linear: bool, transposed: bool) -> Frozen:
@@ -97,6 +120,10 @@ def build(checkpoint: Checkpoint, dtype: str, xp: ModuleType = np, quantizer: Qu
     config = checkpoint.config
     model = class_of(config)(config, weights, compute, xp)
     model.checkpoint, model.tokenizer = checkpoint, checkpoint.tokenizer()
+    own, names = heads.read_from(config.raw)
+    if task in (None, own):
+        task, labels = own, labels or names
+    heads.put_on(model, task, labels, seed, checkpoint.of_head)
     return model
 
 

@@ -7,6 +7,7 @@ Dtype = Literal["float32", "bfloat16", "float64"]
 Optimizer = Literal["adamw", "adamw8bit", "sgd", "lion", "adafactor"]
 Overlong = Literal["error", "drop", "truncate", "split"]
 Supervise = Literal["response", "all"]
+Task = Literal["causal-lm", "seq2seq", "classify", "regress", "tag", "mlm", "embed"]
 Into = Literal["original", "dequantized", "requantized"]
 
 DEVICES: tuple[str, ...] = get_args(Device)
@@ -14,4 +15,5 @@ DTYPES: tuple[str, ...] = get_args(Dtype)
 OPTIMIZERS: tuple[str, ...] = get_args(Optimizer)
 OVERLONG: tuple[str, ...] = get_args(Overlong)
 SUPERVISE: tuple[str, ...] = get_args(Supervise)
+TASKS: tuple[str, ...] = get_args(Task)
 INTO: tuple[str, ...] = get_args(Into)

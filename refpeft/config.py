@@ -18,99 +18,19 @@ import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import BaseModel, Field, ValidationError, create_model
 
 from refpeft import manager, toml
-from refpeft.choices import Device, Dtype, Optimizer, Overlong, Supervise
 from refpeft.errors import RefpeftError, nearest
 from refpeft.files import expanded
-from refpeft.models.hub import EMBEDDED
 from refpeft.optim import OPTIMIZERS, OPTIONS
+from refpeft.settings import EMBEDDED, STRICT, Data, RunConfig, Train
 from refpeft.targets import check_effects
 
 FILE = "run.toml"  # in a run directory: the whole configuration of the run
 EMBEDDED_RUN = Path(__file__).parent / "embedded" / FILE  # what `refpeft train` does when it is given nothing
-_STRICT = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
-
-Count = Annotated[int, Field(ge=1)]
-Share = Annotated[float, Field(ge=0, lt=1)]
-
-
-class Data(BaseModel):
-    """[data]: what is read and how rows become tokens."""
-
-    model_config = _STRICT
-
-    file: str | None = None  # JSONL, JSON, CSV or TSV
-    eval_file: str | None = None  # held-out rows
-    eval_share: Share = 0.0  # held-out share of `file` where there is no eval_file
-    format: Literal["auto", "messages", "conversations", "instruction", "prompt", "text"] = "auto"
-    length: Count | None = None  # tokens of a row; none: 1024, or the model's limit where that is less
-    overlong: Overlong = "error"
-    pack: bool = False
-    supervise: Supervise = "response"
-
-
-class Train(BaseModel):
-    """[train]: how it is trained. `steps` wins over `epochs` where it is given."""
-
-    model_config = _STRICT
-
-    epochs: Annotated[float, Field(gt=0)] = 1.0
-    steps: Count | None = None
-    lr: Annotated[float, Field(gt=0)] = 2e-4
-    batch: Count = 8  # rows of an optimizer step
-    micro_batch: Count | None = None  # rows computed at a time; none: the whole batch
-    optimizer: Optimizer = "adamw"
-    paged: bool = False  # the optimizer's state lies outside of the memory that is computed in
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    betas: tuple[Share, Share] | None = None  # this and the next three: none is the optimizer's own default
-    eps: Annotated[float, Field(gt=0)] | None = None
-    momentum: Share | None = None
-    relative_step: bool | None = None  # steps as a share of what is updated, as in Adafactor's paper
-    clip: Annotated[float, Field(ge=0)] = 1.0  # largest gradient norm; 0: no clipping
-    schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    warmup: Annotated[int, Field(ge=0)] | Share = 0.03  # steps, or a share of all steps
-    checkpoint_activations: bool = False
-    eval_every: Count | None = None  # steps; none: only before and after
-    save_every: Count | None = None  # steps; none: only at the end and on Ctrl-C
-    keep: Count = 2  # checkpoints kept
-    best: bool = False  # the adapter of the best evaluation is the one written
-    early_stop: Count | None = None  # evaluations in a row without a better loss
-    log_every: Count = 10
-
-    @property
-    def rows_at_a_time(self) -> int:
-        """The rows of one forward and backward pass."""
-        return self.micro_batch or self.batch
-
-    def total_steps(self, steps_per_epoch: int) -> int:
-        """The optimizer steps of the whole run."""
-        return self.steps if self.steps is not None else math.ceil(self.epochs * steps_per_epoch)
-
-
-class RunConfig(BaseModel):
-    """The top level of run.toml. Tables named after a method or the quantizer hold that plugin's own options."""
-
-    model_config = _STRICT
-
-    model: str = EMBEDDED  # a directory, a GGUF file or a hub id
-    method: str | list[str] = "lora"
-    quantizer: str | None = None
-    double_quant: bool = False  # quantize the quantizer's constants, too
-    adapter_quantizer: str | None = None  # the trained adapter is saved in this quantizer's format
-    out: str | None = None  # the run directory; none: runs/<model>-<method>
-    device: Device = "cpu"
-    dtype: Dtype = "float32"
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    data: Data = Data()
-    train: Train = Train()
-
-    @property
-    def methods(self) -> list[str]:
-        return [self.method] if isinstance(self.method, str) else self.method
 
 
 @dataclasses.dataclass(frozen=True)
@@ -432,7 +352,7 @@ def _model(config: type) -> type[BaseModel]:
         else:
             default = ... if field.default is dataclasses.MISSING else field.default
         fields[field.name] = (hints[field.name], default)
-    return create_model(config.__qualname__, __config__=_STRICT, **fields)
+    return create_model(config.__qualname__, __config__=STRICT, **fields)
 
 
 def _check_paths(given: Layer, problems: Problems) -> None:

@@ -400,14 +400,14 @@ def _ungroup(a: Array, heads: int) -> Array:
 
 
 @op
-def cross_entropy(needs, logits, *, targets, denominator):
+def cross_entropy(needs, logits, *, targets, denominator, weights=None):
     """The sum of -log softmax(logits)[target] over rows with a target of at least 0, divided by `denominator`.
 
-    logits (n, vocab), targets (n,) integers.
+    logits (n, vocab), targets (n,) integers, weights (n,): how much each row counts; None: 1.
     """
     expect("targets", targets, logits.shape[0])
     xp = xp_of(logits)
-    losses, slope = _row_losses(logits, targets, needs[0])
+    losses, slope = _row_losses(logits, targets, weights, needs[0])
     scale = logits.dtype.type(1) / xp.asarray(denominator, logits.dtype)
     return losses.sum() * scale, (slope, scale)
 
@@ -417,7 +417,9 @@ def _(g, slope, scale):
     return (slope * (g * scale),)
 
 
-def _row_losses(logits: Array, targets: Array, slope_wanted: bool) -> tuple[Array, Array | None]:
+def _row_losses(
+    logits: Array, targets: Array, weights: Array | None, slope_wanted: bool
+) -> tuple[Array, Array | None]:
     """-log p of each row's target (0 where the target is negative), and its derivative by the logits."""
     xp = xp_of(logits)
     kept = targets >= 0
@@ -426,22 +428,23 @@ def _row_losses(logits: Array, targets: Array, slope_wanted: bool) -> tuple[Arra
     at_target = xp.take_along_axis(z, index, axis=-1)[:, 0]
     xp.exp(z, out=z)
     total = z.sum(axis=-1, keepdims=True)
-    losses = (xp.log(total[:, 0]) - at_target) * kept
+    counts = kept if weights is None else (kept * weights).astype(logits.dtype)
+    losses = (xp.log(total[:, 0]) - at_target) * counts
     if not slope_wanted:
         return losses, None
     z /= total
     picked = xp.take_along_axis(z, index, axis=-1)
     xp.put_along_axis(z, index, picked - 1, axis=-1)
-    z *= kept[:, None]
+    z *= counts[:, None]
     return losses, z
 
 
 @op
-def linear_cross_entropy(needs, hidden, *, weight, targets, denominator):
-    """cross_entropy(hidden @ weight().T) for a frozen head, in chunks of rows: logits never exist as a whole.
+def linear_cross_entropy(needs, hidden, *, weight, targets, denominator, bias=None, weights=None):
+    """cross_entropy(hidden @ weight().T + bias) for a frozen head, in chunks of rows: logits never exist as a whole.
 
-    hidden (n, dim), weight() (vocab, dim), targets (n,). The gradient of `hidden` is made with the loss and kept in its
-    place, so that no logit is computed twice.
+    hidden (n, dim), weight() (vocab, dim), bias (vocab,), targets and weights (n,). The gradient of `hidden` is made
+    with the loss and kept in its place, so that no logit is computed twice.
     """
     expect("targets", targets, hidden.shape[0])
     xp, dense = xp_of(hidden), weight()
@@ -450,7 +453,10 @@ def linear_cross_entropy(needs, hidden, *, weight, targets, denominator):
     dx = xp.empty(hidden.shape, hidden.dtype) if needs[0] else None
     for at in range(0, hidden.shape[0], rows):
         part = slice(at, at + rows)
-        losses, slope = _row_losses(hidden[part] @ dense.T, targets[part], needs[0])
+        logits = hidden[part] @ dense.T
+        if bias is not None:
+            logits += bias
+        losses, slope = _row_losses(logits, targets[part], None if weights is None else weights[part], needs[0])
         loss += losses.sum()
         if dx is not None:
             xp.matmul(slope, dense, out=dx[part])

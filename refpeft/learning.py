@@ -7,14 +7,13 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-import numpy as np
-
 from . import fused, manager, ops
 from .backend import Array
 from .batches import Batch
 from .errors import RefpeftError
 from .layers import Layer, Part
 from .models.base import Model
+from .models.objectives import targets_of
 from .tensor import Tensor
 
 
@@ -40,15 +39,16 @@ def refuse_recomputation(model: Model) -> None:
 def objective(model: Model, batch: Batch, denominator: float) -> Tensor:
     """What is minimised over a part of a step's batch: the sum of -log p(target) over `denominator`, or a method's own.
 
-    `denominator` is the number of supervised positions of the whole batch.
+    `denominator` is that of the whole batch.
     """
     found = [part for part, _ in _with(model, "peft_objective")]
     if not found:
         return model.loss(batch, denominator)
     if len(found) > 1:
         raise RefpeftError(f"{found[0].name} and {found[1].name} both have an objective of their own: choose one")
-    rows = np.flatnonzero(batch.targets >= 0)
-    targets = model.xp.asarray(batch.targets.reshape(-1)[rows])
+    if model.task in ("regress", "embed"):
+        raise RefpeftError(f"{found[0].name} compares probabilities, and the task {model.task!r} has none")
+    rows, targets, weights = targets_of(model, batch)
     passes = itertools.count()
 
     def logits() -> Tensor:
@@ -56,7 +56,7 @@ def objective(model: Model, batch: Batch, denominator: float) -> Tensor:
         return model.head(model.states(batch, rows))
 
     def loss(z: Tensor) -> Tensor:
-        return fused.cross_entropy(z, targets=targets, denominator=denominator)
+        return fused.cross_entropy(z, targets=targets, weights=weights, denominator=denominator)
 
     def mean(each: Tensor) -> Tensor:
         return ops.sum(each) * (1 / denominator)

@@ -22,6 +22,8 @@ from .quant import Dense
 from .targets import check_patterns, select
 from .tensor import Tensor, parameter
 
+_WHOLE = "full"  # the method that trains what a task's head needs
+
 
 class Site:
     """A place where adapters may act; calling it runs the adapters' functions around the frozen one.
@@ -155,12 +157,22 @@ def prepare(model: Any, method: str | ModuleType, config: Any = None, *, seed: i
         adapter.parts.append(part)
         chosen = _add_part(model, adapter, part, seed, fit)
         adapter.positions += part.call("peft_positions") or 0
-        for companion, options in (part.call("peft_companions", sites=chosen) or {}).items():
+        companions = dict(part.call("peft_companions", sites=chosen) or {})
+        if not waiting and (head := _head_to_train(model, adapter)):
+            companions[_WHOLE] = {"targets": [*companions.get(_WHOLE, {}).get("targets", ()), *head]}
+        for companion, options in companions.items():
             other = manager.load(companion)
             waiting.append(Part(other, plugin_options(other, options)))
     if not adapter.params:
         raise RefpeftError(f"method '{name}' trains nothing on this model: no matched site has what it changes")
     return adapter
+
+
+def _head_to_train(model: Any, adapter: Adapter) -> list[str]:
+    """The sites of the task's head that nothing trains in full: they come with the first adapter (modules_to_save)."""
+    layers = [layer for one in (*model.adapters, adapter) for layer in one.layers]
+    there = {layer.site.name for layer in layers if layer.part.name == _WHOLE}
+    return [name for name in model.trained_head if name not in there]
 
 
 def put_on(model: Any, adapter: Adapter) -> None:
@@ -190,7 +202,8 @@ def _add_part(model: Any, adapter: Adapter, part: Part, seed: int, fit: bool) ->
         part.sites = list(model.sites.values())
         part.call("peft_check", fit=fit)
         return part.sites
-    part.sites = select(model.sites.values(), part.cfg, _has_hook(part.plugin))
+    offered = [site for site in model.sites.values() if part.name == _WHOLE or site.name not in model.trained_head]
+    part.sites = select(offered, part.cfg, _has_hook(part.plugin))
     check_patterns(part.name, part.cfg, part.sites)
     if isinstance(part.cfg, Ranked):
         part.cfg.check_sites(part.name, part.sites)

@@ -264,7 +264,7 @@ def test_token_ids_below_zero_mean_none():
         (config("llama", brand_new=[1]), "config key 'brand_new' = [1] is not known for llama"),
         (config("llama", quantization_config={"bits": 4}), "quantized already"),
         (config("llama", auto_map={"AutoModel": "x.Y"}), "Python code"),
-        (config("llama", architectures=["LlamaForSequenceClassification"]), "LlamaForSequenceClassification"),
+        (config("llama", architectures=["LlamaForTokenClassification"]), "LlamaForTokenClassification"),
         (config("llama", architectures=3), "architectures has 3"),
         (config("llama", pruned_heads={"0": [1]}), "pruned_heads"),
         (config("llama", hidden_act="gelu_fast"), "hidden_act = 'gelu_fast'; refpeft has silu"),

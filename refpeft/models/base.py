@@ -1,9 +1,10 @@
-"""What every model is: frozen weights, the sites where adapters act, a loss, and a cache for generation."""
+"""What every model is: frozen weights, the sites where adapters act, and a loss."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -13,7 +14,9 @@ from refpeft import fused, ops
 from refpeft.backend import Array, xp_of
 from refpeft.errors import RefpeftError
 from refpeft.layers import Mode
+from refpeft.models.cache import Cache
 from refpeft.models.config import ModelConfig
+from refpeft.models.objectives import cross_entropy
 from refpeft.quant import Dense, Quantized
 from refpeft.rng import Stream
 from refpeft.sites import Adapter, Site
@@ -21,26 +24,17 @@ from refpeft.tensor import Tensor, checkpoint, no_grad
 
 Frozen = Dense | Quantized
 
-
-class Cache:
-    """Keys and values of the tokens so far, for generation: (batch, kv_heads, time, head_dim).
-
-    There is a pair for each layer of the model, by its number, and for each that a method adds: (adapter, part, site).
-    """
-
-    def __init__(self):
-        self.layers: dict[int | tuple[str, ...], tuple[Array, Array]] = {}
-        self.tokens = 0
-        """How many real tokens are in it; keys of virtual tokens are not counted."""
-
-    def extend(self, layer: int | tuple[str, ...], k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """All keys and values of a layer, with these appended."""
-        before = self.layers.get(layer)
-        if before is not None:
-            xp = xp_of(k.data)
-            k, v = (Tensor(xp.concatenate((old, new.data), axis=2)) for old, new in zip(before, (k, v), strict=True))
-        self.layers[layer] = (k.data, v.data)
-        return k, v
+TASK_TYPES = {
+    "causal-lm": "CAUSAL_LM",
+    "seq2seq": "SEQ_2_SEQ_LM",
+    "classify": "SEQ_CLS",
+    "regress": "SEQ_CLS",
+    "tag": "TOKEN_CLS",
+    "embed": "FEATURE_EXTRACTION",
+    "mlm": None,
+    None: "FEATURE_EXTRACTION",
+}
+"""PEFT's word for each task; it has none for masked language models."""
 
 
 class Model:
@@ -58,7 +52,10 @@ class Model:
     tokenizer: Any = None  # and its tokenizer
     weightless = False  # of a plan's model, whose weights are not there
     stream = Stream  # what first values are drawn from
-    task_type = "CAUSAL_LM"  # PEFT's word for what such a model does
+    task: str | None = "causal-lm"  # what it is for: see refpeft.models.heads, which sets this and the following
+    labels: tuple[str, ...] = ()  # the names of a classification's labels, in the order of their numbers
+    read = "all"  # which positions the head reads: all, first, last, or the mean of real tokens
+    trained_head: tuple[str, ...] = ()  # sites that are trained beside any method
 
     def __init__(self, config: ModelConfig, weights: Callable[..., Frozen], dtype: np.dtype, xp: ModuleType = np):
         self.config, self.dtype, self.xp = config, np.dtype(dtype), xp
@@ -69,6 +66,8 @@ class Model:
         """The names of those that a quantizer takes: all linear layers but the head."""
         self.adapters: list[Adapter] = []
         self.mode = Mode()
+        self.objective: Callable[[Any, float], Tensor] = partial(cross_entropy, self)
+        """What is minimised, of a Batch and a denominator."""
         self.checkpointing = False
         """Whether a layer's activations are computed again in the backward pass."""
         self._weights = weights
@@ -172,40 +171,44 @@ class Model:
         """Logits (batch, time, vocab) for integer ids (batch, time); of the last position alone if `last`.
 
         positions (batch, time) default to 0, 1, ...; segments (batch, cached + time) number the documents of a packed
-        row, -1 for padding: a token sees earlier tokens of its own document only.
+        row, -1 for padding: a token sees earlier tokens of its own document only. With a head that classifies rows:
+        (batch, labels).
         """
         hidden = self._hidden(ids, positions, segments, cache)
-        return self.head(self.finish(hidden[:, -1:] if last else hidden))
+        return self.outputs(hidden[:, -1:] if last else hidden, segments)
 
     def loss(self, batch: Any, denominator: float | None = None) -> Tensor:
-        """The sum of -log p(target) over the supervised positions of a Batch, over `denominator` (None: their number).
-
-        Only supervised positions go through the last norm and the head, and logits never exist as a whole.
-        """
-        rows = np.flatnonzero(batch.targets >= 0)  # on the host: a device could not say how many there are
-        denominator = max(rows.size, 1) if denominator is None else denominator
-        hidden = self.states(batch, rows)
-        targets = self.xp.asarray(batch.targets.reshape(-1)[rows])
-        if not self.head.layers:
-            return fused.linear_cross_entropy(hidden, weight=self.head.weight, targets=targets, denominator=denominator)
-        size = max(1, fused.LOGITS_AT_ONCE // self.config.vocab)
-        total = None
-        for at in range(0, max(rows.size, 1), size):
-
-            def part(h: Tensor, at: int = at) -> Tensor:
-                self.mode.chunk = at  # dropout in the head: another mask for each chunk, the same one when recomputed
-                logits = self.head(h)
-                self.mode.chunk = 0
-                return fused.cross_entropy(logits, targets=targets[at : at + size], denominator=denominator)
-
-            chunk = checkpoint(part, hidden[at : at + size])
-            total = chunk if total is None else total + chunk
-        return total
+        """What is minimised over a Batch: the sum of the targets' losses over `denominator` (None: the batch's own)."""
+        return self.objective(batch, (batch.denominator or 1) if denominator is None else denominator)
 
     def states(self, batch: Any, rows: np.ndarray) -> Tensor:
-        """What the head reads at `rows`, positions of the flattened (batch, time) of a Batch: (len(rows), dim)."""
-        hidden = self._hidden(batch.ids, batch.positions, batch.segments)
+        """What the head reads at `rows`, positions of the flattened targets of a Batch: (len(rows), dim)."""
+        hidden = self.hidden_of(batch)
         return self.finish(ops.take(hidden.reshape(-1, hidden.shape[-1]), indices=self.xp.asarray(rows)))
+
+    def hidden_of(self, batch: Any) -> Tensor:
+        """The hidden state at each target of a Batch, before what `finish` does: (batch, time, dim)."""
+        return self._hidden(batch.ids, batch.positions, batch.segments)
+
+    def outputs(self, hidden: Tensor, segments: Array | None) -> Tensor:
+        """What the head says to hidden states (batch, time, dim), of the positions that it reads.
+
+        (batch, time, vocab or labels) where it reads all, else (batch, labels); (batch, dim) of norm 1 where it is the
+        mean over real tokens.
+        """
+        if self.read == "all":
+            return self.head(self.finish(hidden))
+        batch, time, dim = hidden.shape
+        if self.read == "mean":
+            real = self.xp.ones((batch, time)) if segments is None else self.xp.asarray(segments) >= 0
+            share = (real / real.sum(axis=1, keepdims=True)).astype(self.dtype)
+            mean = ops.sum(hidden * Tensor(share[..., None]), axis=1)
+            return mean / ops.sqrt(ops.sum(mean * mean, axis=-1, keepdims=True))
+        if self.read == "first":
+            return self.head(self.finish(hidden[:, 0]))
+        last = self.xp.full(batch, time - 1) if segments is None else (self.xp.asarray(segments) >= 0).sum(axis=1) - 1
+        rows = self.xp.arange(batch) * time + last
+        return self.head(self.finish(ops.take(hidden.reshape(-1, dim), indices=rows)))
 
     def _hidden(
         self,
@@ -215,8 +218,17 @@ class Model:
         cache: Cache | None = None,
         **more: Array | None,
     ) -> Tensor:
-        """trunk() of host or device arrays. Raises RefpeftError for ids that are none of this model's."""
-        if xp_of(ids) is np:  # a device is not asked within a step
+        """trunk() of host or device arrays."""
+        self.check_ids(ids)
+        arrays = [a if a is None else self.xp.asarray(a) for a in (ids, positions, segments, *more.values())]
+        try:
+            return self.trunk(*arrays[:3], cache, **dict(zip(more, arrays[3:], strict=True)))
+        finally:
+            self.forget()
+
+    def check_ids(self, ids: Array) -> None:
+        """Raises RefpeftError for ids that are none of this model's; those on a device are not looked at."""
+        if xp_of(ids) is np:
             ids = np.asarray(ids)
             if ids.ndim != 2 or not ids.size or ids.dtype.kind not in "iu":
                 raise RefpeftError(f"ids are {ids.dtype}{list(ids.shape)}: expected integers (batch, time)")
@@ -226,16 +238,16 @@ class Model:
                     f"token {low if low < 0 else high} is not among the model's {self.config.vocab:,}: the "
                     "tokenizer is another model's, or got tokens that this model has no embedding for"
                 )
-        arrays = [a if a is None else self.xp.asarray(a) for a in (ids, positions, segments, *more.values())]
-        try:
-            return self.trunk(*arrays[:3], cache, **dict(zip(more, arrays[3:], strict=True)))
-        finally:
-            self.forget()
 
     def forget(self) -> None:
         """Drops what hooks handed on to others (`memo`) in a forward pass: it holds the tape of that pass."""
         for part in (part for adapter in self.adapters for part in adapter.parts):
             part.memo.__dict__.clear()
+
+    @property
+    def task_type(self) -> str | None:
+        """PEFT's word for what the model is for."""
+        return TASK_TYPES[self.task]
 
     @property
     def room(self) -> float:
@@ -268,7 +280,7 @@ class Model:
     def first_position(self, virtual: int, cache: Cache | None) -> int:
         """The position of the first real token; `virtual` tokens come before it now, or did when the cache began."""
         if cache and cache.tokens:
-            virtual = cache.layers[0][0].shape[2] - cache.tokens
+            virtual = cache.layers[0][0].time - cache.tokens
         return virtual + sum(adapter.positions for adapter in self.adapters)
 
     def embedded(self, ids: Array, cache: Cache | None) -> Tensor:

@@ -61,11 +61,14 @@ class Checkpoint:
 
     path       the directory or the .gguf file
     config     the ModelConfig or EncoderConfig; the tensors are exactly `expected_tensors(config)`
-    unused     names of other tensors in the files: of heads that an encoder does not take
+    unused     names of other tensors in the files, of heads, that no task has taken yet
     """
 
-    def __init__(self, path: Path, config: AnyConfig, stored: dict[str, Stored], unused: tuple[str, ...] = ()):
-        self.path, self.config, self._stored, self.unused = path, config, stored, unused
+    def __init__(
+        self, path: Path, config: AnyConfig, stored: dict[str, Stored], unused: dict[str, Stored] | None = None
+    ):
+        self.path, self.config, self._stored, self._others = path, config, stored, unused or {}
+        self._taken: set[str] = set()
 
     @property
     def names(self) -> list[str]:
@@ -74,6 +77,24 @@ class Checkpoint:
     def tensor(self, name: str) -> np.ndarray:
         """The tensor in the layout of the file: read-only; mapped from the file where it is stored as it is."""
         return self._stored[name].read()
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        return tuple(name for name in self._others if name not in self._taken)
+
+    def of_head(self, name: str) -> np.ndarray | None:
+        """A tensor of a head by its full name; None where the files have none. Its prefix may be missing in them."""
+        bare = name.removeprefix(_prefix(self.config))
+        name = name if name in self._others else bare
+        found = self._others.get(name)
+        if found is None:
+            return None
+        self._taken.add(name)
+        if found.dtype not in _FLOATS:
+            raise RefpeftError(
+                f"{found.file}: tensor {name!r} has dtype {found.dtype}, expected floating-point numbers"
+            )
+        return found.read()
 
     def packed(self, name: str, quantizer: Quantizer | None) -> Packed | None:
         """The weight as the file has it quantized, if a model with `quantizer` keeps it so; None where it does not.
@@ -143,9 +164,15 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     }
     taken = checked(path, config, stored)
     used = {id(entry) for entry in taken.values()}
-    encoder = isinstance(config, EncoderConfig)
-    unused = [name for name in stored if encoder and id(stored[name]) not in used and not _BUFFER.search(name)]
-    return Checkpoint(path, config, taken, tuple(unused))
+    unused = {name: e for name, e in stored.items() if _of_a_head(config, name) and id(e) not in used}
+    return Checkpoint(path, config, taken, unused)
+
+
+def _of_a_head(config: AnyConfig, name: str) -> bool:
+    """Whether a tensor that the model itself does not take may be of a head: of a decoder only those that classify."""
+    if isinstance(config, EncoderConfig):
+        return not _BUFFER.search(name)
+    return isinstance(config, ModelConfig) and name == "score.weight"
 
 
 def expected_tensors(config: AnyConfig) -> dict[str, tuple[int, ...]]:
@@ -229,7 +256,7 @@ def checked(path: Path, config: AnyConfig, stored: dict[str, Stored]) -> dict[st
     bare = not any(name.startswith(prefix) for name in stored)  # files of a model without a head lack the prefix
     found: dict[str, Stored] = {}
     for name, entry in stored.items():
-        if _BUFFER.search(name):
+        if _BUFFER.search(name) or (not encoder and _of_a_head(config, name)):
             continue
         full = name if not prefix or name.startswith((prefix, "lm_head.")) or (encoder and not bare) else prefix + name
         if encoder and full not in expected:

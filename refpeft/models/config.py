@@ -46,7 +46,7 @@ class ModelConfig:
     ff: int
     norm_eps: float
     activation: str  # silu, gelu (exact), gelu_tanh or relu
-    tied: bool  # the head is the embedding table
+    tied: bool  # the head is the embedding table, or there is none, for the model was made to classify
     context: int  # the most positions the model was made for
     windows: tuple[int | None, ...]  # one a layer: how many positions a position sees, itself included; None: all
     use_rope: tuple[bool, ...]  # one a layer
@@ -238,7 +238,7 @@ def _gpt2(values: dict, raw: dict) -> ModelConfig:
         ff=4 * dim if values["n_inner"] is None else count(values, "n_inner"),
         norm_eps=positive(values, "layer_norm_epsilon"),
         activation=activation(values, "activation_function"),
-        tied=flag(values, "tie_word_embeddings"),
+        tied=flag(values, "tie_word_embeddings") or _classifies(raw),
         context=count(values, "n_positions"),
         windows=(None,) * layers,
         use_rope=(False,) * layers,
@@ -281,7 +281,7 @@ def _llama_shaped(family: str, values: dict, raw: dict) -> ModelConfig:
         ff=count(values, "intermediate_size"),
         norm_eps=positive(values, "rms_norm_eps"),
         activation=activation(values, "hidden_act"),
-        tied=flag(values, "tie_word_embeddings"),
+        tied=flag(values, "tie_word_embeddings") or _classifies(raw),
         context=context,
         windows=_windows(family, values, layers),
         use_rope=_use_rope(values, layers) if family == "smollm3" else (True,) * layers,
@@ -334,6 +334,12 @@ def _use_rope(values: dict, layers: int) -> tuple[bool, ...]:
     if not isinstance(marks, list) or len(marks) < layers or any(mark not in (0, 1) for mark in marks):
         raise RefpeftError(f"config key no_rope_layers must be a list of {layers} times 0 or 1, one a layer")
     return tuple(bool(mark) for mark in marks[:layers])
+
+
+def _classifies(config: dict) -> bool:
+    """Whether the files are of a model that classifies, which have no head for tokens."""
+    names = config.get("architectures") or [""]
+    return str(names if isinstance(names, str) else names[0]).endswith("ForSequenceClassification")
 
 
 def _rope(values: dict, context: int) -> RopeConfig:

@@ -48,7 +48,7 @@ def read(
     keys: Mapping[str, Any],
     only: Mapping[str, Any],
     harmless: Iterable[str] = (),
-    architectures: tuple[str, ...] = ("ForCausalLM", "LMHeadModel", "Model"),
+    architectures: tuple[str, ...] = ("ForCausalLM", "LMHeadModel", "Model", "ForSequenceClassification"),
 ) -> dict[str, Any]:
     """The values of `keys` in a parsed `config.json`, those of `keys` itself (its defaults) where it has none.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 
@@ -22,12 +23,14 @@ from refpeft.tensor import Tensor
 
 
 class Encoder(Model):
-    """An encoder without a head: what it computes are the hidden states of the last layer, (batch, time, dim)."""
+    """An encoder: what it computes are the hidden states of its last layer, or what a head makes of them."""
 
-    task_type = "FEATURE_EXTRACTION"
+    task = None
 
     def __init__(self, config: EncoderConfig, weights: Callable[..., Frozen], dtype: np.dtype, xp: ModuleType = np):
         super().__init__(config, weights, dtype, xp)
+        self.transform: Callable[[Tensor], Tensor] = lambda hidden: hidden
+        """What a head does before its last layer."""
         name, prefix = NAMES[config.family], PREFIX[config.family]
         self.embed = self.embedding(prefix + name["words"], "embed")
         self.position = self.embedding(prefix + name["positions"], "position") if config.positions else None
@@ -73,17 +76,21 @@ class Encoder(Model):
         return hidden, virtual
 
     def finish(self, hidden: Tensor) -> Tensor:
-        return hidden
+        return self.transform(hidden)
+
+    def hidden_of(self, batch: Any) -> Tensor:
+        return self._hidden(batch.ids, batch.positions, batch.segments, types=batch.types)
 
     def __call__(
         self, ids: Array, positions: Array | None = None, segments: Array | None = None, types: Array | None = None
     ) -> Tensor:
-        """The hidden states (batch, time, dim) of integer ids (batch, time).
+        """The hidden states (batch, time, dim) of integer ids (batch, time); with a head what `outputs` says.
 
         segments (batch, time) are 0, and -1 at padding, which no token sees; types (batch, time) tell the texts of a
         pair apart, where the model does: 0 and 1.
         """
-        return self._hidden(ids, positions, segments, types=types)
+        hidden = self._hidden(ids, positions, segments, types=types)
+        return hidden if self.task is None else self.outputs(hidden, segments)
 
 
 class Layer:

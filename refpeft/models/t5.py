@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from functools import partial
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 
@@ -25,7 +26,8 @@ from refpeft.tensor import Tensor
 class T5(Model):
     """An encoder-decoder: `model(ids, said)` gives the logits of what comes next in `said`."""
 
-    task_type = "SEQ_2_SEQ_LM"
+    task = "seq2seq"
+    room = math.inf  # positions are relative
 
     def __init__(self, config: T5Config, weights: Callable[..., Frozen], dtype: np.dtype, xp: ModuleType = np):
         super().__init__(config, weights, dtype, xp)
@@ -39,6 +41,8 @@ class T5(Model):
 
         Rows that adapters put before the text are among them.
         """
+        self.check_ids(ids)
+        ids, segments = self._placed(ids), self._placed(segments)
         hidden = self.embed(ids)
         mask = fused.Mask(ids.shape[1], None, segments, causal=False)
         bias = self.encoder.bias(range(hidden.shape[1]), hidden.shape[1], both=True)
@@ -46,6 +50,8 @@ class T5(Model):
 
     def decode(self, said: Array, states: Tensor, segments: Array | None = None, cache: Cache | None = None) -> Tensor:
         """The decoder's states (batch, time, dim) of `said` (batch, time), which reads the encoder's `states`."""
+        self.check_ids(said)
+        said, segments = self._placed(said), self._placed(segments)
         past = cache.tokens if cache else 0
         keys = past + said.shape[1]
         bias = self.decoder.bias(range(past, keys), keys, both=False)
@@ -59,13 +65,17 @@ class T5(Model):
 
     def __call__(self, ids: Array, said: Array, segments: Array | None = None) -> Tensor:
         """Logits (batch, time, vocab) of the token after each of `said`, given the source `ids`."""
-        ids, said = self.xp.asarray(ids), self.xp.asarray(said)
-        segments = None if segments is None else self.xp.asarray(segments)
         return self.head(self.finish(self.decode(said, self.encode(ids, segments), segments)))
+
+    def hidden_of(self, batch: Any) -> Tensor:
+        return self.decode(batch.said, self.encode(batch.ids, batch.segments), batch.segments)
 
     def finish(self, hidden: Tensor) -> Tensor:
         """What the head reads."""
         return hidden * (1 / math.sqrt(self.config.dim)) if self.config.scaled else hidden
+
+    def _placed(self, array: Array | None) -> Array | None:
+        return None if array is None else self.xp.asarray(array)
 
     def _virtual(self, states: Tensor, segments: Array | None) -> int:
         return 0 if segments is None else states.shape[1] - segments.shape[1]
@@ -144,7 +154,7 @@ class Layer:
 
     def _cross(self, x: Tensor, *, states: Tensor, mask: fused.Mask, cache: Cache | None) -> Tensor:
         known = cache and cache.layers.get(self.cross.name)  # of the same source, in generation
-        k, v = map(Tensor, known) if known else self.cross.keys_and_values(states)
+        k, v = (Tensor(kept.array) for kept in known) if known else self.cross.keys_and_values(states)
         if cache and not known:
             cache.extend(self.cross.name, k, v)
         return self.cross(x, k, v, mask=mask, bias=None)

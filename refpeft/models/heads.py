@@ -1,0 +1,203 @@
+"""What models end in for a task: each family's own pooler and head, by the names of its checkpoints.
+
+A head is made of the checkpoint's tensors where it has them, else of first values from a seed: weights from
+N(0, 0.02^2) (0.02 is config.json's initializer_range), biases 0, as transformers makes them. Its last layer, and what
+the checkpoint lacks, must be trained with any method: `model.trained_head`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from refpeft import ops
+from refpeft.backend import Array
+from refpeft.errors import RefpeftError
+from refpeft.models import objectives
+from refpeft.models.base import Model
+from refpeft.models.decoder import unit
+from refpeft.quant import Dense
+from refpeft.rng import Stream
+from refpeft.sites import Site
+
+
+@dataclass(frozen=True)
+class Head:
+    """The modules of a head: dense -> activation -> norm -> last, each but `last` perhaps missing.
+
+    `bias` is where the last layer's bias is, if that is not beside its weight.
+    """
+
+    last: str
+    dense: str = ""
+    activation: str = ""  # "": config.json's hidden_act
+    norm: str = ""
+    bias: str = ""
+
+
+_BERT = Head("classifier", "bert.pooler.dense", "tanh")
+_ROBERTA = Head("classifier.out_proj", "classifier.dense", "tanh")
+_SEQUENCE = {
+    "bert": _BERT,
+    "roberta": _ROBERTA,
+    "xlm-roberta": _ROBERTA,
+    "distilbert": Head("classifier", "pre_classifier", "relu"),
+    "deberta-v2": Head("classifier", "pooler.dense", "gelu"),
+    "albert": Head("classifier", "albert.pooler", "tanh"),
+}
+"""For sequence classification and regression, by family."""
+
+_CLS = Head(
+    "cls.predictions.decoder",
+    "cls.predictions.transform.dense",
+    norm="cls.predictions.transform.LayerNorm",
+    bias="cls.predictions.bias",
+)
+_LM_HEAD = Head("lm_head.decoder", "lm_head.dense", "gelu", "lm_head.layer_norm", "lm_head.bias")
+_MASKED = {
+    "bert": _CLS,
+    "roberta": _LM_HEAD,
+    "xlm-roberta": _LM_HEAD,
+    "distilbert": Head("vocab_projector", "vocab_transform", "", "vocab_layer_norm"),
+    "deberta-v2": _CLS,
+    "albert": Head("predictions.decoder", "predictions.dense", "", "predictions.LayerNorm", "predictions.bias"),
+}
+"""For masked language models, by family; the last layer's weight is the embedding table."""
+
+_TOKENS = Head("classifier")  # for token classification, of all encoders
+_SCORE = Head("score")  # for sequence classification, of decoders; without a bias
+
+
+def put_on(
+    model: Model,
+    task: str | None,
+    labels: Sequence[str] = (),
+    seed: int = 0,
+    stored: Callable[[str], Array | None] = lambda name: None,
+) -> None:
+    """Gives a model what `task` ends in: `model.task`, `.head`, `.read`, `.objective`, `.trained_head`.
+
+    task    "causal-lm", "seq2seq", "classify", "regress" (labels = 1), "tag", "mlm", "embed"; None: hidden states
+    labels  the names of what classify and tag tell apart, in the order of their numbers
+    stored  a tensor of the checkpoint that the model itself does not take, by its name; None where there is none
+
+    Raises RefpeftError where such a model cannot do the task.
+    """
+    if task in (None, model.task):
+        return
+    kind = {"causal-lm": "decoder", "seq2seq": "encoder-decoder", None: "encoder"}[model.task]
+    possible = {
+        "encoder": ("classify", "regress", "tag", "mlm", "embed"),
+        "decoder": ("causal-lm", "classify", "regress"),
+        "encoder-decoder": ("seq2seq",),
+    }[kind]
+    if task not in possible:
+        raise RefpeftError(f"task {task!r} is none for {model.config.family}, which is made for {', '.join(possible)}")
+    if task in ("classify", "tag") and len(labels) < 2:
+        raise RefpeftError(f"task {task!r} tells labels apart, and there are {len(labels)}: name at least two")
+    model.task, model.labels = task, tuple(labels)
+    if task == "embed":
+        model.read, model.objective = "mean", partial(objectives.similarity, model)
+        return
+    family = model.config.family
+    made = _Maker(model, stored, seed)
+    if task == "mlm":
+        made.masked(_MASKED[family])
+        return
+    if kind == "decoder":
+        model.sites.pop(model.head.name)
+        model.frozen.pop("lm_head.weight", None)
+    model.read = "all" if task == "tag" else "last" if kind == "decoder" else "first"
+    made.classifier(_TOKENS if task == "tag" else _SEQUENCE.get(family, _SCORE), len(labels) or 1)
+    if task == "regress":
+        model.objective = partial(objectives.squared_error, model)
+
+
+class _Maker:
+    """Makes a head's sites on a model."""
+
+    def __init__(self, model: Model, stored: Callable[[str], Array | None], seed: int):
+        self.model, self.stored, self.seed = model, stored, seed
+        self.fresh: list[str] = []
+        self.scale = model.config.raw.get("initializer_range") or 0.02
+
+    def classifier(self, head: Head, labels: int) -> None:
+        model, dim = self.model, self.model.config.dim
+        if head.dense:
+            activate = ops.tanh if head.activation == "tanh" else unit(head.activation)
+            dense = self.linear(head.dense, (dim, dim), "pooler")
+            model.transform = lambda hidden: activate(dense(hidden))
+        model.head = self.linear(head.last, (labels, dim), "head", bias=head is not _SCORE)
+        self._train(model.head)
+
+    def masked(self, head: Head) -> None:
+        model, config = self.model, self.model.config
+        width = model.embed.shape[1]
+        activate = unit(head.activation or config.activation)
+        dense = self.linear(head.dense, (width, config.dim), "pooler")
+        self.fill(f"{head.norm}.weight", np.ones(width))
+        self.fill(f"{head.norm}.bias", np.zeros(width))
+        norm = model.norm(head.norm, config.norm_eps, "norm", bias=True)
+        model.transform = lambda hidden: norm(activate(dense(hidden)))
+        self.fill(f"{head.last}.bias", np.zeros(config.vocab), head.bias)
+        model.head = model.linear(head.last, "head", bias=True, tied=model.embed.name)
+        model.read = "all"
+        self._train()
+
+    def linear(self, name: str, shape: tuple[int, int], role: str, bias: bool = True) -> Site:
+        first = Stream(self.seed, "init", "head", name).standard_normal(shape) * self.scale
+        self.fill(f"{name}.weight", first)
+        if bias:
+            self.fill(f"{name}.bias", np.zeros(shape[0]))
+        return self.model.linear(name, role, bias=bias)
+
+    def fill(self, name: str, first: np.ndarray, other: str = "") -> None:
+        """The frozen array of this name: the checkpoint's where it has one of the shape, `first` otherwise.
+
+        A last layer of other labels is made anew, as it is where a model is fine-tuned for another task.
+        """
+        found = self.stored(name)
+        found = self.stored(other) if found is None and other else found
+        if found is None or found.shape != first.shape:
+            self.fresh.append(name)
+            found = first
+        self.model.frozen[name] = Dense(self.model.place(found), self.model.dtype)
+
+    def _train(self, *always: Site) -> None:
+        """Says what must be trained: these sites, and all that have first values from the seed."""
+        fresh = {name.rpartition(".")[0] for name in self.fresh}
+        names = [site.name for site in self.model.sites.values() if site in always or site.name in fresh]
+        self.model.trained_head = tuple(name for name in names if not self.model.sites[name].tied)
+
+
+def read_from(config: Mapping) -> tuple[str | None, tuple[str, ...]]:
+    """(task, labels) that a model's config.json says; (None, ()) where its model has no head for one."""
+    names = config.get("architectures") or []
+    name = (names if isinstance(names, str) else names[0]) if names else ""
+    labels = _labels(config)
+    if name.endswith("ForSequenceClassification"):
+        regression = config.get("problem_type") == "regression" or len(labels) == 1
+        return ("regress", ()) if regression else ("classify", labels)
+    if name.endswith("ForTokenClassification"):
+        return "tag", labels
+    if name.endswith("ForMaskedLM"):
+        return "mlm", ()
+    return None, ()
+
+
+def _labels(config: Mapping) -> tuple[str, ...]:
+    """The labels' names in the order of their numbers; transformers' own default is two of them."""
+    found = config.get("id2label")
+    if not isinstance(found, Mapping) or not found:
+        count = config.get("num_labels", 2)
+        return tuple(f"LABEL_{i}" for i in range(count if type(count) is int and 0 < count < 2**20 else 2))
+    try:
+        by_number = {int(key): str(value) for key, value in found.items()}
+    except ValueError:
+        raise RefpeftError("config key id2label: expected names by number") from None
+    if sorted(by_number) != list(range(len(by_number))):
+        raise RefpeftError(f"config key id2label names the numbers {sorted(by_number)}: expected 0, 1, 2, ...")
+    return tuple(by_number[i] for i in range(len(by_number)))

@@ -1,0 +1,80 @@
+"""What training minimises, by what a model's head says: functions (model, batch, denominator) -> Tensor."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from refpeft import fused, ops
+from refpeft.backend import Array
+from refpeft.errors import RefpeftError
+from refpeft.tensor import Tensor, checkpoint
+
+if TYPE_CHECKING:
+    from refpeft.models.base import Model
+
+_SHARPNESS = 20.0
+"""Cosines are multiplied by this before the softmax over a batch's texts, as sentence-transformers does."""
+
+
+def targets_of(model: Model, batch: Any) -> tuple[np.ndarray, Array, Array | None]:
+    """(where the targets that count are, on the host; the targets; their weights or None) of a Batch."""
+    rows = batch.asked
+    targets = model.xp.asarray(batch.targets.reshape(-1)[rows])
+    weights = None if batch.weights is None else model.xp.asarray(batch.weights.reshape(-1)[rows])
+    return rows, targets, weights
+
+
+def cross_entropy(model: Model, batch: Any, denominator: float) -> Tensor:
+    """The sum of -log p(target) times its weight, over `denominator`.
+
+    Only positions with a target go through the last norm and the head, and logits never exist as a whole.
+    """
+    rows, targets, weights = targets_of(model, batch)
+    hidden = model.states(batch, rows)
+    if not model.head.layers:
+        frozen = {"weight": model.head.weight, "bias": model.head.bias}
+        return fused.linear_cross_entropy(hidden, targets=targets, weights=weights, denominator=denominator, **frozen)
+    size = max(1, fused.LOGITS_AT_ONCE // model.head.shape[0])
+    total = None
+    for at in range(0, max(rows.size, 1), size):
+        here = slice(at, at + size)
+
+        def part(h: Tensor, at: int = at, here: slice = here) -> Tensor:
+            model.mode.chunk = at  # dropout in the head: another mask for each chunk, the same one when recomputed
+            logits = model.head(h)
+            model.mode.chunk = 0
+            counts = None if weights is None else weights[here]
+            return fused.cross_entropy(logits, targets=targets[here], weights=counts, denominator=denominator)
+
+        chunk = checkpoint(part, hidden[here])
+        total = chunk if total is None else total + chunk
+    return total
+
+
+def squared_error(model: Model, batch: Any, denominator: float) -> Tensor:
+    """The sum of (output - target)^2 over `denominator`, of a head with one output."""
+    rows, targets, _ = targets_of(model, batch)
+    said = model.head(model.states(batch, rows))[:, 0]
+    difference = said - Tensor(targets.astype(said.dtype))
+    return ops.sum(difference * difference) * (1 / denominator)
+
+
+def similarity(model: Model, batch: Any, denominator: float) -> Tensor:
+    """Of pairs of texts, whose rows follow one another, by the cosines of their vectors.
+
+    With scores the sum of (cosine - score)^2 over `denominator`. Without, each first text is to find its second among
+    those of all pairs: the sum of -log softmax(20 cosines)[own], over `denominator` (Henderson et al., 2017,
+    arXiv:1705.00652, section 4; in-batch negatives).
+    """
+    if batch.rows_each != 2:
+        raise RefpeftError("similarity is learned from pairs of texts: rows of text_a and text_b")
+    targets = batch.targets[::2, 0]
+    vectors = model(batch.ids, segments=batch.segments)
+    a, b = vectors[::2], vectors[1::2]
+    if targets.dtype.kind == "f":
+        difference = ops.sum(a * b, axis=-1) - Tensor(model.xp.asarray(targets).astype(vectors.dtype))
+        return ops.sum(difference * difference) * (1 / denominator)
+    own = model.xp.arange(len(targets))
+    return fused.cross_entropy(a @ b.transpose() * _SHARPNESS, targets=own, denominator=denominator)

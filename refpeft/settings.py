@@ -1,0 +1,93 @@
+"""What a run can be told: the tables of run.toml and their keys, with defaults."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from refpeft.choices import Device, Dtype, Optimizer, Overlong, Supervise, Task
+from refpeft.models.hub import EMBEDDED
+
+STRICT = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Data(BaseModel):
+    """[data]: what is read and how rows become tokens."""
+
+    model_config = STRICT
+
+    file: str | None = None  # JSONL, JSON, CSV or TSV
+    eval_file: str | None = None  # held-out rows
+    eval_share: Share = 0.0  # held-out share of `file` where there is no eval_file
+    format: Literal["auto", "messages", "conversations", "instruction", "prompt", "text"] = "auto"
+    length: Count | None = None  # tokens of a row; none: 1024, or the model's limit where that is less
+    overlong: Overlong = "error"
+    pack: bool = False
+    supervise: Supervise = "response"
+
+
+class Train(BaseModel):
+    """[train]: how it is trained. `steps` wins over `epochs` where it is given."""
+
+    model_config = STRICT
+
+    epochs: Annotated[float, Field(gt=0)] = 1.0
+    steps: Count | None = None
+    lr: Annotated[float, Field(gt=0)] = 2e-4
+    batch: Count = 8  # rows of an optimizer step
+    micro_batch: Count | None = None  # rows computed at a time; none: the whole batch
+    optimizer: Optimizer = "adamw"
+    paged: bool = False  # the optimizer's state lies outside of the memory that is computed in
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    betas: tuple[Share, Share] | None = None  # this and the next three: none is the optimizer's own default
+    eps: Annotated[float, Field(gt=0)] | None = None
+    momentum: Share | None = None
+    relative_step: bool | None = None  # steps as a share of what is updated, as in Adafactor's paper
+    clip: Annotated[float, Field(ge=0)] = 1.0  # largest gradient norm; 0: no clipping
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup: Annotated[int, Field(ge=0)] | Share = 0.03  # steps, or a share of all steps
+    checkpoint_activations: bool = False
+    eval_every: Count | None = None  # steps; none: only before and after
+    save_every: Count | None = None  # steps; none: only at the end and on Ctrl-C
+    keep: Count = 2  # checkpoints kept
+    best: bool = False  # the adapter of the best evaluation is the one written
+    early_stop: Count | None = None  # evaluations in a row without a better loss
+    log_every: Count = 10
+
+    @property
+    def rows_at_a_time(self) -> int:
+        """The rows of one forward and backward pass."""
+        return self.micro_batch or self.batch
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """The optimizer steps of the whole run."""
+        return self.steps if self.steps is not None else math.ceil(self.epochs * steps_per_epoch)
+
+
+class RunConfig(BaseModel):
+    """The top level of run.toml. Tables named after a method or the quantizer hold that plugin's own options."""
+
+    model_config = STRICT
+
+    model: str = EMBEDDED  # a directory, a GGUF file or a hub id
+    method: str | list[str] = "lora"
+    quantizer: str | None = None
+    double_quant: bool = False  # quantize the quantizer's constants, too
+    adapter_quantizer: str | None = None  # the trained adapter is saved in this quantizer's format
+    out: str | None = None  # the run directory; none: runs/<model>-<method>
+    device: Device = "cpu"
+    dtype: Dtype = "float32"
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    task: Task | None = None  # none: what the rows' columns and the model say
+    labels: tuple[str, ...] = ()  # of a task that has some, in the order of their numbers; (): those of the rows
+    data: Data = Data()
+    train: Train = Train()
+
+    @property
+    def methods(self) -> list[str]:
+        return [self.method] if isinstance(self.method, str) else self.method
