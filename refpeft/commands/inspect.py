@@ -8,12 +8,15 @@ import math
 import re
 import shutil
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from refpeft import choices
 from refpeft.commands import options
+
+if TYPE_CHECKING:
+    from refpeft.formats import Items
 
 
 @click.command()
@@ -145,6 +148,7 @@ def _spans(numbers: list[int]) -> str:
 @click.argument("file")
 @click.option("--model", default="embedded", metavar="PATH|ID", help="Whose tokenizer and chat template read the rows.")
 @click.option("--format", "kind", metavar="NAME", help="The format of the rows; else it is told from their columns.")
+@options.fields
 @click.option("--length", type=click.IntRange(min=2), metavar="N", help="The most tokens of a row.")
 @click.option("--overlong", type=click.Choice(choices.OVERLONG), default="error")
 @click.option("--supervise", type=click.Choice(choices.SUPERVISE), default="response")
@@ -153,16 +157,26 @@ def _spans(numbers: list[int]) -> str:
 )
 @options.as_json
 def data(
-    file: str, model: str, kind: str | None, length: int | None, overlong: str, supervise: str, row: int, as_json: bool
-) -> None:
-    """Shows what would be trained on in FILE: counts, and one example with what is learned in it in green."""
+    file: str, model: str, kind: str | None, fields: dict[str, str], length: int | None, overlong: str, supervise: str,
+    row: int, as_json: bool,
+) -> None:  # fmt: skip
+    """Shows what would be trained on in FILE: counts, and one example with what is learned in it in green.
+
+    Of labelled texts and tagged words: the labels or tags with their counts, and one row.
+    """
     from refpeft.data import load_data, runs, view
     from refpeft.errors import RefpeftError
+    from refpeft.formats import FORMATS, read_items
     from refpeft.models.checkpoint import open_checkpoint
     from refpeft.models.hub import resolve
 
+    read = read_items(file, kind, fields)
+    if "causal-lm" not in FORMATS[read.format].tasks:
+        _show_items(file, read, row, as_json)
+        return
     tokenizer = open_checkpoint(resolve(model)).tokenizer()
-    rows = load_data(file, tokenizer, format=kind, length=length, overlong=overlong, supervise=supervise)
+    how = {"length": length, "overlong": overlong, "supervise": supervise}
+    rows = load_data(file, tokenizer, format=kind, fields=fields, **how)
     if row > len(rows.examples):
         raise RefpeftError(f"--row is {row}, but there are {len(rows.examples):,} examples")
     example = rows.examples[row - 1]
@@ -181,3 +195,25 @@ def data(
         click.echo(
             "".join(f"[learned]{r['text']}[/learned]" if r["learned"] else r["text"] for r in runs(example, tokenizer))
         )
+
+
+def _show_items(file: str, read: Items, row: int, as_json: bool) -> None:
+    """Rows that are about labels, tags or pairs: what there is to be learned, and one of them."""
+    from refpeft.errors import RefpeftError
+    from refpeft.formats import FORMATS
+    from refpeft.items import label_counts, label_lines
+
+    if row > len(read.rows):
+        raise RefpeftError(f"--row is {row}, but there are {len(read.rows):,} rows")
+    line, item, tasks = read.rows[row - 1].line, dataclasses.asdict(read.items[row - 1]), FORMATS[read.format].tasks
+    if as_json:
+        found = {"file": file, "format": read.format, "tasks": tasks, "rows": len(read.rows)}
+        found |= {"labels": label_counts(read.items), "ignored_columns": read.unused, "notes": read.notes}
+        options.echo_json(found | {"example": {"line": line} | item})
+        return
+    click.echo(f"{file}: {len(read.rows):,} rows, format {read.format}, for {', '.join(tasks)}")
+    unused = [f"columns that are not used: {', '.join(read.unused)}"] if read.unused else []
+    click.echo("\n".join([*label_lines(read.items), *unused, *read.notes, f"\nrow {row}, line {line}"]))
+    for name, value in item.items():
+        if value is not None:
+            click.echo(f"{name}: {' '.join(map(str, value)) if isinstance(value, list) else value}")

@@ -51,6 +51,23 @@ def model(command: Callable) -> Callable:
     return command
 
 
+fields = click.option(
+    "--fields", metavar="text=COLUMN,label=COLUMN", callback=lambda ctx, option, text: columns(text) if text else {},
+    help="What the file calls the columns of a format, where that does not tell itself.",
+)  # fmt: skip
+
+
+def columns(text: str) -> dict[str, str]:
+    """`--fields` as data.fields: {column of a format: column of the file}."""
+    from refpeft.errors import RefpeftError
+
+    pairs = [part.partition("=") for part in text.split(",")]
+    found = {ours.strip(): its.strip() for ours, _, its in pairs}
+    if not all(map(all, pairs)) or len(found) < len(pairs):
+        raise RefpeftError(f"--fields is {text!r}: expected text=COLUMN,label=COLUMN, each of a format's columns once")
+    return found
+
+
 def echo_json(value: Any) -> None:
     """Prints `value` as JSON."""
     import json
