@@ -69,7 +69,7 @@ def held_out_rows(run: RunConfig, model: ModelConfig, tokenizer: Tokenizer) -> D
 def _read(file: Path, run: RunConfig, model: ModelConfig, tokenizer: Tokenizer) -> Data:
     kind, length = run.data.format, row_length(run.data.length, model)
     how = {"format": None if kind == "auto" else kind, "overlong": run.data.overlong, "supervise": run.data.supervise}
-    return load_data(file, tokenizer, length=length, **how)
+    return load_data(file, tokenizer, length=length, fields=run.data.fields, **how)
 
 
 def _split(rows: Data, share: float, seed: int) -> tuple[Data, Data]:

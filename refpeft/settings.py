@@ -24,7 +24,10 @@ class Data(BaseModel):
     file: str | None = None  # JSONL, JSON, CSV or TSV
     eval_file: str | None = None  # held-out rows
     eval_share: Share = 0.0  # held-out share of `file` where there is no eval_file
-    format: Literal["auto", "messages", "conversations", "instruction", "prompt", "text"] = "auto"
+    format: Literal[
+        "auto", "messages", "conversations", "instruction", "prompt", "source", "tags", "pair", "label", "text"
+    ] = "auto"  # of refpeft.formats.FORMATS
+    fields: dict[str, str] = {}  # what the file calls a format's columns: {text = "review", label = "stars"}
     length: Count | None = None  # tokens of a row; none: 1024, or the model's limit where that is less
     overlong: Overlong = "error"
     pack: bool = False

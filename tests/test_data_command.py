@@ -1,6 +1,8 @@
 """`refpeft data` on rows that have labels or tags, and `--fields`."""
 
 import json
+import tomllib
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -62,3 +64,19 @@ def test_columns_have_names(data):
 def test_wrong_options_are_errors(data, args, message):
     result = data("a.csv", "text_a,text_b\nWhy?,So.\n", *args)
     assert result.exit_code == 2 and message in result.stderr and "Traceback" not in result.stderr
+
+
+def test_a_run_reads_columns_by_their_names_and_knows_them_again(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.csv").write_text("q,a\nWhy?,So.\nWhen?,Now.\n")
+    (tmp_path / "run.toml").write_text('[data]\nfile = "a.csv"\nfields = {source = "q", target = "a"}\n')
+    flags = ["--data", "a.csv", "--fields", "source=q,target=a"]
+    for out, source in (("by_flags", flags), ("by_file", ["run.toml"])):
+        result = CliRunner().invoke(main, ["train", *source, "--steps", "1", "--length", "32", "--out", out])
+        assert result.exit_code == 0, result.stderr
+        run = tomllib.loads((Path(out) / "run.toml").read_text())
+        assert run["data"]["fields"] == {"source": "q", "target": "a"} and run["data"]["format"] == "source"
+    result = CliRunner().invoke(main, ["eval", "--adapter", out, "--data", "a.csv", "--json"])
+    assert json.loads(result.stdout)["rows"] == 2
+    result = CliRunner().invoke(main, ["train", "run.toml", "--fields", "source=qq", "--steps", "1", "--out", "b"])
+    assert result.exit_code == 2 and "no column 'qq', which fields.source names" in result.stderr

@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from hypothesis import given
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from refpeft import RefpeftError
 from refpeft.formats import FORMATS, read_items
 from refpeft.items import Labelled, Plain, Tagged, label_counts, label_lines, references
+from refpeft.settings import Data
 
 
 @pytest.fixture
@@ -259,6 +261,10 @@ def test_formats_serve_tasks_that_there_are():
     tasks = {"causal-lm", "seq2seq", "classify", "regress", "tag", "mlm", "embed"}
     assert {task for f in FORMATS.values() for task in f.tasks} == tasks
     assert all(f.tasks for f in FORMATS.values())
+
+
+def test_the_configuration_knows_the_formats():
+    assert get_args(Data.model_fields["format"].annotation) == ("auto", *FORMATS)
 
 
 # -- names for columns -------------------------------------------------------------------------------------------------

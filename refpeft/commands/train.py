@@ -26,6 +26,7 @@ _FLAGS = (
     ("--adapter-quantizer", "adapter_quantizer", "NAME", "Save the adapter itself in this quantizer's format."),
     ("--data", "data.file", "FILE", "Rows to train on: JSONL, JSON, CSV or TSV."),
     ("--eval-data", "data.eval_file", "FILE", "Held-out rows."),
+    ("--fields", "data.fields", "text=COLUMN,...", "What the file calls the columns of its rows' format."),
     ("--overlong", "data.overlong", "|".join(choices.OVERLONG), "What becomes of rows that are too long."),
     ("--epochs", "train.epochs", "N", "How often all rows are seen. Default: 1."),
     ("--steps", "train.steps", "N", "Train for so many steps instead."),
@@ -197,6 +198,8 @@ def _value(key: str, text: Any) -> Any:
         return list(text)
     if isinstance(text, bool):
         return text
+    if key == "data.fields":
+        return options.columns(text)
     for number in () if key in _TEXTS else (int, float):
         try:
             return number(text)
