@@ -14,6 +14,7 @@ import pytest
 from sources import write_prompt
 
 from refpeft import fourier, fused, gates, learning, manager, ops, schedule
+from refpeft.api import class_of
 from refpeft.batches import Batch
 from refpeft.config import plugin_options
 from refpeft.conformance.compare import compare
@@ -23,8 +24,7 @@ from refpeft.layers import Part, Train
 from refpeft.models.base import Frozen, Model
 from refpeft.models.checkpoint import expected_tensors
 from refpeft.models.config import from_hf
-from refpeft.models.decoder import Decoder
-from refpeft.models.gpt2 import GPT2
+from refpeft.models.encoder_config import PREFIX
 from refpeft.models.quantized_files import tensors_of
 from refpeft.optim import OPTIMIZERS, SGD, AdamW, Flat
 from refpeft.quant import Dense, Quantized, make_quantizer
@@ -110,8 +110,9 @@ def frozen(arrays: Arrays, dtype: str, absent: dict[str, tuple[int, ...]] | None
 
 def model_of(config: dict, given: Arrays, dtype: str) -> Model:
     shape = from_hf(config)
-    kind = GPT2 if shape.family == "gpt2" else Decoder
-    return kind(shape, frozen(given, dtype, expected_tensors(shape)), np.dtype(dtype))
+    prefix = PREFIX.get(shape.family, "")  # cases of encoders are of models without a head, whose names lack it
+    arrays = {prefix + name: array for name, array in given.items()}
+    return class_of(shape)(shape, frozen(arrays, dtype, expected_tensors(shape)), np.dtype(dtype))
 
 
 def set_values(adapter: Adapter, model: Model, given: Arrays) -> None:
@@ -146,9 +147,31 @@ def grads(adapter: Adapter, model: Model) -> Arrays:
 def run_model(case: Case, given: Arrays, dtype: str) -> Arrays:
     model = model_of(case.config, given, dtype)
     adapter = attach(model, "full")
+    if case.name in (*PREFIX, "t5"):
+        return run_encoder(case, given, model, adapter)
     loss = model.loss(batch_of(given))
     loss.backward()
     return {"logits": logits_of(model, given), "loss": loss.data, **grads(adapter, model)}
+
+
+def run_encoder(case: Case, given: Arrays, model: Model, adapter: Adapter) -> Arrays:
+    """An encoder's hidden states, or an encoder-decoder's logits and loss; the gradients that are asked for."""
+    segments = given.get("segments")
+    if "said" in given:
+        logits, rows = model(given["ids"], given["said"], segments), given["targets"].reshape(-1)
+        flat = logits.reshape(rows.size, -1)
+        loss = fused.cross_entropy(flat, targets=rows, denominator=int((rows >= 0).sum()))
+        loss.backward()
+        answer = {"logits": logits.data, "loss": loss.data}
+    else:
+        hidden = model(given["ids"], segments=segments, types=given.get("types"))
+        hidden.backward(given["g"])
+        answer = {"hidden": hidden.data if segments is None else hidden.data * (segments >= 0)[..., None]}
+    prefix = PREFIX.get(case.name, "")
+    for name, tensor in adapter.params.items():
+        if (output := f"grad.{name.removeprefix(prefix)}") in case.checks:
+            answer[output] = tensor.grad.reshape(given[name.removeprefix(prefix)].shape)
+    return answer
 
 
 def run_block(case: Case, given: Arrays, dtype: str) -> Arrays:

@@ -13,6 +13,7 @@ SCRIPTS = (
         "fused",
         "random_numbers",
         "models",
+        "encoders",
         "blocks",
         "method_sites",
         "methods",

@@ -66,7 +66,7 @@ def draw_weights(draw: Draw, shapes: dict[str, tuple[int, ...]]) -> dict[str, np
     for name, shape in shapes.items():
         if len(shape) == 1:
             weights[name] = draw.normal(*shape, scale=0.3) + np.float32(
-                "norm" in name or ".ln_" in name
+                "norm" in name.lower() or ".ln_" in name
             ) * name.endswith("weight")
         else:
             embedding = "embed" in name or "wte" in name or "wpe" in name
