@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import get_args
 
@@ -261,6 +262,14 @@ def test_formats_serve_tasks_that_there_are():
     tasks = {"causal-lm", "seq2seq", "classify", "regress", "tag", "mlm", "embed"}
     assert {task for f in FORMATS.values() for task in f.tasks} == tasks
     assert all(f.tasks for f in FORMATS.values())
+
+
+def test_the_table_of_the_readme_is_that_of_the_formats():
+    readme = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| ([a-z_, ?]+) \|.*\| ([a-z0-9, -]+) \|$", readme, re.M)
+    for row, (name, f) in zip(rows, FORMATS.items(), strict=True):
+        columns = ", ".join([*f.columns, *(f"{column}?" for column in f.optional)])
+        assert row == (name, columns, ", ".join(f.tasks))
 
 
 def test_the_configuration_knows_the_formats():
