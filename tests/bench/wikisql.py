@@ -27,6 +27,19 @@ from refpeft.trainer import Trainer, mean_loss
 LENGTH, BATCH, LR = 512, 8, 1e-3
 
 
+def hugging_face(model: refpeft.models.base.Model, out: Path) -> str:
+    """The directory that transformers can read the loaded model from: its own, or for a GGUF file `out`, written."""
+    if Path(model.name).is_dir():
+        return model.name
+    out.mkdir()
+    for name, content in model.checkpoint.files().items():
+        (out / name).write_bytes(content)
+    stored = model.checkpoint
+    weights = {name: np.ascontiguousarray(stored.tensor(name)) for name in stored.names}
+    files.write_safetensors(out / "model.safetensors", weights, {"format": "pt"})
+    return str(out)
+
+
 def ours(model, train: Batches, valid: Batches, steps: int) -> dict:
     settings = Train(lr=LR, batch=BATCH, steps=steps, schedule="constant", warmup=0, clip=1.0, log_every=1)
     trainer = Trainer(model, train, valid, settings)
@@ -100,23 +113,9 @@ def main() -> None:
         adapter = refpeft.attach(model, "lora", {"r": 8, "alpha": 16.0}, seed=0)
         results = {}
         if given.which != "refpeft":
-            directory = Path(folder, "model")
-            if Path(given.model).is_dir():
-                directory = Path(given.model)
-            else:
-                directory.mkdir()
-                for name, content in model.checkpoint.files().items():
-                    (directory / name).write_bytes(content)
-                stored = model.checkpoint
-                files.write_safetensors(
-                    directory / "model.safetensors",
-                    {name: np.ascontiguousarray(stored.tensor(name)) for name in stored.names},
-                    {"format": "pt"},
-                )
+            directory = hugging_face(model, Path(folder, "model"))
             adapters.save(Path(folder, "adapter"), model, adapter)
-            results["peft"] = peer(
-                str(directory), str(Path(folder, "adapter")), train, valid, given.steps, given.threads
-            )
+            results["peft"] = peer(directory, str(Path(folder, "adapter")), train, valid, given.steps, given.threads)
         if given.which != "peft":
             results["refpeft"] = ours(model, train, valid, given.steps)
         print(json.dumps(results, indent=1))
