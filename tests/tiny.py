@@ -84,9 +84,10 @@ def of(config: dict, quantizer: Quantizer | None = None) -> Model:
     found, compute, read = drawn(config), np.dtype("f8"), from_hf(config)
 
     def weights(name: str, linear: bool, transposed: bool):
+        array = found[name].T if transposed else found[name]
         if linear and quantizer:
-            return quantizer(found[name].astype("f4"), compute, name)
-        return Dense(found[name], compute)
+            return quantizer(array.astype("f4"), compute, name)
+        return Dense(array, compute)
 
     return class_of(read)(read, weights, compute)
 

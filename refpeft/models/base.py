@@ -56,6 +56,7 @@ class Model:
     labels: tuple[str, ...] = ()  # the names of a classification's labels, in the order of their numbers
     read = "all"  # which positions the head reads: all, first, last, or the mean of real tokens
     trained_head: tuple[str, ...] = ()  # sites that are trained beside any method
+    new_head: tuple[str, ...] = ()  # names of what the checkpoint lacks of the head: it has first values of a seed
 
     def __init__(self, config: ModelConfig, weights: Callable[..., Frozen], dtype: np.dtype, xp: ModuleType = np):
         self.config, self.dtype, self.xp = config, np.dtype(dtype), xp

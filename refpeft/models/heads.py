@@ -78,7 +78,7 @@ def put_on(
     seed: int = 0,
     stored: Callable[[str], Array | None] = lambda name: None,
 ) -> None:
-    """Gives a model what `task` ends in: `model.task`, `.head`, `.read`, `.objective`, `.trained_head`.
+    """Gives a model what `task` ends in: `model.task`, `.head`, `.read`, `.objective`, `.trained_head`, `.new_head`.
 
     task    "causal-lm", "seq2seq", "classify", "regress" (labels = 1), "tag", "mlm", "embed"; None: hidden states
     labels  the names of what classify and tag tell apart, in the order of their numbers
@@ -131,7 +131,7 @@ class _Maker:
             dense = self.linear(head.dense, (dim, dim), "pooler")
             model.transform = lambda hidden: activate(dense(hidden))
         model.head = self.linear(head.last, (labels, dim), "head", bias=head is not _SCORE)
-        self._train(model.head)
+        self._tell(model.head)
 
     def masked(self, head: Head) -> None:
         model, config = self.model, self.model.config
@@ -145,7 +145,7 @@ class _Maker:
         self.fill(f"{head.last}.bias", np.zeros(config.vocab), head.bias)
         model.head = model.linear(head.last, "head", bias=True, tied=model.embed.name)
         model.read = "all"
-        self._train()
+        self._tell()
 
     def linear(self, name: str, shape: tuple[int, int], role: str, bias: bool = True) -> Site:
         first = Stream(self.seed, "init", "head", name).standard_normal(shape) * self.scale
@@ -166,8 +166,9 @@ class _Maker:
             found = first
         self.model.frozen[name] = Dense(self.model.place(found), self.model.dtype)
 
-    def _train(self, *always: Site) -> None:
-        """Says what must be trained: these sites, and all that have first values from the seed."""
+    def _tell(self, *always: Site) -> None:
+        """Says what has first values from the seed, and what must be trained: that, and these sites."""
+        self.model.new_head = tuple(self.fresh)
         fresh = {name.rpartition(".")[0] for name in self.fresh}
         names = [site.name for site in self.model.sites.values() if site in always or site.name in fresh]
         self.model.trained_head = tuple(name for name in names if not self.model.sites[name].tied)
@@ -179,8 +180,13 @@ def read_from(config: Mapping) -> tuple[str | None, tuple[str, ...]]:
     name = (names if isinstance(names, str) else names[0]) if names else ""
     labels = _labels(config)
     if name.endswith("ForSequenceClassification"):
-        regression = config.get("problem_type") == "regression" or len(labels) == 1
-        return ("regress", ()) if regression else ("classify", labels)
+        kind = config.get("problem_type")
+        if kind == "multi_label_classification" or (kind == "regression" and len(labels) > 1):
+            raise RefpeftError(
+                f"config key problem_type is {kind!r} with {len(labels)} labels: refpeft has one label, or one number, of "
+                "a text; to train the model for another task, remove the key from config.json"
+            )
+        return ("regress", ()) if len(labels) == 1 else ("classify", labels)
     if name.endswith("ForTokenClassification"):
         return "tag", labels
     if name.endswith("ForMaskedLM"):
