@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from refpeft import __version__
-from refpeft.commands import inspect, quantize, train, use
+from refpeft.commands import generate, inspect, quantize, train, use
 from refpeft.errors import RefpeftError, RefpeftWarning, nearest
 
 
@@ -79,7 +79,7 @@ for verb in (
     train.plan,
     train.compare,
     use.evaluate,
-    use.generate,
+    generate.generate,
     use.merge,
     use.export,
     quantize.quantize,

@@ -73,3 +73,18 @@ def echo_json(value: Any) -> None:
     import json
 
     click.echo(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+
+
+def load(
+    model: str | None, adapter: str | None, quantizer: str | None, double_quant: bool, dtype: str | None, device: str
+) -> Any:
+    """The model that the options name, kept as the adapter's run had it where they do not say how."""
+    from refpeft import api, run
+    from refpeft.errors import RefpeftError
+
+    if not (model or adapter):
+        raise RefpeftError("there is no model: give --model, or --adapter with a run's directory")
+    how = run.how_kept(adapter, quantizer)
+    how["double_quant"] |= double_quant
+    how["dtype"] = dtype or how["dtype"]
+    return api.load(model or run.base_model(adapter), adapter, device=device, **how)

@@ -1,29 +1,13 @@
-"""The verbs that use a model or an adapter: eval, generate, merge, export."""
+"""The verbs that use a model or an adapter: eval, merge, export."""
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import click
 
 from refpeft import choices
 from refpeft.commands import options
-
-
-def _load(
-    model: str | None, adapter: str | None, quantizer: str | None, double_quant: bool, dtype: str | None, device: str
-) -> Any:
-    """The model that the options name, kept as the adapter's run had it where they do not say how."""
-    from refpeft import api, run
-    from refpeft.errors import RefpeftError
-
-    if not (model or adapter):
-        raise RefpeftError("there is no model: give --model, or --adapter with a run's directory")
-    how = run.how_kept(adapter, quantizer)
-    how["double_quant"] |= double_quant
-    how["dtype"] = dtype or how["dtype"]
-    return api.load(model or run.base_model(adapter), adapter, device=device, **how)
 
 
 @click.command("eval")
@@ -50,7 +34,7 @@ def evaluate(
     from refpeft.batches import Batches
     from refpeft.errors import RefpeftError
 
-    loaded = _load(model, adapter, **how)
+    loaded = options.load(model, adapter, **how)
     configured = config.run_of(adapter)
     if not (data or configured):
         raise RefpeftError("there is no data: give --data FILE")
@@ -76,61 +60,6 @@ def evaluate(
     else:
         click.echo("\n".join(rows.summary.lines()), err=True)
         click.echo(f"loss {loss:.4f}, perplexity {found['perplexity']:.4g}")
-
-
-@click.command()
-@click.argument("prompts", nargs=-1, metavar="[PROMPT]...")
-@options.model
-@click.option("--chat", is_flag=True, help="Talk with the model, line by line.")
-@click.option("--system", metavar="TEXT", help="The system message of a conversation.")
-@click.option("--raw", is_flag=True, help="Give the prompt as it stands, without the model's chat template.")
-@click.option("--max-tokens", type=click.IntRange(min=1), default=256, show_default=True, metavar="N")
-@click.option("--temperature", type=click.FloatRange(min=0), default=0.0, metavar="X", help="0, the default: greedy.")
-@click.option("--top-k", type=click.IntRange(min=1), metavar="N", help="Draw among so many tokens.")
-@click.option(
-    "--top-p", type=click.FloatRange(0, 1, min_open=True), metavar="X", help="Draw among tokens of this probability."
-)
-@click.option("--seed", type=click.IntRange(min=0), default=0, metavar="N")
-@options.as_json
-@options.plugins
-def generate(
-    prompts: tuple[str, ...], model: str | None, adapter: str | None, quantizer: str | None, double_quant: bool,
-    dtype: str, device: str, chat: bool, system: str | None, raw: bool, as_json: bool, **sampling: Any,
-) -> None:  # fmt: skip
-    """Writes what the model says to each PROMPT; without one, to standard input as it stands."""
-    from refpeft import config, dialogue
-    from refpeft.errors import RefpeftError
-
-    loaded = _load(model, adapter, quantizer, double_quant, dtype, device)
-    form = "text" if raw else config.written(adapter).get("data", {}).get("format")
-    speaker = dialogue.Speaker(loaded, form, system, **sampling)
-    if chat:
-        if prompts:
-            raise RefpeftError("--chat asks for what you say line by line: leave the prompts out")
-        speaker.need_template()
-        _talk(speaker)
-        return
-    texts = list(prompts) or [sys.stdin.read()]
-    answers = speaker.answer(texts)
-    if as_json:
-        options.echo_json([{"prompt": p, "text": a} for p, a in zip(texts, answers, strict=True)])
-    else:
-        click.echo("\n".join(answers))
-
-
-def _talk(speaker: Any) -> None:
-    """A conversation on the terminal; an empty line or the end of input ends it."""
-    history: list[dict[str, str]] = []
-    while True:
-        try:
-            said = click.prompt("you", prompt_suffix="> ", default="", show_default=False, err=True)
-        except click.Abort:
-            said = ""
-        if not said.strip():
-            return
-        history.append({"role": "user", "content": said})
-        history.append({"role": "assistant", "content": speaker.reply(history)})
-        click.echo(history[-1]["content"])
 
 
 @click.command()
@@ -184,7 +113,7 @@ def export(adapter: str, model: str | None, out: str, name: str) -> None:
 
     if Path(out).exists():
         raise RefpeftError(f"{out} exists: choose another --out")
-    loaded = _load(model, adapter, None, False, None, "cpu")
+    loaded = options.load(model, adapter, None, False, None, "cpu")
     if len(loaded.adapters) > 1:
         names = ", ".join(one.name for one in loaded.adapters)
         raise RefpeftError(f"{adapter} holds {names}: give the directory of one of them")
