@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from refpeft import __version__
-from refpeft.commands import generate, inspect, quantize, train, use
+from refpeft.commands import generate, inspect, plan, quantize, train, use
 from refpeft.errors import RefpeftError, RefpeftWarning, nearest
 
 
@@ -76,7 +76,7 @@ def main() -> None:
 
 for verb in (
     train.train,
-    train.plan,
+    plan.plan,
     train.compare,
     use.evaluate,
     generate.generate,

@@ -75,6 +75,14 @@ def echo_json(value: Any) -> None:
     click.echo(json.dumps(value, indent=2, ensure_ascii=False, default=str))
 
 
+def show(plan: Any, json: bool) -> None:
+    """Prints a plan, for people or as JSON."""
+    if json:
+        echo_json(plan.as_dict())
+    else:
+        click.echo(plan.text(), nl=False)
+
+
 def load(
     model: str | None, adapter: str | None, quantizer: str | None, double_quant: bool, dtype: str | None, device: str
 ) -> Any:

@@ -1,4 +1,4 @@
-"""The verbs that take a configuration: train, and plan for what it would need."""
+"""The verbs that take a configuration: train and compare."""
 
 from __future__ import annotations
 
@@ -43,23 +43,7 @@ _FLAGS = (
 _TEXTS = ("model", "quantizer", "adapter_quantizer", "out", "data.file", "data.eval_file")  # never read as numbers
 
 
-# What `plan` takes of them, and what it has in their place: a shape has no files that say more.
-_PLANNED = (
-    "method",
-    "quantizer",
-    "double_quant",
-    "train.optimizer",
-    "train.paged",
-    "train.batch",
-    "data.length",
-    "dtype",
-)
-_PLAN_DEFAULTS = {"dtype": "bfloat16", "train.batch": 1}
-_PLAN_LENGTH = 512  # or what the model was made for, where that is less
-_ALL_LINEAR = ("lora", "loftq")  # they are planned on all linear layers, as QLoRA trains them (arXiv:2305.14314)
-
-
-def _flags(*keys: str) -> Callable[[Callable], Callable]:
+def flags(*keys: str) -> Callable[[Callable], Callable]:
     """The flags of these keys; of all without any."""
 
     def add(command: Callable) -> Callable:
@@ -74,7 +58,7 @@ def _flags(*keys: str) -> Callable[[Callable], Callable]:
     return add
 
 
-def _said(given: dict[str, Any]) -> list[tuple[str, str, Any]]:
+def said(given: dict[str, Any]) -> list[tuple[str, str, Any]]:
     """(flag, key, value) of the flags that were given."""
     found = [(flag, key, given.get(key.replace(".", "_"))) for flag, key, *_ in _FLAGS]
     return [(flag, key, _value(key, value)) for flag, key, value in found if value]
@@ -82,7 +66,7 @@ def _said(given: dict[str, Any]) -> list[tuple[str, str, Any]]:
 
 @click.command()
 @click.argument("config", required=False, type=click.Path(), metavar="[RUN.TOML]")
-@_flags()
+@flags()
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint of the run directory.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and do not train.")
 @options.as_json
@@ -97,11 +81,11 @@ def train(config: str | None, sets: tuple[str, ...], resume: bool, dry_run: bool
 
     if resume and config is None and given["out"] and (Path(given["out"]) / configuration.FILE).is_file():
         config = str(Path(given["out"]) / configuration.FILE)
-    resolved = configuration.resolve(config, _said(given), sets)
+    resolved = configuration.resolve(config, said(given), sets)
     if dry_run:
         from refpeft import plan
 
-        _show(plan.plan(resolved, resume), as_json)
+        options.show(plan.plan(resolved, resume), as_json)
         return
     _train(resolved, resume, as_json)
 
@@ -109,7 +93,7 @@ def train(config: str | None, sets: tuple[str, ...], resume: bool, dry_run: bool
 @click.command()
 @click.argument("config", required=False, type=click.Path(), metavar="[COMPARE.TOML]")
 @click.option("--methods", metavar="NAMES|all", help="With commas between. Default: those that COMPARE.TOML names.")
-@_flags(*(key for _, key, *_ in _FLAGS if key != "method"))
+@flags(*(key for _, key, *_ in _FLAGS if key != "method"))
 @click.option("--resume", is_flag=True, help="Leave what is finished in the directory, and train the rest.")
 @options.as_json
 @options.plugins
@@ -127,7 +111,7 @@ def compare(
     from refpeft import comparing, run
 
     directory = run.free_directory(out, "compare", resume)
-    resolved = comparing.resolve(methods, config, _said(given), sets, directory)
+    resolved = comparing.resolve(methods, config, said(given), sets, directory)
     try:
         rows = comparing.compare(resolved, directory, resume, say=lambda line: click.echo(line, err=True))
     except KeyboardInterrupt:
@@ -138,42 +122,6 @@ def compare(
     else:
         click.echo(comparing.text(rows), nl=False)
     ctx.exit(1 if any(row.error for row in rows) else 0)
-
-
-@click.command()
-@click.option("--shape", required=True, metavar="NAME|PATH", help="llama-65b, ... or a config.json.")
-@click.option("--r", "rank", type=click.IntRange(min=1), metavar="N", help="The method's rank: short for --set.")
-@_flags(*_PLANNED)
-@options.as_json
-@options.plugins
-def plan(shape: str, rank: int | None, sets: tuple[str, ...], as_json: bool, **given: Any) -> None:
-    """Prints the memory that fine-tuning a model of some shape takes, by part. Neither model nor data is needed.
-
-    Unless told otherwise, LoRA is planned on all linear layers, weights that are not quantized in bfloat16, and a step
-    of one row of 512 tokens.
-    """
-    from refpeft import config as configuration
-    from refpeft import plan as planning
-    from refpeft import shapes
-
-    methods = given["method"] or ("lora",)
-    length = min(_PLAN_LENGTH, shapes.checkpoint_of(shape).config.context)
-    keys = (
-        _PLAN_DEFAULTS
-        | {"data.length": length}
-        | {f"{method}.targets": "all-linear" for method in methods if method in _ALL_LINEAR}
-    )
-    defaults = [("refpeft plan", key, value) for key, value in keys.items()]
-    flags = [("--shape", "model", shape), ("--shape", "data.file", configuration.EMBEDDED)]  # no row is read
-    flags += [("--r", f"{methods[0]}.r", rank)] if rank else []
-    _show(planning.plan_shape(configuration.resolve(None, [*defaults, *flags, *_said(given)], sets)), as_json)
-
-
-def _show(plan: Any, as_json: bool) -> None:
-    if as_json:
-        options.echo_json(plan.as_dict())
-    else:
-        click.echo(plan.text(), nl=False)
 
 
 def _train(resolved: Any, resume: bool, as_json: bool) -> None:
