@@ -21,7 +21,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -146,7 +146,7 @@ def _with_fields(rows: list[Row], fields: Mapping[str, str], answers: bool, file
             have = f"the file has {', '.join(columns) or 'none'}{nearest(its, columns)}"
             problems.add(None, f"no column {its!r}, which fields.{ours} names: {have}")
     problems.stop()
-    return [_renamed(row, fields) for row in rows]
+    return [_renamed(row, fields) for row in rows] if fields else rows
 
 
 def _renamed(row: Row, names: Mapping[str, str]) -> Row:
@@ -155,7 +155,7 @@ def _renamed(row: Row, names: Mapping[str, str]) -> Row:
         return row
     ours = {its: ours for ours, its in names.items() if its in row.fields}
     kept = {ours.get(name, name): value for name, value in row.fields.items() if name in ours or name not in names}
-    return replace(row, fields=kept)
+    return Row(row.line, kept)
 
 
 def _told(rows: list[Row], fields: Collection[str], file: str) -> str:
@@ -226,7 +226,7 @@ def _with_numbers(items: list[Item]) -> list[Item]:
         labels = [int(label) if whole else float(label) for label in labels]
     if any(isinstance(label, float) for label in labels):
         labels = [float(label) if isinstance(label, int) else label for label in labels]
-    return [replace(item, label=label) for item, label in zip(items, labels, strict=True)]
+    return [Labelled(item.text, item.text_b, label) for item, label in zip(items, labels, strict=True)]
 
 
 def _kind_of_answer(item: Item) -> str | None:

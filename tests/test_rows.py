@@ -112,7 +112,9 @@ def test_the_first_row_of_a_file_without_a_header_is_a_row_whatever_it_says(writ
         "my text\tmy label\na\tmy label\nb\tx\nc\tx\nd\tx\n",  # one that was named
         "q\ta\nx\tyes\ny\tno\nz\tyes\nw\tno\n",  # a header's name is not repeated
         "text\tstars\na\t3\nb\t4\nc\t3\nd\t4\n",
-        "question\tanswer\n" + "\n".join(f"q{i}\tanswer{i % 150}" for i in range(600)),  # too many for labels
+        "\n".join(f"q{i}\tanswer {i % 101}" for i in range(300)),  # too many for labels
+        "a\tyes\nb\tno\nc\tyes",  # too few rows to tell
+        "\n".join(f"q{i}\t{'a label of thirty letters, of two'[: 31 - i % 2]}" for i in range(8)),  # too long
         "a\tb\tc\n1\t2\t3\n",
     ],
 )
