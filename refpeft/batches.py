@@ -107,9 +107,16 @@ class Batches:
 
     def at(self, step: int) -> Batch:
         """The batch of optimizer step `step`, counted from 0 over all epochs."""
+        return self.collate(self._rows_at(step), self.packed, Stream(self.seed, "batch", step))
+
+    def examples_at(self, step: int) -> list[Any]:
+        """The examples of that batch, row by row."""
+        return [example for row in self._rows_at(step) for example in row]
+
+    def _rows_at(self, step: int) -> list[list[Any]]:
         epoch, index = divmod(step, self.steps_per_epoch)
         order = self._epoch(epoch)[index * self.batch : (index + 1) * self.batch]
-        return self.collate([self.rows[i] for i in order], self.packed, Stream(self.seed, "batch", step))
+        return [self.rows[i] for i in order]
 
     def __len__(self) -> int:
         return self.steps_per_epoch

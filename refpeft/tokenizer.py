@@ -24,6 +24,7 @@ class Tokenizer:
     `chat_template`) and those of config.json that name tokens by number (`bos_token_id`, `eos_token_id`: a number or a
     list, `pad_token_id`). `name` is what error messages call it.
 
+    mask_id                  int or None: the token that hides another one in masked language models
     bos_id, eos_id, pad_id   int or None; pad_id falls back to eos_id (padding is masked by position, never by its id)
     eos_ids                  frozenset of every id that ends an answer
     add_bos                  whether the model's own tokenizer puts BOS first
@@ -46,6 +47,10 @@ class Tokenizer:
         self.ends = tuple(text for text in map(tokenizer.id_to_token, self.eos_ids) if text)
         pad = self._special(config, "pad")
         self.pad_id = self.eos_id if pad is None else pad
+        mask = _content(config.get("mask_token"))
+        self.mask_id = tokenizer.token_to_id(mask or "[MASK]")
+        if self.mask_id is None and mask is None:
+            self.mask_id = tokenizer.token_to_id("<mask>")
         self.chat_template = _chat_template(config, name)
         self.special_tokens = {key: _content(config[key]) for key in SPECIAL_NAMES if _content(config.get(key))}
         for key, token in (("bos_token", self.bos_id), ("eos_token", self.eos_id)):
@@ -54,6 +59,10 @@ class Tokenizer:
         self.add_bos = self._adds_bos(config)
         # Llama 2, Mistral and others put a space before a text; a text that continues another must not get one.
         self._prepends = self._encode("a") != self._after("a", _NEUTRAL)
+        specials = tokenizer.encode("a", "a", add_special_tokens=True).special_tokens_mask
+        self._parts_pairs = "1" in "".join(map(str, specials)).strip("1")
+        alone = tokenizer.encode(["a", "a"], is_pretokenized=True, add_special_tokens=False).ids
+        self._words_need_spaces = alone[-1:] != self._encode("a a")[-1:]
 
     @classmethod
     def load(cls, directory: str | Path) -> Tokenizer:
@@ -91,6 +100,49 @@ class Tokenizer:
         if specials and self.add_bos and ids[:1] != [self.bos_id]:
             ids = [self.bos_id, *ids]
         return ids
+
+    def encode_text(self, text: str, length: int | None = None) -> tuple[list[int], list[int]]:
+        """(ids, 1 at special tokens) of a text as the model reads it alone: with its special tokens around it.
+
+        length   the most tokens: the end of the text is cut, never the special tokens
+        """
+        found = self._whole(text, None, length)
+        ids, special = list(found.ids), list(found.special_tokens_mask)
+        if self.add_bos and ids[:1] != [self.bos_id]:  # where tokenizer_config.json asks for it, and tokenizer.json not
+            ids, special = [self.bos_id, *ids][:length], [1, *special][:length]
+        return ids, special
+
+    def encode_pair(self, a: str, b: str | None = None, length: int | None = None) -> tuple[list[int], list[int]]:
+        """(ids, types) of a text, or of two; of a pair that is too long, the longer one is cut, token by token.
+
+        types are 0 in the first text and 1 in the second, as the tokenizer itself says. A tokenizer without special
+        tokens between two texts gets a line break there.
+        """
+        if b is None:
+            ids, _ = self.encode_text(a, length)
+            return ids, [0] * len(ids)
+        if not self._parts_pairs:
+            return self.encode_pair(f"{a}\n{b}", None, length)
+        found = self._whole(a, b, length)
+        return list(found.ids), list(found.type_ids)
+
+    def encode_words(self, words: list[str], length: int | None = None) -> tuple[list[int], list[int | None]]:
+        """(ids, the number of the word that each token is of, None at special tokens) of a sentence in words."""
+        if self._words_need_spaces:
+            words = [f" {word}" for word in words]
+        found = self._whole(words, None, length)
+        return list(found.ids), list(found.word_ids)
+
+    def _whole(self, a: str | list[str], b: str | None, length: int | None) -> tokenizers.Encoding:
+        """What the tokenizer makes of one input, with its special tokens."""
+        if length is not None:
+            self.backend.enable_truncation(length, strategy="longest_first" if b is not None else "only_first")
+        try:
+            return self.backend.encode(a, b, is_pretokenized=isinstance(a, list), add_special_tokens=True)
+        except TypeError:
+            raise RefpeftError("the text is not valid Unicode") from None
+        finally:
+            self.backend.no_truncation()
 
     def decode(self, ids: Iterable[int], *, skip_specials: bool = True) -> str:
         """The text of token ids."""

@@ -11,7 +11,8 @@ from tiny_tokenizers import CHATML, byte_level, chatml, llama, plain, save
 from refpeft import RefpeftError
 from refpeft.data import load_data, runs, view
 from refpeft.examples import Example
-from refpeft.formats import ALPACA, ALPACA_WITH_INPUT, Items
+from refpeft.formats import ALPACA, ALPACA_WITH_INPUT
+from refpeft.tasks.causal_lm import CausalLM, prompt_tokens
 from refpeft.templates import Template
 from refpeft.tokenizer import Tokenizer
 
@@ -371,13 +372,10 @@ def test_split_rows_keep_the_prompt_and_see_the_token_before(write):
 @given(st.lists(st.booleans(), min_size=2, max_size=60), st.integers(2, 20))
 @settings(deadline=None)
 def test_splitting_learns_every_token_once(mask, length):
-    from refpeft.data import _fit, _prompt_tokens, _summarise
-
     example = Example(np.arange(len(mask), dtype=np.int32), np.array(mask), 1)
-    if not example.targets or length - _prompt_tokens(example) < 2:
+    if not example.targets or length - prompt_tokens(example) < 2:
         return
-    summary = _summarise("file", Items([], [], "text", [], []), [example], PLAIN)
-    windows = _fit([example], length, "split", summary)
+    windows = list(CausalLM(PLAIN).windows(example, length)) if len(example) > length else [example]
     targets = [int(i) for w in windows for i in w.ids[1:][w.supervised[1:]]]
     assert sorted(targets) == [i for i in range(1, len(mask)) if mask[i]]
     assert all(len(w) <= length for w in windows)

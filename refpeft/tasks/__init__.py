@@ -1,0 +1,95 @@
+"""Tasks: what models are trained for. One file each: how rows become examples, and what outputs mean."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from refpeft.errors import RefpeftError
+from refpeft.formats import FORMATS, Items
+from refpeft.items import Labelled
+from refpeft.models.config import AnyConfig, ModelConfig
+from refpeft.models.t5_config import T5Config
+from refpeft.tasks.base import Task
+from refpeft.tasks.causal_lm import CausalLM
+from refpeft.tasks.classify import Classify, balanced, labels_of
+from refpeft.tasks.embed import Embed
+from refpeft.tasks.mlm import MLM
+from refpeft.tasks.regress import Regress
+from refpeft.tasks.seq2seq import Seq2Seq
+from refpeft.tasks.tag import Tag
+from refpeft.tokenizer import Tokenizer
+
+DECODER, ENCODER, BOTH = "decoder", "encoder", "encoder-decoder"
+POSSIBLE = {
+    DECODER: ("causal-lm", "classify", "regress"),
+    ENCODER: ("classify", "regress", "tag", "mlm", "embed"),
+    BOTH: ("seq2seq",),
+}
+"""What each kind of model does."""
+
+
+def kind_of(config: AnyConfig) -> str:
+    """Whether a model is a decoder, an encoder, or both."""
+    return BOTH if isinstance(config, T5Config) else DECODER if isinstance(config, ModelConfig) else ENCODER
+
+
+def name_of(asked: str | None, read: Items, config: AnyConfig) -> str:
+    """The task that rows are for: the one that is asked for, or the likeliest that rows and model both serve.
+
+    Raises RefpeftError where there is none.
+    """
+    served, possible = FORMATS[read.format].tasks, POSSIBLE[kind_of(config)]
+    if asked:
+        if asked not in possible:
+            raise RefpeftError(
+                f"task {asked!r} is none for a model of {config.family}: that does {', '.join(possible)}"
+            )
+        return asked
+    answers = [item.label for item in read.items if isinstance(item, Labelled)]
+    if answers and all(answer is None for answer in answers):
+        served = ("embed",)
+    elif any(isinstance(answer, float) for answer in answers):
+        served = tuple(task for task in served if task != "classify")
+    fitting = [task for task in served if task in possible]
+    if not fitting:
+        raise RefpeftError(
+            f"rows of the format {read.format!r} are for {', '.join(served)}, and a model of {config.family} does "
+            f"{', '.join(possible)}: take another model, or name the columns (--fields)"
+        )
+    return fitting[0]
+
+
+def make(
+    name: str,
+    tokenizer: Tokenizer,
+    config: AnyConfig,
+    items: Sequence[Any] = (),
+    labels: Sequence[str] = (),
+    class_weights: str | Sequence[float] | None = None,
+    supervise: str = "response",
+) -> Task:
+    """The task of this name for a model.
+
+    items          of the training rows, whose labels are the task's where `labels` names none
+    class_weights  how much each label's rows count, or "balanced"
+    """
+    reads_last = kind_of(config) == DECODER
+    if name in ("classify", "tag"):
+        labels = tuple(labels) or labels_of(items)
+        task = Classify(tokenizer, labels, reads_last) if name == "classify" else Tag(tokenizer, labels)
+        if class_weights == "balanced":
+            task.weights = balanced(items, labels)
+        elif class_weights is not None:
+            task.weigh(class_weights)
+        return task
+    if class_weights is not None:
+        raise RefpeftError(f"class_weights has no effect: the task {name!r} has no labels")
+    if name == "regress":
+        return Regress(tokenizer, reads_last)
+    if name == "seq2seq":
+        return Seq2Seq(tokenizer, config.start_id)
+    if name == "embed":
+        scores = [float(item.label) for item in items if getattr(item, "label", None) is not None]
+        return Embed(tokenizer, max([1.0, *scores]))
+    return MLM(tokenizer) if name == "mlm" else CausalLM(tokenizer, supervise=supervise)

@@ -1,0 +1,49 @@
+"""Sequence to sequence: an encoder reads a source, and a decoder says the answer (arXiv:1910.10683)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from refpeft.errors import RefpeftError
+from refpeft.examples import Answered
+from refpeft.items import Item, Plain
+from refpeft.tasks.texts import Texts
+from refpeft.tokenizer import Tokenizer
+
+
+class Seq2Seq(Texts):
+    """`start` is the token with which the model's decoder begins. Source and answer end in EOS, as T5 was made."""
+
+    name = "seq2seq"
+
+    def __init__(self, tokenizer: Tokenizer, start: int):
+        super().__init__(tokenizer)
+        if tokenizer.eos_id is None:
+            raise RefpeftError(f"{tokenizer.name} names no eos_token, so no answer could end")
+        self.start = start
+
+    def encode(self, item: Item, line: int) -> list[Answered]:
+        if not isinstance(item, Plain) or not item.prompt.strip():
+            raise RefpeftError("expected a source and its target")
+        ids, answer = self._ended(item.prompt.strip()), self._ended(item.completion.strip())
+        return [Answered(ids, answer, self.start, line)]
+
+    def cut(self, item: Item, example: Answered, length: int) -> Answered:
+        """Both in `length` tokens: the source keeps its end token, the answer's end is lost."""
+        ids = example.ids if len(example.ids) <= length else np.append(example.ids[: length - 1], example.ids[-1:])
+        return replace(example, ids=ids, answer=example.answer[:length])
+
+    def prompt(self, example: Answered) -> np.ndarray:
+        return example.ids
+
+    def wanted(self, example: Answered) -> str:
+        return self.tokenizer.decode(example.answer)
+
+    def learned(self, example: Answered) -> np.ndarray:
+        return example.answer
+
+    def _ended(self, text: str) -> np.ndarray:
+        ids = self.tokenizer.encode(text)
+        return np.array([*ids, self.tokenizer.eos_id] if ids[-1:] != [self.tokenizer.eos_id] else ids, np.int32)
