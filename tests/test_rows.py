@@ -110,12 +110,14 @@ def test_the_first_row_of_a_file_without_a_header_is_a_row_whatever_it_says(writ
     [
         "review\tlabel\na\tlabel\nb\tlabel\nc\t0\nd\t0\n",  # a known name
         "my text\tmy label\na\tmy label\nb\tx\nc\tx\nd\tx\n",  # one that was named
-        "q\ta\nx\tyes\ny\tno\nz\tyes\nw\tno\n",  # a header's name is not repeated
+        "q\ta\n" + "x\tyes\ny\tno\n" * 6,  # a header's name is not repeated
         "text\tstars\na\t3\nb\t4\nc\t3\nd\t4\n",
         "\n".join(f"q{i}\tanswer {i % 101}" for i in range(300)),  # too many for labels
         "a\tyes\nb\tno\nc\tyes",  # too few rows to tell
         "\n".join(f"q{i}\t{'a label of thirty letters, of two'[: 31 - i % 2]}" for i in range(8)),  # too long
         "a\tb\tc\n1\t2\t3\n",
+        "id\tlabel\t*\ttext\n1\t0\t*\tfine\n",  # nearly CoLA's four
+        "id\t1\tx\ttext\n1\t0\t*\tfine\n",
     ],
 )
 def test_a_header_is_a_header(write, text):
@@ -170,6 +172,11 @@ def test_words_may_hold_white_space_between_tabs(write):
     assert fields(write("b.conll", "is\u00a0big  O\n"))[0] == {"words": ["is\u00a0big"], "tags": ["O"]}
 
 
+def test_numbers_may_be_words(write):
+    assert fields(write("a.conll", "1 O\n2 O\n"))[0]["words"] == ["1", "2"]
+    assert [row["words"] for row in fields(write("b.conll", "1 CD O\n\nto TO O\n"))] == [["1"], ["to"]]
+
+
 def test_words_alone_have_no_tags(write):
     assert fields(write("a.conll", "Peter\nsleeps\n")) == [{"words": ["Peter", "sleeps"], "tags": None}]
 
@@ -190,7 +197,8 @@ def test_attributes_are_a_prompt_and_the_sentence_its_completion(write):
         ("a.bio", "\n1\tEU\tO\n2\tis\tO\n", "a.bio:2: the first column counts the words"),
         ("a.conll", "-DOCSTART-\n\n", "a.conll has no rows"),
         ("a.txt", "a||b\nc\n", "a.txt:2: expected `attributes||sentence`"),
-        ("a.txt", "a||b\nc||\na||b||c\n", "a.txt:3: expected `attributes||sentence`"),
+        ("a.txt", "a||b\nc||\n", "a.txt:2: expected `attributes||sentence`"),
+        ("a.txt", "a||b||c\n", "a.txt:1: expected `attributes||sentence`"),
         ("a.txt", "\nThis is a line of some text.\n", "a.txt:2: a .txt file holds lines of `attributes||sentence`, or"),
         ("a.txt", "", "a.txt has no rows"),
         ("a.md", "", "expected a file whose name ends in .jsonl, .ndjson, .json, .csv, .tsv, .txt, .conll, .bio, .iob"),
