@@ -29,9 +29,9 @@ def headed(family: str, task: str, seed: int = 0, stored=lambda name: None):
     return model
 
 
-def asked(family: str, task: str, weighted: bool = False) -> Batch:
+def asked(family: str, task: str, weighted: bool = False, padded: bool = True) -> Batch:
     """Two rows, the second with padding, and targets as `task` has them."""
-    given, rng = rows(family), np.random.default_rng(5)
+    given, rng = rows(family, padded), np.random.default_rng(5)
     ids, real = given["ids"].astype("i4"), given["segments"] >= 0
     targets = np.full(ids.shape, IGNORE, np.int32)
     if task in ("tag", "mlm"):

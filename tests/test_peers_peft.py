@@ -22,7 +22,7 @@ from refpeft.models.base import Model
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
-from peers import Float64  # noqa: E402
+from peers import Float64, compute_in_float64  # noqa: E402
 
 pytestmark = [pytest.mark.real, pytest.mark.filterwarnings("ignore")]
 
@@ -31,25 +31,9 @@ IDS = tiny.ids(2, 9)
 TARGETS = np.roll(tiny.ids(2, 9, seed=7), 1)
 
 
-def rms_norm(self, x):
-    """transformers' RMSNorm rounds to float32 inside; this does not."""
-    return self.weight * (x / (x.square().mean(-1, keepdim=True) + self.variance_epsilon).sqrt())
-
-
-def rotary(self, x, position_ids):
-    """Likewise its rotary angles."""
-    dim = self.config.hidden_size // self.config.num_attention_heads
-    speeds = 10000.0 ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
-    angles = (position_ids[..., None] * speeds).repeat(1, 1, 2)
-    return angles.cos(), angles.sin()
-
-
 @pytest.fixture(autouse=True)
 def float64(monkeypatch):
-    for family, name in (("llama", "Llama"), ("qwen2", "Qwen2")):
-        module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
-        monkeypatch.setattr(getattr(module, f"{name}RMSNorm"), "forward", rms_norm)
-        monkeypatch.setattr(getattr(module, f"{name}RotaryEmbedding"), "forward", rotary)
+    compute_in_float64(monkeypatch)
 
 
 @pytest.fixture(autouse=True)

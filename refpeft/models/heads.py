@@ -183,8 +183,8 @@ def read_from(config: Mapping) -> tuple[str | None, tuple[str, ...]]:
         kind = config.get("problem_type")
         if kind == "multi_label_classification" or (kind == "regression" and len(labels) > 1):
             raise RefpeftError(
-                f"config key problem_type is {kind!r} with {len(labels)} labels: refpeft has one label, or one number, of "
-                "a text; to train the model for another task, remove the key from config.json"
+                f"config key problem_type is {kind!r} with {len(labels)} labels: refpeft has one label, or one number, "
+                "of a text; to train the model for another task, remove the key from config.json"
             )
         return ("regress", ()) if len(labels) == 1 else ("classify", labels)
     if name.endswith("ForTokenClassification"):
