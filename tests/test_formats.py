@@ -256,6 +256,7 @@ def test_columns_by_our_names_come_before_those_by_others(write):
 def test_rows_to_be_predicted_are_read_in_the_format_that_is_named(write):
     assert read_items(write([{"text": "a"}]), "label").items == [Labelled("a")]
     assert read_items(write([{"words": ["a"]}]), "tags").items == [Tagged(["a"])]
+    assert "its columns (words) fit no format" in problems(write([{"words": ["a"]}]))
 
 
 def test_formats_serve_tasks_that_there_are():

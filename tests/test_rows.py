@@ -169,7 +169,8 @@ def test_words_come_first_and_tags_last(write, name):
 def test_words_may_hold_white_space_between_tabs(write):
     rows = fields(write("a.conll", "New York\tLOC\r\nis\u00a0big\tO\r\n \r\n\r\nyes\tO"))
     assert [row["words"] for row in rows] == [["New York", "is\u00a0big"], ["yes"]]
-    assert fields(write("b.conll", "is\u00a0big  O\n"))[0] == {"words": ["is\u00a0big"], "tags": ["O"]}
+    assert [row["tags"] for row in rows] == [["LOC", "O"], ["O"]]
+    assert fields(write("b.conll", " is\u00a0big  O \n"))[0] == {"words": ["is\u00a0big"], "tags": ["O"]}
 
 
 def test_numbers_may_be_words(write):
