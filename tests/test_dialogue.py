@@ -5,8 +5,9 @@ import tiny_files
 import tiny_tokenizers
 
 import refpeft
-from refpeft.dialogue import Speaker
+from refpeft.dialogue import Said, Speaker
 from refpeft.errors import RefpeftError
+from refpeft.search import Answer
 
 
 @pytest.fixture(scope="module")
@@ -21,14 +22,14 @@ def plain(tmp_path_factory):
 
 @pytest.fixture
 def asked(monkeypatch):
-    """The prompts that reach `generate`, as text; every answer is "yes"."""
+    """The prompts that reach `answers`, as text; every answer is "yes"."""
     seen = []
 
-    def generate(model, prompts, **keywords):
+    def answers(model, prompts, **keywords):
         seen.extend(model.tokenizer.decode(prompt, skip_specials=False) for prompt in prompts)
-        return [model.tokenizer.encode("yes") for _ in prompts]
+        return [Answer(model.tokenizer.encode("yes"), -0.5, True) for _ in prompts]
 
-    monkeypatch.setattr("refpeft.dialogue.generate", generate)
+    monkeypatch.setattr("refpeft.dialogue.answers", answers)
     return seen
 
 
@@ -37,10 +38,17 @@ TURN = "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
 
 @pytest.mark.parametrize(
     ("format", "text"),
-    [(None, TURN), ("messages", TURN), ("instruction", TURN), ("prompt", "hello"), ("text", "hello"), ("source", "hello\n")],
+    [
+        (None, TURN),
+        ("messages", TURN),
+        ("instruction", TURN),
+        ("prompt", "hello"),
+        ("text", "hello"),
+        ("source", "hello\n"),
+    ],
 )
 def test_the_format_decides_between_the_template_and_the_text_itself(chat, asked, format, text):
-    assert Speaker(chat, format).answer(["hello"]) == ["yes"]
+    assert Speaker(chat, format).answer(["hello"]) == [Said("yes", -0.5, True)]
     assert asked == [text]
 
 

@@ -23,19 +23,26 @@ from refpeft.commands import options
     "--top-p", type=click.FloatRange(0, 1, min_open=True), metavar="X", help="Draw among tokens of this probability."
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, metavar="N")
+@click.option("--beams", type=click.IntRange(min=1), default=1, metavar="N", help="Beam search that keeps so many.")
+@click.option("--length-penalty", type=float, default=1.0, metavar="X", help="Of beams; above 0 favours long answers.")
+@click.option(
+    "--no-repeat-ngram", type=click.IntRange(min=1), default=0, metavar="N", help="Never so many tokens in a row again."
+)
 @options.as_json
 @options.plugins
 def generate(
     prompts: tuple[str, ...], model: str | None, adapter: str | None, quantizer: str | None, double_quant: bool,
-    dtype: str, device: str, chat: bool, system: str | None, raw: bool, as_json: bool, **sampling: Any,
+    dtype: str, device: str, chat: bool, system: str | None, raw: bool, as_json: bool, **decoding: Any,
 ) -> None:  # fmt: skip
     """Writes what the model says to each PROMPT; without one, to standard input as it stands."""
+    import dataclasses
+
     from refpeft import config, dialogue
     from refpeft.errors import RefpeftError
 
     loaded = options.load(model, adapter, quantizer, double_quant, dtype, device)
     form = "text" if raw else config.written(adapter).get("data", {}).get("format")
-    speaker = dialogue.Speaker(loaded, form, system, **sampling)
+    speaker = dialogue.Speaker(loaded, form, system, **decoding)
     if chat:
         if prompts:
             raise RefpeftError("--chat asks for what you say line by line: leave the prompts out")
@@ -45,9 +52,11 @@ def generate(
     texts = list(prompts) or [sys.stdin.read()]
     answers = speaker.answer(texts)
     if as_json:
-        options.echo_json([{"prompt": p, "text": a} for p, a in zip(texts, answers, strict=True)])
+        options.echo_json(
+            [{"prompt": text, **dataclasses.asdict(said)} for text, said in zip(texts, answers, strict=True)]
+        )
     else:
-        click.echo("\n".join(answers))
+        click.echo("\n".join(said.text for said in answers))
 
 
 def _talk(speaker: Any) -> None:
