@@ -177,6 +177,7 @@ def test_a_score_is_a_value_also_where_it_is_whole(write):
     assert labels(path) == [3.0, 4.0] and isinstance(labels(path)[0], float)
     assert labels(write([{"text_a": "a", "text_b": "b", "score": 1}])) == [1.0]
     assert labels(write([{"text_a": "a", "text_b": "b", "score": None}])) == [None]
+    assert labels(write("text_a,text_b,score\na,b,\n", "b.csv")) == [None]
 
 
 @given(st.lists(st.integers() | st.floats(allow_nan=False, allow_infinity=False), min_size=1))
@@ -296,6 +297,7 @@ def test_columns_may_have_any_names(write, name, between):
         ("q a", {"source": "q", "target": "a"}, Plain("q!\n", "a!")),
         ("review", {"text": "review"}, Plain("", "review!")),
         ("review label", {"text": "review"}, Labelled("review!", None, "label!")),
+        ("review stars label text", {"text": "review", "label": "stars"}, Labelled("review!", None, "stars!")),
         ("text gold", {"label": "gold"}, Labelled("text!", None, "gold!")),
         ("sentence gold", {"label": "gold"}, Labelled("sentence!", None, "gold!")),
         ("one two sentence", {"text_a": "two", "text_b": "one"}, Labelled("two!", "one!")),
