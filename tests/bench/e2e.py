@@ -208,15 +208,14 @@ def shots_text(count: int, given: argparse.Namespace) -> str:
 
 def base_loss(model, shots: int, given: argparse.Namespace) -> float:
     from refpeft.batches import Batches
-    from refpeft.data import encode_plain
-    from refpeft.items import Plain
-    from refpeft.trainer import mean_loss
+    from refpeft.data import load_data
+    from refpeft.evaluation import mean_loss
 
     before = shots_text(shots, given)
-    examples = [
-        encode_plain(Plain(before + item.prompt, item.completion), model.tokenizer, line)
-        for line, item in enumerate(items(given.out / "valid.txt"), start=1)
-    ]
+    rows = [{"prompt": before + item.prompt, "completion": item.completion} for item in items(given.out / "valid.txt")]
+    file = given.out / f"valid-{shots}-shots.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    examples = load_data(file, model.tokenizer).examples
     return mean_loss(model, Batches(examples, given.batch, max(map(len, examples)), shuffle=False))
 
 
