@@ -105,6 +105,12 @@ class Batches:
         """Tokens of the longest row: what a step's memory depends on."""
         return sum(map(len, self.rows[0]))
 
+    @property
+    def of_pairs_alone(self) -> bool:
+        """Whether examples are pairs of texts without scores, which are compared with one another."""
+        first = self.rows[0][0]
+        return hasattr(first, "score") and first.score is None
+
     def at(self, step: int) -> Batch:
         """The batch of optimizer step `step`, counted from 0 over all epochs."""
         return self.collate(self._rows_at(step), self.packed, Stream(self.seed, "batch", step))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from refpeft.batches import Batches
@@ -31,6 +31,36 @@ class Evaluation:
         if self.task is None:
             return {"loss": mean_loss(self.model, self.batches)}
         return self.task.measure(self.model, self.batches, self.names)
+
+
+def deciding(task: Task, asked: str | None) -> str:
+    """What the best evaluation is told by: what was asked for, else the task's first metric, or the loss."""
+    return asked or (task.metrics[0] if task.metrics else "loss")
+
+
+def names_of(task: Task, more: Sequence[str] = (), asked: str | None = None) -> list[str]:
+    """The metrics of a run: the task's own, `more`, and the deciding one.
+
+    Raises RefpeftError for those that are unknown, or not of such a task.
+    """
+    from refpeft import metrics
+
+    names = list(dict.fromkeys([*task.metrics, *more, deciding(task, asked)]))
+    names = [name for name in names if name != "loss"]
+    speaks = task.outputs in ("texts", "loss")
+    for name in names:
+        found = metrics.METRICS.get(name)
+        metrics.check([name], "loss" if speaks and found and found.of == "loss" else task.outputs, task.labels or None)
+    return names
+
+
+def better(metric: str, scores: Mapping[str, float], than: Mapping[str, float]) -> bool:
+    """Whether an evaluation is better than another, by one of its values."""
+    if metric == "loss":
+        return scores["loss"] < than["loss"]
+    from refpeft.metrics import METRICS
+
+    return METRICS[metric].better(scores[metric], than[metric])
 
 
 def mean_loss(model: Model, batches: Batches) -> float:

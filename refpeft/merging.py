@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from refpeft import api, config, files, fused, report, run, sites
+from refpeft import api, config, files, fused, inputs, report, run, sites
 from refpeft.backend import blas_threads
 from refpeft.batches import Batch, Batches
 from refpeft.errors import RefpeftError
@@ -200,7 +200,7 @@ def _log_softmax(logits: np.ndarray) -> np.ndarray:
 def _batches(adapter: str | Path, file: str | None, model: Model) -> tuple[Batches, str]:
     """What is measured on, and the words for it: `file`, or the run's held-out or training rows, or random tokens."""
     configured = config.run_of(adapter)
-    training, held_out = run.data_files(configured) if configured else (None, None)
+    training, held_out = inputs.data_files(configured) if configured else (None, None)
     configured = configured or config.RunConfig()
     if file or (held_out and held_out.is_file()):
         alone = {"file": file or str(held_out), "eval_file": None, "eval_share": 0.0, "overlong": "truncate"}
@@ -209,8 +209,8 @@ def _batches(adapter: str | Path, file: str | None, model: Model) -> tuple[Batch
         length = min(128, model.config.context)
         ids = Stream(0, "merging").uniform(0, model.config.vocab, (8, length)).astype(np.int32)
         return Batches([_example(row) for row in ids], 8, length), "random tokens, for there are no rows (--data FILE)"
-    rows, held_out = run.load_rows(configured, model.config, model.tokenizer)
-    chosen = held_out or rows
+    read = inputs.read(configured, model.config, model.tokenizer)
+    chosen = read.held_out or read.rows
     examples = _first(chosen.examples)
     words = f"{len(examples)} rows of {chosen.summary.file}"
     return Batches(examples, 8, max(map(len, examples)), shuffle=False), words

@@ -10,7 +10,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from refpeft import memory, report, run, schedule, shapes, sites, toml
+from refpeft import inputs, memory, report, run, schedule, shapes, sites, toml
 from refpeft.config import EMBEDDED, Resolved
 from refpeft.models.checkpoint import Checkpoint, open_checkpoint
 from refpeft.models.hub import resolve as resolve_model
@@ -100,8 +100,9 @@ def plan(resolved: Resolved, resume: bool = False) -> Plan:
     config = resolved.run
     directory = run.run_directory(config, resume)
     checkpoint = open_checkpoint(resolve_model(config.model))
-    rows, held_out = run.load_rows(config, checkpoint.config, checkpoint.tokenizer())
-    batches = run.make_batches(config, rows, checkpoint.config)
+    read = inputs.read(config, checkpoint.config, checkpoint.tokenizer())
+    rows, held_out = read.rows, read.held_out
+    batches = inputs.make_batches(config, rows, checkpoint.config)
     at_a_time = min(config.train.rows_at_a_time, len(batches.rows))
     sizes = _sizes(resolved, checkpoint, at_a_time, batches.longest)
     sizes["memory"] = {"Python and its libraries": report.resident()} | sizes["memory"]
@@ -124,7 +125,7 @@ def plan(resolved: Resolved, resume: bool = False) -> Plan:
 def plan_shape(resolved: Resolved) -> ShapePlan:
     """What a run takes whose `model` is a shape (see refpeft.shapes): nothing of it needs to be there."""
     checkpoint = shapes.checkpoint_of(resolved.run.model)
-    length = run.row_length(resolved.run.data.length, checkpoint.config)
+    length = inputs.row_length(resolved.run.data.length, checkpoint.config)
     sizes = _sizes(resolved, checkpoint, resolved.run.train.rows_at_a_time, length)
     before = sum(list(sizes["memory"].values())[: memory.BEFORE_ACTIVATIONS])
     return ShapePlan(**sizes, before_activations=before)

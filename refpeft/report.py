@@ -78,7 +78,9 @@ class Progress:
     def __call__(self, record: dict[str, Any]) -> None:
         step = record["step"]
         if "eval_loss" in record:
-            self._say(f"step {step}: held-out loss {record['eval_loss']:.4f}")
+            named = ("held-out loss" if name == "eval_loss" else name for name in record if name != "step")
+            values = (value for name, value in record.items() if name != "step")
+            self._say(f"step {step}: " + ", ".join(f"{n} {v:.4f}" for n, v in zip(named, values, strict=True)))
             return
         if not self._recent and step > 1:
             self._say(f"goes on after step {step - 1}")

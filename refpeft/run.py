@@ -5,93 +5,29 @@ from __future__ import annotations
 import dataclasses
 import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from refpeft import adapters, api, config, files, manager, paging, report, sites, survey
-from refpeft.batches import Batches
+from refpeft import adapters, api, backend, config, evaluation, files, inputs, manager, paging, report, sites, survey
 from refpeft.config import EMBEDDED, Resolved, RunConfig
-from refpeft.data import Data, load_data
+from refpeft.data import Data
 from refpeft.errors import RefpeftError
-from refpeft.examples import Example
-from refpeft.generate import generate
+from refpeft.evaluation import Evaluation
+from refpeft.inputs import Inputs
 from refpeft.models.base import Model
-from refpeft.models.config import ModelConfig, check_speaks
+from refpeft.models.checkpoint import Checkpoint, open_checkpoint
+from refpeft.models.hub import resolve
 from refpeft.quant import make_quantizer
-from refpeft.rng import Stream
-from refpeft.tokenizer import Tokenizer
-from refpeft.trainer import Summary, Trainer, mean_loss
+from refpeft.tasks.base import Task
+from refpeft.tasks.texts import Texts
+from refpeft.trainer import Summary, Trainer
 
-DEFAULT_LENGTH = 1024  # tokens of a row, where the model's own limit is not less
-HERE = Path(__file__).parent / "embedded"
+_NAMED = 5  # names of tensors or labels that are told
 _EXACT_ROWS = 120  # held-out rows whose answers are compared word for word
-_LONGEST_SAMPLE = 200  # tokens
-
-
-# ---- what is trained on ----
-
-
-def row_length(asked: int | None, model: ModelConfig) -> int:
-    """The most tokens of a row: what was asked for, where the model can do it."""
-    check_speaks(model)
-    if asked and asked > model.context:
-        raise RefpeftError(f"length is {asked:,}, but the model was made for {model.context:,} positions")
-    return asked or min(DEFAULT_LENGTH, model.context)
-
-
-def data_files(run: RunConfig) -> tuple[Path, Path | None]:
-    """The files of the training rows and of the held-out rows."""
-    file, held_out = run.data.file, run.data.eval_file
-    if file in (None, EMBEDDED):
-        file, held_out = HERE / "train.jsonl", held_out or HERE / "held_out.jsonl"
-    return files.expanded(file), files.expanded(held_out) if held_out else None
-
-
-def load_rows(run: RunConfig, model: ModelConfig, tokenizer: Tokenizer) -> tuple[Data, Data | None]:
-    """The training rows and the held-out rows as tokens; None where nothing is held out."""
-    file, held_out = data_files(run)
-    rows = _read(file, run, model, tokenizer)
-    if held_out:
-        return rows, _read(held_out, run, model, tokenizer)
-    return _split(rows, run.data.eval_share, run.seed) if run.data.eval_share else (rows, None)
-
-
-def held_out_rows(run: RunConfig, model: ModelConfig, tokenizer: Tokenizer) -> Data | None:
-    """The held-out rows alone: the training rows are read only where these are a share of them."""
-    held_out = data_files(run)[1]
-    return _read(held_out, run, model, tokenizer) if held_out else load_rows(run, model, tokenizer)[1]
-
-
-def _read(file: Path, run: RunConfig, model: ModelConfig, tokenizer: Tokenizer) -> Data:
-    kind, length = run.data.format, row_length(run.data.length, model)
-    how = {"format": None if kind == "auto" else kind, "overlong": run.data.overlong, "supervise": run.data.supervise}
-    return load_data(file, tokenizer, length=length, fields=run.data.fields, **how)
-
-
-def _split(rows: Data, share: float, seed: int) -> tuple[Data, Data]:
-    """Rows of the file (never parts of one row) held out at random."""
-    lines = sorted({example.line for example in rows.examples})
-    count = max(1, round(share * len(lines)))
-    if count >= len(lines):
-        raise RefpeftError(f"data.eval_share {share:g} of {len(lines)} rows leaves none to train on")
-    chosen = {lines[i] for i in Stream(seed, "held out").permutation(len(lines))[:count]}
-    return tuple(_part(rows, [e for e in rows.examples if (e.line in chosen) == held]) for held in (False, True))
-
-
-def _part(rows: Data, examples: list[Example]) -> Data:
-    tokens, supervised = sum(map(len, examples)), sum(example.targets for example in examples)
-    counts = {"examples": len(examples), "tokens": tokens, "supervised_tokens": supervised}
-    return Data(examples, dataclasses.replace(rows.summary, rows=len({e.line for e in examples}), **counts))
-
-
-def make_batches(run: RunConfig, rows: Data, model: ModelConfig, shuffle: bool = True) -> Batches:
-    """The batches of training rows; without `shuffle` those of held-out rows, as large as fits where a step fits."""
-    size = run.train.batch if shuffle else run.train.rows_at_a_time
-    return Batches(rows.examples, size, row_length(run.data.length, model), run.data.pack, run.seed, shuffle)
 
 
 # ---- where it goes ----
@@ -174,9 +110,10 @@ class Outcome:
 
     def as_dict(self) -> dict[str, Any]:
         """For --json."""
-        kept = ("steps", "loss_before", "loss_after", "best_loss", "best_step", "stopped_early")
+        kept = ("steps", "before", "after", "best", "best_step", "stopped_early")
         scores = {name: (before, after) for name, before, after in self.report.scores}
         numbers = {name: getattr(self.summary, name) for name in kept}
+        numbers |= {f"loss_{when}": (numbers[when] or {}).get("loss") for when in ("before", "after")}
         numbers |= {"adapter": dataclasses.asdict(self.stored)} if self.stored else {}
         numbers |= {"trained": sum(adapter.size for adapter in self.model.adapters), "exact_match": self.exact}
         numbers |= {"frozen_bytes": self.model.nbytes, "frozen_bits": self.model.bits, "peak_bytes": self.peak}
@@ -189,12 +126,18 @@ def train(resolved: Resolved, directory: Path, resume: bool = False, say: Callab
     Raises RefpeftError for what is wrong with the files or the run; KeyboardInterrupt after a checkpoint was saved.
     """
     run = resolved.run
-    quantizer_options = {"double_quant": run.double_quant, "options": resolved.options.get(run.quantizer)}
-    model = api.load(run.model, None, run.quantizer, run.dtype, run.device, **quantizer_options)
-    rows, held_out = load_rows(run, model.config, model.tokenizer)
-    resolved = _stated(resolved, rows, directory)
+    checkpoint = open_checkpoint(resolve(run.model))
+    found = inputs.read(run, checkpoint.config, checkpoint.tokenizer())
+    task, rows, held_out = found.task, found.rows, found.held_out
+    scored = evaluation.names_of(task, run.train.metrics, run.train.metric)
+    quantizer = make_quantizer(run.quantizer, resolved.options.get(run.quantizer), run.double_quant)
+    model = api.build(checkpoint, run.dtype, backend.module(run.device), quantizer, task.name, task.labels, run.seed)
+    model.name = run.model
+    resolved = _stated(resolved, found, directory)
     run = resolved.run
     for line in rows.summary.lines() + (held_out.summary.lines()[:2] if held_out else []):
+        say(line)
+    for line in _of_task(model, checkpoint):
         say(line)
     for method in run.methods:
         fit = manager.hook(manager.load(method), "peft_fit")
@@ -206,7 +149,7 @@ def train(resolved: Resolved, directory: Path, resume: bool = False, say: Callab
     if packer:
         for adapter in model.adapters:
             adapters.packed(adapter, packer)  # what it cannot keep is said now, not after hours of training
-    compare = Comparison(model, held_out, exact=data_files(run)[1] == HERE / "held_out.jsonl")
+    compare = Comparison(model, task, held_out, exact=inputs.data_files(run)[1] == inputs.HERE / "held_out.jsonl")
     with sites.bypassed(model):
         compare.ask()
     say(f"{' + '.join(run.methods)} trains {trained:,} numbers, {trained / model.parameters():.2%} of the model's")
@@ -214,15 +157,18 @@ def train(resolved: Resolved, directory: Path, resume: bool = False, say: Callab
 
     if resume and not any((directory / "checkpoints").glob("step-*")):
         say(f"there is no checkpoint in {directory}: the run begins at its first step")
-    batches = make_batches(run, rows, model.config)
-    evaluation = make_batches(run, held_out, model.config, shuffle=False) if held_out else None
+    batches = inputs.make_batches(run, rows, model.config)
+    measured = None
+    if held_out:
+        measured = Evaluation(model, inputs.make_batches(run, held_out, model.config, shuffle=False), task, scored)
     progress = report.Progress(run.train.log_every)
     metrics = report.Metrics(directory / "metrics.jsonl", resume, run.device)
     if run.train.paged and (why := paging.obstacle(model.xp)):
         say(f"the optimizer's state is not paged: {why}")
     for adapter in survey.waiting(model):
         say(f"{adapter.name} looks at the training data first, which may take as long as the training")
-    trainer = Trainer(model, batches, evaluation, run.train, directory, (progress, metrics), run.seed)
+    metric = evaluation.deciding(task, run.train.metric)
+    trainer = Trainer(model, batches, measured, run.train, directory, (progress, metrics), run.seed, metric)
     progress.steps = trainer.total
     directory.mkdir(parents=True, exist_ok=True)  # now, for the trainer may have refused the run
     if not (resume and (directory / config.FILE).is_file()):  # the run that goes on may refuse other options
@@ -238,7 +184,7 @@ def train(resolved: Resolved, directory: Path, resume: bool = False, say: Callab
     stored = None
     if packer:
         error = adapters.quantize(model, packer)
-        stored = Stored(packer.name, error, mean_loss(model, evaluation) if evaluation else None)
+        stored = Stored(packer.name, error, measured()["loss"] if measured else None)
     compare.ask()
     told = _report(run, directory, summary, stored, compare, seconds)
     peak = report.peak(run.device)
@@ -253,33 +199,48 @@ def _frozen(model: Model) -> str:
     return f"frozen weights take {report.size(model.nbytes)}{bits}"
 
 
-def _stated(resolved: Resolved, rows: Data, directory: Path) -> Resolved:
-    """The configuration with what was found out: the format of the rows, and the directory."""
-    data = resolved.run.data.model_copy(update={"format": rows.summary.format})
-    run = resolved.run.model_copy(update={"data": data, "out": str(directory)})
-    return dataclasses.replace(resolved, run=run)
+def _of_task(model: Model, checkpoint: Checkpoint) -> list[str]:
+    """What the model ends in, in words."""
+    lines = [f"task {model.task}{': ' + _few(model.labels) if model.labels else ''}"]
+    if model.trained_head:
+        lines.append(f"{_few(model.trained_head)} of the head is trained beside the method")
+    if checkpoint.unused:
+        lines.append(f"not used of the model's files: {_few(checkpoint.unused)}")
+    return lines if model.task != "causal-lm" or checkpoint.unused else []
+
+
+def _few(names: Sequence[str]) -> str:
+    """The first of them."""
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
+
+
+def _stated(resolved: Resolved, found: Inputs, directory: Path) -> Resolved:
+    """The configuration with what was found out: the format of the rows, the task, its labels, and the directory."""
+    run = resolved.run
+    data = run.data.model_copy(update={"format": found.rows.summary.format})
+    said = {"data": data, "task": found.task.name, "labels": found.task.labels, "out": str(directory)}
+    return dataclasses.replace(resolved, run=run.model_copy(update=said))
 
 
 class Comparison:
-    """What the model answers to held-out prompts, asked before and after training."""
+    """What the model answers to held-out prompts, asked before and after training; nothing for other tasks."""
 
-    def __init__(self, model: Model, held_out: Data | None, exact: bool):
-        self.model, self.exact = model, exact
-        self.rows = held_out.examples[: _EXACT_ROWS if exact else 1] if held_out else []
+    def __init__(self, model: Model, task: Task, held_out: Data | None, exact: bool):
+        self.model, self.task, self.exact = model, task, exact
+        speaks = held_out is not None and isinstance(task, Texts)
+        self.rows = held_out.examples[: _EXACT_ROWS if exact else 1] if speaks else []
         self.said: list[list[str]] = []
 
     def ask(self) -> None:
         """Greedy answers to all prompts, each as long as the longest wanted answer and a little."""
         if self.rows:
-            prompts = [_prompt(row) for row in self.rows]
-            longest = max(len(row) - len(prompt) for row, prompt in zip(self.rows, prompts, strict=True))
-            most = min(longest + 8, _LONGEST_SAMPLE)
-            tokens = generate(self.model, prompts, most, stop=self.model.tokenizer.eos_ids)
-            self.said.append([self.model.tokenizer.decode(answer) for answer in tokens])
+            prompts = [self.task.prompt(row) for row in self.rows]
+            self.said.append(self.task.answers(self.model, prompts, self.task.longest(self.rows)))
 
     @property
     def wanted(self) -> list[str]:
-        return [self.model.tokenizer.decode(row.ids[len(_prompt(row)) :]) for row in self.rows]
+        return [self.task.wanted(row) for row in self.rows]
 
     def score(self, said: list[str]) -> float:
         """The share of answers that are exactly the wanted ones, but for white space around them."""
@@ -291,21 +252,18 @@ class Comparison:
             return None
         before, after = self.said
         changed = next((i for i in range(len(self.rows)) if before[i] != after[i]), 0)
-        prompt = self.model.tokenizer.decode(_prompt(self.rows[changed]))
+        prompt = self.model.tokenizer.decode(self.task.prompt(self.rows[changed]))
         return report.Sample(prompt, self.wanted[changed], before[changed], after[changed])
-
-
-def _prompt(example: Example) -> np.ndarray:
-    """The tokens before the first learned one; at least one, for a text is learned from its start."""
-    return example.ids[: max(1, int(example.supervised.argmax()))]
 
 
 def _report(
     run: RunConfig, directory: Path, summary: Summary, stored: Stored | None, compare: Comparison, seconds: float
 ) -> report.Report:
     scores, notes = [], []
-    if summary.loss_before is not None and summary.loss_after is not None:
-        scores.append(("held-out loss", f"{summary.loss_before:.4f}", f"{summary.loss_after:.4f}"))
+    if summary.before is not None and summary.after is not None:
+        for name, before in summary.before.items():
+            called = "held-out loss" if name == "loss" else name
+            scores.append((called, f"{before:.4f}", f"{summary.after[name]:.4f}"))
     elif summary.train_losses:
         part = max(1, len(summary.train_losses) // 10)
         first, last = (sum(losses) / part for losses in (summary.train_losses[:part], summary.train_losses[-part:]))
@@ -328,6 +286,8 @@ def _report(
 
 def _next_commands(run: RunConfig, directory: Path, compare: Comparison) -> list[str]:
     """What to try with the adapter."""
+    if not isinstance(compare.task, Texts):
+        return [f"refpeft predict --adapter {directory} --data FILE"]
     sample = compare.sample()
     plain = sample is not None and run.data.format == "prompt" and len(sample.prompt) < 80
     prompt = sample.prompt if plain else "Your prompt"

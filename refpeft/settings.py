@@ -24,6 +24,7 @@ class Data(BaseModel):
     file: str | None = None  # JSONL, JSON, CSV or TSV
     eval_file: str | None = None  # held-out rows
     eval_share: Share = 0.0  # held-out share of `file` where there is no eval_file
+    eval_rows: Count | None = None  # the most held-out rows that are used; none: all
     format: Literal[
         "auto", "messages", "conversations", "instruction", "prompt", "source", "tags", "pair", "label", "text"
     ] = "auto"  # of refpeft.formats.FORMATS
@@ -58,8 +59,11 @@ class Train(BaseModel):
     eval_every: Count | None = None  # steps; none: only before and after
     save_every: Count | None = None  # steps; none: only at the end and on Ctrl-C
     keep: Count = 2  # checkpoints kept
+    metric: str | None = None  # tells the best evaluation, as refpeft.metrics has it, or "loss"; none: the task's own
+    metrics: tuple[str, ...] = ()  # further ones that evaluations give
     best: bool = False  # the adapter of the best evaluation is the one written
-    early_stop: Count | None = None  # evaluations in a row without a better loss
+    early_stop: Count | None = None  # evaluations in a row that are no better
+    class_weights: Literal["balanced"] | tuple[float, ...] | None = None  # how much each label's rows count
     log_every: Count = 10
 
     @property

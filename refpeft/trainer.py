@@ -24,14 +24,13 @@ import numpy as np
 
 from . import backend, files, learning, memory, schedule, survey
 from .backend import Array, to_host
-from .batches import Batch, Batches, split
+from .batches import Batches, split
 from .config import Train as Settings
 from .errors import RefpeftError
+from .evaluation import Evaluation, better
 from .models.base import Model
-from .models.config import check_speaks
 from .optim import OPTIMIZERS, OPTIONS, Flat
 from .quant import Quantized
-from .tensor import no_grad
 
 Listener = Callable[[dict[str, Any]], None]
 
@@ -40,12 +39,15 @@ _COPIED = 2**22  # elements of a checkpoint that are copied to the device at a t
 
 @dataclass
 class Summary:
-    """How a run went. Losses are means over supervised tokens of the held-out rows, None without such rows."""
+    """How a run went. Evaluations are {"loss": mean loss of the held-out rows, metric: value}, None without such rows.
+
+    The best one is that of the best value of `settings.metric`.
+    """
 
     steps: int = 0
-    loss_before: float | None = None
-    loss_after: float | None = None
-    best_loss: float | None = None
+    before: dict[str, float] | None = None
+    after: dict[str, float] | None = None
+    best: dict[str, float] | None = None
     best_step: int = 0
     worse: int = 0  # evaluations since the best one
     stopped_early: bool = False
@@ -57,21 +59,25 @@ class Trainer:
 
     `settings` is config.Train; `out` the run directory, for checkpoints (none without it); each of `listeners` is
     called with a dict for every step ({"step", "loss", "lr", "grad_norm", "tokens", "supervised", "seconds"}) and every
-    evaluation ({"step", "eval_loss"}). The loss of a step has the methods' penalties in it, that of an evaluation not.
+    evaluation ({"step", "eval_loss", metric: value}). The loss of a step has the methods' penalties in it, that of an
+    evaluation not. `metric` says which evaluation is the best: the loss, or one of those that `evaluation` gives.
     """
 
     def __init__(
         self,
         model: Model,
         train: Batches,
-        evaluation: Batches | None = None,
+        evaluation: Batches | Evaluation | None = None,
         settings: Settings | None = None,
         out: str | Path | None = None,
         listeners: Sequence[Listener] = (),
         seed: int = 0,
+        metric: str = "loss",
     ):
-        check_speaks(model.config)
-        self.model, self.train, self.evaluation = model, train, evaluation
+        if model.task is None:
+            raise RefpeftError(f"this {model.config.family} model has no head: load it for a task, such as 'classify'")
+        evaluation = Evaluation(model, evaluation) if isinstance(evaluation, Batches) else evaluation
+        self.model, self.train, self.evaluation, self.metric = model, train, evaluation, metric
         self.settings = settings or Settings()
         self.checkpoints = Path(out) / "checkpoints" if out is not None else None
         self.listeners, self.seed = listeners, seed
@@ -86,6 +92,8 @@ class Trainer:
             )
         if s.checkpoint_activations:
             learning.refuse_recomputation(model)
+        if s.rows_at_a_time < s.batch and train.of_pairs_alone:
+            raise RefpeftError("a batch's texts are compared with one another: leave micro_batch out, or give scores")
         options = {name: value for name in OPTIONS if (value := getattr(s, name)) is not None}
         with backend.blas_threads(model.parameters()), self._room():
             self._settle()
@@ -116,8 +124,8 @@ class Trainer:
             raise RefpeftError(
                 f"{self.checkpoints} holds another run's checkpoints: resume it, or choose another --out"
             )
-        if self.evaluation is not None and self.summary.loss_before is None:
-            self.summary.loss_before = self._evaluate()
+        if self.evaluation is not None and self.summary.before is None:
+            self.summary.before = self._evaluate()
         self.model.checkpointing = self.settings.checkpoint_activations
         with _interruptible() as interrupted:
             while self.summary.steps < self.total and not self.summary.stopped_early:
@@ -138,12 +146,12 @@ class Trainer:
 
     def _finish(self) -> Summary:
         if self.evaluation is not None:
-            self.summary.loss_after = self._evaluate()
+            self.summary.after = self._evaluate()
             if not self.summary.stopped_early:
-                self._judge(self.summary.loss_after)
+                self._judge(self.summary.after)
             if self.settings.best and self.summary.best_step != self.summary.steps and self.checkpoints:
                 self._load_arrays(self.checkpoints / "best", ["values", *self.constants])
-                self.summary.loss_after = self.summary.best_loss
+                self.summary.after = self.summary.best
         return self.summary
 
     def _step(self) -> None:
@@ -155,7 +163,7 @@ class Trainer:
         try:
             for i, part in enumerate(parts):
                 model.mode.step, model.mode.part = step, i
-                part_loss = learning.objective(model, part, batch.supervised)  # the whole batch's count: exact
+                part_loss = learning.objective(model, part, batch.denominator)  # the whole batch's: exact
                 part_loss.backward()
                 loss = loss + part_loss.data
             for penalty in learning.penalties(model):
@@ -209,18 +217,19 @@ class Trainer:
 
     # ---- evaluation ----
 
-    def _evaluate(self) -> float:
-        loss = mean_loss(self.model, self.evaluation)
-        if not math.isfinite(loss):
-            raise RefpeftError(self._not_finite(f"held-out loss is {loss} after step {self.summary.steps}"))
-        self._tell(step=self.summary.steps, eval_loss=loss)
-        return loss
+    def _evaluate(self) -> dict[str, float]:
+        scores = self.evaluation()
+        if not math.isfinite(scores["loss"]):
+            raise RefpeftError(self._not_finite(f"held-out loss is {scores['loss']} after step {self.summary.steps}"))
+        told = {"eval_loss" if name == "loss" else name: value for name, value in scores.items()}
+        self._tell(step=self.summary.steps, **told)
+        return scores
 
-    def _judge(self, loss: float) -> None:
+    def _judge(self, scores: dict[str, float]) -> None:
         """Notes whether this is the best evaluation so far, and whether to stop."""
         summary = self.summary
-        if summary.best_loss is None or loss < summary.best_loss:
-            summary.best_loss, summary.best_step, summary.worse = loss, summary.steps, 0
+        if summary.best is None or better(self.metric, scores, summary.best):
+            summary.best, summary.best_step, summary.worse = scores, summary.steps, 0
             if self.settings.best and self.checkpoints:
                 self._save("best")
         else:
@@ -239,11 +248,14 @@ class Trainer:
         crc = 0
         for row in self.train.rows:
             for example in row:
-                crc = zlib.crc32(np.ascontiguousarray(example.ids).tobytes(), crc)
-                crc = zlib.crc32(np.packbits(example.supervised).tobytes(), crc)
+                for value in vars(example).values():
+                    if isinstance(value, np.ndarray):
+                        crc = zlib.crc32(np.ascontiguousarray(value).tobytes(), crc)
         found = {
             "seed": self.seed,
             "methods": [adapter.name for adapter in self.model.adapters],
+            "task": self.model.task,
+            "labels": list(self.model.labels),
             "total steps": self.total,
             "warm-up steps": self.warmup,
             "rows": len(self.train.rows),
@@ -333,17 +345,6 @@ class Trainer:
                 raise RefpeftError(f"checkpoint {directory}: '{name}' is missing or has another shape or dtype")
             for at in range(0, array.size, _COPIED):  # of paged state the GPU may not have room for all
                 array[at : at + _COPIED] = self.model.xp.asarray(stored[name][at : at + _COPIED])
-
-
-def mean_loss(model: Model, batches: Batches) -> float:
-    """The mean of -log p over all supervised tokens of `batches`, once through."""
-    total, count = 0.0, 0
-    with no_grad():
-        for step in range(batches.steps_per_epoch):
-            batch: Batch = batches.at(step)
-            total += float(model.loss(batch, 1.0).data)
-            count += batch.supervised
-    return total / max(count, 1)
 
 
 @contextlib.contextmanager

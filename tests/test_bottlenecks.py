@@ -18,9 +18,10 @@ from refpeft.batches import Batches, split
 from refpeft.bottleneck import prune
 from refpeft.config import Train as Settings
 from refpeft.errors import RefpeftError
+from refpeft.evaluation import mean_loss
 from refpeft.layers import Train
 from refpeft.learning import objective
-from refpeft.trainer import Trainer, mean_loss
+from refpeft.trainer import Trainer
 
 DIM = 24
 
@@ -79,7 +80,7 @@ def test_the_best_step_comes_back_as_it_was_also_where_it_was_before_pruning(tmp
     rows = Batches(examples(), 4, 32, shuffle=False)
     summary = Trainer(model, Batches(examples(), 4, 32), rows, settings, tmp_path).run()
     assert summary.best_step < 4
-    assert mean_loss(model, rows) == summary.loss_after == summary.best_loss
+    assert mean_loss(model, rows) == summary.after["loss"] == summary.best["loss"]
 
 
 def test_snip_keeps_the_largest_products_of_weight_and_gradient():

@@ -9,10 +9,11 @@ from refpeft import ops, sites
 from refpeft.batches import Batches, split
 from refpeft.config import Train as Settings
 from refpeft.errors import RefpeftError
+from refpeft.evaluation import mean_loss
 from refpeft.learning import objective, penalties
 from refpeft.optim import OPTIMIZERS, Flat
 from refpeft.tensor import parameter
-from refpeft.trainer import Trainer, mean_loss
+from refpeft.trainer import Trainer
 
 GAIN = {"peft_params": lambda site: {"s": np.ones(site.shape[0])}, "peft_linear": lambda x, base, p: base(x) * p.s}
 PLAIN = {"optimizer": "sgd", "lr": 0.1, "clip": 0, "schedule": "constant", "warmup": 0}

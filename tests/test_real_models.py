@@ -17,11 +17,12 @@ from refpeft import adapters, cli
 from refpeft.batches import Batches
 from refpeft.config import Train
 from refpeft.data import load_data
+from refpeft.evaluation import mean_loss
 from refpeft.generate import generate
 from refpeft.models import saving
 from refpeft.templates import Template
 from refpeft.tensor import no_grad
-from refpeft.trainer import Trainer, mean_loss
+from refpeft.trainer import Trainer
 
 pytestmark = pytest.mark.real
 

@@ -8,7 +8,7 @@ import pytest
 import tiny_files
 
 import refpeft
-from refpeft import adapters, config, run
+from refpeft import adapters, config, inputs, run
 from refpeft.errors import RefpeftError
 from refpeft.files import read_safetensors
 
@@ -46,15 +46,15 @@ def test_a_run_directory_holds_what_others_rely_on(resolve, tmp_path):
     assert [r["step"] for r in records if "eval_loss" in r] == [0, 5, 10]
     speeds = {"tokens_per_second", "supervised_per_second"}
     assert {"step", "loss", "lr", "grad_norm", "seconds", "peak_bytes", *speeds} == records[1].keys()
-    assert outcome.summary.loss_after < outcome.summary.loss_before
+    assert outcome.summary.after["loss"] < outcome.summary.before["loss"]
 
 
 def test_the_adapter_gives_the_loss_that_was_reported(resolve):
     outcome = train(resolve())
     model = refpeft.load("model", outcome.directory)
-    rows, _ = run.load_rows(outcome_run(outcome), model.config, model.tokenizer)
-    batches = run.make_batches(outcome_run(outcome), rows, model.config, shuffle=False)
-    assert refpeft.trainer.mean_loss(model, batches) == pytest.approx(outcome.summary.loss_after, rel=1e-5)
+    rows = inputs.read(outcome_run(outcome), model.config, model.tokenizer).rows
+    batches = inputs.make_batches(outcome_run(outcome), rows, model.config, shuffle=False)
+    assert refpeft.evaluation.mean_loss(model, batches) == pytest.approx(outcome.summary.after["loss"], rel=1e-5)
 
 
 def outcome_run(outcome: run.Outcome) -> config.RunConfig:
@@ -140,14 +140,15 @@ def test_rows_of_the_file_are_held_out_whole_and_at_random(resolve):
     resolved = resolve("data.eval_share=0.25", **{"data.eval_file": None})
     tokenizer = refpeft.load("model").tokenizer
     shape = refpeft.load("model").config
-    rows, held_out = run.load_rows(resolved.run, shape, tokenizer)
+    read = inputs.read(resolved.run, shape, tokenizer)
+    rows, held_out = read.rows, read.held_out
     lines = [{example.line for example in part.examples} for part in (rows, held_out)]
     assert [len(part) for part in lines] == [9, 3]
     assert not lines[0] & lines[1]
     assert lines[1] != {10, 11, 12}
     assert (rows.summary.rows, held_out.summary.rows) == (9, 3)
     with pytest.raises(RefpeftError, match="leaves none to train on"):
-        run.load_rows(resolve("data.eval_share=0.99", **{"data.eval_file": None}).run, shape, tokenizer)
+        inputs.read(resolve("data.eval_share=0.99", **{"data.eval_file": None}).run, shape, tokenizer)
 
 
 def test_a_run_that_the_trainer_refuses_leaves_its_directory_free(resolve, tmp_path):

@@ -18,10 +18,11 @@ from refpeft import sites
 from refpeft.batches import Batches, split
 from refpeft.config import Train
 from refpeft.errors import RefpeftError
+from refpeft.evaluation import mean_loss
 from refpeft.examples import Example
 from refpeft.files import read_safetensors
 from refpeft.quant import make_quantizer
-from refpeft.trainer import Trainer, mean_loss
+from refpeft.trainer import Trainer
 
 
 def examples(count: int = 8, seed: int = 0) -> list[Example]:
@@ -84,7 +85,7 @@ def test_training_lowers_the_loss_and_tells_every_step():
     assert summary.train_losses[-1] < summary.train_losses[0]
     assert [r["step"] for r in records if "loss" in r] == list(range(1, 21))
     assert [r["step"] for r in records if "eval_loss" in r] == [0, 5, 10, 15, 20]
-    assert summary.loss_after == records[-1]["eval_loss"]
+    assert summary.after["loss"] == records[-1]["eval_loss"]
 
 
 def test_the_mean_loss_does_not_depend_on_how_rows_are_batched():
@@ -136,8 +137,8 @@ def test_early_stopping_counts_evaluations_without_a_better_loss(tmp_path):
     summary = built.run()
     assert summary.stopped_early
     assert summary.steps == summary.best_step + 3
-    assert summary.loss_after == summary.best_loss
-    assert mean_loss(built.model, built.evaluation) == summary.best_loss
+    assert summary.after["loss"] == summary.best["loss"]
+    assert mean_loss(built.model, built.evaluation.batches) == summary.best["loss"]
 
 
 def test_the_best_adapter_needs_held_out_rows_and_a_place():
@@ -174,7 +175,7 @@ def test_a_finished_run_that_is_resumed_trains_no_more(tmp_path):
     first = trainer(Train(steps=4, batch=4), out=tmp_path)
     first.run()
     again = trainer(Train(steps=4, batch=4), out=tmp_path, seed=0)
-    assert again.run(resume=True).loss_after == first.summary.loss_after
+    assert again.run(resume=True).after == first.summary.after
     assert np.array_equal(again.flat.values, first.flat.values)
 
 

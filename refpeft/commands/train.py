@@ -24,6 +24,7 @@ _FLAGS = (
     ("--quantizer", "quantizer", "NAME", "Quantize frozen weights; `refpeft quantizers` lists them."),
     ("--double-quant", "double_quant", "", "Quantize the quantizer's constants, too, as QLoRA does."),
     ("--adapter-quantizer", "adapter_quantizer", "NAME", "Save the adapter itself in this quantizer's format."),
+    ("--task", "task", "|".join(choices.TASKS), "What is learned. Default: what the rows' columns and the model say."),
     ("--data", "data.file", "FILE", "Rows to train on: JSONL, JSON, CSV or TSV."),
     ("--eval-data", "data.eval_file", "FILE", "Held-out rows."),
     ("--fields", "data.fields", "text=COLUMN,...", "What the file calls the columns of its rows' format."),
@@ -38,6 +39,7 @@ _FLAGS = (
     ("--out", "out", "DIR", "The run directory. Default: runs/<model>-<method>."),
     ("--device", "device", "|".join(choices.DEVICES), "Where to compute."),
     ("--dtype", "dtype", "|".join(choices.DTYPES), "bfloat16 keeps frozen weights in two bytes each."),
+    ("--metric", "train.metric", "NAME", "Tells the best evaluation: accuracy, bleu, ... Default: the task's own."),
     ("--seed", "seed", "N", "The same seed gives the same bits."),
 )
 _TEXTS = ("model", "quantizer", "adapter_quantizer", "out", "data.file", "data.eval_file")  # never read as numbers

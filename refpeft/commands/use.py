@@ -20,17 +20,19 @@ from refpeft.commands import options
     type=click.Choice(choices.OVERLONG),
     help="What becomes of longer rows. Default: as in the adapter's run, or error.",
 )
+@options.fields
+@click.option("--metric", "metrics", multiple=True, metavar="NAME", help="Also this metric, such as bleu. Repeatable.")
 @click.option("--batch", type=click.IntRange(min=1), default=8, show_default=True, metavar="N")
 @options.as_json
 @options.plugins
 def evaluate(
     model: str | None, adapter: str | None, data: str | None, kind: str | None, length: int | None,
-    overlong: str | None, batch: int, as_json: bool, **how: Any,
+    overlong: str | None, fields: dict[str, str], metrics: tuple[str, ...], batch: int, as_json: bool, **how: Any,
 ) -> None:  # fmt: skip
-    """Gives the loss on the answers of a data file; rows become tokens as they did in the adapter's run."""
+    """Gives the loss, and the metrics of the task, on a data file; rows become tokens as in the adapter's run."""
     import math
 
-    from refpeft import config, run, trainer
+    from refpeft import config, evaluation, inputs, tasks
     from refpeft.batches import Batches
     from refpeft.errors import RefpeftError
 
@@ -39,27 +41,36 @@ def evaluate(
     if not (data or configured):
         raise RefpeftError("there is no data: give --data FILE")
     configured = configured or config.RunConfig()
-    given = {"format": kind, "length": length, "overlong": overlong}
+    given = {"format": kind, "fields": fields, "length": length, "overlong": overlong}
     changes = {key: value for key, value in given.items() if value}
     if data:
         changes = {"eval_file": data, "format": "auto"} | changes
     elif configured.data.eval_share and changes:  # drawn from rows that are read differently, the share would be others
         raise RefpeftError(f"the run held out a share of its own rows: give --data FILE to set {', '.join(changes)}")
     configured = configured.model_copy(update={"data": configured.data.model_copy(update=changes)})
-    rows = run.held_out_rows(configured, loaded.config, loaded.tokenizer)
+    if loaded.task is None:
+        raise RefpeftError(f"this {loaded.config.family} model has no head to evaluate: give an adapter that has one")
+    task = tasks.make(loaded.task, loaded.tokenizer, loaded.config, labels=loaded.labels)
+    names = evaluation.names_of(task, metrics)
+    rows = inputs.held_out_rows(configured, loaded.config, task)
     if rows is None:
         raise RefpeftError("the run held no rows out: give --data FILE")
-    length = run.row_length(configured.data.length, loaded.config)
-    loss = trainer.mean_loss(loaded, Batches(rows.examples, batch, length, shuffle=False))
+    length = inputs.row_length(configured.data.length, loaded.config)
+    scores = task.measure(loaded, Batches(rows.examples, batch, length, shuffle=False), names)
+    loss = scores.pop("loss")
     if not math.isfinite(loss):
         raise RefpeftError(f"the loss is {loss}: weights of the model, or of the adapter, are not finite numbers")
-    found = {"eval_loss": loss, "perplexity": math.exp(min(loss, 700)), "rows": rows.summary.rows}
+    found = {"eval_loss": loss} | scores | {"rows": rows.summary.rows}
+    if task.outputs in ("texts", "loss"):
+        found["perplexity"] = math.exp(min(loss, 700))
     found |= {"tokens": rows.summary.tokens, "supervised_tokens": rows.summary.supervised_tokens}
     if as_json:
         options.echo_json(found)
     else:
         click.echo("\n".join(rows.summary.lines()), err=True)
-        click.echo(f"loss {loss:.4f}, perplexity {found['perplexity']:.4g}")
+        counts = ("eval_loss", "rows", "tokens", "supervised_tokens")
+        told = [f"{name} {value:.4g}" for name, value in found.items() if name not in counts]
+        click.echo(", ".join([f"loss {loss:.4f}", *told]))
 
 
 @click.command()

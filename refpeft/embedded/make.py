@@ -151,7 +151,7 @@ def pretrain(out: Path, documents: int, device: str) -> Model:
     progress.steps = trainer.total
     summary = trainer.run()
     progress.close()
-    click.echo(f"held-out text: loss {summary.loss_before:.4f} before, {summary.loss_after:.4f} after")
+    click.echo(f"held-out text: loss {summary.before['loss']:.4f} before, {summary.after['loss']:.4f} after")
     sites.merge(model)
     return model
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -56,7 +56,10 @@ class Model:
     labels: tuple[str, ...] = ()  # the names of a classification's labels, in the order of their numbers
     read = "all"  # which positions the head reads: all, first, last, or the mean of real tokens
     trained_head: tuple[str, ...] = ()  # sites that are trained beside any method
-    new_head: tuple[str, ...] = ()  # names of what the checkpoint lacks of the head: it has first values of a seed
+    head_tensors: Mapping[str, str] = MappingProxyType(
+        {}
+    )  # names in `frozen` of all that is the head's: those in files
+    new_head: tuple[str, ...] = ()  # names of those that the checkpoint lacks: they have first values of a seed
 
     def __init__(self, config: ModelConfig, weights: Callable[..., Frozen], dtype: np.dtype, xp: ModuleType = np):
         self.config, self.dtype, self.xp = config, np.dtype(dtype), xp
@@ -253,7 +256,7 @@ class Model:
     @property
     def room(self) -> float:
         """The most tokens that a row may have beside those that adapters add; infinite with rotary positions."""
-        if self.config.rope is not None:
+        if isinstance(self.config, ModelConfig) and self.config.rope is not None:
             return math.inf
         with no_grad():
             virtual = self.embed(self.xp.zeros((1, 1), np.int32)).shape[1] - 1

@@ -37,7 +37,8 @@ def measure(model_path: str, data: Path, way: dict, steps: int, threads: int, de
     from refpeft.batches import Batches
     from refpeft.config import Train
     from refpeft.data import load_data
-    from refpeft.trainer import Trainer, mean_loss
+    from refpeft.evaluation import mean_loss
+    from refpeft.trainer import Trainer
 
     with threadpoolctl.threadpool_limits(threads):
         model = refpeft.load(model_path, device=device, **way)

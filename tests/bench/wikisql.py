@@ -22,7 +22,8 @@ from refpeft import adapters, files
 from refpeft.batches import Batches
 from refpeft.config import Train
 from refpeft.data import load_data
-from refpeft.trainer import Trainer, mean_loss
+from refpeft.evaluation import mean_loss
+from refpeft.trainer import Trainer
 
 LENGTH, BATCH, LR = 512, 8, 1e-3
 
