@@ -178,6 +178,7 @@ def test_a_score_is_a_value_also_where_it_is_whole(write):
     assert labels(write([{"text_a": "a", "text_b": "b", "score": 1}])) == [1.0]
     assert labels(write([{"text_a": "a", "text_b": "b", "score": None}])) == [None]
     assert labels(write("text_a,text_b,score\na,b,\n", "b.csv")) == [None]
+    assert labels(write("text_a,text_b,score\na,b, 4\n", "c.csv")) == [4.0]
 
 
 @given(st.lists(st.integers() | st.floats(allow_nan=False, allow_infinity=False), min_size=1))
@@ -186,6 +187,14 @@ def test_numbers_of_a_table_are_those_that_were_written(tmp_path_factory, number
     path.write_text("".join(f"text {i}\t{number}\n" for i, number in enumerate(numbers)))
     whole = all(isinstance(number, int) for number in numbers)
     assert labels(path) == (numbers if whole else list(map(float, numbers)))
+
+
+@pytest.mark.parametrize("columns", [("text", "label"), ("index", "sentence"), ("my text", "my class")])
+def test_names_of_columns_are_a_header_also_where_they_are_labels(write, columns):
+    table = "\n".join("\t".join(row) for row in [columns, *[("x", columns[1]), ("y", "no")] * 3])
+    fields = {"text": "my text", "label": "my class"} if "my text" in columns else None
+    found = read_items(write(table, "a.tsv"), fields=fields)
+    assert len(found.items) == 6 and not found.notes
 
 
 # -- tags --------------------------------------------------------------------------------------------------------------
