@@ -26,7 +26,7 @@ from refpeft.commands import options
 @click.option("--beams", type=click.IntRange(min=1), default=1, metavar="N", help="Beam search that keeps so many.")
 @click.option("--length-penalty", type=float, default=1.0, metavar="X", help="Of beams; above 0 favours long answers.")
 @click.option(
-    "--no-repeat-ngram", type=click.IntRange(min=1), default=0, metavar="N", help="Never so many tokens in a row again."
+    "--no-repeat-ngram", type=click.IntRange(min=0), default=0, metavar="N", help="Never so many tokens in a row again."
 )
 @options.as_json
 @options.plugins
