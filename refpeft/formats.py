@@ -419,7 +419,7 @@ FORMATS = {
     "text": Format(("text",), (), ("causal-lm", "mlm", "embed"), _read_text, (("text",),)),
 }
 COLUMNS = tuple(dict.fromkeys(name for f in FORMATS.values() for name in f.all_columns))
-NAMES = {name for f in FORMATS.values() for names in f.told_by for name in names}.union(COLUMNS)
+NAMES = {name for f in FORMATS.values() for names in f.told_by for name in names}
 """What columns are called in files whose format is told."""
 ANSWERS = ("label", "score", "tags")
 """What may be missing in rows that are to be predicted."""

@@ -354,14 +354,14 @@ def test_what_is_to_be_predicted_may_be_missing_under_its_name(write):
         ),
         (None, {"text": "review", "label": "review"}, "the column 'review' is named 2 times"),
         (None, {"text": "review", "prompt": "stars"}, "fit no format: expected columns of one format in `fields`"),
-        (None, {"source": "review"}, "its columns (source, stars) fit no format: expected source, target"),
+        (None, {"source": "review"}, "its columns (source, stars) fit no format: expected source, target\n"),
         (None, {}, "fit no format: expected messages | conversations | instruction, output | prompt, completion |"),
         (None, {}, "| text_a, text_b | text, label | text; `fields` says which columns are which"),
         ("alpaca", {}, "format 'alpaca' is unknown"),
     ],
 )
 def test_wrong_names_are_errors(write, format, fields, message):
-    assert message in problems(write([{"review": "fine", "stars": 4}]), format, fields)
+    assert message in problems(write([{"review": "fine", "stars": 4}]), format, fields) + "\n"
 
 
 # -- mistakes ----------------------------------------------------------------------------------------------------------
