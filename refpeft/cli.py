@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from refpeft import __version__
-from refpeft.commands import generate, inspect, plan, quantize, train, use
+from refpeft.commands import generate, inspect, plan, predict, quantize, train, use
 from refpeft.errors import RefpeftError, RefpeftWarning, nearest
 
 
@@ -79,6 +79,7 @@ for verb in (
     plan.plan,
     train.compare,
     use.evaluate,
+    predict.predict,
     generate.generate,
     use.merge,
     use.export,

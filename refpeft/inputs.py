@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from refpeft.batches import Batches
 from refpeft.data import Data, examples_of
 from refpeft.errors import RefpeftError
 from refpeft.formats import Items, read_items
+from refpeft.items import Labelled
 from refpeft.models.config import AnyConfig
 from refpeft.rng import Stream
 from refpeft.settings import EMBEDDED, RunConfig
@@ -63,6 +65,21 @@ def held_out_rows(run: RunConfig, model: AnyConfig, task: Task) -> Data | None:
     return _first(rows if held_out else _split(rows, run.data.eval_share, run.seed)[1], run)
 
 
+def to_predict(
+    file: str | Path, task: Task, model: AnyConfig, kind: str | None, fields: Mapping[str, str], length: int | None
+) -> tuple[Items, Data]:
+    """The rows of a file, and an example for each; what is too long is cut, what would be learned may be missing."""
+    path = files.expanded(file)
+    items = read_items(path, kind, fields, has_template=_templated(task.tokenizer, model), answers=False)
+    if items.format == "text" and task.name in ("classify", "regress"):
+        texts = [Labelled(item.prompt + item.completion) for item in items.items]
+        items = dataclasses.replace(items, items=texts, format="label")
+    rows = examples_of(items, task, str(file), row_length(length, model), "truncate", answers=False)
+    if len(rows.examples) < len(items.rows):
+        raise RefpeftError(f"{file}: {rows.summary.dropped} rows are too long to be predicted: set a larger --length")
+    return items, rows
+
+
 def row_length(asked: int | None, model: AnyConfig) -> int:
     """The most tokens of a row: what was asked for, where the model can do it."""
     if asked and asked > model.context:
@@ -86,8 +103,12 @@ def make_batches(run: RunConfig, rows: Data, model: AnyConfig, shuffle: bool = T
 
 def _items(file: Path, run: RunConfig, model: AnyConfig, tokenizer: Tokenizer) -> Items:
     kind = None if run.data.format == "auto" else run.data.format
-    templated = tokenizer.chat_template is not None and tasks.kind_of(model) == tasks.DECODER
-    return read_items(file, kind, run.data.fields, has_template=templated)
+    return read_items(file, kind, run.data.fields, has_template=_templated(tokenizer, model))
+
+
+def _templated(tokenizer: Tokenizer, model: AnyConfig) -> bool:
+    """Whether an instruction is what a conversation's user says."""
+    return tokenizer.chat_template is not None and tasks.kind_of(model) == tasks.DECODER
 
 
 def _examples(items: Items, task: Task, file: Path, run: RunConfig, model: AnyConfig) -> Data:

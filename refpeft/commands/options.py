@@ -51,6 +51,8 @@ def model(command: Callable) -> Callable:
     return command
 
 
+task = click.option("--task", type=click.Choice(choices.TASKS), help="Default: what the adapter or model was made for.")
+
 fields = click.option(
     "--fields", metavar="text=COLUMN,label=COLUMN", callback=lambda ctx, option, text: columns(text) if text else {},
     help="What the file calls the columns of a format, where that does not tell itself.",
@@ -84,8 +86,9 @@ def show(plan: Any, json: bool) -> None:
 
 
 def load(
-    model: str | None, adapter: str | None, quantizer: str | None, double_quant: bool, dtype: str | None, device: str
-) -> Any:
+    model: str | None, adapter: str | None, quantizer: str | None, double_quant: bool, dtype: str | None, device: str,
+    task: str | None = None,
+) -> Any:  # fmt: skip
     """The model that the options name, kept as the adapter's run had it where they do not say how."""
     from refpeft import api, run
     from refpeft.errors import RefpeftError
@@ -95,4 +98,4 @@ def load(
     how = run.how_kept(adapter, quantizer)
     how["double_quant"] |= double_quant
     how["dtype"] = dtype or how["dtype"]
-    return api.load(model or run.base_model(adapter), adapter, device=device, **how)
+    return api.load(model or run.base_model(adapter), adapter, device=device, task=task, **how)

@@ -20,6 +20,7 @@ from refpeft.commands import options
     type=click.Choice(choices.OVERLONG),
     help="What becomes of longer rows. Default: as in the adapter's run, or error.",
 )
+@options.task
 @options.fields
 @click.option("--metric", "metrics", multiple=True, metavar="NAME", help="Also this metric, such as bleu. Repeatable.")
 @click.option("--batch", type=click.IntRange(min=1), default=8, show_default=True, metavar="N")

@@ -68,7 +68,10 @@ class Task:
         raise NotImplementedError
 
     def predict(self, model: Model, batches: Batches) -> Iterator[tuple[int, dict[str, Any]]]:
-        """(line, what the model predicts of it) of each example, in the order of `batches`."""
+        """(line, what the model predicts of it) of each example, in the order of `batches`.
+
+        That is {"predicted": ...}, with probabilities beside it where there are some.
+        """
         raise NotImplementedError
 
 

@@ -72,4 +72,4 @@ class MLM(Task):
                         {tokenizer.decode([token], skip_specials=False).strip(): float(row[token]) for token in best}
                         for row, best in zip(p, order, strict=True)
                     ]
-                    yield example.line, {"masked": told}
+                    yield example.line, {"predicted": told}

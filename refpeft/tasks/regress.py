@@ -47,4 +47,4 @@ class Regress(Asking):
 
     def predict(self, model: Model, batches: Batches) -> Iterator[tuple[int, dict[str, Any]]]:
         for told in self.told(model, batches):
-            yield told.example.line, {"value": float(told.outputs[0, 0])}
+            yield told.example.line, {"predicted": float(told.outputs[0, 0])}

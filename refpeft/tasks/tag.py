@@ -53,4 +53,4 @@ class Tag(Labelling):
         for told in self.told(model, batches):
             p = softmax(told.outputs)
             tags = [self.labels[number] for number in p.argmax(axis=-1)]
-            yield told.example.line, {"tags": tags, "probabilities": p.max(axis=-1).tolist()}
+            yield told.example.line, {"predicted": tags, "probabilities": p.max(axis=-1).tolist()}

@@ -78,4 +78,4 @@ class Texts(Task):
         examples = [row[0] for row in batches.rows]
         said = self.answers(model, [self.prompt(example) for example in examples], self.longest(examples))
         for example, answer in zip(examples, said, strict=True):
-            yield example.line, {"text": answer.strip()}
+            yield example.line, {"predicted": answer.strip()}

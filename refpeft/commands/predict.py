@@ -1,0 +1,52 @@
+"""The verb that writes what a model says of the rows of a file: predict."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from refpeft.commands import options
+
+
+@click.command()
+@click.argument("data", metavar="FILE")
+@options.model
+@options.task
+@click.option("--out", metavar="FILE", help="Where the predictions go, a JSON object a line. Default: standard output.")
+@click.option("--format", "kind", metavar="NAME", help="The format of the rows; else it is told from their columns.")
+@options.fields
+@click.option("--length", type=click.IntRange(min=2), metavar="N", help="The most tokens of a row; the rest is cut.")
+@click.option("--batch", type=click.IntRange(min=1), default=32, show_default=True, metavar="N")
+@options.plugins
+def predict(
+    data: str, model: str | None, adapter: str | None, task: str | None, out: str | None, kind: str | None,
+    fields: dict[str, str], length: int | None, batch: int, **how: Any,
+) -> None:  # fmt: skip
+    """Predicts labels, numbers, tags, texts or vectors for the rows of FILE, with probabilities.
+
+    Each row is written as it is, in its order, with "line" (where it stands in FILE) and "predicted"; of a
+    classification also "probability" and the "probabilities" of all labels. What would be learned may be missing.
+    """
+    import json
+
+    from refpeft import files, inputs, tasks
+    from refpeft.batches import Batches
+    from refpeft.errors import RefpeftError
+
+    loaded = options.load(model, adapter, task=task, **how)
+    if loaded.task is None:
+        raise RefpeftError(f"this {loaded.config.family} model has no head: give --adapter, or --task embed")
+    doing = tasks.make(loaded.task, loaded.tokenizer, loaded.config, labels=loaded.labels)
+    items, rows = inputs.to_predict(data, doing, loaded.config, kind, fields, length)
+    for note in rows.summary.notes:
+        click.echo(note, err=True)
+    longest = max(map(len, rows.examples))
+    found = dict(doing.predict(loaded, Batches(rows.examples, batch, longest, shuffle=False)))
+    lines = (json.dumps({"line": row.line} | row.fields | found[row.line], ensure_ascii=False) for row in items.rows)
+    text = "".join(f"{line}\n" for line in lines)
+    if out:
+        files.write_text(files.expanded(out), text)
+        click.echo(f"{len(items.rows):,} predictions in {out}", err=True)
+    else:
+        click.echo(text, nl=False)
