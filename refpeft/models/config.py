@@ -214,15 +214,6 @@ def from_hf(config: dict) -> AnyConfig:
     return _llama_shaped(family, values, raw=config)
 
 
-def check_speaks(config: AnyConfig) -> None:
-    """Raises RefpeftError where the model of this config is not a decoder: it cannot go on with a text."""
-    if not isinstance(config, ModelConfig):
-        raise RefpeftError(
-            f"a {config.family} model is no language model of one text, and refpeft trains and asks no others yet; in "
-            "Python refpeft.load gives it, and its states"
-        )
-
-
 def _gpt2(values: dict, raw: dict) -> ModelConfig:
     dim, heads, layers = count(values, "n_embd"), count(values, "n_head"), layer_count(values, "n_layer")
     if dim % heads:
