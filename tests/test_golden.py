@@ -147,7 +147,7 @@ def grads(adapter: Adapter, model: Model) -> Arrays:
 def run_model(case: Case, given: Arrays, dtype: str) -> Arrays:
     model = model_of(case.config, given, dtype)
     adapter = attach(model, "full")
-    if case.name in (*PREFIX, "t5"):
+    if model.config.family in (*PREFIX, "t5"):
         return run_encoder(case, given, model, adapter)
     loss = model.loss(batch_of(given))
     loss.backward()
@@ -167,7 +167,7 @@ def run_encoder(case: Case, given: Arrays, model: Model, adapter: Adapter) -> Ar
         hidden = model(given["ids"], segments=segments, types=given.get("types"))
         hidden.backward(given["g"])
         answer = {"hidden": hidden.data if segments is None else hidden.data * (segments >= 0)[..., None]}
-    prefix = PREFIX.get(case.name, "")
+    prefix = PREFIX.get(model.config.family, "")
     for name, tensor in adapter.params.items():
         if (output := f"grad.{name.removeprefix(prefix)}") in case.checks:
             answer[output] = tensor.grad.reshape(given[name.removeprefix(prefix)].shape)

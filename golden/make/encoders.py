@@ -236,7 +236,7 @@ def cases() -> Iterator[Case]:
         yield Case(
             id=case_id,
             kind="model",
-            name=model_type,
+            name=model_type.removesuffix("-v2"),
             comment=comment,
             flags=tuple(flags.split()),
             config=config,
