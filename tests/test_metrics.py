@@ -169,6 +169,7 @@ def test_bits_per_byte_needs_the_bytes():
         ("B-PER I-LOC I-LOC", {("PER", 0, 1), ("LOC", 1, 3)}),
         ("B-PER O I-PER", {("PER", 0, 1), ("PER", 2, 3)}),
         ("S-PER B-LOC I-LOC E-LOC I-LOC", {("PER", 0, 1), ("LOC", 1, 4), ("LOC", 4, 5)}),
+        ("B-PER S-PER S-PER E-PER", {("PER", 0, 1), ("PER", 1, 2), ("PER", 2, 3), ("PER", 3, 4)}),
         ("B I O B", {("", 0, 2), ("", 3, 4)}),  # one type without a name
         ("B-a-b I-a-b I-a", {("a-b", 0, 2), ("a", 2, 3)}),
         ("O O", set()),

@@ -27,7 +27,7 @@ def words(*rows):
 
 
 def test_exact_match_is_with_any_reference_but_for_white_space_around():
-    assert value("exact_match", [" a\n", "b", "A", "a  b"], [["x", "a"], ["a"], ["a"], ["a b"]]) == 1 / 4
+    assert value("exact_match", [" a\n", "b", "A", "a  b"], [["x", "a "], ["a"], ["a"], ["a b"]]) == 1 / 4
     assert value("exact_match", [""], [[""]]) == 1
 
 
@@ -70,6 +70,18 @@ def test_nist_counts_what_any_reference_has_and_divides_by_their_mean_length():
     assert nist_of_words(*words(("a b d", ["a b", "a c d e"]))) == pytest.approx(of_words / 3 + of_pairs / 2)
 
 
+def test_nist_counts_a_word_as_often_as_one_reference_has_it_and_excuses_length():
+    assert nist_of_words(*words(("a a", ["a b", "a c"]))) == pytest.approx(math.log2(4 / 2) / 2)
+    assert nist_of_words(*words(("a b c d", ["a b"]))) == pytest.approx(2 * math.log2(2) / 4)
+
+
+def test_nist_of_a_word_has_no_pairs():
+    rows = ("a b c a b d", ["a b c a b d"]), ("x", ["x"])
+    of_words = 4 * math.log2(7 / 2) + 3 * math.log2(7)  # a and b twice of 7 words, the others once
+    # of 5 pairs "b c" and "b d", of 4 triples "a b c" and "a b d" are worth log2(2)
+    assert nist_of_words(*words(*rows)) == pytest.approx(of_words / 7 + 2 / 5 + 2 / 4)
+
+
 def test_nist_of_nothing_is_nought():
     assert nist_of_words([[]], [["a"]]) == 0
     assert nist_of_words([["a"]], [[[]]]) == 0
@@ -83,6 +95,8 @@ def test_cider_by_hand():
     words, pairs = 2 / (math.sqrt(5) * math.sqrt(2)), 1 / math.sqrt(2)
     expected = 10 * (words + pairs) / 4 * math.exp(-1 / 72) / 2
     assert value("cider", ["a b a", "x y"], [["a b"], ["c d"]]) == pytest.approx(expected)
+    # an n-gram is as rare as the rows that have it are few, however many references of a row do
+    assert value("cider", ["a", "x"], [["a", "a"], ["c"]]) == pytest.approx(10 * (1 / 4) / 2)
     # the mean over references
     assert value("cider", ["a b", "x y"], [["a b", "e f"], ["c d"]]) == pytest.approx(10 * (2 / 4) / 2 / 2)
 

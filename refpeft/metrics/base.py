@@ -51,7 +51,7 @@ class Metric:
     def better(self, value: float, than: float) -> bool:
         """Whether a value is better than another. nan is better than none, and every number better than nan."""
         if math.isnan(value) or math.isnan(than):
-            return math.isnan(than) and not math.isnan(value)
+            return not math.isnan(value)
         return value > than if self.higher_is_better else value < than
 
     def check_installed(self) -> None:
