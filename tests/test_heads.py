@@ -1,15 +1,20 @@
 """Heads and objectives without a peer: gradients, plain formulas, first values, what padding changes, wrong tasks."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import tiny
 from test_encoder import CONFIGS as ENCODERS
 from test_encoder import rows
 
-from refpeft import sites
+import refpeft
+from refpeft import files, sites
 from refpeft.batches import IGNORE, Batch
 from refpeft.errors import RefpeftError
-from refpeft.models import heads
+from refpeft.models import heads, saving
+from refpeft.models.checkpoint import open_checkpoint
+from refpeft.quant import make_quantizer
 
 CONFIGS = ENCODERS | {"llama": tiny.LLAMA, "qwen2": tiny.QWEN2, "gpt2": tiny.GPT2_SMALL}
 LABELS = ("no", "perhaps", "yes")
@@ -46,6 +51,18 @@ def asked(family: str, task: str, weighted: bool = False, padded: bool = True) -
     weights = rng.uniform(0.5, 2, ids.shape).astype("f4") if weighted and task in WEIGHTED else None
     more = {"weights": weights, "rows_each": 2 if task == "embed" else 1}
     return Batch(ids, targets, segments=given["segments"], types=given.get("types"), **more)
+
+
+def write_base(folder: Path, family: str, more: dict | None = None, **changes) -> Path:
+    """The files of the model without a head, and tensors of one."""
+    folder.mkdir(exist_ok=True)
+    config = CONFIGS[family] | changes
+    files.write_json(folder / "config.json", config)
+    files.write_safetensors(folder / "model.safetensors", tiny.drawn(config) | (more or {}), {"format": "pt"})
+    words = {"type": "WordLevel", "vocab": {"[UNK]": 0, "[PAD]": 1}, "unk_token": "[UNK]"}
+    files.write_json(folder / "tokenizer.json", {"version": "1.0", "model": words, "added_tokens": []})
+    files.write_json(folder / "tokenizer_config.json", {"pad_token": "[PAD]"})
+    return folder
 
 
 def every_trained(model, scale: float = 0.3):
@@ -227,6 +244,97 @@ def test_padding_changes_nothing(family, task):
     whole = model(batch.ids, **given).data
     alone = model(batch.ids[1:, :6], **({} if batch.types is None else {"types": batch.types[1:, :6]})).data
     assert np.allclose(whole[1:, :6] if whole.ndim == 3 else whole[1:], alone, rtol=1e-12, atol=1e-14)
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def merged(folder: Path, family: str, task: str, dtype: str = "float32") -> Path:
+    """A directory of the merged model of this head, after a LoRA."""
+    labels = LABELS if task in ("classify", "tag") else ()
+    model = refpeft.load(write_base(folder / "base", family), dtype="float64", task=task, labels=labels)
+    tiny.scramble(sites.attach(model, "lora", {"targets": "all-linear", "r": 2}))
+    sites.merge(model)
+    saving.save(model, folder / "merged", dtype)
+    return folder / "merged"
+
+
+@pytest.mark.parametrize(("family", "task"), [one for one in HEADED if one[1] != "embed"])
+def test_a_merged_model_is_saved_with_its_head_and_knows_its_task_again(family, task, tmp_path):
+    labels = LABELS if task in ("classify", "tag") else ()
+    model = refpeft.load(write_base(tmp_path / "base", family), dtype="float64", task=task, labels=labels)
+    tiny.scramble(sites.attach(model, "lora", {"targets": "all-linear", "r": 2}))
+    given = rows(family)
+    expected = model(**given).data
+    sites.merge(model)
+    saving.save(model, tmp_path / "merged")
+    again = refpeft.load(tmp_path / "merged", dtype="float64")
+    assert (again.task, again.labels, again.new_head) == (task, labels, ())
+    assert np.allclose(again(**given).data, expected, rtol=0, atol=2e-5 * abs(expected).max())  # kept in float32
+
+
+def test_what_a_config_said_of_another_head_does_not_stay(tmp_path):
+    base = write_base(tmp_path / "base", "bert", id2label={"0": "x"}, num_labels=7, problem_type="regression")
+    model = refpeft.load(base, task="tag", labels=LABELS)
+    saving.save(model, tmp_path / "saved")
+    config = files.read_json(tmp_path / "saved" / "config.json")
+    assert config["architectures"] == ["BertForTokenClassification"] and "problem_type" not in config
+    assert config["id2label"] == {"0": "no", "1": "perhaps", "2": "yes"} and config["num_labels"] == 3
+    assert config["label2id"] == {"no": 0, "perhaps": 1, "yes": 2}
+
+
+@pytest.mark.parametrize(("family", "pad"), [("gpt2", 1), ("bert", None)])
+def test_a_decoder_that_classifies_says_what_padding_is(family, pad, tmp_path):
+    model = refpeft.load(write_base(tmp_path / "base", family), task="classify", labels=LABELS)
+    saving.save(model, tmp_path / "saved")
+    assert files.read_json(tmp_path / "saved" / "config.json").get("pad_token_id") == pad
+
+
+POOLER = {"bert.pooler.dense.weight": np.eye(24, dtype="f4"), "bert.pooler.dense.bias": np.ones(24, "f4")}
+
+
+def test_what_no_task_took_of_the_files_is_saved_with_a_model_without_a_head(tmp_path):
+    model = refpeft.load(write_base(tmp_path / "base", "bert", POOLER), task="embed")
+    saving.save(model, tmp_path / "saved")
+    found = files.read_safetensors(tmp_path / "saved" / "model.safetensors")
+    assert all(np.array_equal(found[name], array) for name, array in POOLER.items())
+
+
+@pytest.mark.parametrize("quantizer", ["nf4", "int8", "int4"])
+def test_a_quantized_model_keeps_its_head_as_it_was(quantizer, tmp_path):
+    chosen = make_quantizer(quantizer, None, False)
+    base = merged(tmp_path, "bert", "classify")
+    saving.quantize(open_checkpoint(base), tmp_path / "small", chosen)
+    packed, same = (refpeft.load(tmp_path / "small"), refpeft.load(base, quantizer=quantizer))
+    assert packed.bits < 10 and packed.task == "classify" and packed.labels == LABELS and packed.new_head == ()
+    assert packed.checkpoint.unused == ()
+    assert np.array_equal(packed(**rows("bert")).data, same(**rows("bert")).data)
+    saving.save(packed, tmp_path / "again")
+    again = refpeft.load(tmp_path / "again")
+    assert np.array_equal(again(**rows("bert")).data, same(**rows("bert")).data)
+    if quantizer != "int4":
+        for folder in ("small", "again"):
+            scheme = files.read_json(tmp_path / folder / "config.json")["quantization_config"]
+            assert scheme["llm_int8_skip_modules"] == ["lm_head", "classifier", "pooler.dense"]
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        (
+            {"cls.predictions.decoder.weight": np.ones((40, 24), "f4")},
+            "'cls.predictions.decoder.weight' is not the embed",
+        ),
+        (
+            {"cls.predictions.transform.dense.weight": np.ones((288, 1), np.uint8)},
+            "'cls.predictions.transform.dense.weight', of the head, is uint8: expected floating-point numbers; take",
+        ),
+    ],
+)
+def test_a_head_that_is_not_computed_so_is_refused(tensors, message, tmp_path):
+    write_base(tmp_path, "bert", tensors)
+    with pytest.raises(RefpeftError, match=message):
+        refpeft.load(tmp_path, task="mlm")
 
 
 # ---- what cannot be --------------------------------------------------------------------------------------------------

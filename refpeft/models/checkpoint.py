@@ -41,6 +41,7 @@ _COMPANIONS = (
 _BUFFER = re.compile(r"\.attn\.(masked_)?bias$|(^|\.)rotary_emb\.inv_freq$|(^|\.)embeddings\.\w+_ids$")
 _TABLES = ("embed_tokens", "wte", "wpe", "lm_head", "word_embeddings", "position_embeddings", "token_type_embeddings")
 _TABLES += ("rel_embeddings", "shared", "relative_attention_bias")
+_SCORE = "score.weight"  # of a decoder that classifies
 _TABLES_AGAIN = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")  # T5's table, which is its `shared`
 _FLOATS = (np.float32, np.float16, ml_dtypes.bfloat16, np.float64)
 
@@ -65,9 +66,9 @@ class Checkpoint:
     """
 
     def __init__(
-        self, path: Path, config: AnyConfig, stored: dict[str, Stored], unused: dict[str, Stored] | None = None
+        self, path: Path, config: AnyConfig, stored: dict[str, Stored], others: dict[str, Stored] | None = None
     ):
-        self.path, self.config, self._stored, self._others = path, config, stored, unused or {}
+        self.path, self.config, self._stored, self._others = path, config, stored, others or {}
         self._taken: set[str] = set()
 
     @property
@@ -76,23 +77,22 @@ class Checkpoint:
 
     def tensor(self, name: str) -> np.ndarray:
         """The tensor in the layout of the file: read-only; mapped from the file where it is stored as it is."""
-        return self._stored[name].read()
+        return (self._stored.get(name) or self._others[name]).read()
 
     @property
     def unused(self) -> tuple[str, ...]:
         return tuple(name for name in self._others if name not in self._taken)
 
     def of_head(self, name: str) -> np.ndarray | None:
-        """A tensor of a head by its full name; None where the files have none. Its prefix may be missing in them."""
-        bare = name.removeprefix(_prefix(self.config))
-        name = name if name in self._others else bare
-        found = self._others.get(name)
-        if found is None:
+        """A tensor of a head by its full name; None where the files have none."""
+        if name not in self._others:
             return None
         self._taken.add(name)
+        found = self._others[name]
         if found.dtype not in _FLOATS:
             raise RefpeftError(
-                f"{found.file}: tensor {name!r} has dtype {found.dtype}, expected floating-point numbers"
+                f"{found.file}: tensor {name!r}, of the head, is {found.dtype}: expected floating-point numbers; take "
+                "the original model, or quantize it with its head in llm_int8_skip_modules"
             )
         return found.read()
 
@@ -162,17 +162,12 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         name: Stored(file, array.shape, array.dtype, lambda array=array: array)
         for name, (file, array) in _read(path).items()
     }
-    taken = checked(path, config, stored)
-    used = {id(entry) for entry in taken.values()}
-    unused = {name: e for name, e in stored.items() if _of_a_head(config, name) and id(e) not in used}
-    return Checkpoint(path, config, taken, unused)
+    return Checkpoint(path, config, *checked(path, config, stored))
 
 
 def _of_a_head(config: AnyConfig, name: str) -> bool:
-    """Whether a tensor that the model itself does not take may be of a head: of a decoder only those that classify."""
-    if isinstance(config, EncoderConfig):
-        return not _BUFFER.search(name)
-    return isinstance(config, ModelConfig) and name == "score.weight"
+    """Whether a tensor that the model itself does not take may be of a head: of a decoder only one that classifies."""
+    return isinstance(config, EncoderConfig) or (isinstance(config, ModelConfig) and name == _SCORE)
 
 
 def expected_tensors(config: AnyConfig) -> dict[str, tuple[int, ...]]:
@@ -246,21 +241,20 @@ def _gpt2_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def checked(path: Path, config: AnyConfig, stored: dict[str, Stored]) -> dict[str, Stored]:
-    """The tensors under their full names in the model's order, if they are exactly those that the config asks for.
+def checked(path: Path, config: AnyConfig, stored: dict[str, Stored]) -> tuple[dict[str, Stored], dict[str, Stored]]:
+    """(the model's tensors in its order, those of heads), both by full name.
 
-    Of an encoder's files other ones are left: those of a head.
+    Raises RefpeftError unless the model's are exactly those that the config asks for.
     """
     encoder, expected = isinstance(config, EncoderConfig), expected_tensors(config)
     prefix = _prefix(config)
     bare = not any(name.startswith(prefix) for name in stored)  # files of a model without a head lack the prefix
     found: dict[str, Stored] = {}
     for name, entry in stored.items():
-        if _BUFFER.search(name) or (not encoder and _of_a_head(config, name)):
+        if _BUFFER.search(name):
             continue
-        full = name if not prefix or name.startswith((prefix, "lm_head.")) or (encoder and not bare) else prefix + name
-        if encoder and full not in expected:
-            continue
+        whole = not prefix or name.startswith((prefix, "lm_head.", _SCORE)) or (encoder and not bare)
+        full = name if whole else prefix + name
         if full in found:
             raise RefpeftError(f"{entry.file}: tensor {name!r} is there twice, with and without {prefix!r}")
         found[full] = entry
@@ -269,6 +263,7 @@ def checked(path: Path, config: AnyConfig, stored: dict[str, Stored]) -> dict[st
         found = gathered(scheme, found, linear_weights(config), transposed=config.family == "gpt2")
     if not encoder and config.tied:
         _drop_tied_head(config, found)
+    others = {name: found.pop(name) for name in [*found] if name not in expected and _of_a_head(config, name)}
 
     missing = [name for name in expected if name not in found]
     if missing:
@@ -290,7 +285,7 @@ def checked(path: Path, config: AnyConfig, stored: dict[str, Stored]) -> dict[st
             raise RefpeftError(
                 f"{entry.file}: tensor {name!r} has dtype {entry.dtype}, expected floating-point numbers"
             )
-    return {name: found[name] for name in expected}
+    return {name: found[name] for name in expected}, others
 
 
 def _others(names: list[str]) -> str:

@@ -119,7 +119,8 @@ def open_gguf(path: Path) -> Checkpoint:
         shape, its_heads = entry.shape[::-1] if transposed else entry.shape, heads.get(name.split(".")[-2])
         stored[full] = Stored(path, shape, entry.dtype, partial(_read, entry, its_heads, transposed))
         blocks[full] = entry.kind.name, partial(_in_order, entry.data, its_heads)
-    return GgufCheckpoint(path, config, checked(path, config, stored), fields, blocks)
+    taken, _ = checked(path, config, stored)
+    return GgufCheckpoint(path, config, taken, fields, blocks)
 
 
 class GgufCheckpoint(Checkpoint):

@@ -14,7 +14,7 @@ from functools import partial
 import numpy as np
 
 from refpeft import ops
-from refpeft.backend import Array
+from refpeft.backend import Array, to_host
 from refpeft.errors import RefpeftError
 from refpeft.models import objectives
 from refpeft.models.base import Model
@@ -70,6 +70,28 @@ _MASKED = {
 _TOKENS = Head("classifier")  # for token classification, of all encoders
 _SCORE = Head("score")  # for sequence classification, of decoders; without a bias
 
+_ENDS = {
+    "classify": "ForSequenceClassification",
+    "regress": "ForSequenceClassification",
+    "tag": "ForTokenClassification",
+    "mlm": "ForMaskedLM",
+}
+_FAMILIES = {
+    "bert": "Bert",
+    "roberta": "Roberta",
+    "xlm-roberta": "XLMRoberta",
+    "distilbert": "DistilBert",
+    "deberta-v2": "DebertaV2",
+    "albert": "Albert",
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "smollm3": "SmolLM3",
+    "gpt2": "GPT2",
+}
+"""What the classes of transformers are called: a family and a task."""
+
 
 def put_on(
     model: Model,
@@ -121,6 +143,7 @@ class _Maker:
 
     def __init__(self, model: Model, stored: Callable[[str], Array | None], seed: int):
         self.model, self.stored, self.seed = model, stored, seed
+        self.files: dict[str, str] = {}
         self.fresh: list[str] = []
         self.scale = model.config.raw.get("initializer_range") or 0.02
 
@@ -135,7 +158,10 @@ class _Maker:
 
     def masked(self, head: Head) -> None:
         model, config = self.model, self.model.config
-        width = model.embed.shape[1]
+        width, last = model.embed.shape[1], f"{head.last}.weight"
+        own = self.stored(last)
+        if own is not None and not self._is_table(own):
+            raise RefpeftError(f"tensor {last!r} is not the embedding table: refpeft has heads that share it only")
         activate = unit(head.activation or config.activation)
         dense = self.linear(head.dense, (width, config.dim), "pooler")
         self.fill(f"{head.norm}.weight", np.ones(width))
@@ -146,6 +172,10 @@ class _Maker:
         model.head = model.linear(head.last, "head", bias=True, tied=model.embed.name)
         model.read = "all"
         self._tell()
+
+    def _is_table(self, array: np.ndarray) -> bool:
+        table = to_host(self.model.embed.weight())
+        return array.shape == table.shape and np.allclose(array.astype(table.dtype), table, rtol=1e-2, atol=1e-5)
 
     def linear(self, name: str, shape: tuple[int, int], role: str, bias: bool = True) -> Site:
         first = Stream(self.seed, "init", "head", name).standard_normal(shape) * self.scale
@@ -161,17 +191,37 @@ class _Maker:
         """
         found = self.stored(name)
         found = self.stored(other) if found is None and other else found
+        self.files[name] = other or name
         if found is None or found.shape != first.shape:
             self.fresh.append(name)
             found = first
         self.model.frozen[name] = Dense(self.model.place(found), self.model.dtype)
 
     def _tell(self, *always: Site) -> None:
-        """Says what has first values from the seed, and what must be trained: that, and these sites."""
-        self.model.new_head = tuple(self.fresh)
+        """Says what is the head's, what of it has first values from the seed, what must be trained: that and these."""
+        self.model.head_tensors, self.model.new_head = self.files, tuple(self.fresh)
         fresh = {name.rpartition(".")[0] for name in self.fresh}
         names = [site.name for site in self.model.sites.values() if site in always or site.name in fresh]
         self.model.trained_head = tuple(name for name in names if not self.model.sites[name].tied)
+
+
+def described(model: Model) -> dict[str, object]:
+    """What config.json says of a model's head, for `read_from` and transformers; empty where it has none."""
+    if model.task not in _ENDS:
+        return {}
+    says: dict[str, object] = {"architectures": [_FAMILIES[model.config.family] + _ENDS[model.task]]}
+    if model.task == "mlm":
+        return says
+    labels = model.labels or ("LABEL_0",)
+    says |= {
+        "id2label": {str(i): label for i, label in enumerate(labels)},
+        "label2id": {label: i for i, label in enumerate(labels)},
+        "num_labels": len(labels),
+        "problem_type": {"classify": "single_label_classification", "regress": "regression"}.get(model.task),
+    }
+    if model.read == "last" and model.config.pad_id is None and model.tokenizer:
+        says["pad_token_id"] = model.tokenizer.pad_id  # transformers finds a text's last token by it
+    return says
 
 
 def read_from(config: Mapping) -> tuple[str | None, tuple[str, ...]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,10 @@ import numpy as np
 from refpeft import files
 from refpeft.backend import bfloat16, cast, single, to_host
 from refpeft.errors import RefpeftError
+from refpeft.models import heads
 from refpeft.models.base import Model
 from refpeft.models.checkpoint import Checkpoint, expected_tensors, linear_weights
+from refpeft.models.encoder_config import PREFIX
 from refpeft.models.quantized_files import scheme_of, tensors_of
 from refpeft.quant import Quantized, Quantizer
 
@@ -30,23 +32,27 @@ Tensors = Iterator[tuple[str, np.ndarray]]
 def save(model: Model, directory: str | Path, dtype: str = "float32") -> None:
     """Writes the model's weights as they are now, its config and its tokenizer files: what transformers loads.
 
-    Dense weights become `dtype`; quantized ones stay as they are (quantized_files says in which form). Raises
-    RefpeftError while adapters are attached, for weights that the config has no place for, and for those quantized in
+    Dense weights become `dtype`; quantized ones stay as they are (quantized_files says in which form). A head is
+    written with what the config says of it; of a model without one, what its files have of others. Raises RefpeftError
+    while adapters are attached, for weights that the config has no place for, and for those quantized in
     different ways.
     """
     if model.adapters:
         names = ", ".join(adapter.name for adapter in model.adapters)
         raise RefpeftError(f"{names} is attached to the model: merge or detach it before the model is saved")
-    known = set(model.checkpoint.names) | {_HEAD}
+    known = {*model.checkpoint.names, _HEAD, *model.head_tensors}
     if extra := [name for name in model.frozen if name not in known]:
         raise RefpeftError(f"the model cannot be saved: its architecture has no {', '.join(extra[:5])}")
-    changes = {"dtype": dtype, "tie_word_embeddings": _HEAD not in model.frozen}
+    changes = {"dtype": dtype, "tie_word_embeddings": _HEAD not in model.frozen} | heads.described(model)
     _write(
         model.checkpoint, directory, changes | {"quantization_config": _scheme(model, dtype)}, _tensors(model, dtype)
     )
 
 
 def _tensors(model: Model, dtype: str) -> Tensors:
+    if not model.head_tensors:
+        for name in model.checkpoint.unused:
+            yield name, cast(model.checkpoint.tensor(name), DTYPES[dtype])
     transposed = {f"{site.name}.weight" for site in model.sites.values() if site.transposed}
     shapes = expected_tensors(model.config)  # a convolution is a linear layer here
     for name, frozen in model.frozen.items():
@@ -54,7 +60,8 @@ def _tensors(model: Model, dtype: str) -> Tensors:
             yield from tensors_of(name, frozen, dtype).items()
         else:
             array = cast(to_host(frozen()), DTYPES[dtype])
-            yield name, array.T if name in transposed else array.reshape(shapes.get(name, array.shape))
+            in_file = array.T if name in transposed else array.reshape(shapes.get(name, array.shape))
+            yield model.head_tensors.get(name, name), in_file
 
 
 def _scheme(model: Model, dtype: str) -> dict[str, Any] | None:
@@ -67,7 +74,13 @@ def _scheme(model: Model, dtype: str) -> dict[str, Any] | None:
         if not (first.serves_as(other) and other.serves_as(first)):
             raise RefpeftError(f"weights are quantized in different ways, {first} and {other}: save them dense")
     dense = [name.removesuffix(".weight") for name in [*linear_weights(model.config), _HEAD] if name not in found]
-    return scheme_of(first, dtype, dense)
+    return scheme_of(first, dtype, dense + _modules(model, model.head_tensors or model.checkpoint.unused))
+
+
+def _modules(model: Model | Checkpoint, tensors: Iterable[str]) -> list[str]:
+    """The modules of a head's tensors, without what stands before their names where the model has a head."""
+    prefix = PREFIX.get(model.config.family, "")
+    return sorted({name.removeprefix(prefix).rpartition(".")[0] for name in tensors})
 
 
 @dataclass
@@ -97,7 +110,7 @@ def quantize(
     dtype: str | None = None,
     listen: Callable[[str], None] = lambda name: None,
 ) -> Summary:
-    """Writes a checkpoint with its linear weights quantized; one tensor at a time is in memory.
+    """Writes a checkpoint with its linear weights quantized, but a head's; one tensor at a time is in memory.
 
     dtype   what all weights are made before; None: each keeps its own
     listen  is called with a tensor's name before it is worked on
@@ -109,11 +122,12 @@ def quantize(
         raise RefpeftError(f"{checkpoint.path} is quantized already: take the original weights")
     kept = DTYPES[dtype] if dtype else checkpoint.dtype(next(iter(linear_weights(checkpoint.config))))
     summary = Summary()
-    changes = {"dtype": kept.name, "quantization_config": scheme_of(quantizer, _computed(kept), ["lm_head"])}
+    dense = ["lm_head", *_modules(checkpoint, checkpoint.unused)]
+    changes = {"dtype": kept.name, "quantization_config": scheme_of(quantizer, _computed(kept), dense)}
 
     def tensors() -> Tensors:
         linear, transposed = linear_weights(checkpoint.config), checkpoint.config.family == "gpt2"
-        for name in checkpoint.names:
+        for name in (*checkpoint.names, *checkpoint.unused):
             listen(name)
             stored = checkpoint.tensor(name)
             array = _cast(name, stored, dtype) if dtype else stored
