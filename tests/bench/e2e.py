@@ -2,6 +2,7 @@
 
     python tests/bench/e2e.py MODEL DATA --out DIR [--only NAME ...] [--jobs N] [--threads N] [--device cpu|cuda]
                               [--rows N] [--batch N] [--epochs N] [--held-out N] [--prompts N] [--seed N]
+                              [--times X]
 
 MODEL is a Hugging Face directory or a GGUF file, DATA holds train.txt and valid.txt of attributes||sentence lines. Used
 are --rows of train.txt, --held-out rows of valid.txt for the loss, and --prompts distinct prompts of valid.txt for BLEU
@@ -115,7 +116,16 @@ def trained(way: Way, run: Path, given: argparse.Namespace) -> dict:
     """What `refpeft train` says of a run."""
     command = [sys.executable, "-m", "refpeft", "train", "--json", "--model", given.model, "--out", str(run)]
     command += ["--data", str(given.out / "train.txt"), "--eval-data", str(given.out / "valid.txt")]
-    command += ["--method", way.method, "--lr", str(way.lr), "--batch", str(given.batch), "--length", str(LENGTH)]
+    command += [
+        "--method",
+        way.method,
+        "--lr",
+        str(way.lr * given.times),
+        "--batch",
+        str(given.batch),
+        "--length",
+        str(LENGTH),
+    ]
     command += ["--epochs", str(given.epochs), "--seed", str(given.seed), "--device", given.device]
     command += ["--set", f"train.warmup={WARMUP}", "--set", "train.schedule=cosine", "--set", "train.clip=1.0"]
     if way.quantizer:
@@ -156,12 +166,14 @@ def peer(way: Way, run: Path, given: argparse.Namespace) -> dict:
     with tempfile.TemporaryDirectory() as start:
         adapters.save(start, model, refpeft.attach(model, way.method, way.options, seed=given.seed))
         base = AutoModelForCausalLM.from_pretrained(hugging_face(model, Path(start, "model")), dtype=torch.float32)
-        config = peft.PeftConfig.from_pretrained(start, inference_mode=False)
+        config = peft.PeftConfig.from_pretrained(start)
+        config.inference_mode = False
         net = peft.get_peft_model(base, config).to(given.device)
         peft.set_peft_model_state_dict(net, peft.utils.load_peft_weights(start, device=given.device))
     del model
     params = [p for p in net.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(params, lr=way.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    lr = way.lr * given.times
+    optimizer = torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
     steps = math.ceil(given.epochs * train.steps_per_epoch)
     warmup = schedule.warmup_steps(WARMUP, steps)
 
@@ -186,7 +198,7 @@ def peer(way: Way, run: Path, given: argparse.Namespace) -> dict:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(params, 1.0)
         for group in optimizer.param_groups:
-            group["lr"] = way.lr * schedule.factor("cosine", step, steps, warmup)
+            group["lr"] = lr * schedule.factor("cosine", step, steps, warmup)
         optimizer.step()
         optimizer.zero_grad()
         loss.item()  # a device has finished
@@ -240,14 +252,16 @@ def bleu(model, shots: int, given: argparse.Namespace) -> float:
 
 
 def result(name: str, given: argparse.Namespace) -> dict:
-    """A row of the table, from its file or from a process of its own."""
+    """A row of the table, from its file or from a process of its own; {} where that failed."""
     file = given.out / f"{folder(name)}.json"
     if not file.is_file():
         started = time.perf_counter()
         threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), str(given.threads))
-        done = subprocess.run([sys.executable, *sys.argv, "--here", name], env=os.environ | threads)
-        seconds = time.perf_counter() - started
-        print(f"{name}: {'failed' if done.returncode else 'done'} after {seconds:.0f} s", file=sys.stderr, flush=True)
+        with file.with_suffix(".log").open("w") as log:
+            command = [sys.executable, *sys.argv, "--here", name]
+            failed = subprocess.run(command, env=os.environ | threads, stdout=log, stderr=log).returncode
+        how = f"failed: see {log.name}" if failed else f"done after {time.perf_counter() - started:.0f} s"
+        print(f"{name} {how}", file=sys.stderr, flush=True)
     return json.loads(file.read_text("utf-8")) if file.is_file() else {}
 
 
@@ -262,8 +276,9 @@ def main() -> None:
     arguments.add_argument("--prompts", type=int, default=100, help="for BLEU")
     arguments.add_argument("--batch", type=int, default=8)
     arguments.add_argument("--epochs", type=float, default=1.0)
+    arguments.add_argument("--times", type=float, default=1.0, help="what the learning rates are multiplied by")
     arguments.add_argument("--seed", type=int, default=0)
-    arguments.add_argument("--jobs", type=int, default=1)
+    arguments.add_argument("--jobs", type=int, default=1, help="runs at a time")
     arguments.add_argument("--threads", type=int, default=2, help="of each job")
     arguments.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     arguments.add_argument("--here", choices=WAYS, help=argparse.SUPPRESS)  # measured in this process
@@ -282,6 +297,10 @@ def main() -> None:
     for name, row in found.items():
         cells = [format(row[column], form) if column in row else "-" for column, form in COLUMNS.items()]
         print(f"| {name} | " + " | ".join(cells) + " |")
+    for name, row in found.items():
+        theirs = found.get(f"{name}, PEFT")
+        if row and theirs:
+            print(f"{name}: the loss after is {abs(row['after'] / theirs['after'] - 1):.2%} from PEFT's")
 
 
 if __name__ == "__main__":

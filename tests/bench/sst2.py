@@ -66,8 +66,8 @@ def ours(method: str, seed: int, given: argparse.Namespace) -> dict:
     said = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
     return {
-        "accuracy": said["scores"]["accuracy"][1],
-        "loss": said["loss_after"],
+        "accuracy": said["after"]["accuracy"],
+        "loss": said["after"]["loss"],
         "trained": said["trained"],
         "seconds": sum(record.get("seconds", 0.0) for record in records),
     }
@@ -322,8 +322,8 @@ def main() -> None:
     arguments.add_argument("--seeds", type=int, default=3)
     arguments.add_argument("--side", default="both", choices=["refpeft", "peer", "both"])
     arguments.add_argument("--epochs", type=int, default=1)
-    arguments.add_argument("--times", type=float, default=1.0)
-    arguments.add_argument("--jobs", type=int, default=1)
+    arguments.add_argument("--times", type=float, default=1.0, help="what the learning rates are multiplied by")
+    arguments.add_argument("--jobs", type=int, default=1, help="runs at a time")
     arguments.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     arguments.add_argument("--here", help=argparse.SUPPRESS)  # the run that is measured in this process
     given = arguments.parse_args()
