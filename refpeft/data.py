@@ -33,6 +33,7 @@ class Summary:
 
     file: str
     format: str
+    task: str
     rows: int
     ignored_columns: list[str]
     empty_answers: int  # rows whose answer is empty: they teach the model to say nothing
@@ -66,10 +67,12 @@ class Summary:
 
     def lines(self) -> list[str]:
         """For people: one fact a line, and a fact that asks for attention only where there is one."""
-        share = f"{self.supervised_tokens:,} of them learned ({self.supervised_share:.1%})"
+        learned = f", {self.supervised_tokens:,} of them learned ({self.supervised_share:.1%})"
+        if self.task != "causal-lm":
+            learned = f" with {_count(self.supervised_tokens, 'target')}"
         out = [
             f"{self.file}: {self.rows:,} rows, format {self.format}",
-            f"{self.tokens:,} tokens in {self.examples:,} examples, {share}",
+            f"{self.tokens:,} tokens in {self.examples:,} examples{learned}",
             f"an example has {self.mean:.0f} tokens on average, the longest row {self.longest:,}",
         ]
         if self.overlong:
@@ -150,6 +153,7 @@ def examples_of(
     summary = Summary(
         file=file,
         format=read.format,
+        task=task.name,
         rows=len(read.rows),
         ignored_columns=read.unused,
         empty_answers=sum(not all(a.strip() for a in item.answers) for item in items if isinstance(item, Chat | Plain)),

@@ -75,3 +75,17 @@ def save(directory, backend, **files):
     for name, content in files.items():
         (directory / f"{name}.json").write_text(json.dumps(content))
     return directory
+
+
+def words(known: list[str]) -> Tokenizer:
+    """A WordPiece tokenizer of these words, with BERT's special tokens around a text and between two."""
+    specials = ["[PAD]", "[CLS]", "[SEP]", "[MASK]", "[UNK]"]
+    vocabulary = {token: number for number, token in enumerate([*specials, *known])}
+    built = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    built.add_special_tokens(specials)
+    built.pre_tokenizer = pre_tokenizers.Whitespace()
+    built.decoder = decoders.WordPiece()
+    built.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+    )
+    return built

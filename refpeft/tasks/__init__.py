@@ -42,9 +42,7 @@ def name_of(asked: str | None, read: Items, config: AnyConfig) -> str:
     served, possible = FORMATS[read.format].tasks, POSSIBLE[kind_of(config)]
     if asked:
         if asked not in possible:
-            raise RefpeftError(
-                f"task {asked!r} is none for a model of {config.family}: that does {', '.join(possible)}"
-            )
+            raise RefpeftError(f"task {asked!r} is none for {config.family}, which does {', '.join(possible)}")
         return asked
     answers = [item.label for item in read.items if isinstance(item, Labelled)]
     if answers and all(answer is None for answer in answers):

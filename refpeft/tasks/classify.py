@@ -66,11 +66,14 @@ class Classify(Labelling):
         for told in self.told(model, batches):
             p = softmax(told.outputs)[0]
             named = {label: float(share) for label, share in zip(self.labels, p, strict=True)}
-            yield told.example.line, {
-                "predicted": self.labels[p.argmax()],
-                "probability": float(p.max()),
-                "probabilities": named,
-            }
+            yield (
+                told.example.line,
+                {
+                    "predicted": self.labels[p.argmax()],
+                    "probability": float(p.max()),
+                    "probabilities": named,
+                },
+            )
 
 
 def number_of(label: str | int, labels: Sequence[str]) -> int:
