@@ -2,6 +2,7 @@
 
 import itertools
 
+import device
 import numpy as np
 import pytest
 import test_t5
@@ -19,8 +20,8 @@ OPTIONS = {"beams": 4, "length_penalty": 0.9, "no_repeat_ngram": 2}
 MODELS = ["llama", "gpt2", "t5", "flan"]
 
 
-def built(name: str) -> Model:
-    return test_t5.built(name) if name in test_t5.CONFIGS else tiny.model(name)
+def built(name: str, xp=np) -> Model:
+    return tiny.of(test_t5.CONFIGS[name], xp=xp) if name in test_t5.CONFIGS else tiny.model(name, xp=xp)
 
 
 def log_probabilities(model: Model, prompt: list[int], said: np.ndarray) -> np.ndarray:
@@ -163,6 +164,15 @@ def test_answers_in_a_batch_are_those_alone_and_their_log_probability_is_a_forwa
             assert alone.logprob == pytest.approx(answer.logprob, rel=1e-10)
             assert answer.logprob == pytest.approx(log_probabilities(model, prompt, said).sum(), rel=1e-10)
     assert max(map(len, lengths)) > 1  # some ended earlier than others
+
+
+@pytest.mark.parametrize("options", [{}, OPTIONS])
+@pytest.mark.parametrize("name", MODELS)
+def test_on_a_device_answers_are_those_of_the_host(name, options, monkeypatch):
+    host, there = (built(name, xp) for xp in (np, device.install(monkeypatch)))
+    stop = set(answers(host, PROMPTS, 6, **options)[1].tokens[2:3])
+    found, expected = (answers(model, PROMPTS, 6, stop=stop, **options) for model in (there, host))
+    assert found == expected
 
 
 # ---- the cache ----

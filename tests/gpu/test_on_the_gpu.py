@@ -5,6 +5,7 @@ import json
 import cupy
 import numpy as np
 import pytest
+import test_t5
 import tiny
 import tiny_files
 from cases import FUSED, OPS, Case, Place
@@ -227,8 +228,16 @@ def test_a_merged_model_is_the_model_with_its_adapter(method: str):
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_it_writes_the_tokens_that_the_host_writes(name: str):
     prompts = [tiny.ids(1, n)[0].tolist() for n in (7, 3)]
-    for options in ({}, {"temperature": 1.0, "top_k": 20, "top_p": 0.9, "seed": 3}):
+    drawn, beams = {"temperature": 1.0, "top_k": 20, "top_p": 0.9, "seed": 3}, {"beams": 3, "no_repeat_ngram": 2}
+    for options in ({}, drawn, beams):
         here, there = (generate(model, prompts, 12, **options) for model in pair(name, ["prefix_tuning"]))
+        assert here == there
+
+
+def test_t5_writes_the_tokens_that_the_host_writes():
+    prompts = [tiny.ids(1, n)[0].tolist() for n in (7, 3)]
+    for options in ({}, {"beams": 3}):
+        here, there = (generate(tiny.of(test_t5.CONFIGS["flan"], xp=xp), prompts, 12, **options) for xp in (np, cupy))
         assert here == there
 
 
