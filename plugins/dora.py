@@ -35,8 +35,8 @@ class Config(Scaled):
 def peft_params(site, cfg, rng, weight):
     r, (out, width) = cfg.rank(site), site.shape
     A = kaiming(rng, r, width)
-    contiguous = xp_of(weight).ascontiguousarray(weight)  # so that squares are added up in the order of `peft_linear`
-    return {"A": A, "B": np.zeros((out, r)), "m": _row_norms(contiguous)}
+    in_order = weight.copy()  # so that squares are added up in the order of `peft_linear`
+    return {"A": A, "B": np.zeros((out, r)), "m": _row_norms(in_order)}
 
 
 @hookimpl

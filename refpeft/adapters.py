@@ -83,6 +83,12 @@ def save(
     write_json(directory / CONFIG, dict(sorted((common | settings).items())))  # last: with it the adapter is there
 
 
+def nbytes(adapter: Adapter, model: Model) -> int:
+    """Bytes of the values in the file that `save` writes."""
+    values = _values(adapter)
+    return sum(values[name].data.nbytes for entry in _written(adapter, model, None)[0] for name in entry.params)
+
+
 def _written(adapter: Adapter, model: Model, quantizer: Quantizer | None) -> tuple[list[Entry], dict[str, Any]]:
     """The tensors and the settings of an adapter: in PEFT's form where it has one, else in refpeft's own."""
     inside = [part for part in adapter.parts if not part.is_recipe]

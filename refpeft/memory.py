@@ -1,58 +1,34 @@
 """What a run takes of memory, by part, and without taking it: the model is built of weights that are not there.
 
-Activations are measured on the tape of a few tokens and scaled up; the rest follows from shapes.
+Activations are measured on a few tokens (refpeft.cost); the rest follows from shapes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
-from refpeft import api, fused, learning, report
+from refpeft import api, fused, learning, report, sites, survey
+from refpeft.absent import Absent, absent
 from refpeft.backend import COMPUTE_DTYPES, bfloat16
-from refpeft.batches import Batch
 from refpeft.config import RunConfig, Train
+from refpeft.cost import Step
 from refpeft.models.base import Model
 from refpeft.models.checkpoint import Checkpoint
 from refpeft.optim import OPTIMIZERS
 from refpeft.quant import Quantizer
-from refpeft.tensor import Node
+from refpeft.sites import Site
 
-_PROBED = 4  # tokens of a row whose tape is measured
 _SAMPLED = 2**20  # numbers of a weight that are quantized to learn how many bytes it takes
 BEFORE_ACTIVATIONS = 4  # so many parts of `by_part` are there before a step and after it
 
 # ---- the model without its weights -----------------------------------------------------------------------------------
-
-
-class Absent(np.ndarray):
-    """Zeros that are not there: an array of any shape in the room of one number. A product with it takes no time."""
-
-    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, out: Any = None, **keywords: Any) -> Any:
-        if ufunc is np.matmul:
-            a, b = map(np.shape, inputs)
-            product = out[0] if out else np.empty((*np.broadcast_shapes(a[:-2], b[:-2]), a[-2], b[-1]), self.dtype)
-            product.fill(0)
-            return product
-        if out:
-            keywords["out"] = tuple(map(_plain, out))
-        return getattr(ufunc, method)(*map(_plain, inputs), **keywords)
-
-
-def absent(shape: int | tuple[int, ...], dtype: np.dtype | None = None) -> Absent:
-    """Zeros, float32 or another dtype, that are not there. Raises MemoryError where NumPy could not count them."""
-    if np.prod(shape, dtype=float) >= 2**60:
-        raise MemoryError(f"{shape} numbers are wanted at once")
-    return np.broadcast_to(np.zeros((), dtype or np.float32), shape).view(Absent)
-
-
-def _plain(array: Any) -> Any:
-    return array.view(np.ndarray) if isinstance(array, Absent) else array
 
 
 class _NoDraws:
@@ -85,16 +61,21 @@ class _NoWeights:
     def tensor(self, name: str) -> np.ndarray:
         return absent(self._checkpoint.shape(name))
 
+    def of_head(self, name: str) -> None:
+        return None
+
     def tokenizer(self) -> None:
         return None
 
 
-def skeleton(checkpoint: Checkpoint, quantizer: Quantizer | None = None) -> Model:
+def skeleton(
+    checkpoint: Checkpoint, quantizer: Quantizer | None = None, task: str | None = None, labels: Sequence[str] = ()
+) -> Model:
     """The model of a checkpoint in float32 whose weights, and what is attached to it later, are not there.
 
-    With a quantizer it says of the weights which will be quantized.
+    With a quantizer it says of the weights which will be quantized; with a task it has a head for it (see api.load).
     """
-    model = api.build(_NoWeights(checkpoint), "float32")
+    model = api.build(_NoWeights(checkpoint), "float32", task=task, labels=labels)
     for name, weight in model.frozen.items():
         weight.array = weight.array.view(Absent)
         here = quantizer and not checkpoint.quantized and name in model.quantizable
@@ -148,33 +129,145 @@ def _quantized_bytes(quantizer: Quantizer, shape: tuple[int, ...]) -> int:
 
 
 def by_part(
-    config: RunConfig, model: Model, frozen: dict[str, dict[str, float]], rows: int, longest: int, quantized: bool
+    config: RunConfig,
+    model: Model,
+    frozen: dict[str, dict[str, float]],
+    rows: int,
+    longest: int,
+    kept: Activations,
+    quantized: bool,
+    answers: tuple[int, int] = (0, 0),
 ) -> dict[str, int]:
     """Bytes by part while a step of `rows` rows of `longest` tokens is computed; the first ones are there all the time.
 
-    `frozen` are the frozen_parts; `quantized` says whether some of them are.
+    `frozen` are the frozen_parts; `quantized` says whether some of them are; `answers` are rows and tokens of what the
+    model says before and after training. Where something takes more than a step, its excess is the last part.
     """
-    dtype = COMPUTE_DTYPES[config.dtype]
+    dtype, tokens = COMPUTE_DTYPES[config.dtype], rows * longest
+    recompute = config.train.checkpoint_activations
     trained = sum(adapter.size for adapter in model.adapters) * dtype.itemsize
-    tokens = rows * longest
-    activations = _tape_of(model, rows, longest) * dtype.itemsize // 4
-    if config.train.checkpoint_activations:  # of one layer at a time, beside the inputs of all
-        layers = model.config.layers
-        activations = activations // layers + tokens * layers * model.config.dim * dtype.itemsize
-    widest = max(model.config.ff, model.config.dim)
     state = OPTIMIZERS[config.train.optimizer].layout([t.shape for _, t in model.trained()], dtype, config.device)
     paged = f", {report.size(state.nbytes)} paged" if config.train.paged else ""
-    kept = sum(array.size for array in learning.states(model).values()) * dtype.itemsize
-    also = ", and what methods keep" if kept else ""
-    return {
-        "weights": sum(part["bytes"] for part in frozen.values()),
-        "adapter": trained,
+    states = sum(array.size for array in learning.states(model).values()) * dtype.itemsize
+    also = ", and what methods keep" if states else ""
+    dense = _largest_dense(model, config.dtype, quantized)
+    step = {
         "gradients": trained,
-        f"optimizer ({config.train.optimizer}{paged}){also}": kept + (state.nbytes_near if paged else state.nbytes),
-        f"activations of {rows} x {longest:,} tokens": activations,
-        "logits, a chunk at a time": 2 * dtype.itemsize * min(fused.LOGITS_AT_ONCE, tokens * model.config.vocab),
-        "other working arrays": (4 * tokens * widest + _largest_dense(model, config.dtype, quantized)) * dtype.itemsize,
+        f"optimizer ({config.train.optimizer}{paged}){also}": states + (state.nbytes_near if paged else state.nbytes),
+        f"activations of {rows} x {longest:,} tokens": kept.recomputed if recompute else kept.kept,
+        "logits, a chunk at a time": _logits(model, tokens) * dtype.itemsize,
+        "other working arrays": (_working(model, rows, longest) + dense) * dtype.itemsize,
     }
+    most = {
+        "while weights are quantized": 3 * dense * dtype.itemsize // 2 if quantized else 0,
+        "while methods look at the data first": _survey(model, config, tokens) * dtype.itemsize
+        + sum(list(step.values())[2:]),
+        "while rows are answered": _answering(model, *answers) * dtype.itemsize,
+    }
+    what = max(most, key=most.get)
+    more = most[what] - sum(step.values())
+    found = {"weights": sum(part["bytes"] for part in frozen.values()), "adapter": trained, **step}
+    return found | ({f"more {what}": more} if more > 0 else {})
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes of what a forward pass keeps, and what that is where layers are computed again; None where they cannot."""
+
+    kept: int
+    recomputed: int | None
+
+
+def activations(model: Model, step: Step, dtype: str) -> Activations:
+    """What a step keeps in `dtype`; where layers are computed again, their inputs and one layer at a time."""
+    scale = COMPUTE_DTYPES[dtype].itemsize / 4
+    layers = model.config.layers + getattr(model.config, "decoder_layers", 0)
+    recomputed = None if step.inputs is None else step.inputs + (step.kept - step.inputs) / layers
+    return Activations(round(step.kept * scale), None if recomputed is None else round(recomputed * scale))
+
+
+def mixed_precision(trained: int, frozen: int = 0) -> dict[str, int]:
+    """Bytes by part of mixed precision training with Adam, as arXiv:1910.02054 (section 3.1) accounts for it.
+
+    Weights and gradients in 16 bits; of what is trained also a copy and two moments in float32. Frozen numbers have
+    neither gradients nor moments. Activations are not in it.
+    """
+    return {"weights": 2 * (trained + frozen), "gradients": 2 * trained, "optimizer": 3 * 4 * trained}
+
+
+def _logits(model: Model, tokens: int) -> int:
+    """Numbers of the logits that are there at once, and of what is made of them."""
+    vocab = model.head.shape[0] if hasattr(model, "head") else 0
+    positions = tokens if model.read == "all" else 1
+    return 2 * min(max(fused.LOGITS_AT_ONCE, vocab), positions * vocab)
+
+
+def _working(model: Model, rows: int, longest: int) -> int:
+    """Numbers of what is there for a moment: of a layer's MLP or attention, and the largest gradient of a value."""
+    config = model.config
+    mlp = 4 * rows * longest * max(config.ff, config.dim)
+    scores = rows * config.heads * min(fused.QUERY_BLOCK, longest) * longest
+    attention = 3 * scores + 4 * rows * longest * config.heads * config.head_dim
+    return max(mlp, attention) + max((tensor.data.size for _, tensor in model.trained()), default=0)
+
+
+def _answering(model: Model, rows: int, tokens: int) -> int:
+    """Numbers of keys and values while rows are answered, of a layer's as they grow, and of a pass over all tokens."""
+    if not rows:
+        return 0
+    cache = 2 * rows * tokens * model.config.kv_heads * model.config.head_dim
+    return cache * (model.config.layers + 1) + _working(model, rows, tokens)
+
+
+class _Asked(Exception):
+    """Ends a method's look at the data: what it asked for is known."""
+
+
+class _Survey:
+    """In the place of a survey.Survey: finds out how many numbers a look at the data keeps, beside those of a step."""
+
+    rows = steps = 1
+
+    def __init__(self, model: Model, adapter: sites.Adapter, tokens: int):
+        self.model, self.adapter, self.tokens = model, adapter, tokens
+
+    def gradients(self, chosen: Sequence[Site], rows: int) -> NoReturn:
+        """Copies of the weights, their gradients, what is made of these, and the order of that."""
+        raise _Asked(4 * _numbers(chosen))
+
+    def own_gradients(self, rows: int) -> NoReturn:
+        raise _Asked(2 * self.adapter.size)
+
+    def inputs(self, chosen: Sequence[Site], batches: int) -> NoReturn:
+        raise _Asked(self.tokens * sum(site.shape[-1] for site in chosen))
+
+    def changes(self, chosen: Sequence[Site], steps: int, lr: float, **options: Any) -> NoReturn:
+        """Copies of the weights, their gradients, two moments, and the changes."""
+        raise _Asked(5 * _numbers(chosen))
+
+    def trained(self, method: str, config: Any, steps: int, lr: float) -> NoReturn:
+        """Values, their gradients, two moments, and what is made of these."""
+        with sites.bypassed(self.model):
+            adapter = sites.attach(self.model, method, config)
+            sites.detach(self.model, adapter)
+        raise _Asked(4 * adapter.size + _numbers(adapter.sites))
+
+
+def _survey(model: Model, config: RunConfig, tokens: int) -> int:
+    """The most numbers that a look at the data (the hook peft_survey) keeps, without those of a step."""
+    most = 0
+    for adapter in survey.waiting(model):
+        for part in adapter.parts:
+            layers = [layer for layer in adapter.layers if layer.part is part]
+            try:
+                part.call("peft_survey", layers=layers, survey=_Survey(model, adapter, tokens), rng=_NoDraws())
+            except _Asked as asked:
+                most = max(most, asked.args[0])
+    return most
+
+
+def _numbers(chosen: Sequence[Site]) -> int:
+    return sum(math.prod(site.shape) for site in chosen)
 
 
 def lines(memory: dict[str, int], frozen: dict[str, dict[str, float]]) -> list[str]:
@@ -206,52 +299,6 @@ def _largest_dense(model: Model, dtype: str, quantized: bool) -> int:
     """Numbers of the largest weight that is made dense for a moment; 0 where all are dense anyway."""
     names = set(model.frozen) if dtype == "bfloat16" else model.quantizable if quantized else set()
     return max((math.prod(model.frozen[name].shape) for name in names), default=0)
-
-
-# ---- activations -----------------------------------------------------------------------------------------------------
-
-
-def _tape_of(model: Model, rows: int, longest: int) -> int:
-    """Bytes of the tape of a forward pass in float32 over full rows, all tokens learned: measured on small ones.
-
-    A row costs something for each token, and something for what a method puts before the tokens.
-    """
-
-    def measured(count: int, tokens: int) -> int:
-        ids = np.zeros((count, tokens), np.int32)
-        return tape_bytes(model, Batch(ids=ids, targets=ids))
-
-    once, longer, twice = measured(1, _PROBED), measured(1, 2 * _PROBED), measured(2, _PROBED)
-    per_token = (longer - once) / _PROBED
-    return round(rows * (twice - once - per_token * _PROBED + per_token * longest))
-
-
-def tape_bytes(model: Model, batch: Batch) -> int:
-    """Bytes of all arrays that a forward pass keeps for the backward pass; what is trained itself is not counted."""
-    loss = model.loss(batch)
-    parameters = {id(tensor.data) for _, tensor in model.trained()}
-    owners: dict[int, int] = {}
-    nodes, seen = [loss.node], {loss.node}
-    while nodes:
-        node = nodes.pop()
-        for array in _arrays(node.saved or ()):
-            while isinstance(array.base, np.ndarray):
-                array = array.base
-            if id(array) not in parameters:
-                owners[id(array)] = array.nbytes
-        fresh = [parent for parent in node.parents if isinstance(parent, Node) and parent not in seen]
-        seen.update(fresh)
-        nodes += fresh
-    return sum(owners.values())
-
-
-def _arrays(saved: Any) -> Iterator[np.ndarray]:
-    """The arrays in what an op saved."""
-    if isinstance(saved, np.ndarray):
-        yield saved
-    elif isinstance(saved, (tuple, list)):
-        for part in saved:
-            yield from _arrays(part)
 
 
 # ---- the machine -----------------------------------------------------------------------------------------------------

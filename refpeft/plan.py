@@ -10,8 +10,10 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from refpeft import inputs, memory, report, run, schedule, shapes, sites, toml
+from refpeft import adapters, cost, inputs, learning, memory, report, run, schedule, shapes, sites, toml
 from refpeft.config import EMBEDDED, Resolved
+from refpeft.errors import RefpeftError
+from refpeft.models.base import Model
 from refpeft.models.checkpoint import Checkpoint, open_checkpoint
 from refpeft.models.hub import resolve as resolve_model
 from refpeft.quant import make_quantizer
@@ -19,7 +21,7 @@ from refpeft.quant import make_quantizer
 
 @dataclass(frozen=True)
 class Sizes:
-    """A model and what is attached to it. `memory` is bytes by part; `frozen` says of what kinds the weights are."""
+    """A model, what is attached to it, and a step of training. `memory` is bytes by part."""
 
     model: str
     family: str
@@ -30,8 +32,13 @@ class Sizes:
     parameters: int
     methods: dict[str, dict[str, int]]  # by method: how many sites of each role or name, and "trained"
     trained: int
-    frozen: dict[str, dict[str, float]]  # by kind: "numbers", "bytes", and "bits" of a number
+    adapter_bytes: int  # of the values in the adapter's file
+    frozen: dict[str, dict[str, float]]  # the frozen weights by kind: "numbers", "bytes", and "bits" of a number
     memory: dict[str, int]
+    activations: memory.Activations
+    tokens_of_a_step: int
+    step: cost.Step
+    flops: float  # of a step, with what is computed again
     given: list[tuple[str, str, str]]  # key, value, origin of what is not a default
 
     def as_dict(self) -> dict[str, Any]:
@@ -47,7 +54,21 @@ class Sizes:
         for name, found in self.methods.items():
             where = ", ".join(f"{count} {site}" for site, count in found.items())
             lines.append(f"method   {name} at {where}")
-        lines.append(f"trained  {self.trained:,} numbers ({self.trained / self.parameters:.2%} of the model's)")
+        share = f"{100 * self.trained / self.parameters:.2g}% of the model's"
+        lines.append(f"trained  {self.trained:,} numbers ({share}), {report.size(self.adapter_bytes)} in a file")
+        return lines
+
+    def _costs(self) -> list[str]:
+        """What a step computes, and what activations take with and without recomputation."""
+        step, kept = self.step, self.activations
+        again = self.flops - step.forward - step.backward
+        parts = f"{_tera(step.forward)} forward, {_tera(step.backward)} back"
+        parts += f", {_tera(again)} again" if again else ""
+        token = f"{self.flops / self.tokens_of_a_step / 1e9:,.4g} GFLOP a token"
+        lines = [f"compute  {_tera(self.flops)} TFLOP a step: {parts}; {token}"]
+        if kept.recomputed is not None:
+            less = f"{report.size(kept.recomputed)} with checkpoint_activations, for {_tera(step.forward)} TFLOP more"
+            lines.append(f"         activations {report.size(kept.kept)}, or {less}")
         return lines
 
     def _given(self) -> list[str]:
@@ -72,7 +93,7 @@ class Plan(Sizes):
         """For people."""
         lines = self._lines()
         lines += [f"data     {line}" if i == 0 else f"         {line}" for i, line in enumerate(self.data)]
-        lines += [f"steps    {self.steps:,} = {self.formula}", "", "memory"]
+        lines += [f"steps    {self.steps:,} = {self.formula}", *self._costs(), "", "memory"]
         lines += memory.lines(self.memory, self.frozen)
         free = f"of {report.size(self.free)} free" if self.free is not None else ""
         lines[-1] += f"  {free}".rstrip()
@@ -87,12 +108,22 @@ class ShapePlan(Sizes):
     """What fine-tuning a model of some shape takes, wherever it is done."""
 
     before_activations: int  # bytes: frozen weights, what is trained, its gradients, the optimizer's state
+    mixed_precision: dict[str, int]  # the same in 16 bits with Adam, as it is usually accounted for
+    speed: cost.Speed | None  # of a device, where one is named
+    seconds: float | None  # of a step
 
     def text(self) -> str:
         """For people."""
-        table = memory.lines(self.memory, self.frozen)
-        total = f"before activations {report.size(self.before_activations)}"
-        return "\n".join([*self._lines(), "", f"memory   {total}", *table, *self._given()]) + "\n"
+        lines = [*self._lines(), *self._costs()]
+        if self.speed:
+            rate = f"{self.tokens_of_a_step / self.seconds:,.0f} tokens/s"
+            lines.append(f"time     {self.seconds:.3g} s a step, {rate}, {self.speed.text()}")
+        lines += ["", f"memory   before activations {report.size(self.before_activations)}"]
+        lines += memory.lines(self.memory, self.frozen)
+        mixed = " + ".join(f"{nbytes / 1e9:,.4g} ({part})" for part, nbytes in self.mixed_precision.items())
+        total = sum(self.mixed_precision.values()) / 1e9
+        lines += ["", f"in mixed precision with Adam, before activations: {mixed} = {total:,.4g} GB"]
+        return "\n".join([*lines, *self._given()]) + "\n"
 
 
 def plan(resolved: Resolved, resume: bool = False) -> Plan:
@@ -104,7 +135,7 @@ def plan(resolved: Resolved, resume: bool = False) -> Plan:
     rows, held_out = read.rows, read.held_out
     batches = inputs.make_batches(config, rows, checkpoint.config)
     at_a_time = min(config.train.rows_at_a_time, len(batches.rows))
-    sizes = _sizes(resolved, checkpoint, at_a_time, batches.longest)
+    _, sizes = _sizes(resolved, checkpoint, at_a_time, batches.longest)
     sizes["memory"] = {"Python and its libraries": report.resident()} | sizes["memory"]
     steps = config.train.total_steps(batches.steps_per_epoch)
     free = memory.free_memory(config.device)
@@ -122,31 +153,55 @@ def plan(resolved: Resolved, resume: bool = False) -> Plan:
     )
 
 
-def plan_shape(resolved: Resolved) -> ShapePlan:
-    """What a run takes whose `model` is a shape (see refpeft.shapes): nothing of it needs to be there."""
-    checkpoint = shapes.checkpoint_of(resolved.run.model)
-    length = inputs.row_length(resolved.run.data.length, checkpoint.config)
-    sizes = _sizes(resolved, checkpoint, resolved.run.train.rows_at_a_time, length)
-    before = sum(list(sizes["memory"].values())[: memory.BEFORE_ACTIVATIONS])
-    return ShapePlan(**sizes, before_activations=before)
+def plan_shape(resolved: Resolved, speed: cost.Speed | None = None) -> ShapePlan:
+    """What a run takes whose `model` is a shape (see refpeft.shapes): nothing of it needs to be there.
+
+    Raises RefpeftError where the rows are longer than such a model reads.
+    """
+    config, checkpoint = resolved.run, shapes.checkpoint_of(resolved.run.model)
+    context = checkpoint.config.context
+    length = config.data.length or min(run.DEFAULT_LENGTH, context)
+    if length > context:
+        raise RefpeftError(f"length is {length:,}, but the model was made for {context:,} positions")
+    model, sizes = _sizes(resolved, checkpoint, config.train.rows_at_a_time, length)
+    layers = [layer for adapter in model.adapters for layer in adapter.layers if layer.part.name == "full"]
+    whole = sum(value.data.size for layer in layers for value in layer.values.values())  # in place of frozen numbers
+    return ShapePlan(
+        **sizes,
+        before_activations=sum(list(sizes["memory"].values())[: memory.BEFORE_ACTIVATIONS]),
+        mixed_precision=memory.mixed_precision(sizes["trained"], sizes["parameters"] - whole),
+        speed=speed,
+        seconds=speed.seconds(sizes["flops"]) if speed else None,
+    )
 
 
-def _sizes(resolved: Resolved, checkpoint: Checkpoint, rows: int, longest: int) -> dict[str, Any]:
-    """The fields of Sizes, for steps of so many rows of so many tokens."""
+def _sizes(
+    resolved: Resolved, checkpoint: Checkpoint, rows: int, longest: int, answers: tuple[int, int] = (0, 0)
+) -> tuple[Model, dict[str, Any]]:
+    """The model, and the fields of Sizes for steps of so many rows of so many tokens; see memory.by_part."""
     config, shape = resolved.run, checkpoint.config
     quantizer = make_quantizer(config.quantizer, resolved.options.get(config.quantizer), config.double_quant)
-    model = memory.skeleton(checkpoint, quantizer)
+    model = memory.skeleton(checkpoint, quantizer, config.task, config.labels)
     for method in config.methods:
         sites.attach(model, method, resolved.options[method], seed=config.seed)
+    if config.train.checkpoint_activations:
+        learning.refuse_recomputation(model)
     frozen = memory.frozen_parts(model, checkpoint, config.dtype, quantizer)
-    return {
+    step = cost.step(model, rows, longest)
+    kept, quantized = memory.activations(model, step, config.dtype), bool(quantizer or checkpoint.quantized)
+    return model, {
         "model": config.model,
         **{name: getattr(shape, name) for name in ("family", "layers", "dim", "vocab", "context")},
         "parameters": model.parameters(),
         "methods": {adapter.name: _where(adapter) for adapter in model.adapters},
         "trained": sum(adapter.size for adapter in model.adapters),
+        "adapter_bytes": sum(adapters.nbytes(adapter, model) for adapter in model.adapters),
         "frozen": frozen,
-        "memory": memory.by_part(config, model, frozen, rows, longest, bool(quantizer or checkpoint.quantized)),
+        "memory": memory.by_part(config, model, frozen, rows, longest, kept, quantized, answers),
+        "activations": kept,
+        "tokens_of_a_step": rows * longest,
+        "step": step,
+        "flops": step.flops(config.train.checkpoint_activations),
         "given": [
             (key, toml.text(value), resolved.origins[key])
             for key, value in resolved.values().items()
@@ -156,6 +211,10 @@ def _sizes(resolved: Resolved, checkpoint: Checkpoint, rows: int, longest: int) 
 
 
 # ---- words ----
+
+
+def _tera(flops: float) -> str:
+    return f"{flops / 1e12:,.4g}"
 
 
 def _where(adapter: sites.Adapter) -> dict[str, int]:

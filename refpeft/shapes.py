@@ -15,12 +15,37 @@ _LLAMA = {"model_type": "llama", "vocab_size": 32000, "max_position_embeddings":
 _LLAMA2 = _LLAMA | {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
 _LLAMA3 = _LLAMA2 | {"vocab_size": 128256, "max_position_embeddings": 8192, "rope_theta": 500000.0}
 _MISTRAL = {"model_type": "mistral", "vocab_size": 32000, "max_position_embeddings": 32768, "rms_norm_eps": 1e-5}
+_SMOLLM2 = _LLAMA2 | {"vocab_size": 49152, "max_position_embeddings": 8192, "tie_word_embeddings": True}
 _GPT2 = {"model_type": "gpt2", "vocab_size": 50257}
+_BERT = {"model_type": "bert", "vocab_size": 30522}
+_ROBERTA = {"model_type": "roberta", "vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1}
+_DEBERTA = {
+    "model_type": "deberta-v2",
+    "vocab_size": 128100,
+    "relative_attention": True,
+    "position_buckets": 256,
+    "position_biased_input": False,
+    "pos_att_type": ["p2c", "c2p"],
+    "share_att_key": True,
+    "norm_rel_ebd": "layer_norm",
+}
+_DEBERTA_V2 = _DEBERTA | {"conv_kernel_size": 3, "conv_act": "gelu"}
+_T5 = {"model_type": "t5", "decoder_start_token_id": 0}
+_T5_1_1 = _T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
 
 
 def _decoder(family: dict, dim: int, layers: int, heads: int, kv_heads: int, ff: int) -> dict:
     sizes = {"hidden_size": dim, "num_hidden_layers": layers, "intermediate_size": ff}
     return family | sizes | {"num_attention_heads": heads, "num_key_value_heads": kv_heads}
+
+
+def _encoder(family: dict, dim: int, layers: int, heads: int) -> dict:
+    sizes = {"hidden_size": dim, "num_hidden_layers": layers, "intermediate_size": 4 * dim}
+    return family | sizes | {"num_attention_heads": heads}
+
+
+def _t5(family: dict, dim: int, layers: int, heads: int, head_dim: int, ff: int) -> dict:
+    return family | {"d_model": dim, "num_layers": layers, "num_heads": heads, "d_kv": head_dim, "d_ff": ff}
 
 
 def _gpt2(dim: int, layers: int, heads: int) -> dict:
@@ -42,16 +67,39 @@ SHAPES = {
     "gpt2-medium": _gpt2(1024, 24, 16),
     "gpt2-large": _gpt2(1280, 36, 20),
     "gpt2-xl": _gpt2(1600, 48, 25),
+    "gpt3-175b": _gpt2(12288, 96, 96) | {"n_positions": 2048},
+    "smollm2-135m": _decoder(_SMOLLM2, 576, 30, 9, 3, 1536),
+    "minilm-l6": _encoder(_BERT, 384, 6, 12),
+    "bert-base": _encoder(_BERT, 768, 12, 12),
+    "bert-large": _encoder(_BERT, 1024, 24, 16),
+    "roberta-base": _encoder(_ROBERTA, 768, 12, 12),
+    "roberta-large": _encoder(_ROBERTA, 1024, 24, 16),
+    "deberta-v2-xxlarge": _encoder(_DEBERTA_V2, 1536, 48, 24),
+    "deberta-v3-base": _encoder(_DEBERTA, 768, 12, 12),
+    "t5-small": _t5(_T5, 512, 6, 8, 64, 2048),
+    "t5-base": _t5(_T5, 768, 12, 12, 64, 3072),
+    "t5-large": _t5(_T5, 1024, 24, 16, 64, 4096),
+    "t5-3b": _t5(_T5, 1024, 24, 32, 128, 16384),
+    "t5-11b": _t5(_T5, 1024, 24, 128, 128, 65536),
+    "t5-v1.1-small": _t5(_T5_1_1, 512, 8, 6, 64, 1024),
+    "t5-v1.1-base": _t5(_T5_1_1, 768, 12, 12, 64, 2048),
+    "t5-v1.1-large": _t5(_T5_1_1, 1024, 24, 16, 64, 2816),
+    "t5-v1.1-xl": _t5(_T5_1_1, 2048, 24, 32, 64, 5120),
+    "t5-v1.1-xxl": _t5(_T5_1_1, 4096, 24, 64, 64, 10240),
 }
-"""What says the shape in the config.json of each: arXiv:2302.13971 (table 2), 2307.09288, 2407.21783, 2310.06825, and
-the configs that were published with the weights."""
+"""What says the shape in the config.json of each: arXiv:2302.13971 (table 2), 2307.09288, 2407.21783, 2310.06825,
+2005.14165 (table 2.1; the head is the embedding table, as GPT-2's is), and the configs that were published with the
+weights."""
 
 
 def checkpoint_of(shape: str) -> Checkpoint:
-    """A checkpoint without tensors, of a name in SHAPES, of a config.json, or of the directory of one."""
-    path = expanded(shape)
-    if shape in SHAPES:
-        raw = SHAPES[shape]
+    """A checkpoint without tensors, of a name in SHAPES, of a config.json, or of the directory of one.
+
+    In names, hyphens and the case of letters do not matter: llama3-8b is llama-3-8b.
+    """
+    path, known = expanded(shape), {_plain(name): raw for name, raw in SHAPES.items()}
+    if _plain(shape) in known:
+        raw = known[_plain(shape)]
     elif (path / "config.json").is_file() or path.is_file():
         raw = read_json(path if path.is_file() else path / "config.json")
     else:
@@ -61,3 +109,7 @@ def checkpoint_of(shape: str) -> Checkpoint:
     dtype = np.dtype("f4")
     stored = {name: Stored(Path(shape), size, dtype, None) for name, size in expected_tensors(config).items()}
     return Checkpoint(Path(shape), config, stored)
+
+
+def _plain(name: str) -> str:
+    return name.replace("-", "").lower()
