@@ -10,6 +10,7 @@ from refpeft.errors import RefpeftError
 from refpeft.formats import ALPACA, SOURCE
 from refpeft.generate import answers
 from refpeft.models.base import Model
+from refpeft.tasks.seq2seq import ended
 from refpeft.templates import Template
 
 PLAIN = ("prompt", "source", "text")
@@ -63,8 +64,7 @@ class Speaker:
         if self.format == "instruction":
             prompt = ALPACA.format(instruction=prompt)
         if self.model.task == "seq2seq":
-            ids, end = self.tokenizer.encode(prompt.strip()), self.tokenizer.eos_id
-            return ids if end is None or ids[-1:] == [end] else [*ids, end]
+            return ended(self.tokenizer, prompt).tolist()
         if self.format == "source":
             prompt = SOURCE.format(source=prompt)
         return self.tokenizer.encode(prompt, specials=True)

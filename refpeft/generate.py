@@ -56,22 +56,22 @@ def answers(
     options and for a model that writes no text.
     """
     if model.task not in ("causal-lm", "seq2seq"):
-        what = f", loaded to {model.task}," if model.task else ""
+        what = f" for the task {model.task!r}" if model.task else ""
         raise RefpeftError(f"a {model.config.family} model{what} writes no text: expected a decoder, or T5")
     _check(max_tokens, temperature, top_k, top_p, beams, length_penalty, no_repeat_ngram)
     if not prompts or not all(len(p) for p in prompts):
         raise RefpeftError("a prompt is empty: expected at least one token (give the model's BOS token for no prompt)")
-    longest = max(map(len, prompts))
-    if longest > model.room:
-        raise RefpeftError(f"a prompt has {longest:,} tokens, but the model has room for {model.room:,}")
+    longest, room = max(map(len, prompts)), model.room
+    if longest > room:
+        raise RefpeftError(f"a prompt has {longest:,} tokens, but the model has room for {room:,}")
     walks: list[Single | Beams] = []
     for prompt in prompts:
-        most = int(min(max_tokens, model.room - len(prompt) + 1))  # the last token is not read again
+        most = int(min(max_tokens, room - len(prompt) + 1))  # the last token is not read again
         if beams > 1:
             walks.append(Beams(most, stop, beams, length_penalty))
         else:
             walks.append(Single(most, stop, temperature, top_k, top_p, Stream(seed, "sample", *map(int, prompt))))
-    together = len(prompts) if longest + max_tokens - 1 <= model.room else 1  # padding takes positions, too
+    together = len(prompts) if longest + max_tokens - 1 <= room else 1  # padding takes positions, too
     with no_grad(), blas_threads(model.parameters()):
         for start in range(0, len(prompts), together):
             some = slice(start, start + together)

@@ -155,6 +155,13 @@ def test_what_cannot_be_generated_is_refused(prompts, options, message):
         generate(tiny.model(), prompts, **{"max_tokens": 2} | options)
 
 
+def test_a_model_of_another_task_writes_no_text():
+    model = tiny.model()
+    model.task = "classify"
+    with pytest.raises(RefpeftError, match="^a llama model for the task 'classify' writes no text: "):
+        generate(model, [[1]])
+
+
 def test_weights_that_are_no_numbers_are_an_error():
     model = tiny.model()
     model.embed.weight().fill(np.nan)

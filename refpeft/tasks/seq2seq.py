@@ -27,7 +27,7 @@ class Seq2Seq(Texts):
     def encode(self, item: Item, line: int) -> list[Answered]:
         if not isinstance(item, Plain) or not item.prompt.strip():
             raise RefpeftError("expected a source and its target")
-        ids, answer = self._ended(item.prompt.strip()), self._ended(item.completion.strip())
+        ids, answer = ended(self.tokenizer, item.prompt), ended(self.tokenizer, item.completion)
         return [Answered(ids, answer, self.start, line)]
 
     def cut(self, item: Item, example: Answered, length: int) -> Answered:
@@ -44,6 +44,8 @@ class Seq2Seq(Texts):
     def learned(self, example: Answered) -> np.ndarray:
         return example.answer
 
-    def _ended(self, text: str) -> np.ndarray:
-        ids = self.tokenizer.encode(text)
-        return np.array([*ids, self.tokenizer.eos_id] if ids[-1:] != [self.tokenizer.eos_id] else ids, np.int32)
+
+def ended(tokenizer: Tokenizer, text: str) -> np.ndarray:
+    """The tokens of a source, or of an answer, with EOS at their end where there is one."""
+    ids, end = tokenizer.encode(text.strip()), tokenizer.eos_id
+    return np.array(ids if end is None or ids[-1:] == [end] else [*ids, end], np.int32)
