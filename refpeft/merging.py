@@ -18,14 +18,14 @@ import numpy as np
 
 from refpeft import api, config, files, fused, inputs, report, run, sites
 from refpeft.backend import blas_threads
-from refpeft.batches import Batch, Batches
+from refpeft.batches import Batch, Batches, split
 from refpeft.errors import RefpeftError
 from refpeft.examples import Example
 from refpeft.models import saving
 from refpeft.models.base import Model
 from refpeft.quant import Dense, Quantized
 from refpeft.rng import Stream
-from refpeft.tensor import no_grad
+from refpeft.tensor import Tensor, no_grad
 
 LIMIT = 1e-3
 """The most nats a token that a merge may cost: text of the run is then less likely by a thousandth a token, at most.
@@ -47,6 +47,9 @@ class Measured:
     difference  the largest difference of a logit, over the largest logit
     kl          the mean of KL(run with its adapter || merged), nats a token
     effect      the mean of KL(run with its adapter || run without it), nats a token: what the adapter does
+
+    Of a task with labels it is nats a target; where outputs are no probabilities, the mean square of differences over
+    the mean square of outputs takes the place of KL.
     """
 
     difference: float
@@ -124,11 +127,12 @@ def merge(
         merged = load() if into == "original" else as_trained()
         if into == "original" and any(isinstance(weight, Quantized) for weight in merged.frozen.values()):
             raise RefpeftError(f"the weights in {name} are themselves quantized: --into dequantized")
-        _fold(merged)
+        _fold(merged, batches.at(0))
         _store(merged, packed if into == "requantized" else {})
         saving.save(merged, folder, dtype)
         del merged
-        measured = measure(trained, api.load(folder, dtype=dtype), batches)
+        again = api.load(folder, dtype=dtype, task=trained.task, labels=trained.labels)
+        measured = measure(trained, again, batches)
         if measured.changed and not force:
             raise RefpeftError(f"{_what_changed(measured, into, rows)}; nothing was written: {_advice(into, dtype)}")
     quantizer = next(iter(packed.values())).quantizer if packed else None
@@ -136,13 +140,13 @@ def merge(
     return Merged(name, str(adapter), str(out), into, dtype, base, rows, measured, measured.changed)
 
 
-def _fold(model: Model) -> None:
+def _fold(model: Model, batch: Batch) -> None:
     """Merges what is attached. Raises RefpeftError where logits are then others: not by rounding, by a wrong plugin."""
-    probe = np.arange(min(64, model.config.context))[None] % model.config.vocab
+    batch = split(batch, 1)[0]
     with no_grad():
-        before = model(probe).data
+        before = _outputs(model, _states(model, batch))
         sites.merge(model)
-        difference = np.abs(model(probe).data - before).max() / np.abs(before).max()
+        difference = np.abs(_outputs(model, _states(model, batch)) - before).max() / np.abs(before).max()
     if not difference < _INEXACT:
         raise RefpeftError(
             f"merging changes the logits by {difference:.1e} of the largest, so a plugin's peft_merge is not what its "
@@ -163,32 +167,54 @@ def _store(model: Model, packed: dict[str, Quantized]) -> None:
 
 
 def measure(trained: Model, merged: Model, batches: Batches) -> Measured:
-    """The difference of `merged` from `trained`, which has its adapter attached, over all real tokens of `batches`."""
+    """The difference of `merged` from `trained`, which has its adapter attached, over all real tokens of `batches`.
+
+    Of tasks other than causal language modelling it is over their targets.
+    """
     difference, largest, kl, effect, tokens = 0.0, 0.0, 0.0, 0.0, 0
     size = max(1, fused.LOGITS_AT_ONCE // trained.config.vocab)
+    apart = _squares if trained.task in ("regress", "embed") else _kl
     with no_grad(), blas_threads(trained.parameters()):
         for batch in batches:
-            real = _real(batch)
-            run_states, merged_states = trained.states(batch, real), merged.states(batch, real)
+            run_states, merged_states = _states(trained, batch), _states(merged, batch)
             with sites.bypassed(trained):
-                bare_states = trained.states(batch, real)
-            for at in range(0, real.size, size):
+                bare_states = _states(trained, batch)
+            for at in range(0, len(run_states.data), size):
                 part = slice(at, at + size)
-                wanted, found = trained.head(run_states[part]).data, merged.head(merged_states[part]).data
+                wanted, found = _outputs(trained, run_states[part]), _outputs(merged, merged_states[part])
                 with sites.bypassed(trained):
-                    bare = trained.head(bare_states[part]).data
+                    bare = _outputs(trained, bare_states[part])
                 difference = np.maximum(difference, np.abs(found - wanted).max())  # not max(): NaN stays NaN
                 largest = np.maximum(largest, np.abs(wanted).max())
-                log_p = _log_softmax(wanted)
-                kl += (np.exp(log_p) * (log_p - _log_softmax(found))).sum()
-                effect += (np.exp(log_p) * (log_p - _log_softmax(bare))).sum()
-            tokens += real.size
+                kl, effect = kl + apart(wanted, found), effect + apart(wanted, bare)
+            tokens += len(run_states.data)
     return Measured(float(difference / largest), float(kl / tokens), float(effect / tokens), tokens)
 
 
-def _real(batch: Batch) -> np.ndarray:
-    """Positions of the flattened batch that are not padding."""
-    return np.arange(batch.ids.size) if batch.segments is None else np.flatnonzero(batch.segments >= 0)
+def _states(model: Model, batch: Batch) -> Tensor:
+    """What is measured of a batch, before the head: at real tokens, or at the targets of a task that has others."""
+    if model.task == "embed":
+        return model(batch.ids, segments=batch.segments)
+    if model.task != "causal-lm":
+        return model.states(batch, batch.asked)
+    real = np.arange(batch.ids.size) if batch.segments is None else np.flatnonzero(batch.segments >= 0)
+    return model.states(batch, real)
+
+
+def _outputs(model: Model, states: Tensor) -> np.ndarray:
+    """What the head says; a sentence's vector is what there is."""
+    return states.data if model.task == "embed" else model.head(states).data
+
+
+def _kl(wanted: np.ndarray, found: np.ndarray) -> float:
+    """The sum over rows of KL(softmax(wanted) || softmax(found))."""
+    log_p = _log_softmax(wanted)
+    return (np.exp(log_p) * (log_p - _log_softmax(found))).sum()
+
+
+def _squares(wanted: np.ndarray, found: np.ndarray) -> float:
+    """The squared difference over the mean square of a row."""
+    return ((found - wanted) ** 2).sum() / max((wanted**2).sum() / len(wanted), 1e-30)
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -200,18 +226,21 @@ def _log_softmax(logits: np.ndarray) -> np.ndarray:
 def _batches(adapter: str | Path, file: str | None, model: Model) -> tuple[Batches, str]:
     """What is measured on, and the words for it: `file`, or the run's held-out or training rows, or random tokens."""
     configured = config.run_of(adapter)
-    training, held_out = inputs.data_files(configured) if configured else (None, None)
+    training, held_out = inputs.data_files(configured) if configured else ([], [])
     configured = configured or config.RunConfig()
-    if file or (held_out and held_out.is_file()):
-        alone = {"file": file or str(held_out), "eval_file": None, "eval_share": 0.0, "overlong": "truncate"}
+    if file or (held_out and all(one.is_file() for one in held_out)):
+        alone = {"file": file or list(map(str, held_out)), "eval_file": None, "eval_share": 0.0, "overlong": "truncate"}
+        alone |= {"mix": None, "replay": None, "earlier": None}
         configured = configured.model_copy(update={"data": configured.data.model_copy(update=alone)})
-    elif not (training and training.is_file()):
+    elif not (training and all(one.is_file() for one in training)):
+        if model.task != "causal-lm":
+            raise RefpeftError("the run's rows are not there to measure the merged model on: give --data FILE")
         length = min(128, model.config.context)
         ids = Stream(0, "merging").uniform(0, model.config.vocab, (8, length)).astype(np.int32)
         return Batches([_example(row) for row in ids], 8, length), "random tokens, for there are no rows (--data FILE)"
     read = inputs.read(configured, model.config, model.tokenizer)
     chosen = read.held_out or read.rows
-    examples = _first(chosen.examples)
+    examples = _first(chosen.examples) if model.task == "causal-lm" else chosen.examples[:_ROWS]
     words = f"{len(examples)} rows of {chosen.summary.file}"
     return Batches(examples, 8, max(map(len, examples)), shuffle=False), words
 

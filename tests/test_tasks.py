@@ -9,7 +9,7 @@ import tiny_files
 import tiny_tokenizers
 
 import refpeft
-from refpeft import config, files, inputs, run, tasks
+from refpeft import config, files, inputs, merging, run, tasks
 from refpeft.batches import Batches, split
 from refpeft.data import examples_of
 from refpeft.errors import RefpeftError
@@ -356,3 +356,26 @@ def test_texts_of_a_batch_that_are_compared_are_not_computed_in_parts(folder):
     )
     with pytest.raises(RefpeftError, match="compared with one another: leave micro_batch out"):
         trained(folder, **{"data.file": "rows.jsonl", "train.micro_batch": 2, "task": "embed"})
+
+
+@pytest.mark.parametrize("name", [*ROWS, "classify"])
+def test_a_merged_model_knows_its_task_and_predicts_what_the_run_does(folder, name):
+    rows = LABELLED if name == "classify" else ROWS[name]
+    file = write(folder / "rows.jsonl", rows)
+    model = "t5" if name == "seq2seq" else "bert"
+    outcome = trained(
+        folder, method=["lora"], **{"data.file": "rows.jsonl", "model": model, "task": name, "train.steps": 6}
+    )
+    merged = merging.merge(outcome.directory, folder / "merged", model=model)
+    assert not merged.changed and merged.measured.difference < 1e-4
+    task, data = read(file, model, name)
+    found = []
+    for loaded in (refpeft.load(model, "out"), refpeft.load("merged", task=name)):
+        assert (loaded.task, loaded.labels) == (name, task.labels)
+        if name == "mlm":
+            found.append([task.measure(loaded, Batches(data.examples, 4, 64, shuffle=False))])
+        else:
+            found.append([told for _, told in task.predict(loaded, Batches(data.examples, 4, 64, shuffle=False))])
+    for ours, theirs in zip(*found, strict=True):
+        for a, b in zip(_flat(ours), _flat(theirs), strict=True):
+            assert a == (b if isinstance(b, str) else pytest.approx(b, rel=1e-3, abs=1e-4))
