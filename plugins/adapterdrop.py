@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from refpeft import RefpeftError, hookimpl
-from refpeft.bottleneck import bottleneck, check_size, normal_values
+from refpeft.bottleneck import behind_layer, bottleneck, check_size, normal_values
 from refpeft.targets import check_runs
 
 FAMILY = "additive"
@@ -26,7 +26,7 @@ class Config:
     robust: bool = True  # train with a random n
     activation: Literal["gelu_tanh", "gelu", "relu", "silu", "tanh"] = "relu"
     init_std: float = 0.02  # of the first weights
-    targets: tuple[str, ...] | str = ("@block_out",)
+    targets: tuple[str, ...] | str = ("@block_out", "@mlp_norm")
     exclude: tuple[str, ...] | str = ()
     layers: tuple[int, ...] | None = None  # numbers of the layers; none: all
 
@@ -47,8 +47,8 @@ def peft_check(sites, cfg):
 
 
 @hookimpl
-def peft_params(site, cfg, rng):
-    if site.index < cfg.drop and not cfg.robust:
+def peft_params(site, sites, cfg, rng):
+    if not behind_layer(site, sites) or (site.index < cfg.drop and not cfg.robust):
         return None
     return normal_values(rng, cfg.size, site.shape[0], cfg.init_std)
 
@@ -56,5 +56,14 @@ def peft_params(site, cfg, rng):
 @hookimpl
 def peft_block(x, base, p, cfg, site, sites, train):
     h = base(x)
-    first = train.draw(1 + max(other.index for other in sites)) if train and cfg.robust else cfg.drop
-    return h if site.index < first else h + bottleneck(h, p, cfg.activation)
+    return h if skipped(cfg, site, sites, train) else h + bottleneck(h, p, cfg.activation)
+
+
+@hookimpl
+def peft_norm(x, base, p, cfg, site, sites, train):
+    h = base(x)
+    return h if skipped(cfg, site, sites, train) else base(x + bottleneck(h, p, cfg.activation))
+
+
+def skipped(cfg, site, sites, train):
+    return site.index < (train.draw(1 + max(other.index for other in sites)) if train and cfg.robust else cfg.drop)

@@ -12,14 +12,13 @@ Constant, and kept with this adapter: down (n, size, dim), down_bias, up (n, dim
 """
 
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Literal
 
 import numpy as np
 
 from refpeft import RefpeftError, hookimpl, ops
 from refpeft.backend import xp_of
-from refpeft.bottleneck import bottleneck, check_size
+from refpeft.bottleneck import behind_layer, check_size, fused_bottlenecks
 from refpeft.tensor import Tensor
 from refpeft.transfer import bottlenecks
 
@@ -32,7 +31,7 @@ class Config:
     size: int = 64  # of their bottlenecks
     activation: Literal["gelu_tanh", "gelu", "relu", "silu", "tanh"] = "relu"  # theirs
     penalty: float = 0.01  # on the distance of V from the identity
-    targets: tuple[str, ...] | str = ("@block_out",)
+    targets: tuple[str, ...] | str = ("@block_out", "@mlp_norm")
     exclude: tuple[str, ...] | str = ()
     layers: tuple[int, ...] | None = None  # numbers of the layers; none: all
 
@@ -46,7 +45,9 @@ def peft_check(cfg):
 
 
 @hookimpl
-def peft_params(site, cfg, rng):
+def peft_params(site, sites, cfg, rng):
+    if not behind_layer(site, sites):
+        return None
     dim, n, zeros = site.shape[0], len(cfg.adapters), np.zeros
     values = {name: 0.02 * rng.standard_normal((dim, dim)) for name in ("query", "key")}
     values |= {"query_bias": zeros(dim), "value": np.where(np.eye(dim), 1, 1e-6)}
@@ -61,12 +62,13 @@ def peft_fit(site, cfg):
 
 @hookimpl
 def peft_block(x, base, p, cfg):
-    h, letters = base(x), ("down", "down_bias", "up", "up_bias")
-    adapters = [SimpleNamespace(**{a: getattr(p, a)[n] for a in letters}) for n in range(len(cfg.adapters))]
-    z = ops.stack(*(bottleneck(h, adapter, cfg.activation) for adapter in adapters), axis=2)
-    query = ops.linear(h, p.query, p.query_bias).reshape(*h.shape[:2], 1, -1)
-    scores = ops.softmax(ops.sum(query * ops.linear(z, p.key), axis=-1, keepdims=True), axis=2)
-    return h + ops.linear(ops.sum(scores * z, axis=2), p.value)
+    h = base(x)
+    return h + fused_bottlenecks(h, p, cfg.activation)
+
+
+@hookimpl
+def peft_norm(x, base, p, cfg):
+    return base(x + fused_bottlenecks(base(x), p, cfg.activation))
 
 
 @hookimpl

@@ -47,6 +47,29 @@ def bottleneck(x: Tensor, p: SimpleNamespace, activation: str) -> Tensor:
     return ops.linear(inner, p.up, p.up_bias)
 
 
+def behind_layer(site: Site, sites: Sequence[Site]) -> bool:
+    """Whether what stands behind a layer stands at this one of `sites`: its last normalization, or else its output.
+
+    A layer that normalizes last (BERT's) has a bottleneck that reads the normalized sum and is added to it before: y =
+    norm(x + A(norm(x))), with x = h + residual (AdapterHub: original_ln_before). Others have y + A(y).
+    """
+    normalized = any(other.kind == "norm" and other.home == site.home for other in sites)
+    return "block_out" not in site.roles or not normalized
+
+
+def fused_bottlenecks(h: Tensor, p: SimpleNamespace, activation: str) -> Tensor:
+    """AdapterFusion: V (s_1 z_1 + ... + s_n z_n), z_i of the i-th bottleneck of h, s = softmax((Q h + a) . K z_i).
+
+    down (n, size, dim), down_bias, up and up_bias are those of all bottlenecks; query, key, value are (dim, dim).
+    """
+    letters = ("down", "down_bias", "up", "up_bias")
+    each = [SimpleNamespace(**{name: getattr(p, name)[n] for name in letters}) for n in range(p.down.shape[0])]
+    z = ops.stack(*(bottleneck(h, one, activation) for one in each), axis=2)
+    query = ops.linear(h, p.query, p.query_bias).reshape(*h.shape[:2], 1, -1)
+    scores = ops.softmax(ops.sum(query * ops.linear(z, p.key), axis=-1, keepdims=True), axis=2)
+    return ops.linear(ops.sum(scores * z, axis=2), p.value)
+
+
 def masked(p: SimpleNamespace) -> SimpleNamespace:
     """The values of a pruned bottleneck, with zeros where its masks are 0: what is pruned has no gradient either."""
     down, up = (w * Tensor(mask.data.astype(w.dtype)) for w, mask in ((p.down, p.down_mask), (p.up, p.up_mask)))

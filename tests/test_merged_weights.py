@@ -11,10 +11,11 @@ from refpeft.errors import RefpeftError
 BESIDE_PARTS = {"krona-residual"}
 """Variants at parts of layers, which have no weight, of methods that merge elsewhere."""
 
+MERGING = {method for method, entry in manager.catalogue().items() if "peft_merge" in entry.hooks}
 MERGED = [
     (family, name)
     for family, name in CASES
-    if "peft_merge" in manager.catalogue()[(VARIANTS | WITH_BIASES)[name][0]].hooks and name not in BESIDE_PARTS
+    if (VARIANTS | WITH_BIASES)[name][0] in MERGING and name not in BESIDE_PARTS
 ]
 
 

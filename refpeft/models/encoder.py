@@ -102,9 +102,8 @@ class Layer:
         self.q, self.k, self.v, self.o, self.up, self.down = (
             model.linear(f"{start}.{name[role]}", role, bias=True) for role in ("q", "k", "v", "o", "up", "down")
         )
-        self.norm1, self.norm2 = (
-            model.norm(f"{start}.{name[norm]}", config.norm_eps, "norm", bias=True) for norm in ("norm1", "norm2")
-        )
+        self.norm1 = model.norm(f"{start}.{name['norm1']}", config.norm_eps, "norm", bias=True)
+        self.norm2 = model.norm(f"{start}.{name['norm2']}", config.norm_eps, "norm", "mlp_norm", bias=True)
         self.activate = unit(config.activation)
         shape = (config.heads, config.head_dim)
         attend = f"{start}.{name['attention']}.attend"
