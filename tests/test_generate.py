@@ -158,7 +158,7 @@ def test_what_cannot_be_generated_is_refused(prompts, options, message):
 def test_a_model_of_another_task_writes_no_text():
     model = tiny.model()
     model.task = "classify"
-    with pytest.raises(RefpeftError, match="^a llama model for the task 'classify' writes no text: "):
+    with pytest.raises(RefpeftError, match=r"^a llama model for the task 'classify' writes no text: "):
         generate(model, [[1]])
 
 
