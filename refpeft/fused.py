@@ -460,6 +460,7 @@ def linear_cross_entropy(needs, hidden, *, weight, targets, denominator, bias=No
         loss += losses.sum()
         if dx is not None:
             xp.matmul(slope, dense, out=dx[part])
+        del logits, slope  # before the next ones are made
     scale = hidden.dtype.type(1) / xp.asarray(denominator, hidden.dtype)
     return loss * scale, (dx, scale)
 
