@@ -212,8 +212,7 @@ class Source(Reading):
         self.states = model.encode(ids, self.segments)
 
     def take(self, rows: np.ndarray) -> None:
-        super().take(rows)
-        self.states = Tensor(self.states.data[self.model.xp.asarray(rows)])
+        super().take(rows)  # of the states, too: the cache has their keys and values
         self.segments = None if self.segments is None else self.segments[rows]
 
     def read(self, ids: np.ndarray) -> Tensor:

@@ -51,6 +51,7 @@ def table(vocab: int, seed: int):
 def walked(walk: Single | Beams, after) -> Single | Beams:
     """A walk taken to its end."""
     while walk.said:
+        assert len(walk.said) <= getattr(walk, "beams", 1)
         walk.step(np.stack([after(said) for said in walk.said]))
     return walk
 
@@ -115,6 +116,18 @@ def test_the_search_ends_when_no_open_continuation_scores_better_at_its_present_
     steps.clear()
     walk = walked(Beams(50, {stop}, 2, 2.0), after)
     assert walk.answer.tokens == [1] and max(steps) == 1  # though 50 tokens would have scored better than 2
+
+
+def test_an_open_continuation_that_may_replace_the_worst_finished_one_goes_on():
+    likely = {(): [0.5, 0.3, 0.2], (1,): [0.3, 0.65, 0.05], (2,): [0.2, 0.4, 0.4]}  # 0 stops
+    steps = []
+
+    def after(said):
+        steps.append(len(said))
+        return np.log(likely.get(tuple(said), [0.2, 0.4, 0.4]))
+
+    assert walked(Beams(3, {0}, 2, 0.0), after).answer.tokens == []
+    assert max(steps) == 2  # 0.5 and 0.3 * 0.3 are finished, and 0.3 * 0.65 is open
 
 
 def test_what_stops_below_the_best_candidates_is_no_answer():
