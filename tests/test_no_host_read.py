@@ -7,6 +7,7 @@ import device
 import numpy as np
 import pytest
 import tiny
+import tiny_tasks
 from cases import FUSED, OPS, Case, Place
 from test_trainer import examples
 from variants import TO_FIT, needed_quantizer
@@ -103,3 +104,17 @@ def test_the_stand_in_catches_reads_and_mixtures(xp):
         with pytest.raises(TypeError):
             mix(array)
     assert isinstance(np.float32(2) * array, device.Array)
+
+
+@pytest.mark.parametrize("family, task", tiny_tasks.CASES)
+def test_every_task_has_a_step_without_a_read_of_the_host(family, task, xp):
+    batch, found = tiny_tasks.batch(family, task), []
+    for place in (np, xp):
+        model = tiny_tasks.model(family, task, place)
+        with device.capture():
+            loss = learning.objective(model, batch, batch.denominator)
+            loss.backward()
+        found.append({"loss": to_host(loss.data)} | {name: to_host(t.grad) for name, t in model.trained()})
+    here, there = found
+    assert here.keys() == there.keys()
+    assert all(np.array_equal(here[name], there[name]) for name in here)

@@ -9,6 +9,7 @@ import pytest
 
 from refpeft import sites
 from refpeft.api import class_of
+from refpeft.backend import xp_of
 from refpeft.batches import Batch
 from refpeft.models.base import Model
 from refpeft.models.checkpoint import expected_tensors
@@ -108,7 +109,7 @@ def scramble(adapter: sites.Adapter, seed: int = 2, scale: float = 0.1) -> None:
     """Moves every trained value away from its start, as training would."""
     rng = np.random.default_rng(seed)
     for tensor in adapter.params.values():
-        tensor.data += rng.normal(0, scale, tensor.shape)
+        tensor.data += xp_of(tensor.data).asarray(rng.normal(0, scale, tensor.shape).astype(tensor.dtype))
 
 
 def assert_slope(adapter: sites.Adapter, value: Callable[[], Tensor]) -> None:
