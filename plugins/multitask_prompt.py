@@ -33,6 +33,7 @@ class Config:
     source: str = ""  # adapter directory, of this method, to start from
     start: Literal["average", "exact", "shared", "all"] = "average"  # what is taken from it
     source_task: int = 0  # which of its tasks is taken, with start = "exact"
+    head_reads: Literal["text", "prompt"] = "text"  # of an encoder that classifies; PEFT: "prompt", the first row
     targets: tuple[str, ...] | str = ("@embed",)
     only_with = (("source_task", "start", "exact"),)
 

@@ -25,6 +25,7 @@ class Config:
     encoder: Literal["lstm", "mlp", "none"] = "lstm"
     hidden: int = 0  # width of the MLP, or of the LSTM in each direction; 0: dim, or dim / 2, as the authors have it
     dropout: float = 0.0  # rate, between the layers of the LSTM, in training
+    head_reads: Literal["text", "prompt"] = "text"  # of an encoder that classifies; PEFT: "prompt", the first row
     targets: tuple[str, ...] | str = ("@embed",)
     only_with = (("dropout", "encoder", "lstm"),)
 

@@ -27,6 +27,7 @@ class Config:
     common: int = 5000  # how many of the first tokens of the vocabulary "vocab" draws from
     text: str = ""  # whose tokens' embeddings are the first values, with init = "text"
     ids: tuple[int, ...] = ()  # tokens whose embeddings are the first values, with init = "ids"
+    head_reads: Literal["text", "prompt"] = "text"  # of an encoder that classifies; PEFT: "prompt", the first row
     targets: tuple[str, ...] | str = ("@embed",)
     only_with = (("common", "init", "vocab"),)
 

@@ -8,7 +8,6 @@ AdapterHub's library are read, too (`refpeft.adapterhub`).
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -23,7 +22,9 @@ from .errors import RefpeftError
 from .files import expanded, read_json, read_safetensors, write_json, write_safetensors
 from .models.base import Frozen, Model
 from .models.quantized_files import own_quantizer, own_scheme, parts_of
-from .peft_formats import FORMATS, PREFIX, Entry, Format, Settings
+from .peft_formats import FORMATS, PREFIX, Entry, Format, Settings, heads
+from .peft_formats.common import for_bare, from_bare
+from .peft_formats.prompts import first_rows
 from .quant import Quantized, Quantizer
 from .sites import Adapter, Site, detach, prepare, put_on
 from .tensor import Tensor
@@ -42,7 +43,6 @@ _OF_EVERY_METHOD = {
     "task_type",
 }
 _SIDES = ("r", "tokens", "size", "rank", "n", "tasks", "ranks", "hidden", "modules")  # options: sides of tensors
-_LAST = re.compile(r"(^|\.)(score|classifier|classifier\.out_proj)\.weight$")  # of a head that classifies
 _NOTHING = (None, False, 0, "", [], {})  # values of keys that are unknown and say that they are not used
 
 
@@ -79,6 +79,8 @@ def save(
         "task_type": model.task_type,
     }
     directory.mkdir(parents=True, exist_ok=True)
+    if "method" not in settings:
+        settings, tensors = for_bare(settings, tensors, model)
     write_safetensors(directory / TENSORS, tensors, {"format": "pt"})
     write_json(directory / CONFIG, dict(sorted((common | settings).items())))  # last: with it the adapter is there
 
@@ -95,12 +97,11 @@ def _written(adapter: Adapter, model: Model, quantizer: Quantizer | None) -> tup
     if len(inside) == 1:  # a recipe of one method is written as that method
         adapter = replace(adapter, parts=inside)
     form = FORMATS.get(adapter.parts[0].name)
-    rest, head = _without_head(adapter, model)
+    rest, head = heads.apart(adapter, model, form)
     if form is not None and not form.fitted and quantizer is None and form.fits(rest, model):
         settings = {"peft_type": form.peft_type} | form.settings(rest, model)
         if head:
-            saved = {*(settings.get("modules_to_save") or ()), *map(_module, model.trained_head)}
-            settings["modules_to_save"] = sorted(saved)
+            settings["modules_to_save"] = sorted({*(settings.get("modules_to_save") or ()), *heads.modules(model)})
         return form.entries(rest) + head, settings
     settings = {
         "peft_type": OWN,
@@ -115,27 +116,6 @@ def _written(adapter: Adapter, model: Model, quantizer: Quantizer | None) -> tup
     if decided := survey.shapes(adapter):
         settings["shapes"] = decided
     return _own_entries(adapter), settings
-
-
-def _without_head(adapter: Adapter, model: Model) -> tuple[Adapter, list[Entry]]:
-    """(the adapter without what it trains of the task's head, the tensors of that): PEFT's modules_to_save."""
-    if adapter.plugin.__name__.endswith(".full"):
-        return adapter, []
-    mine = [layer for layer in adapter.layers if layer.site.name in model.trained_head]
-    values = [f"{layer.site.name}.{key}" for layer in mine for key in layer.values]
-    own = {layer.part.name for layer in adapter.layers if layer not in mine}
-    rest = replace(
-        adapter,
-        parts=[part for part in adapter.parts if part.name != "full" or "full" in own],
-        layers=[layer for layer in adapter.layers if layer not in mine],
-        params={name: value for name, value in adapter.params.items() if name not in values},
-    )
-    return rest, [Entry(PREFIX + name, (name,)) for name in values]
-
-
-def _module(name: str) -> str:
-    """What PEFT calls the module that holds a layer of a head: of RoBERTa's two, that is one."""
-    return "classifier" if name.startswith("classifier.") else name
 
 
 def _changed_weights(adapter: Adapter) -> list[Frozen]:
@@ -215,15 +195,10 @@ def task_of(directory: str | Path) -> tuple[str | None, tuple[str, ...]]:
     if run := runs.run_of(directory):
         return run.task, run.labels
     one = directories(directory)[0]
-    kind = read_json(one / CONFIG).get("task_type") if (one / CONFIG).is_file() else None
-    if kind not in ("SEQ_CLS", "TOKEN_CLS"):
-        return None, ()
-    heads = [array for name, array in read_safetensors(one / TENSORS).items() if _LAST.search(name)]
-    if not heads:
-        return None, ()
-    count = len(heads[0])
-    labels = tuple(f"LABEL_{i}" for i in range(count)) if count > 1 else ()
-    return ("tag" if kind == "TOKEN_CLS" else "classify" if count > 1 else "regress"), labels
+    config = read_json(one / CONFIG)
+    return (
+        heads.task_in(config, read_safetensors(one / TENSORS)) if config.get("task_type") in heads.TASKS else (None, ())
+    )
 
 
 def load(model: Model, directory: str | Path) -> list[Adapter]:
@@ -307,8 +282,14 @@ def _read(model: Model, directory: Path) -> Adapter:
     else:
         tensors = read_safetensors(file)
     try:
+        if isinstance(model, _Apart):
+            tensors = heads.without(tensors)
+        else:
+            heads.check_task(config, model)
         method, form, options = _understood(config, model)
         _refuse_sizes(options, tensors)
+        if form:
+            tensors = first_rows(config, from_bare(config, tensors, model))
         adapter = prepare(model, method, options, fit=form is not None and form.fitted)
         _refuse_other_base({"base": None} if form else config, adapter)  # PEFT's weights were dense
         quantizer = own_quantizer(config["quantizer"], "quantizer") if not form and "quantizer" in config else None
@@ -317,8 +298,10 @@ def _read(model: Model, directory: Path) -> Adapter:
     except RefpeftError as error:
         raise RefpeftError(f"{directory / CONFIG}: {error}{_other_model(config, model)}") from None
     try:
-        rest, head = _without_head(adapter, model)
+        rest, head = heads.apart(adapter, model, form)
         entries = form.entries(rest) + head if form else _own_entries(adapter)
+        tensors = heads.once(tensors)
+        heads.check(tensors, {entry.name for entry in entries}, head, model)
         if quantizer:
             tensors = _unpacked(tensors, adapter, quantizer)
         _fill(_values(adapter), entries, _without_base(tensors, adapter, model), model)
@@ -348,8 +331,8 @@ def _understood(config: dict[str, Any], model: Model) -> tuple[str, Format | Non
     for method, form in (*FORMATS.items(), *adapterhub.FORMATS.items()):
         if form.peft_type == kind and form.means(config):
             saved = config.get("modules_to_save")
-            if isinstance(saved, list) and model.trained_head:  # the head comes with the task
-                of_head = {"classifier", "score", *map(_module, model.trained_head)}
+            if isinstance(saved, list):  # the head comes with the task
+                of_head = {"classifier", "score", *heads.modules(model)}
                 config = config | {"modules_to_save": [name for name in saved if name not in of_head]}
             settings = Settings(config)
             options = form.options(settings, model)

@@ -122,7 +122,8 @@ def build(
     model.checkpoint, model.tokenizer = checkpoint, checkpoint.tokenizer()
     own, names = heads.read_from(config.raw)
     if task in (None, own):
-        task, labels = own, labels or names
+        unnamed = len(labels) == len(names) and tuple(labels) == heads.unnamed(len(names))
+        task, labels = own, names if unnamed else labels or names
     heads.put_on(model, task, labels, seed, checkpoint.of_head)
     return model
 

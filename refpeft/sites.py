@@ -98,6 +98,7 @@ class Adapter:
     params: dict[str, Tensor] = field(default_factory=dict)
     constants: dict[str, Tensor] = field(default_factory=dict)
     settled: bool = False  # whether the values that data decide (peft_survey) are there
+    read_by_head: bool = False  # whether a head that reads the first position reads the first row before the text
 
     @property
     def plugin(self) -> ModuleType:
@@ -157,6 +158,7 @@ def prepare(model: Any, method: str | ModuleType, config: Any = None, *, seed: i
         adapter.parts.append(part)
         chosen = _add_part(model, adapter, part, seed, fit)
         adapter.positions += part.call("peft_positions") or 0
+        adapter.read_by_head |= _read_by_head(model, part)
         companions = dict(part.call("peft_companions", sites=chosen) or {})
         if not waiting and (head := _head_to_train(model, adapter)):
             companions[_WHOLE] = {"targets": [*companions.get(_WHOLE, {}).get("targets", ()), *head]}
@@ -166,6 +168,14 @@ def prepare(model: Any, method: str | ModuleType, config: Any = None, *, seed: i
     if not adapter.params:
         raise RefpeftError(f"method '{name}' trains nothing on this model: no matched site has what it changes")
     return adapter
+
+
+def _read_by_head(model: Any, part: Part) -> bool:
+    """Whether a prompt's `head_reads` says so. Raises RefpeftError for a model with another head, or none."""
+    chosen = getattr(part.cfg, "head_reads", "text") == "prompt"
+    if chosen and model.read != "first":
+        raise RefpeftError(f"{part.name}.head_reads = 'prompt' is for encoders that classify texts: leave it out")
+    return chosen
 
 
 def _head_to_train(model: Any, adapter: Adapter) -> list[str]:

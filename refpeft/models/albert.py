@@ -42,7 +42,7 @@ class Albert(Encoder):
         mask = fused.Mask(ids.shape[1], None, segments, causal=False)
         for number, group in enumerate(self.config.order):
             hidden = self.run(partial(self._layer, number=number, group=group, mask=mask), hidden)
-        return hidden[:, virtual:] if virtual else hidden
+        return self.of_text(hidden, virtual)
 
     def _layer(self, x: Tensor, *, number: int, group: int, mask: fused.Mask) -> Tensor:
         self.mode.run = number  # dropout: another mask in each run of a layer, the same one when it is recomputed

@@ -66,7 +66,7 @@ class Deberta(Encoder):
             hidden = self.run(partial(layer, mask=mask, distances=distances, buckets=buckets), hidden)
             if i == 0 and self.conv:
                 hidden = self.conv(first, hidden, real)
-        return hidden[:, virtual:] if virtual else hidden
+        return self.of_text(hidden, virtual)
 
 
 class DisentangledLayer(Layer):

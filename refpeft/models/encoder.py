@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from refpeft import fused
+from refpeft import fused, ops
 from refpeft.backend import Array
 from refpeft.errors import RefpeftError
 from refpeft.models.base import Cache, Frozen, Model
@@ -55,7 +55,15 @@ class Encoder(Model):
         mask = fused.Mask(ids.shape[1], None, segments, causal=False)
         for layer in self.layers:
             hidden = self.run(partial(layer, mask=mask), hidden)
-        return hidden[:, virtual:] if virtual else hidden
+        return self.of_text(hidden, virtual)
+
+    def of_text(self, hidden: Tensor, virtual: int) -> Tensor:
+        """`hidden` without virtual tokens; the first of these stands in for the text's first if a method says so."""
+        if not virtual:
+            return hidden
+        if any(adapter.read_by_head for adapter in self.adapters):
+            return ops.concat(hidden[:, :1], hidden[:, virtual + 1 :], axis=1)
+        return hidden[:, virtual:]
 
     def tokens(
         self, ids: Array, positions: Array | None, types: Array | None, cache: Cache | None

@@ -1,8 +1,8 @@
 """What models end in for a task: each family's own pooler and head, by the names of its checkpoints.
 
 A head is made of the checkpoint's tensors where it has them, else of first values from a seed: weights from
-N(0, 0.02^2) (0.02 is config.json's initializer_range), biases 0, as transformers makes them. Its last layer, and what
-the checkpoint lacks, must be trained with any method: `model.trained_head`.
+N(0, 0.02^2) (0.02 is config.json's initializer_range), biases 0, as transformers makes them. A classifier, and what
+the checkpoint lacks of a head, must be trained with any method: `model.trained_head`.
 """
 
 from __future__ import annotations
@@ -66,6 +66,9 @@ _MASKED = {
     "albert": Head("predictions.decoder", "predictions.dense", "", "predictions.LayerNorm", "predictions.bias"),
 }
 """For masked language models, by family; the last layer's weight is the embedding table."""
+
+_CLASSIFIERS = ("classifier", "pre_classifier", "score")
+"""How names begin of what is trained with any method: what PEFT saves where it is told of a classification."""
 
 _TOKENS = Head("classifier")  # for token classification, of all encoders
 _SCORE = Head("score")  # for sequence classification, of decoders; without a bias
@@ -154,7 +157,7 @@ class _Maker:
             dense = self.linear(head.dense, (dim, dim), "pooler")
             model.transform = lambda hidden: activate(dense(hidden))
         model.head = self.linear(head.last, (labels, dim), "head", bias=head is not _SCORE)
-        self._tell(model.head)
+        self._tell(*(site for site in model.sites.values() if site.name.startswith(_CLASSIFIERS)))
 
     def masked(self, head: Head) -> None:
         model, config = self.model, self.model.config
@@ -212,7 +215,7 @@ def described(model: Model) -> dict[str, object]:
     says: dict[str, object] = {"architectures": [_FAMILIES[model.config.family] + _ENDS[model.task]]}
     if model.task == "mlm":
         return says
-    labels = model.labels or ("LABEL_0",)
+    labels = model.labels or unnamed(1)
     says |= {
         "id2label": {str(i): label for i, label in enumerate(labels)},
         "label2id": {label: i for i, label in enumerate(labels)},
@@ -244,12 +247,17 @@ def read_from(config: Mapping) -> tuple[str | None, tuple[str, ...]]:
     return None, ()
 
 
+def unnamed(count: int) -> tuple[str, ...]:
+    """What transformers calls labels that have no names."""
+    return tuple(f"LABEL_{i}" for i in range(count))
+
+
 def _labels(config: Mapping) -> tuple[str, ...]:
     """The labels' names in the order of their numbers; transformers' own default is two of them."""
     found = config.get("id2label")
     if not isinstance(found, Mapping) or not found:
         count = config.get("num_labels", 2)
-        return tuple(f"LABEL_{i}" for i in range(count if type(count) is int and 0 < count < 2**20 else 2))
+        return unnamed(count if type(count) is int and 0 < count < 2**20 else 2)
     try:
         by_number = {int(key): str(value) for key, value in found.items()}
     except ValueError:

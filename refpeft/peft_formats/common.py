@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from ..backend import Array
 from ..errors import RefpeftError
+from ..models.encoder_config import PREFIX as WITH_HEAD
 from ..sites import Adapter, Site
 from ..targets import matcher
 
@@ -37,6 +39,7 @@ class Format:
     any_value  keys of adapter_config.json that do not change the function
     values     keys that may, with the values with which they do not
     fitted     whether a file lacks values, which are fitted to the model's weights again; none such is written
+    prefix     what stands before the names of a head's tensors
     """
 
     peft_type: str
@@ -48,6 +51,7 @@ class Format:
     any_value: tuple[str, ...] = ()
     values: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     fitted: bool = False
+    prefix: str = PREFIX
 
 
 class Settings:
@@ -81,21 +85,51 @@ class Settings:
 # ---- names of modules ------------------------------------------------------------------------------------------------
 
 
+def from_bare(config: dict[str, Any], tensors: dict[str, Array], model: Any) -> dict[str, Array]:
+    """The tensors of PEFT's file by refpeft's names: an encoder without a head has modules as in one with a head."""
+    start = PREFIX + _before(model)
+    if config.get("task_type") != "FEATURE_EXTRACTION" or start == PREFIX:
+        return tensors
+    inside = {name for name in tensors if name.startswith(PREFIX) and not name.startswith(start)}
+    return {start + name.removeprefix(PREFIX) if name in inside else name: array for name, array in tensors.items()}
+
+
+def for_bare(
+    settings: dict[str, Any], tensors: dict[str, Array], model: Any
+) -> tuple[dict[str, Any], dict[str, Array]]:
+    """(settings, tensors) of a file as PEFT has them where the model has no head: the reverse of `from_bare`."""
+    before = _before(model)
+    if model.task is not None or not before:
+        return settings, tensors
+    named = {
+        key: [name.removeprefix(before) for name in value] if "modules" in key and isinstance(value, list) else value
+        for key, value in settings.items()
+    }
+    return named, {name.replace(PREFIX + before, PREFIX, 1): array for name, array in tensors.items()}
+
+
+def _before(model: Any) -> str:
+    """What stands before the names of an encoder's modules, but in PEFT's files of a bare one."""
+    return WITH_HEAD.get(model.config.family, "") if model.config else ""
+
+
 def module_names(sites: Iterable[Site], model: Any) -> list[str]:
     """A short list for target_modules that selects just these sites: ends of names where that is possible."""
     names = {site.name for site in sites}
+    there = [*model.sites, "pooler.dense"]  # PEFT's bare encoder may have it, and not be meant
     for depth in (1, 2):
         ends = {".".join(name.split(".")[-depth:]) for name in names}
-        if {name for name in model.sites if name.endswith(tuple("." + end for end in ends)) or name in ends} == names:
+        if {name for name in there if name.endswith(tuple("." + end for end in ends)) or name in ends} == names:
             return sorted(ends)
     return sorted(names)
 
 
 def present(targets: str | list[str], model: Any) -> str | list[str]:
-    """The targets without the names that the model does not have, which PEFT ignores without a word."""
+    """The targets without the names that the model does not have, or its head has, which PEFT ignores silently."""
     if isinstance(targets, str):
         return targets
-    return [t for t, hits in matcher(targets).items() if any(map(hits, model.sites.values()))] or targets
+    offered = [site for site in model.sites.values() if site.name not in model.trained_head]
+    return [t for t, hits in matcher(targets).items() if any(map(hits, offered))] or targets
 
 
 def targets_of(config: Settings, model: Any) -> str | list[str]:

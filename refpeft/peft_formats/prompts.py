@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from ..backend import Array
 from ..errors import RefpeftError
+from ..models.encoder import Encoder
 from ..prompts import encoded, prefix
 from ..sites import Adapter
 from ..tensor import Tensor
@@ -19,6 +21,7 @@ from .common import PREFIX, Entry, Format, Settings
 
 _KEYS = ("num_attention_heads", "num_layers", "token_dim")  # PEFT's, derived from the model; shapes are checked
 
+_PREFIX = "base_model."  # of a head's tensors: one wrapper less than methods in layers have
 _ONE_STACK = {"num_transformer_submodules": (1,)}  # not of an encoder and a decoder
 
 
@@ -32,8 +35,35 @@ def _virtual_tokens(adapter: Adapter, model: Any, heads: int, dim: int) -> dict[
     }
 
 
+def _one_stack(config: Settings, model: Any) -> dict[str, Any]:
+    """No option; raises RefpeftError where PEFT would put rows before another text than a decoder's or T5's source.
+
+    PEFT's files for T5 have as many rows again for its decoder's text, which are left out of what it computes.
+    """
+    stacks = config.get("num_transformer_submodules", 1)
+    if stacks not in ((1, 2) if model.task == "seq2seq" else (1,)):
+        raise RefpeftError(f"num_transformer_submodules = {stacks!r}: expected 1, for a model with one stack of layers")
+    return {}
+
+
+def first_rows(config: dict[str, Any], tensors: dict[str, Array]) -> dict[str, Array]:
+    """The tensors of PEFT's file without the rows that it has for a decoder's text and does not use."""
+    rows, count = tensors.get("prompt_embeddings"), config.get("num_virtual_tokens")
+    used = config.get("peft_type") in ("PROMPT_TUNING", "P_TUNING") and config.get("num_transformer_submodules") == 2
+    if not used or rows is None or not isinstance(count, int) or len(rows) != 2 * count:
+        return tensors
+    return tensors | {"prompt_embeddings": rows[:count]}
+
+
 def _at_the_embedding(adapter: Adapter, model: Any) -> bool:
-    return adapter.sites == [model.embed]
+    """With a head that reads an encoder's first position PEFT gives it the first row, which is not the text's."""
+    as_there = model.read != "first" or getattr(adapter.cfg, "head_reads", "text") == "prompt"
+    return adapter.sites == [model.embed] and as_there and model.task != "mlm"
+
+
+def _read_by_head(model: Any) -> dict[str, Any]:
+    """The option that says what PEFT's head reads."""
+    return {"head_reads": "prompt"} if model.read == "first" else {}
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------
@@ -51,6 +81,7 @@ def _prompt_settings(adapter: Adapter, model: Any) -> dict[str, Any]:
 def _prompt_options(config: Settings, model: Any) -> dict[str, Any]:
     init, text = config.get("prompt_tuning_init"), config.get("prompt_tuning_init_text")
     options = {"tokens": config.need("num_virtual_tokens"), "init": "vocab" if init == "SAMPLE_VOCAB" else "random"}
+    options |= _read_by_head(model) | _one_stack(config, model)
     return options | ({"init": "text", "text": text} if init == "TEXT" and text else {})
 
 
@@ -62,6 +93,7 @@ PROMPT_TUNING = Format(
     any_value=(*_KEYS, "tokenizer_kwargs", "tokenizer_name_or_path"),
     fits=_at_the_embedding,
     values=_ONE_STACK,
+    prefix=_PREFIX,
 )
 
 
@@ -95,7 +127,7 @@ def _task_options(config: Settings, model: Any) -> dict[str, Any]:
         "tasks": tasks,
         "task": task or 0,
         "ranks": config.get("num_ranks", 1),
-    }
+    } | _read_by_head(model)
 
 
 MULTITASK_PROMPT = Format(
@@ -112,6 +144,7 @@ MULTITASK_PROMPT = Format(
     ),
     fits=_at_the_embedding,
     values=_ONE_STACK,
+    prefix=_PREFIX,
 )
 
 
@@ -138,11 +171,16 @@ def _encoder(adapter: Adapter, model: Any) -> dict[str, Any]:
     }
 
 
+def _encoder_options(config: Settings, model: Any) -> dict[str, Any]:
+    options = {"tokens": config.need("num_virtual_tokens"), "encoder": "none"}
+    return options | _read_by_head(model) | _one_stack(config, model)
+
+
 P_TUNING = Format(
     "P_TUNING",
     _rows_entries,
     _encoder,
-    lambda config, model: {"tokens": config.need("num_virtual_tokens"), "encoder": "none"},
+    _encoder_options,
     any_value=(
         *_KEYS,
         "encoder_reparameterization_type",
@@ -152,6 +190,7 @@ P_TUNING = Format(
     ),
     fits=_at_the_embedding,
     values=_ONE_STACK,
+    prefix=_PREFIX,
 )
 
 
@@ -187,20 +226,33 @@ def _prefix_settings(adapter: Adapter, model: Any) -> dict[str, Any]:
     return settings | ({"prefix_projection": True, "encoder_hidden_size": hidden} if hidden else {})
 
 
+_WITH_CACHE = ("bert", "roberta", "xlm-roberta")  # the encoders that transformers gives keys and values of before
+
+
 def _prefix_fits(adapter: Adapter, model: Any) -> bool:
     everywhere = [site for site in model.sites.values() if site.kind == "attention"]
-    apart = all(site.runs == 1 for site in everywhere)  # PEFT has keys and values for each run of a layer
-    return adapter.positions == adapter.cfg.tokens and adapter.sites == everywhere and apart
+    known = model.config.family in _WITH_CACHE if isinstance(model, Encoder) else model.task != "seq2seq"
+    return adapter.positions == adapter.cfg.tokens and adapter.sites == everywhere and known and model.task != "mlm"
+
+
+def _prefix_options(config: Settings, model: Any) -> dict[str, Any]:
+    if model.task == "seq2seq":
+        raise RefpeftError(
+            "PEFT's prefixes are read for models with one stack of layers: of T5 it gives the decoder alone some, and "
+            "half of its layers those of others"
+        )
+    return {"tokens": config.need("num_virtual_tokens")}
 
 
 PREFIX_TUNING = Format(
     "PREFIX_TUNING",
     _prefix_entries,
     _prefix_settings,
-    lambda config, model: {"tokens": config.need("num_virtual_tokens")},
+    _prefix_options,
     fits=_prefix_fits,
     any_value=(*_KEYS, "encoder_hidden_size", "prefix_projection", "init_weights"),
     values=_ONE_STACK,
+    prefix=_PREFIX,
 )
 
 PRE_EMBED = replace(PROMPT_TUNING, means=lambda config: False)  # to PEFT, it is prompt tuning
