@@ -3,9 +3,10 @@
 Sung et al., 2022, arXiv:2206.06522, section 3.2. The side network has the model's layers, with every width divided by
 r: s_0 = D e, e what the first layer reads, and s_i = side_i(m_i L_i h_i + (1 - m_i) s_(i-1)), with ladders L_i that
 read h_i, what layer i gives, and gates m_i = sigmoid(a_i / T). The head reads U norm(s_n) in place of h_n, here through
-the model's last normalization (T5, which the paper has, keeps the side network's own); with `output = "add"`, h_n + U
-norm(s_n). Layers of `drop` have no side layer and no ladder (section 3.4). All is plain: RMSNorm, SiLU where the
-model's feed-forward part has a gate and GELU where not, no biases, no dropout.
+the model's last normalization (the paper's T5 keeps the side network's own; here T5 is refused: a side decoder would
+read a side encoder, which is not handed on); with `output = "add"`, h_n + U norm(s_n). Layers of `drop` have no side
+layer and no ladder (section 3.4). All is plain: RMSNorm, SiLU where the model's feed-forward part has a gate and GELU
+where not, no biases, no dropout.
 
 The h are constants: of each layer the tape has h, and what is thin. First values: a zero, so that m is 1/2, norms one,
 matrices uniform in +-1 / sqrt(in), which changes the model; U zero with "add", which does not. (The paper starts from

@@ -3,7 +3,8 @@
 Liu et al., 2021, arXiv:2110.07602, section 3.2. It computes what prefix_tuning does, real tokens at position `tokens`
 and on, as in the authors' code, and differs in how it is trained: the network that gives K and V, U tanh(D P' + d) + u,
 is left out unless `hidden` is set (the authors: "task-dependent", then 512), and first values are small. The authors'
-code has dropout = 0.1. A file in PEFT's form has K and V alone, and is read as prefix_tuning, as PEFT does.
+code has dropout = 0.1. On T5 and DeBERTa as prefix_tuning. A file in PEFT's form has K and V alone, and is read as
+prefix_tuning, as PEFT does.
 
 First values, with which the model is changed at the start: K and V, or P', D and U, normal of deviation 0.02, as BERT's
 own weights, d and u zero. Trained, w = kv_heads head_dim: keys and values (kv_heads, tokens, head_dim), 2 tokens w

@@ -4,6 +4,8 @@ Li & Liang, 2021, arXiv:2101.00190, section 4.2. With `hidden` they are reparame
 U tanh(D P' + d) + u, with rows P' (tokens, w), w = kv_heads head_dim, D (hidden, w) and d that all layers share, and U
 and u of each layer; the authors have hidden = 512, or 800. Keys are not rotated. Real tokens start at position
 `tokens`, as in the authors' code and PEFT, or at 0 with `positions = "zero"`. A file in PEFT's form has K and V alone.
+T5 has a prefix in its encoder, its decoder and its cross-attention, as BART has in the authors' code, and no bias of
+relative positions there, nor DeBERTa. (PEFT gives T5's decoder alone one, which half of the layers share: not read.)
 
 First values, with which the model is changed at the start: K and V, or P', normal, of deviation 1 as in PEFT (large
 beside a model's own keys: see `init_std`); D, d, U, u uniform in +-1 / sqrt(their inputs), as torch has them. Trained:

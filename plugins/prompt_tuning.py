@@ -1,7 +1,8 @@
 """Prompt tuning: learned rows P before the token embeddings: [P; E[ids]].
 
 Lester et al., 2021, arXiv:2104.08691, section 2. The rows have positions 0, 1, ... and the text those after; they are
-in neither the logits nor the loss.
+in neither the logits nor the loss. In T5, the paper's model, they stand before the source: the decoder reads what the
+encoder makes of them. (PEFT's files for T5 have as many rows again, for the decoder's text, and do not use them.)
 
 First values (`init`), with which the model is changed at the start: rows of the embedding table, of tokens drawn at
 random ("vocab"), as section 3.2 has it among the 5,000 most common (`common`: the first of the vocabulary, special ones
