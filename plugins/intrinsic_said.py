@@ -32,7 +32,7 @@ class Config:
 
 @hookimpl
 def peft_shared(sites, cfg):
-    scales = cfg.said * sum(len(_parts(site)) for site in sites if not site.tied)
+    scales = cfg.said * sum(owner == site.name for site in sites for _, owner in _parts(site).values())
     most = sum(prod(site.shape) for site in sites)
     if not scales < cfg.d <= most:
         raise RefpeftError(f"intrinsic_said: d is {cfg.d}: expected {scales + 1} to {most} for these targets")
@@ -41,8 +41,8 @@ def peft_shared(sites, cfg):
 
 @hookimpl
 def peft_params(site, cfg):
-    names = [f"{part}_scale" for part in _parts(site)] if cfg.said else []
-    return {name: f"{site.tied}.{name}" if site.tied else np.ones(1) for name in names}
+    owners = {part: owner for part, (_, owner) in _parts(site).items()} if cfg.said else {}
+    return {f"{a}_scale": np.ones(1) if one == site.name else f"{one}.{a}_scale" for a, one in owners.items()}
 
 
 @hookimpl
@@ -67,12 +67,14 @@ def peft_merge(weight, bias, p, cfg, site, shared):
 
 
 def _parts(site):
-    return {"weight": site.shape} | ({} if site.bias is None else {"bias": site.bias.shape})
+    """The shape of the weight and of the bias, and the name of the site that each belongs to."""
+    weight = {"weight": (site.shape, site.tied or site.name)}
+    return weight | ({} if site.bias is None else {"bias": (site.bias.shape, site.name)})
 
 
 def _moves(p, cfg, site, theta):
     return {
-        part: fourier.fastfood_from_seed(theta, shape, cfg.projection_seed, f"{site.tied or site.name}.{part}")
+        part: fourier.fastfood_from_seed(theta, shape, cfg.projection_seed, f"{owner}.{part}")
         * vars(p).get(f"{part}_scale", 1)
-        for part, shape in _parts(site).items()
+        for part, (shape, owner) in _parts(site).items()
     }

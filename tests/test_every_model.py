@@ -8,12 +8,14 @@ import pytest
 import test_encoder
 import test_t5
 import tiny
+from test_heads import LABELS, asked
 from test_merged_weights import BESIDE_PARTS, MERGING
 from test_plugins import CHANGE_AT_THE_START, NEARLY_AS_IT_WAS
 from variants import SIMPLER_IN_FILES, VARIANTS, WITH_BIASES, needed_quantizer
 
 from refpeft import adapters, ops, sites
 from refpeft.errors import RefpeftError
+from refpeft.models import heads
 from refpeft.models.base import Model
 from refpeft.tensor import Tensor
 
@@ -183,6 +185,31 @@ def test_the_merged_model_says_the_same(kind, name):
 def test_a_method_with_nothing_to_do_on_a_model_says_why(kind, name):
     with pytest.raises(RefpeftError, match=REASONS[kind, name]):
         attached(kind, name)
+
+
+# ---- beside a task's head --------------------------------------------------------------------------------------------
+
+TASKS = {"bert": "classify", "roberta": "tag", "distilbert": "regress", "deberta-v3": "mlm", "albert": "classify"}
+
+
+def headed(kind: str, name: str, seed: int) -> Model:
+    model, labels = bare(kind, name), LABELS if TASKS[kind] in ("classify", "tag") else ()
+    heads.put_on(model, TASKS[kind], labels, seed, lambda name: None)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:bitfit. create has no effect")
+@pytest.mark.parametrize(("kind", "name"), [case for case in WORKING if case[0] in TASKS])
+def test_beside_a_head_gradients_are_those_of_the_loss_and_both_come_back_from_files(kind, name, monkeypatch, tmp_path):
+    monkeypatch.setattr(ops, "detach", lambda x: x)
+    model, batch = headed(kind, name, 0), asked(kind, TASKS[kind])
+    adapter = sites.attach(model, ALL[name][0], options_of(kind, name))
+    tiny.scramble(adapter)
+    tiny.assert_slope(adapter, lambda: model.loss(batch))
+    adapters.save(tmp_path, model)
+    other = headed(kind, name, 1)
+    adapters.load(other, tmp_path)
+    assert np.array_equal(other.loss(batch).data, model.loss(batch).data)
 
 
 # ---- what T5 gets ----------------------------------------------------------------------------------------------------
