@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import test_encoder
+import test_heads
 import test_t5
 import tiny
-from test_heads import LABELS, asked
 from test_merged_weights import BESIDE_PARTS, MERGING
 from test_plugins import CHANGE_AT_THE_START, NEARLY_AS_IT_WAS
 from variants import SIMPLER_IN_FILES, VARIANTS, WITH_BIASES, needed_quantizer
@@ -190,20 +190,26 @@ def test_a_method_with_nothing_to_do_on_a_model_says_why(kind, name):
 # ---- beside a task's head --------------------------------------------------------------------------------------------
 
 TASKS = {"bert": "classify", "roberta": "tag", "distilbert": "regress", "deberta-v3": "mlm", "albert": "classify"}
+DECODERS = {"llama": "classify", "gpt2": "regress"}
+BESIDE = [case for case in WORKING if case[0] in TASKS] + [
+    (kind, name) for kind in DECODERS for name, (_, options) in VARIANTS.items() if "head" not in str(options)
+]
+TASKS |= DECODERS
 
 
 def headed(kind: str, name: str, seed: int) -> Model:
-    model, labels = bare(kind, name), LABELS if TASKS[kind] in ("classify", "tag") else ()
+    model = tiny.of((test_heads.CONFIGS | KINDS)[kind], needed_quantizer(ALL[name][0]))
+    labels = test_heads.LABELS if TASKS[kind] in ("classify", "tag") else ()
     heads.put_on(model, TASKS[kind], labels, seed, lambda name: None)
     return model
 
 
 @pytest.mark.filterwarnings("ignore:bitfit. create has no effect")
-@pytest.mark.parametrize(("kind", "name"), [case for case in WORKING if case[0] in TASKS])
+@pytest.mark.parametrize(("kind", "name"), BESIDE)
 def test_beside_a_head_gradients_are_those_of_the_loss_and_both_come_back_from_files(kind, name, monkeypatch, tmp_path):
     monkeypatch.setattr(ops, "detach", lambda x: x)
-    model, batch = headed(kind, name, 0), asked(kind, TASKS[kind])
-    adapter = sites.attach(model, ALL[name][0], options_of(kind, name))
+    model, batch = headed(kind, name, 0), test_heads.asked(kind, TASKS[kind])
+    adapter = sites.attach(model, ALL[name][0], VARIANTS[name][1] if kind in DECODERS else options_of(kind, name))
     tiny.scramble(adapter)
     tiny.assert_slope(adapter, lambda: model.loss(batch))
     adapters.save(tmp_path, model)

@@ -229,3 +229,44 @@ def test_what_peft_gives_t5s_decoder_is_refused(config, message, tmp_path):
     test_encoder.save_file({"prompt_embeddings": np.zeros((6, 24), "f4")}, tmp_path / "adapter_model.safetensors")
     with pytest.raises(RefpeftError, match=message):
         adapters.load(tiny.of(KINDS["t5"]), tmp_path)
+
+
+# ---- bottlenecks, which PEFT has not ---------------------------------------------------------------------------------
+
+
+def changed(values, place: str, h):
+    inner = torch.relu(h @ values[f"{place}.down"].T + values[f"{place}.down_bias"])
+    return inner @ values[f"{place}.up"].T + values[f"{place}.up_bias"]
+
+
+@pytest.mark.parametrize("method", ["houlsby", "pfeiffer", "adapterdrop"])
+def test_bottlenecks_in_bert_are_where_their_papers_have_them(method):
+    """Houlsby's behind each part, before the residual and the norm; Pfeiffer's reads the normed sum, and is added to it
+    before it is normed: transformers' modules and torch say the same."""
+    ours, theirs = tiny.of(KINDS["bert"]), peer("bert")
+    options = {"size": 5, "activation": "relu"} | ({"norms": False} if method == "houlsby" else {})
+    adapter = sites.attach(ours, method, options)
+    tiny.scramble(adapter)
+    values = {name: torch.tensor(tensor.data, requires_grad=True) for name, tensor in adapter.params.items()}
+    for i, layer in enumerate(theirs.encoder.layer):
+        place = f"bert.encoder.layer.{i}"
+        if method == "houlsby":
+            for name, module in (("attn_out", layer.attention.output.dense), ("mlp_out", layer.output.dense)):
+                at = f"{place}.{name}"
+                module.register_forward_hook(lambda module, given, h, at=at: h + changed(values, at, h))
+            continue
+
+        def behind(norm, given, y, at=f"{place}.output.LayerNorm"):
+            return torch.nn.functional.layer_norm(
+                given[0] + changed(values, at, y), y.shape[-1:], norm.weight, norm.bias, norm.eps
+            )
+
+        layer.output.LayerNorm.register_forward_hook(behind)
+    want = theirs_says(theirs, "bert")
+    assert apart(ours(**rows("bert")).data, want, "bert") < LIMIT
+    (want * torch.tensor(weight_of("bert", tuple(want.shape)))).sum().backward()
+    out = ours(**rows("bert"))
+    ops.sum(out * weight_of("bert", out.shape)).backward()
+    for name, tensor in adapter.params.items():
+        expected = values[name].grad.numpy()
+        assert abs(tensor.grad - expected).max() < LIMIT * abs(expected).max(), name
