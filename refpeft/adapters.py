@@ -283,7 +283,7 @@ def _read(model: Model, directory: Path) -> Adapter:
         tensors = read_safetensors(file)
     try:
         if isinstance(model, _Apart):
-            tensors = heads.without(tensors)
+            config, tensors = heads.without(config, tensors)
         else:
             heads.check_task(config, model)
         method, form, options = _understood(config, model)
@@ -300,10 +300,8 @@ def _read(model: Model, directory: Path) -> Adapter:
     try:
         rest, head = heads.apart(adapter, model, form)
         entries = form.entries(rest) + head if form else _own_entries(adapter)
-        tensors = heads.once(tensors)
+        tensors = _unpacked(tensors, adapter, quantizer) if quantizer else heads.once(tensors)
         heads.check(tensors, {entry.name for entry in entries}, head, model)
-        if quantizer:
-            tensors = _unpacked(tensors, adapter, quantizer)
         _fill(_values(adapter), entries, _without_base(tensors, adapter, model), model)
         for layer in adapter.layers:
             layer.part.call("peft_check_values", site=layer.site, p=layer.arrays)

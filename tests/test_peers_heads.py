@@ -2,14 +2,16 @@
 
 import contextlib
 import json
+import warnings
 
 import numpy as np
 import pytest
+import tiny
 from test_encoder import rows
-from test_heads import CONFIGS, HEADED, LABELS, asked, merged
+from test_heads import CONFIGS, ENCODERS, HEADED, LABELS, asked, merged, write_base
 
 import refpeft
-from refpeft import sites
+from refpeft import adapters, files, sites
 from refpeft.models import saving
 from refpeft.models.checkpoint import open_checkpoint
 from refpeft.quant import make_quantizer
@@ -153,3 +155,144 @@ def test_transformers_reads_a_quantized_model_with_its_head(family, task, tmp_pa
     theirs, given = CLASSES[task].from_pretrained(tmp_path / "small", dtype=torch.float32).eval(), rows(family)
     want, said = says(theirs, given, exact=False).detach().numpy(), refpeft.load(tmp_path / "small")(**given).data
     assert error(said[0], want[0]) < 1e-5
+
+
+# ---- adapters --------------------------------------------------------------------------------------------------------
+
+TYPES = {"classify": "SEQ_CLS", "regress": "SEQ_CLS", "tag": "TOKEN_CLS"}
+QV = {
+    "distilbert": ["q_lin", "v_lin"],
+    "deberta-v3": ["query_proj", "value_proj"],
+    "llama": ["q_proj", "v_proj"],
+    "gpt2": ["c_attn"],
+}
+LAST = {"distilbert": ["lin2"], "albert": ["ffn_output"], "llama": ["down_proj"], "gpt2": ["mlp.c_proj"]}
+NORMS = {
+    "distilbert": ["output_layer_norm"],
+    "albert": ["full_layer_layer_norm"],
+    "llama": ["input_layernorm"],
+    "gpt2": ["ln_1"],
+}
+
+
+def q_and_v(family: str) -> list[str]:
+    return QV.get(family, ["query", "value"])
+
+
+def last(family: str) -> list[str]:
+    return LAST.get(family, ["output.dense"])
+
+
+THEIRS = {
+    "lora": lambda f: peft.LoraConfig(r=2, target_modules=q_and_v(f)),
+    "lora-all-linear": lambda f: peft.LoraConfig(r=2, target_modules="all-linear"),
+    "lora-bias": lambda f: peft.LoraConfig(r=2, target_modules=q_and_v(f), bias="all"),
+    "dora": lambda f: peft.LoraConfig(r=2, target_modules=q_and_v(f), use_dora=True),
+    "ia3": lambda f: peft.IA3Config(target_modules=[*q_and_v(f), *last(f)], feedforward_modules=last(f)),
+    "adalora": lambda f: peft.AdaLoraConfig(init_r=3, target_r=2, total_step=9, target_modules=q_and_v(f)),
+    "vera": lambda f: peft.VeraConfig(r=3, target_modules=q_and_v(f)),
+    "oft": lambda f: peft.OFTConfig(oft_block_size=6, target_modules=q_and_v(f)),
+    "ln_tuning": lambda f: peft.LNTuningConfig(target_modules=NORMS.get(f, ["LayerNorm"])),
+    "prompt_tuning": lambda f: peft.PromptTuningConfig(num_virtual_tokens=3, **sizes(f)),
+    "p_tuning": lambda f: peft.PromptEncoderConfig(num_virtual_tokens=3, encoder_hidden_size=8, **sizes(f)),
+    "prefix_tuning": lambda f: peft.PrefixTuningConfig(num_virtual_tokens=3, **sizes(f)),
+}
+PROMPTS = ("prompt_tuning", "p_tuning", "prefix_tuning")
+
+
+def sizes(family: str) -> dict[str, int]:
+    """What PEFT does not find in every config."""
+    return {"token_dim": 24, "num_layers": 2, "num_attention_heads": 4} if family == "distilbert" else {}
+
+
+def unequal_lengths(family: str, name: str) -> dict[str, np.ndarray]:
+    """Rows, with padding but where PEFT's head then reads padding: that of a decoder behind rows without ids."""
+    return rows(family, padded=family in ENCODERS or name == "prefix_tuning" or name not in PROMPTS)
+
+
+def cannot(name: str, family: str, task: str) -> bool:
+    """What PEFT fails at, and LoRA's biases where there are none."""
+    if name == "prefix_tuning":
+        return family in ("distilbert", "deberta-v3", "albert")  # which take no keys and values of before
+    if name in PROMPTS:
+        return family == "albert"  # whose embeddings are not as wide as its states
+    if name == "lora-all-linear":
+        return task == "tag" or family == "distilbert"  # whose classifier it wraps twice
+    return (name, family) in (("oft", "gpt2"), ("lora-bias", "llama"))
+
+
+FAMILIES = ["bert", "roberta", "distilbert", "deberta-v3", "albert", "llama", "gpt2"]
+CASES = [
+    (name, family, task)
+    for name in THEIRS
+    for family in FAMILIES
+    for task in (("classify", "tag") if family in ENCODERS else ("classify",))
+    if not cannot(name, family, task)
+]
+
+
+@pytest.mark.parametrize(("name", "family", "task"), CASES)
+def test_an_adapter_of_peft_with_its_head_gives_the_same_logits_here(name, family, task, tmp_path):
+    """Loaded by the two paths alone: task and labels come from the adapter."""
+    config = THEIRS[name](family)
+    config.task_type = TYPES[task]
+    theirs = scrambled(peft.get_peft_model(peer(family, task, tmp_path / "base"), config))
+    theirs.save_pretrained(tmp_path / "adapter")
+    ours = refpeft.load(tmp_path / "base", tmp_path / "adapter", dtype="float64")
+    assert (ours.task, ours.labels) == (task, LABELS)
+    assert_same_logits(ours, theirs, unequal_lengths(family, name))
+
+
+def assert_same_logits(ours, theirs, given) -> None:
+    said, want = ours(**given).data, says(theirs, given).detach().numpy()
+    want = want[:, -said.shape[1] :] if said.ndim == 3 else want  # tags of rows before the text are left out
+    counts = given["segments"] >= 0 if said.ndim == 3 else slice(None)
+    assert error(said[counts], want[counts]) < LIMIT
+
+
+OURS = {
+    "lora": {"r": 2},
+    "lora-bias": {"r": 2, "bias": "all"},
+    "lora-all-linear": {"r": 2, "targets": "all-linear"},
+    "dora": {"r": 2},
+    "ia3": {},
+    "adalora": {"init_r": 3, "target_r": 2, "targets": ["@q", "@v"]},
+    "vera": {"r": 3},
+    "oft": {"block_size": 6},
+    "ln_tuning": {},
+    "prompt_tuning": {"tokens": 3},
+    "p_tuning": {"tokens": 3, "encoder": "none"},
+    "prefix_tuning": {"tokens": 3},
+}
+
+
+@pytest.mark.parametrize(("name", "family", "task"), [*CASES, ("lora", "bert", "mlm"), ("ia3", "roberta", "mlm")])
+def test_an_adapter_of_ours_with_its_head_gives_the_same_logits_in_peft(name, family, task, tmp_path):
+    """On a base whose files have no head at all, so that all of it is in the adapter."""
+    labels = () if task == "mlm" else LABELS
+    base = write_base(tmp_path / "base", family, pad_token_id=1)
+    ours = refpeft.load(base, dtype="float64", task=task, labels=labels)
+    reads = {"head_reads": "prompt"} if name in ("prompt_tuning", "p_tuning") and ours.read == "first" else {}
+    adapter = sites.attach(ours, name.partition("-")[0], OURS[name] | reads)
+    tiny.scramble(adapter)
+    for tensor in adapter.params.values():
+        tensor.data[...] = tensor.data.astype("f4")  # PEFT holds prompts in float32 when it loads them
+    adapters.save(tmp_path / "adapter", ours)
+    assert files.read_json(tmp_path / "adapter" / "adapter_config.json")["peft_type"] != "REFPEFT"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*(missing|unexpected|Unexpected) .*keys.*")
+        theirs = CLASSES[task].from_pretrained(base, dtype=torch.float64, **({"num_labels": 3} if labels else {}))
+        theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter").double().eval()
+    assert_same_logits(ours, theirs, unequal_lengths(family, name))
+
+
+def scrambled(model):
+    """Moves what PEFT trains away from its start."""
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "ranknum" in name:  # of AdaLoRA, a constant that no file has
+                parameter.requires_grad = False
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn_like(parameter)
+    return model.double().eval()

@@ -55,9 +55,10 @@ def apart(adapter: Adapter, model: Model, form: Format | None) -> tuple[Adapter,
     return rest, [Entry((form.prefix if form else PREFIX) + name, (name,)) for name in values]
 
 
-def without(tensors: Mapping[str, Array]) -> dict[str, Array]:
-    """The tensors of a file but those of a head."""
-    return {name: array for name, array in tensors.items() if not _ANY.search(name)}
+def without(config: dict[str, Any], tensors: Mapping[str, Array]) -> tuple[dict[str, Any], dict[str, Array]]:
+    """(adapter_config.json, tensors) but what is of a head."""
+    saved = [name for name in config.get("modules_to_save") or [] if not _ANY.search(f"{name}.weight")]
+    return config | {"modules_to_save": saved}, {n: array for n, array in tensors.items() if not _ANY.search(n)}
 
 
 def once(tensors: Mapping[str, Array]) -> dict[str, Array]:
