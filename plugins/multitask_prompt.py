@@ -1,14 +1,12 @@
 """Multitask prompt tuning: a prompt that tasks share, scaled by a factor of low rank for each: [P * (U_k V_k); E[ids]].
 
 Wang et al., 2023, arXiv:2303.02861, section 3: P (tokens, dim) and for every task U_k (tokens, ranks), V_k (ranks,
-dim), multiplied number by number. A run is of one `task`; the factors of the others are constants that stay in the
-file, PEFT's MULTITASK_PROMPT_TUNING. There the program that uses it names the task; here its adapter_config.json does,
-as "refpeft_task".
+dim), multiplied number by number. With `each`, all are trained, U_k and V_k on the k-th data set of the run; else those
+of one `task`, and others are constants in the file, PEFT's MULTITASK_PROMPT_TUNING. In use model.mode.task names one.
 
-First values, which change the model: P standard normal, factors normal of deviation 0.02, as in PEFT and the authors'
-code. From `source`, an adapter of this method, `start` takes P alone ("shared"), with the task's factors of its task
-`source_task` ("exact") or their means over its tasks ("average"), or everything, to go on with another task ("all").
-Trained: prompt, and the task's cols and rows: tokens dim + ranks (tokens + dim) numbers.
+First values, which change the model: P standard normal, factors normal of deviation 0.02, as in PEFT. From `source`, an
+adapter of this method, `start` takes P alone ("shared"), with the factors of its task `source_task` ("exact") or their
+means over its tasks ("average"), or everything, to go on with another task ("all"). Trained: P, U_k and V_k.
 """
 
 from dataclasses import dataclass
@@ -16,10 +14,11 @@ from typing import Literal
 
 import numpy as np
 
-from refpeft import RefpeftError, hookimpl
-from refpeft.adapters import stored
+from refpeft import RefpeftError, hookimpl, ops
+from refpeft.backend import xp_of
 from refpeft.prompts import check_tokens, with_rows
 from refpeft.tensor import Tensor
+from refpeft.transfer import prompts_of_tasks
 
 FAMILY = "soft prompt"
 
@@ -28,7 +27,8 @@ FAMILY = "soft prompt"
 class Config:
     tokens: int = 20  # how many rows
     tasks: int = 1
-    task: int = 0  # the one that is trained, or used
+    task: int = 0  # the one that is trained, or used ("refpeft_task" in adapter_config.json)
+    each: bool = False  # each data set of the run is a task, and all are trained
     ranks: int = 1  # rank of a task's factor
     source: str = ""  # adapter directory, of this method, to start from
     start: Literal["average", "exact", "shared", "all"] = "average"  # what is taken from it
@@ -49,9 +49,9 @@ class Config:
 def peft_params(site, cfg, rng):
     values = {"prompt": rng.standard_normal((cfg.tokens, site.shape[1]))}
     for task in range(cfg.tasks):
-        shapes = {"cols": (cfg.tokens, cfg.ranks), "rows": (cfg.ranks, site.shape[1])}
-        factors = {f"{name}{task}": 0.02 * rng.standard_normal(shape) for name, shape in shapes.items()}
-        values |= factors if task == cfg.task else {name: Tensor(array) for name, array in factors.items()}
+        shapes = (f"cols{task}", (cfg.tokens, cfg.ranks)), (f"rows{task}", (cfg.ranks, site.shape[1]))
+        factors = {name: 0.02 * rng.standard_normal(shape) for name, shape in shapes}
+        values |= factors if cfg.each or task == cfg.task else {name: Tensor(array) for name, array in factors.items()}
     return values
 
 
@@ -59,21 +59,22 @@ def peft_params(site, cfg, rng):
 def peft_fit(site, cfg):
     if not cfg.source:
         return None
-    (layer,) = stored(cfg.source, [site]).layers
-    found, values = layer.part.cfg, vars(layer.arrays)
-    if layer.part.name != "multitask_prompt" or (found.tokens, found.ranks) != (cfg.tokens, cfg.ranks):
-        wanted = f"multitask_prompt of {cfg.tokens} tokens and {cfg.ranks} ranks"
-        raise RefpeftError(f"{cfg.source} holds {layer.part.name} of {found}: expected {wanted}")
-    if cfg.source_task >= found.tasks or (cfg.start == "all" and found.tasks != cfg.tasks):
-        raise RefpeftError(f"{cfg.source} has {found.tasks} tasks, which does not go with tasks or source_task")
+    tasks, values = prompts_of_tasks(cfg.source, site, cfg.tokens, cfg.ranks)
+    if cfg.source_task >= tasks or (cfg.start == "all" and tasks != cfg.tasks):
+        raise RefpeftError(f"{cfg.source} has {tasks} tasks, which does not go with tasks or source_task")
     if cfg.start in ("all", "shared"):
         return {name: array for name, array in values.items() if name == "prompt" or cfg.start == "all"}
-    tasks = [cfg.source_task] if cfg.start == "exact" else range(found.tasks)
-    means = {name: np.mean([values[f"{name}{task}"] for task in tasks], axis=0) for name in ("cols", "rows")}
-    return {"prompt": values["prompt"]} | {f"{name}{cfg.task}": mean for name, mean in means.items()}
+    taken = [cfg.source_task] if cfg.start == "exact" else range(tasks)
+    means = {name: np.mean([values[f"{name}{task}"] for task in taken], axis=0) for name in ("cols", "rows")}
+    trained = range(cfg.tasks) if cfg.each else [cfg.task]
+    return {"prompt": values["prompt"]} | {f"{name}{task}": means[name] for name in means for task in trained}
 
 
 @hookimpl
-def peft_embedding(ids, base, p, cfg):
-    factor = getattr(p, f"cols{cfg.task}") @ getattr(p, f"rows{cfg.task}")
+def peft_embedding(ids, base, p, cfg, task, train):
+    if (train and cfg.each == (task is None)) or (task is not None and np.max(task) >= cfg.tasks):
+        raise RefpeftError("several data sets, and they alone, want multitask_prompt.each = true, and as many tasks")
+    task = cfg.task if task is None else task
+    factors = [getattr(p, f"cols{k}") @ getattr(p, f"rows{k}") for k in range(cfg.tasks)]
+    factor = factors[task] if np.ndim(task) == 0 else ops.take(ops.stack(*factors), indices=xp_of(ids).asarray(task))
     return with_rows(p.prompt * factor, base(ids))

@@ -33,6 +33,7 @@ class Batch:
     said        what the decoder of an encoder-decoder reads: (batch, its own time)
     weights     float32, how much each target counts; None: 1
     rows_each   so many rows belong together: two of a pair of texts
+    task        (batch,): the number of the data set that each row is of, in a mixture of some
     """
 
     ids: np.ndarray
@@ -43,6 +44,7 @@ class Batch:
     said: np.ndarray | None = None
     weights: np.ndarray | None = None
     rows_each: int = 1
+    task: np.ndarray | None = None
 
     @property
     def tokens(self) -> int:
@@ -77,6 +79,8 @@ class Batches:
     shuffle    a new order of rows in every epoch. Without it (for evaluation) rows come longest first. The sum of the
                losses is the same in any order; this one needs little padding, and a batch that is too large comes first
     """
+
+    shares: tuple[float, ...] = ()  # of several data sets, see refpeft.mixtures
 
     def __init__(
         self, examples: list[Any], batch: int, length: int, pack: bool = False, seed: int = 0, shuffle: bool = True
@@ -176,6 +180,8 @@ def _part(batch: Batch, rows: slice) -> Batch:
     if batch.said is not None:
         said = 1 + int((arrays["targets"] >= 0).nonzero()[1].max())
     for name, array in arrays.items():
+        if array.ndim < 2:
+            continue
         of_decoder = batch.said is not None and name in ("targets", "said", "weights")
         arrays[name] = array[:, : said if of_decoder else time]
     if segments is not None and batch.positions is None and (arrays["segments"] == 0).all():

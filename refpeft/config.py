@@ -15,7 +15,7 @@ import os
 import re
 import tomllib
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,7 +26,7 @@ from refpeft import manager, toml
 from refpeft.errors import RefpeftError, nearest
 from refpeft.files import expanded
 from refpeft.optim import OPTIMIZERS, OPTIONS
-from refpeft.settings import EMBEDDED, STRICT, Data, RunConfig, Train
+from refpeft.settings import EMBEDDED, STRICT, Data, RunConfig, Train, listed
 from refpeft.targets import check_effects
 
 FILE = "run.toml"  # in a run directory: the whole configuration of the run
@@ -361,13 +361,14 @@ def _check_paths(given: Layer, problems: Problems) -> None:
     model, out = paths.get("model", ""), paths.get("out")
     if model.startswith((".", "/", "~")) and not os.path.exists(expanded(model)):
         problems.add(given["model"], f"model {model} does not exist")
-    for key in ("data.file", "data.eval_file"):
-        file = paths.get(key)
-        if file is None or (key, file) == ("data.file", EMBEDDED):
-            continue
-        if not os.path.isfile(expanded(file)):
-            what = "is not a file" if os.path.exists(expanded(file)) else "does not exist"
-            problems.add(given[key], f"{key} {file} {what}")
+    for key in ("data.file", "data.replay", "data.earlier", "data.eval_file"):
+        found = given.get(key, _UNSET).value
+        for file in found if isinstance(found, list) else [found]:
+            if not isinstance(file, str) or (key, found) == ("data.file", EMBEDDED):
+                continue
+            if not os.path.isfile(expanded(file)):
+                what = "is not a file" if os.path.exists(expanded(file)) else "does not exist"
+                problems.add(given[key], f"{key} {file} {what}")
     if out and (why := _unwritable(expanded(out))):
         problems.add(given["out"], f"out {out} cannot be written: {why}")
 
@@ -385,6 +386,7 @@ def _cross_checks(run: RunConfig, given: Layer, problems: Problems) -> None:
         problem("method", "method is []: expected at least one name")
     if data.file is None and run.model != EMBEDDED:
         problem("data.file", "there is no data: give --data FILE, or [data] file in the configuration")
+    _check_sets(data, problem)
     if data.eval_file and data.eval_share:
         problem(
             "data.eval_share", "data.eval_share splits data.file, but data.eval_file is given too: keep one of them"
@@ -410,6 +412,29 @@ def _cross_checks(run: RunConfig, given: Layer, problems: Problems) -> None:
                 f"train.{key}",
                 f"train.{key} needs held-out rows (data.eval_file or data.eval_share) and train.eval_every",
             )
+
+
+def _check_sets(data: Data, problem: Callable[[str, str], None]) -> None:
+    """Several data sets, and an earlier task's rows beside them."""
+    files, held_out = data.files, listed(data.eval_file)
+    if data.file == []:
+        problem("data.file", "data.file is []: expected at least one file")
+    if len(set(map(expanded, files))) < len(files):
+        problem("data.file", "data.file names a file twice: give it once, and its weight in data.mix")
+    if data.mix is not None and len(data.mix) != len(files):
+        problem(
+            "data.mix", f"data.mix has {len(data.mix)} weights for {len(files)} files of data.file: one is for each"
+        )
+    elif data.mix is not None and len(files) == 1:
+        problem("data.mix", "data.mix has no effect: data.file is one file")
+    if held_out and files and len(held_out) != len(files):
+        problem(
+            "data.eval_file",
+            f"data.eval_file names {len(held_out)} files and data.file {len(files)}: give held-out rows for each, in "
+            "the same order, or data.eval_share",
+        )
+    if data.replay_share is not None and not data.replay:
+        problem("data.replay_share", "data.replay_share has no effect: data.replay names no file of earlier rows")
 
 
 def _unwritable(directory: Path) -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,6 +97,26 @@ class Summary:
 class Data:
     examples: list[Any]  # of one kind of refpeft.examples
     summary: Summary
+    sets: tuple[Data, ...] = ()  # those that it was put together of, where there are several
+
+    @staticmethod
+    def joined(sets: Sequence[Data]) -> Data:
+        """The rows of several files as one, or the one that there is."""
+        if len(sets) == 1:
+            return sets[0]
+        found, formats = [one.summary for one in sets], {one.summary.format for one in sets}
+        added = ("rows", "empty_answers", "duplicates", "ends_in_eos", "examples", "tokens", "supervised_tokens")
+        added += ("overlong", "dropped", "truncated", "split", "cut_tokens")
+        summary = replace(
+            found[0],
+            file=", ".join(one.file for one in found),
+            format=formats.pop() if len(formats) == 1 else "auto",
+            ignored_columns=list(dict.fromkeys(name for one in found for name in one.ignored_columns)),
+            longest=max(one.longest for one in found),
+            notes=[f"{Path(one.file).name}: {note}" for one in found for note in one.notes],
+            **{name: sum(getattr(one, name) for one in found) for name in added},
+        )
+        return Data([example for one in sets for example in one.examples], summary, tuple(sets))
 
 
 def load_data(

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from refpeft.batches import Batches
 from refpeft.models.base import Model
 from refpeft.tensor import no_grad
 
 if TYPE_CHECKING:
+    from refpeft.data import Data
     from refpeft.tasks.base import Task
 
 
@@ -32,20 +37,76 @@ class Evaluation:
             return {"loss": mean_loss(self.model, self.batches)}
         return self.task.measure(self.model, self.batches, self.names)
 
+    @cached_property
+    def denominator(self) -> float:
+        """How many targets there are, or the sum of their weights."""
+        return sum(batch.denominator for batch in self.batches)
 
-def deciding(task: Task, asked: str | None) -> str:
-    """What the best evaluation is told by: what was asked for, else the task's first metric, or the loss."""
-    return asked or (task.metrics[0] if task.metrics else "loss")
+
+class Several:
+    """The evaluations of several data sets, each of which has its number as the task of all its rows.
+
+    "loss" is that of all targets together, a metric the mean over the sets, as GLUE's score is; each set has its own
+    beside them, such as "loss a.jsonl".
+    """
+
+    def __init__(self, parts: Mapping[str, Evaluation]):
+        self.parts = dict(parts)
+
+    @property
+    def longest(self) -> int:
+        return max(part.longest for part in self.parts.values())
+
+    def __call__(self) -> dict[str, float]:
+        found = [of_task(part, number) for number, part in enumerate(self.parts.values())]
+        weights = np.array([part.denominator for part in self.parts.values()])
+        together = {name: float(np.mean([scores[name] for scores in found])) for name in found[0]}
+        together["loss"] = float(weights @ [scores["loss"] for scores in found] / weights.sum())
+        for name, scores in zip(self.parts, found, strict=True):
+            together |= {f"{metric} {name}": value for metric, value in scores.items()}
+        return together
 
 
-def names_of(task: Task, more: Sequence[str] = (), asked: str | None = None) -> list[str]:
-    """The metrics of a run: the task's own, `more`, and the deciding one.
+def of_task(part: Evaluation, number: int | None) -> dict[str, float]:
+    """An evaluation of rows that are of the data set with this number."""
+    mode = part.model.mode
+    mode.task = number
+    try:
+        return part()
+    finally:
+        mode.task = None
+
+
+def of_rows(
+    model: Model, rows: Data, batches: Callable[[Data], Batches], task: Task | None = None, names: Sequence[str] = ()
+) -> Evaluation | Several:
+    """The evaluation of held-out rows; of each of their data sets where there are several."""
+    if not rows.sets:
+        return Evaluation(model, batches(rows), task, names)
+    called = short_names([one.summary.file for one in rows.sets])
+    return Several({n: Evaluation(model, batches(one), task, names) for n, one in zip(called, rows.sets, strict=True)})
+
+
+def short_names(files: Sequence[str]) -> list[str]:
+    """What files are called in reports: by their own names, or by their paths where two have the same one."""
+    names = [Path(file).name for file in files]
+    return [name if names.count(name) == 1 else str(file) for name, file in zip(names, files, strict=True)]
+
+
+def deciding(task: Task, rows: Data | None, asked: str | None) -> str:
+    """What the best evaluation of held-out rows is told by: what was asked for, else their first metric, or the loss."""
+    return asked or next(iter(task.metrics_of(rows.examples if rows else ())), "loss")
+
+
+def names_of(task: Task, rows: Data | None, more: Sequence[str] = (), asked: str | None = None) -> list[str]:
+    """The metrics of held-out rows: the task's own, `more`, and the deciding one.
 
     Raises RefpeftError for those that are unknown, or not of such a task.
     """
     from refpeft import metrics
 
-    names = list(dict.fromkeys([*task.metrics, *more, deciding(task, asked)]))
+    own = task.metrics_of(rows.examples if rows else ())
+    names = list(dict.fromkeys([*own, *more, deciding(task, rows, asked)]))
     names = [name for name in names if name != "loss"]
     speaks = task.outputs in ("texts", "loss")
     for name in names:

@@ -36,6 +36,7 @@ The arguments:
             what attention would have of rows x
     memo    what the hooks of a method hand on from site to site, upward, within one forward pass: a namespace, empty
             when a pass begins. checkpoint_activations is refused with it, since layers would run again without it
+    task    which data set of several the rows are of: an array of integers (batch,), one number for all, or None
     behind  how many rows of a block's x stand behind those that this method put there: those of text, and of methods
             attached before it. In cached generation x may have fewer, and then none of them is this method's
     train   None outside of training; otherwise refpeft.layers.Train: .step, .dropout(x, rate), .uniform(like), and
@@ -120,12 +121,12 @@ def peft_check(sites, cfg, fit):
 
 
 @hookspec
-def peft_linear(x, base, p, cfg, site, sites, shared, train, memo):
+def peft_linear(x, base, p, cfg, site, sites, shared, train, memo, task):
     """At a linear layer: x (batch, time, in), gives (batch, time, out)."""
 
 
 @hookspec
-def peft_embedding(ids, base, p, cfg, site, sites, shared, train, memo):
+def peft_embedding(ids, base, p, cfg, site, sites, shared, train, memo, task):
     """At the token embedding: ids (batch, time), gives (batch, time, dim).
 
     Extra leading rows are virtual tokens. A method that adds them is attached after those that change the rows of text.
@@ -133,12 +134,12 @@ def peft_embedding(ids, base, p, cfg, site, sites, shared, train, memo):
 
 
 @hookspec
-def peft_norm(x, base, p, cfg, site, sites, shared, train, memo):
+def peft_norm(x, base, p, cfg, site, sites, shared, train, memo, task):
     """At a LayerNorm or RMSNorm."""
 
 
 @hookspec
-def peft_attention(q, k, v, base, p, cfg, site, sites, shared, train, memo, near):
+def peft_attention(q, k, v, base, p, cfg, site, sites, shared, train, memo, task, near):
     """At the attention of one layer, after rotary positions: (batch, heads, time, head_dim), k and v with kv_heads.
 
     Extra leading keys are seen by every token.
@@ -146,7 +147,7 @@ def peft_attention(q, k, v, base, p, cfg, site, sites, shared, train, memo, near
 
 
 @hookspec
-def peft_block(x, base, p, cfg, site, sites, shared, train, memo, near, behind):
+def peft_block(x, base, p, cfg, site, sites, shared, train, memo, task, near, behind):
     """Around a sub-layer before its residual is added (`attn_out`, `mlp_out`), or a whole layer (`block_out`)."""
 
 

@@ -14,55 +14,77 @@ from refpeft.data import Data, examples_of
 from refpeft.errors import RefpeftError
 from refpeft.formats import Items, read_items
 from refpeft.items import Labelled
+from refpeft.mixtures import Mixture
 from refpeft.models.config import AnyConfig
 from refpeft.rng import Stream
-from refpeft.settings import EMBEDDED, RunConfig
+from refpeft.settings import RunConfig, listed
 from refpeft.tasks.base import Task
 from refpeft.tokenizer import Tokenizer
 
+_REPLAYED = 0.1  # share of an earlier task's rows
 DEFAULT_LENGTH = 1024  # tokens of a row, where the model's own limit is not less
 HERE = Path(__file__).parent / "embedded"
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """The rows of a run, as examples of its task; `held_out` is None where nothing is."""
+    """The rows of a run, as examples of its task; `held_out` is None where nothing is.
+
+    Of several files, and of replayed rows, which are the last ones, `rows` has the sets.
+    """
 
     task: Task
     rows: Data
     held_out: Data | None
+    earlier: Data | None = None  # held-out rows of an earlier task
 
 
 def read(run: RunConfig, model: AnyConfig, tokenizer: Tokenizer) -> Inputs:
     """The training rows and the held-out rows. The task is the run's, or the one that its rows and the model serve."""
-    file, held_out = data_files(run)
-    items = _items(file, run, model, tokenizer)
-    name = tasks.name_of(run.task, items, model)
-    how = {"class_weights": run.train.class_weights, "supervise": run.data.supervise}
-    try:
-        task = tasks.make(name, tokenizer, model, items.items, run.labels, **how)
-    except RefpeftError as error:
-        raise RefpeftError(f"{file}: {error}") from None
+    files_of, held_out = data_files(run)
+    replay, earlier = (files.expanded(file) if file else None for file in (run.data.replay, run.data.earlier))
+    items = {file: _items(file, run, model, tokenizer) for file in files_of}
+    name = tasks.name_of(run.task, items[files_of[0]], model)
+    if replay:
+        items[replay] = _items(replay, None, model, tokenizer)
+    task = _task(name, items, run, model, tokenizer)
     if run.data.pack and name != "causal-lm":
         raise RefpeftError(f"data.pack puts several texts into a row, and the task {name!r} has one: leave it out")
-    rows = _examples(items, task, file, run, model)
+    read = {file: _examples(found, task, file, run, model) for file, found in items.items()}
+    sets, held = [read[file] for file in files_of], []
     if held_out:
-        held = _examples(_items(held_out, run, model, tokenizer), task, held_out, run, model)
-        return Inputs(task, rows, _first(held, run))
-    if run.data.eval_share:
-        rows, held = _split(rows, run.data.eval_share, run.seed)
-        return Inputs(task, rows, _first(held, run))
-    return Inputs(task, rows, None)
+        held = [_examples(_items(file, run, model, tokenizer), task, file, run, model) for file in held_out]
+    elif run.data.eval_share:
+        sets, held = zip(*(_split(rows, run.data.eval_share, run.seed) for rows in sets), strict=True)
+    rows = Data.joined([*sets, read[replay]] if replay else sets)
+    if rows.sets and task.labels:
+        rows.summary.notes.append(f"the labels are those of all files together, {len(task.labels)}")
+    measured = Data.joined([_first(one, run) for one in held]) if held else None
+    if not earlier:
+        return Inputs(task, rows, measured)
+    before = _examples(_items(earlier, None, model, tokenizer), task, earlier, run, model)
+    return Inputs(task, rows, measured, _first(before, run))
+
+
+def _task(name: str, items: Mapping[Path, Items], run: RunConfig, model: AnyConfig, tokenizer: Tokenizer) -> Task:
+    """The task of all rows that are trained on: its labels are theirs."""
+    how = {"class_weights": run.train.class_weights, "supervise": run.data.supervise}
+    try:
+        every = [item for found in items.values() for item in found.items]
+        return tasks.make(name, tokenizer, model, every, run.labels, **how)
+    except RefpeftError as error:
+        raise RefpeftError(f"{', '.join(map(str, items))}: {error}") from None
 
 
 def held_out_rows(run: RunConfig, model: AnyConfig, task: Task) -> Data | None:
     """The held-out rows alone: the training rows are read only where these are a share of them."""
-    file, held_out = data_files(run)
-    read_from = held_out or (file if run.data.eval_share else None)
-    if read_from is None:
+    files_of, held_out = data_files(run)
+    read_from = held_out or (files_of if run.data.eval_share else [])
+    if not read_from:
         return None
-    rows = _examples(_items(read_from, run, model, task.tokenizer), task, read_from, run, model)
-    return _first(rows if held_out else _split(rows, run.data.eval_share, run.seed)[1], run)
+    rows = [_examples(_items(file, run, model, task.tokenizer), task, file, run, model) for file in read_from]
+    held = rows if held_out else [_split(one, run.data.eval_share, run.seed)[1] for one in rows]
+    return Data.joined([_first(one, run) for one in held])
 
 
 def to_predict(
@@ -87,23 +109,37 @@ def row_length(asked: int | None, model: AnyConfig) -> int:
     return asked or min(DEFAULT_LENGTH, model.context)
 
 
-def data_files(run: RunConfig) -> tuple[Path, Path | None]:
+def data_files(run: RunConfig) -> tuple[list[Path], list[Path]]:
     """The files of the training rows and of the held-out rows."""
-    file, held_out = run.data.file, run.data.eval_file
-    if file in (None, EMBEDDED):
-        file, held_out = HERE / "train.jsonl", held_out or HERE / "held_out.jsonl"
-    return files.expanded(file), files.expanded(held_out) if held_out else None
+    training, held_out = run.data.files, listed(run.data.eval_file)
+    if not training:
+        training, held_out = [HERE / "train.jsonl"], held_out or [HERE / "held_out.jsonl"]
+    return [files.expanded(file) for file in training], [files.expanded(file) for file in held_out]
 
 
 def make_batches(run: RunConfig, rows: Data, model: AnyConfig, shuffle: bool = True) -> Batches:
-    """The batches of training rows; without `shuffle` those of held-out rows, as large as fits where a step fits."""
+    """The batches of training rows; without `shuffle` those of held-out rows, as large as fits where a step fits.
+
+    An epoch of several data sets has as many of their rows as they hold, and those that are replayed beside these.
+    """
     size = run.train.batch if shuffle else run.train.rows_at_a_time
-    return Batches(rows.examples, size, row_length(run.data.length, model), run.data.pack, run.seed, shuffle)
+    length, how = row_length(run.data.length, model), (run.data.pack, run.seed, shuffle)
+    if not (shuffle and rows.sets):
+        return Batches(rows.examples, size, length, *how)
+    sets = [Batches(one.examples, 1, length, *how) for one in rows.sets]
+    own = len(sets) - bool(run.data.replay)
+    counts = [len(one.rows) for one in sets[:own]]
+    weights, epoch = list(run.data.mix or counts), sum(counts)
+    if run.data.replay:
+        share = run.data.replay_share or _REPLAYED
+        weights, epoch = [*weights, sum(weights) * share / (1 - share)], round(epoch / (1 - share))
+    return Mixture(sets, weights, size, run.seed, epoch)
 
 
-def _items(file: Path, run: RunConfig, model: AnyConfig, tokenizer: Tokenizer) -> Items:
-    kind = None if run.data.format == "auto" else run.data.format
-    return read_items(file, kind, run.data.fields, has_template=_templated(tokenizer, model))
+def _items(file: Path, run: RunConfig | None, model: AnyConfig, tokenizer: Tokenizer) -> Items:
+    """The rows of a file in the run's format; without a run in the one that the columns tell."""
+    kind = None if run is None or run.data.format == "auto" else run.data.format
+    return read_items(file, kind, run.data.fields if run else {}, has_template=_templated(tokenizer, model))
 
 
 def _templated(tokenizer: Tokenizer, model: AnyConfig) -> bool:

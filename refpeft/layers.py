@@ -121,6 +121,7 @@ class Mode:
     again: int = 0  # how often the same rows were computed before, for methods that compare passes
     chunk: int = 0  # of the rows, where the loss gives them to the head in chunks
     run: int = 0  # of a layer that a model runs several times (ALBERT)
+    task: Any = None  # which data set of several rows are of: one number, or one for each row
 
 
 class Train:
@@ -229,7 +230,7 @@ class Layer:
         def call(*args: Any, **keywords: Any) -> Tensor:
             train = self.train() if "train" in self._names else None
             base = Base(self.site, below, keywords, self._purpose)
-            have = fixed | {"base": base, "train": train, "behind": part.behind}
+            have = fixed | {"base": base, "train": train, "behind": part.behind, "task": self.mode.task}
             have |= zip(inputs, args, strict=True)
             return self._function(*(have[name] for name in self._names))
 

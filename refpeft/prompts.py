@@ -43,8 +43,10 @@ def linear_values(rng: Stream, name: str, out: int, width: int, std: float | Non
 
 
 def with_rows(rows: Tensor, h: Tensor) -> Tensor:
-    """[rows; h]: rows (tokens, dim) before those of every h (batch, time, dim)."""
-    return ops.concat(ops.broadcast_to(rows, shape=(h.shape[0], *rows.shape)), h, axis=1)
+    """[rows; h]: rows (tokens, dim), or for each its own (batch, tokens, dim), before those of h (batch, time, dim)."""
+    if len(rows.shape) == 2:
+        rows = ops.broadcast_to(rows, shape=(h.shape[0], *rows.shape))
+    return ops.concat(rows, h, axis=1)
 
 
 def text_ids(tokenizer: Tokenizer | None, text: str) -> list[int]:

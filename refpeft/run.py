@@ -7,12 +7,14 @@ import shlex
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from refpeft import adapters, api, backend, config, evaluation, files, inputs, manager, paging, report, sites, survey
+from refpeft.batches import Batches
 from refpeft.config import EMBEDDED, Resolved, RunConfig
 from refpeft.data import Data
 from refpeft.errors import RefpeftError
@@ -107,6 +109,7 @@ class Outcome:
     peak: int  # bytes of memory, at most
     exact: float | None = None  # share of held-out answers that are as wanted, where they are compared
     stored: Stored | None = None
+    forgetting: Forgetting | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """For --json."""
@@ -117,6 +120,8 @@ class Outcome:
         numbers |= {"adapter": dataclasses.asdict(self.stored)} if self.stored else {}
         numbers |= {"trained": sum(adapter.size for adapter in self.model.adapters), "exact_match": self.exact}
         numbers |= {"frozen_bytes": self.model.nbytes, "frozen_bits": self.model.bits, "peak_bytes": self.peak}
+        if self.forgetting and self.forgetting.scores:
+            numbers["forgetting"] = self.forgetting.as_dict()
         return {"directory": str(self.directory), **numbers, "scores": scores}
 
 
@@ -128,8 +133,8 @@ def train(resolved: Resolved, directory: Path, resume: bool = False, say: Callab
     run = resolved.run
     checkpoint = open_checkpoint(resolve(run.model))
     found = inputs.read(run, checkpoint.config, checkpoint.tokenizer())
-    task, rows, held_out = found.task, found.rows, found.held_out
-    scored = evaluation.names_of(task, run.train.metrics, run.train.metric)
+    task, rows, held_out, earlier = found.task, found.rows, found.held_out, found.earlier
+    scored = evaluation.names_of(task, held_out, run.train.metrics, run.train.metric)
     quantizer = make_quantizer(run.quantizer, resolved.options.get(run.quantizer), run.double_quant)
     model = api.build(checkpoint, run.dtype, backend.module(run.device), quantizer, task.name, task.labels, run.seed)
     model.name = run.model
@@ -137,6 +142,8 @@ def train(resolved: Resolved, directory: Path, resume: bool = False, say: Callab
     run = resolved.run
     for line in rows.summary.lines() + (held_out.summary.lines()[:2] if held_out else []):
         say(line)
+    if earlier:
+        say(f"what is forgotten is measured on {earlier.summary.lines()[0]}")
     for line in _of_task(model, checkpoint):
         say(line)
     for method in run.methods:
@@ -149,7 +156,7 @@ def train(resolved: Resolved, directory: Path, resume: bool = False, say: Callab
     if packer:
         for adapter in model.adapters:
             adapters.packed(adapter, packer)  # what it cannot keep is said now, not after hours of training
-    compare = Comparison(model, task, held_out, exact=inputs.data_files(run)[1] == inputs.HERE / "held_out.jsonl")
+    compare = Comparison(model, task, held_out, exact=inputs.data_files(run)[1] == [inputs.HERE / "held_out.jsonl"])
     with sites.bypassed(model):
         compare.ask()
     say(f"{' + '.join(run.methods)} trains {trained:,} numbers, {trained / model.parameters():.2%} of the model's")
@@ -158,21 +165,24 @@ def train(resolved: Resolved, directory: Path, resume: bool = False, say: Callab
     if resume and not any((directory / "checkpoints").glob("step-*")):
         say(f"there is no checkpoint in {directory}: the run begins at its first step")
     batches = inputs.make_batches(run, rows, model.config)
-    measured = None
-    if held_out:
-        measured = Evaluation(model, inputs.make_batches(run, held_out, model.config, shuffle=False), task, scored)
+    for one, share in zip(rows.sets, batches.shares, strict=True):
+        say(f"{share:.1%} of a step's rows are of {one.summary.file}, {len(one.examples):,} examples")
+    unshuffled = partial(inputs.make_batches, run, model=model.config, shuffle=False)
+    measured = evaluation.of_rows(model, held_out, unshuffled, task, scored) if held_out else None
+    forgetting = Forgetting(model, earlier, unshuffled, task, scored, len(rows.sets) - 1 if run.data.replay else None)
     progress = report.Progress(run.train.log_every)
     metrics = report.Metrics(directory / "metrics.jsonl", resume, run.device)
     if run.train.paged and (why := paging.obstacle(model.xp)):
         say(f"the optimizer's state is not paged: {why}")
     for adapter in survey.waiting(model):
         say(f"{adapter.name} looks at the training data first, which may take as long as the training")
-    metric = evaluation.deciding(task, run.train.metric)
+    metric = evaluation.deciding(task, held_out, run.train.metric)
     trainer = Trainer(model, batches, measured, run.train, directory, (progress, metrics), run.seed, metric)
     progress.steps = trainer.total
     directory.mkdir(parents=True, exist_ok=True)  # now, for the trainer may have refused the run
     if not (resume and (directory / config.FILE).is_file()):  # the run that goes on may refuse other options
         files.write_text(directory / config.FILE, config.to_toml(resolved))
+    forgetting.measure()
     started = time.monotonic()
     try:
         with np.errstate(all="ignore"):  # the trainer itself says where a loss is not finite
@@ -186,11 +196,13 @@ def train(resolved: Resolved, directory: Path, resume: bool = False, say: Callab
         error = adapters.quantize(model, packer)
         stored = Stored(packer.name, error, measured()["loss"] if measured else None)
     compare.ask()
+    forgetting.measure()
     told = _report(run, directory, summary, stored, compare, seconds)
+    told.notes += forgetting.lines()
     peak = report.peak(run.device)
     told.notes.append(f"{_frozen(model)}; the run took {report.size(peak)} of memory at most")
     exact = compare.score(compare.said[-1]) if compare.exact else None
-    return Outcome(directory, model, summary, told, peak, exact, stored)
+    return Outcome(directory, model, summary, told, peak, exact, stored, forgetting)
 
 
 def _frozen(model: Model) -> str:
@@ -218,7 +230,8 @@ def _few(names: Sequence[str]) -> str:
 def _stated(resolved: Resolved, found: Inputs, directory: Path) -> Resolved:
     """The configuration with what was found out: the format of the rows, the task, its labels, and the directory."""
     run = resolved.run
-    data = run.data.model_copy(update={"format": found.rows.summary.format})
+    told = found.rows.summary.format  # "auto" where files differ
+    data = run.data.model_copy(update={"format": run.data.format if told == "auto" else told})
     said = {"data": data, "task": found.task.name, "labels": found.task.labels, "out": str(directory)}
     return dataclasses.replace(resolved, run=run.model_copy(update=said))
 
@@ -256,6 +269,38 @@ class Comparison:
         return report.Sample(prompt, self.wanted[changed], before[changed], after[changed])
 
 
+class Forgetting:
+    """The scores of an earlier task's held-out rows, before and after training; nothing without such rows.
+
+    `number` is that of the data set whose rows they are like, where the run replays one.
+    """
+
+    def __init__(
+        self, model: Model, rows: Data | None, batches: Callable[[Data], Batches], task: Task, names: Sequence[str],
+        number: int | None,
+    ):  # fmt: skip
+        self.file, self.number = rows and rows.summary.file, number
+        self.evaluation = Evaluation(model, batches(rows), task, names) if rows else None
+        self.scores: list[dict[str, float]] = []
+
+    def measure(self) -> None:
+        """Before the first step, and after the last."""
+        if self.evaluation:
+            self.scores.append(evaluation.of_task(self.evaluation, self.number))
+
+    def as_dict(self) -> dict[str, Any]:
+        before, after = self.scores
+        return {"file": self.file, "before": before, "after": after}
+
+    def lines(self) -> list[str]:
+        """For people."""
+        if not self.scores:
+            return []
+        before, after = self.scores
+        changes = ", ".join(f"{name} {value:.4f} -> {after[name]:.4f}" for name, value in before.items())
+        return [f"forgetting, on {Path(self.file).name}: {changes}"]
+
+
 def _report(
     run: RunConfig, directory: Path, summary: Summary, stored: Stored | None, compare: Comparison, seconds: float
 ) -> report.Report:
@@ -287,7 +332,7 @@ def _report(
 def _next_commands(run: RunConfig, directory: Path, compare: Comparison) -> list[str]:
     """What to try with the adapter."""
     if not isinstance(compare.task, Texts):
-        return [f"refpeft predict --adapter {directory} --data FILE"]
+        return [f"refpeft predict FILE --adapter {directory}"]
     sample = compare.sample()
     plain = sample is not None and run.data.format == "prompt" and len(sample.prompt) < 80
     prompt = sample.prompt if plain else "Your prompt"

@@ -14,6 +14,12 @@ STRICT = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=Fals
 
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+Weight = Annotated[float, Field(gt=0)]
+
+
+def listed(files: str | list[str] | None) -> list[str]:
+    """What may be one file, several, or none, as a list."""
+    return [files] if isinstance(files, str) else files or []
 
 
 class Data(BaseModel):
@@ -21,8 +27,12 @@ class Data(BaseModel):
 
     model_config = STRICT
 
-    file: str | None = None  # JSONL, JSON, CSV or TSV
-    eval_file: str | None = None  # held-out rows
+    file: str | list[str] | None = None  # JSONL, JSON, CSV or TSV; of several every step has rows
+    mix: tuple[Weight, ...] | None = None  # how much of the rows each of several files has; none: as many as it holds
+    replay: str | None = None  # rows of an earlier task, mixed in; this and the next are read by their own columns
+    replay_share: Annotated[float, Field(gt=0, lt=1)] | None = None  # of all rows; none: 0.1
+    earlier: str | None = None  # held-out rows of an earlier task, to tell what is forgotten of it
+    eval_file: str | list[str] | None = None  # held-out rows; of several files one for each
     eval_share: Share = 0.0  # held-out share of `file` where there is no eval_file
     eval_rows: Count | None = None  # the most held-out rows that are used; none: all
     format: Literal[
@@ -33,6 +43,11 @@ class Data(BaseModel):
     overlong: Overlong = "error"
     pack: bool = False
     supervise: Supervise = "response"
+
+    @property
+    def files(self) -> list[str]:
+        """The training files, none where they are refpeft's own."""
+        return [] if self.file in (None, EMBEDDED) else listed(self.file)
 
 
 class Train(BaseModel):

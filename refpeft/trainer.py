@@ -27,7 +27,7 @@ from .backend import Array, to_host
 from .batches import Batches, split
 from .config import Train as Settings
 from .errors import RefpeftError
-from .evaluation import Evaluation, better
+from .evaluation import Evaluation, Several, better
 from .models.base import Model
 from .optim import OPTIMIZERS, OPTIONS, Flat
 from .quant import Quantized
@@ -67,7 +67,7 @@ class Trainer:
         self,
         model: Model,
         train: Batches,
-        evaluation: Batches | Evaluation | None = None,
+        evaluation: Batches | Evaluation | Several | None = None,
         settings: Settings | None = None,
         out: str | Path | None = None,
         listeners: Sequence[Listener] = (),
@@ -162,7 +162,7 @@ class Trainer:
         model.mode.training, model.mode.seed = True, self.seed
         try:
             for i, part in enumerate(parts):
-                model.mode.step, model.mode.part = step, i
+                model.mode.step, model.mode.part, model.mode.task = step, i, part.task
                 part_loss = learning.objective(model, part, batch.denominator)  # the whole batch's: exact
                 part_loss.backward()
                 loss = loss + part_loss.data
@@ -170,7 +170,7 @@ class Trainer:
                 penalty.backward()
                 loss = loss + penalty.data
         finally:
-            model.mode.training = False
+            model.mode.training, model.mode.task = False, None
         norm = self.flat.clip(self.settings.clip)
         loss = float(loss)
         if not math.isfinite(loss) or not math.isfinite(float(norm)):
@@ -259,6 +259,7 @@ class Trainer:
             "total steps": self.total,
             "warm-up steps": self.warmup,
             "rows": len(self.train.rows),
+            "shares of data sets": list(self.train.shares),
             "rows' checksum": crc,
             "dtype": self.model.dtype.name,
             "bytes of frozen weights": self.model.nbytes,

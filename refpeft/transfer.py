@@ -39,6 +39,19 @@ def prompt(directory: str, site: Site, tokens: int) -> np.ndarray:
     return rows
 
 
+def prompts_of_tasks(directory: str, site: Site, tokens: int, ranks: int) -> tuple[int, dict[str, np.ndarray]]:
+    """(how many tasks, the values by name) of the adapter of multitask_prompt in a directory.
+
+    Raises RefpeftError where it is another method's, or of other sizes, and as `adapters.stored` does.
+    """
+    (layer,) = stored(directory, [site]).layers
+    found = layer.part.cfg
+    if layer.part.name != "multitask_prompt" or (found.tokens, found.ranks) != (tokens, ranks):
+        wanted = f"multitask_prompt of {tokens} tokens and {ranks} ranks"
+        raise RefpeftError(f"{directory} holds {layer.part.name} of {found}: expected {wanted}")
+    return found.tasks, vars(layer.arrays)
+
+
 def bottlenecks(directories: Sequence[str], site: Site, size: int, activation: str) -> dict[str, np.ndarray]:
     """The values of the bottlenecks that the adapters in these directories have at a place, stacked.
 

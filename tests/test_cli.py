@@ -231,7 +231,7 @@ def test_several_mistakes_at_once(refpeft, tmp_path):
         (("--set", "lora.targets=q_prj"), "target 'q_prj' matches no site of this model; did you mean 'q_proj'"),
         (("--length", "4"), "rows.jsonl: 12 of 12 rows are longer than 4 tokens"),
         (("--model", "./modle"), "--model: model ./modle does not exist"),
-        (("--data", "bad.jsonl"), "bad.jsonl:2: this line is not JSON"),
+        (("--set", "data.file=bad.jsonl"), "bad.jsonl:2: this line is not JSON"),
         (("--quantizer", "nf5"), "--quantizer: no quantizer is named 'nf5'; did you mean 'nf4'?"),
         (("--set", f"lora.r={10**20}"), "out of memory"),
         (("--set", f"nf4.block={10**20}", "--quantizer", "nf4"), "expected a smaller integer"),

@@ -25,8 +25,12 @@ _FLAGS = (
     ("--double-quant", "double_quant", "", "Quantize the quantizer's constants, too, as QLoRA does."),
     ("--adapter-quantizer", "adapter_quantizer", "NAME", "Save the adapter itself in this quantizer's format."),
     ("--task", "task", "|".join(choices.TASKS), "What is learned. Default: what the rows' columns and the model say."),
-    ("--data", "data.file", "FILE", "Rows to train on: JSONL, JSON, CSV or TSV."),
-    ("--eval-data", "data.eval_file", "FILE", "Held-out rows."),
+    ("--data", "data.file", "FILE", "Rows to train on: JSONL, JSON, CSV or TSV. Repeatable: several tasks at once."),
+    ("--mix", "data.mix", "W,W,...", "How much of the rows each --data has. Default: as many as it holds."),
+    ("--eval-data", "data.eval_file", "FILE", "Held-out rows; of several --data one file for each."),
+    ("--replay", "data.replay", "FILE", "Rows of an earlier task, mixed in so that it is not forgotten."),
+    ("--replay-share", "data.replay_share", "X", "Their share of all rows. Default: 0.1."),
+    ("--earlier", "data.earlier", "FILE", "Held-out rows of an earlier task: what is forgotten of it is measured."),
     ("--fields", "data.fields", "text=COLUMN,...", "What the file calls the columns of its rows' format."),
     ("--overlong", "data.overlong", "|".join(choices.OVERLONG), "What becomes of rows that are too long."),
     ("--epochs", "train.epochs", "N", "How often all rows are seen. Default: 1."),
@@ -42,7 +46,8 @@ _FLAGS = (
     ("--metric", "train.metric", "NAME", "Tells the best evaluation: accuracy, bleu, ... Default: the task's own."),
     ("--seed", "seed", "N", "The same seed gives the same bits."),
 )
-_TEXTS = ("model", "quantizer", "adapter_quantizer", "out", "data.file", "data.eval_file")  # never read as numbers
+_REPEATABLE = ("method", "data.file", "data.eval_file")
+_TEXTS = ("model", "quantizer", "adapter_quantizer", "out", "data.replay", "data.earlier")  # never read as numbers
 
 
 def flags(*keys: str) -> Callable[[Callable], Callable]:
@@ -51,7 +56,7 @@ def flags(*keys: str) -> Callable[[Callable], Callable]:
     def add(command: Callable) -> Callable:
         for flag, key, metavar, text in reversed(_FLAGS):
             if key in (keys or (key,)):
-                how = {"metavar": metavar, "multiple": key == "method"} if metavar else {"is_flag": True}
+                how = {"metavar": metavar, "multiple": key in _REPEATABLE} if metavar else {"is_flag": True}
                 command = click.option(flag, key.replace(".", "_"), help=text, **how)(command)
         return click.option(
             "--set", "sets", metavar="KEY=VALUE", multiple=True, help="Any option, such as lora.r=16 or train.clip=0.5."
@@ -145,7 +150,9 @@ def _train(resolved: Any, resume: bool, as_json: bool) -> None:
 def _value(key: str, text: Any) -> Any:
     """A flag's text as the number that it is, where it is one; what else it should be, the configuration tells."""
     if isinstance(text, tuple):
-        return list(text)
+        return text[0] if len(text) == 1 and key != "method" else list(text)
+    if key == "data.mix":
+        return [_value("", weight) for weight in text.split(",")]
     if isinstance(text, bool):
         return text
     if key == "data.fields":

@@ -51,13 +51,16 @@ def evaluate(
     configured = configured.model_copy(update={"data": configured.data.model_copy(update=changes)})
     if loaded.task is None:
         raise RefpeftError(f"this {loaded.config.family} model has no head to evaluate: give an adapter that has one")
-    task = tasks.make(loaded.task, loaded.tokenizer, loaded.config, labels=loaded.labels)
-    names = evaluation.names_of(task, metrics)
+    how = {"labels": loaded.labels, "supervise": configured.data.supervise}
+    task = tasks.make(loaded.task, loaded.tokenizer, loaded.config, **how)
     rows = inputs.held_out_rows(configured, loaded.config, task)
     if rows is None:
         raise RefpeftError("the run held no rows out: give --data FILE")
+    names = evaluation.names_of(task, rows, metrics)
     length = inputs.row_length(configured.data.length, loaded.config)
-    scores = task.measure(loaded, Batches(rows.examples, batch, length, shuffle=False), names)
+    scores = evaluation.of_rows(
+        loaded, rows, lambda one: Batches(one.examples, batch, length, shuffle=False), task, names
+    )()
     loss = scores.pop("loss")
     if not math.isfinite(loss):
         raise RefpeftError(f"the loss is {loss}: weights of the model, or of the adapter, are not finite numbers")
