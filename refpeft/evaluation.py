@@ -94,7 +94,7 @@ def short_names(files: Sequence[str]) -> list[str]:
 
 
 def deciding(task: Task, rows: Data | None, asked: str | None) -> str:
-    """What the best evaluation of held-out rows is told by: what was asked for, else their first metric, or the loss."""
+    """What the best evaluation of held-out rows is told by: what is asked for, else their first metric, or the loss."""
     return asked or next(iter(task.metrics_of(rows.examples if rows else ())), "loss")
 
 

@@ -77,7 +77,8 @@ def label_lines(items: Iterable[Item]) -> list[str]:
         return [f"values from {min(values):g} to {max(values):g}, {sum(values) / len(values):g} on average"]
     counts, what = label_counts(asked), "tags" if isinstance(asked[0], Tagged) else "labels"
     if not counts:
-        return [f"no {what}: they are to be predicted"]
+        pairs = any(isinstance(item, Labelled) and item.text_b is not None for item in asked)
+        return [f"no {what}" if pairs else f"no {what}: they are to be predicted"]  # pairs may be learned without
     most = sorted(counts, key=lambda label: -counts[label])[:SHOWN_LABELS]
     shown = ", ".join(f"{label} {counts[label]:,}" for label in counts if label in most)
     more = f" and {len(counts) - len(most):,} rarer" if len(counts) > len(most) else ""

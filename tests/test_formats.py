@@ -417,6 +417,7 @@ def test_answers_of_another_kind_than_most_are_told_with_their_lines(write):
         ([Labelled("a", None, x) for x in (10, 9, 10)], {9: 1, 10: 2}, ["2 labels: 9 1, 10 2"]),
         ([Labelled("a", None, x) for x in (1.5, 4.0, 0.5)], {}, ["values from 0.5 to 4, 2 on average"]),
         ([Labelled("a")], {}, ["no labels: they are to be predicted"]),
+        ([Labelled("a", "b")], {}, ["no labels"]),
         ([Tagged(["a", "b"], ["O", "X"]), Tagged(["a"], ["O"])], {"O": 2, "X": 1}, ["2 tags: O 2, X 1"]),
         ([Tagged(["a"])], {}, ["no tags: they are to be predicted"]),
         ([Plain("a", "b")], {}, []),

@@ -7,10 +7,12 @@ import pytest
 import tiny
 import tiny_files
 import tiny_tokenizers
+from click.testing import CliRunner
 
 import refpeft
 from refpeft import config, files, inputs, merging, run, tasks
 from refpeft.batches import Batches, split
+from refpeft.cli import main
 from refpeft.data import examples_of
 from refpeft.errors import RefpeftError
 from refpeft.formats import read_items
@@ -379,3 +381,37 @@ def test_a_merged_model_knows_its_task_and_predicts_what_the_run_does(folder, na
     for ours, theirs in zip(*found, strict=True):
         for a, b in zip(_flat(ours), _flat(theirs), strict=True):
             assert a == (b if isinstance(b, str) else pytest.approx(b, rel=1e-3, abs=1e-4))
+
+
+# -- predict -----------------------------------------------------------------------------------------------------------
+
+
+def said(*arguments):
+    """What the command line says, and its exit code."""
+    result = CliRunner().invoke(main, list(map(str, arguments)))
+    return result.output + result.stderr, result.exit_code
+
+
+def test_predict_reads_columns_as_the_run_did_and_is_what_the_report_names_next(folder):
+    rows = write(folder / "rows.jsonl", [{"review": row["text"], "stars": row["label"]} for row in LABELLED])
+    outcome = trained(folder, **{"data.file": str(rows), "data.fields": {"text": "review", "label": "stars"}})
+    (command,) = outcome.report.next_commands
+    assert command == f"refpeft predict FILE --adapter {folder / 'out'}"
+    new = write(folder / "new.jsonl", [{"review": "the film was good"}])
+    output, code = said(*command.replace("FILE", str(new)).split()[1:])
+    assert code == 0 and '"predicted": "up"' in output
+
+
+def test_hidden_tokens_are_told_only_where_there_are_some(folder):
+    rows = write(folder / "rows.jsonl", [{"text": "a film"}, {"text": "a [MASK] film"}, {"text": "it is"}])
+    output, code = said("predict", rows, "--model", "bert", "--task", "mlm")
+    assert code == 2 and "rows without [MASK]: 2, the first at line 1: write it where" in output
+
+
+def test_pairs_without_scores_are_measured_by_their_loss_alone(folder):
+    write(folder / "rows.jsonl", [{"text_a": "a film", "text_b": "the film"}, {"text_a": "bad", "text_b": "not"}] * 4)
+    flags = {"data.file": "rows.jsonl", "data.eval_file": "rows.jsonl", "train.eval_every": 4, "train.best": True}
+    assert set(trained(folder, **flags).summary.best) == {"loss"}
+    assert said("eval", "--adapter", "out")[1] == 0
+    output, code = said("eval", "--adapter", "out", "--metric", "pearson")
+    assert code == 2 and "the rows have none: leave the metric out" in output

@@ -30,7 +30,7 @@ def predict(
     """
     import json
 
-    from refpeft import files, inputs, tasks
+    from refpeft import config, files, inputs, tasks
     from refpeft.batches import Batches
     from refpeft.errors import RefpeftError
 
@@ -38,6 +38,8 @@ def predict(
     if loaded.task is None:
         raise RefpeftError(f"this {loaded.config.family} model has no head: give --adapter, or --task embed")
     doing = tasks.make(loaded.task, loaded.tokenizer, loaded.config, labels=loaded.labels)
+    configured = config.run_of(adapter)
+    fields = fields or (configured.data.fields if configured else {})
     items, rows = inputs.to_predict(data, doing, loaded.config, kind, fields, length)
     for note in rows.summary.notes:
         click.echo(note, err=True)

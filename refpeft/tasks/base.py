@@ -63,6 +63,10 @@ class Task:
 
     # ---- outputs ----
 
+    def metrics_of(self, examples: Sequence[Any]) -> tuple[str, ...]:
+        """Those that an evaluation of these examples gives unless others are asked for."""
+        return self.metrics
+
     def measure(self, model: Model, batches: Batches, names: Sequence[str] = ()) -> dict[str, float]:
         """{"loss": mean loss, metric: value, ...} over `batches`, once through."""
         raise NotImplementedError

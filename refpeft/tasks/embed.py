@@ -46,6 +46,9 @@ class Embed(Task):
         a, b = (ids if len(ids) <= length else np.append(ids[: length - 1], ids[-1:]) for ids in (example.a, example.b))
         return replace(example, a=a, b=b)
 
+    def metrics_of(self, examples: Sequence[Pair]) -> tuple[str, ...]:
+        return () if any(example.score is None for example in examples) else self.metrics
+
     def measure(self, model: Model, batches: Batches, names: Sequence[str] = ()) -> dict[str, float]:
         from refpeft import metrics
 
@@ -53,7 +56,9 @@ class Embed(Task):
         if names:
             found = [(float(a @ b), example.score) for example, a, b in self._vectors(model, batches)]
             if any(score is None for _, score in found):
-                raise RefpeftError(f"{names[0]} compares cosines with scores, and the rows have none")
+                raise RefpeftError(
+                    f"{names[0]} compares cosines with scores, and the rows have none: leave the metric out"
+                )
             scores |= metrics.evaluate(names, *map(np.array, zip(*found, strict=True)))
         return scores
 

@@ -59,12 +59,16 @@ class MLM(Task):
 
     def predict(self, model: Model, batches: Batches) -> Iterator[tuple[int, dict[str, Any]]]:
         mask, tokenizer = self.tokenizer.mask_id, self.tokenizer
+        bare = sorted(row[0].line for row in batches.rows if mask not in row[0].ids)
+        if bare:
+            raise RefpeftError(
+                f"rows without {tokenizer.backend.id_to_token(mask)}: {len(bare):,}, the first at line {bare[0]}: "
+                "write it where a token is to be told"
+            )
         with no_grad():
             for step in range(batches.steps_per_epoch):
                 for example in batches.examples_at(step):
                     hidden = np.flatnonzero(example.ids == mask)
-                    if not hidden.size:
-                        raise RefpeftError(f"line {example.line} has no {tokenizer.backend.id_to_token(mask)} to tell")
                     one = Batch(example.ids[None], np.full((1, len(example)), -100, np.int32))
                     p = softmax(to_host(model.head(model.states(one, hidden)).data))
                     order = np.argsort(-p, axis=-1)[:, :_SHOWN]
