@@ -11,9 +11,10 @@ import test_t5
 import tiny
 from test_merged_weights import BESIDE_PARTS, MERGING
 from test_plugins import CHANGE_AT_THE_START, NEARLY_AS_IT_WAS
+from test_published import planned
 from variants import SIMPLER_IN_FILES, VARIANTS, WITH_BIASES, needed_quantizer
 
-from refpeft import adapters, ops, sites
+from refpeft import adapters, files, manager, ops, sites
 from refpeft.errors import RefpeftError
 from refpeft.models import heads
 from refpeft.models.base import Model
@@ -281,3 +282,65 @@ def test_prompts_in_cross_attention_are_keys_of_cross_attention():
     keys, _ = layer.near.keys_and_values(layer.p.prompt, layer.site)
     weight = model.frozen["decoder.block.2.layer.1.EncDecAttention.k.weight"]()
     assert np.allclose(keys.data.reshape(-1), weight @ layer.p.prompt.data[0], rtol=1e-12)
+
+
+_AT_MLP = "--set 'pfeiffer.targets=[\"@mlp_out\"]'"
+
+
+@pytest.mark.parametrize(
+    ("options", "share"),
+    [
+        ("--method houlsby --set houlsby.size=24", "0.832"),
+        (f"--method pfeiffer --set pfeiffer.size=24 {_AT_MLP} --method ln_tuning", "0.427"),
+        ("--method phm_adapter --set phm_adapter.n=12", "0.179"),
+        ("--method compacter", "0.073"),
+        ("--method compacter_pp", "0.047"),
+        ("--method prompt_tuning --set prompt_tuning.tokens=100", "0.034"),
+    ],
+)
+def test_the_share_of_t5_base_that_is_trained_is_that_of_compacters_table(options, share):
+    """Karimi Mahabadi et al., 2021, table 1: in percent; adapters are behind self-attention and the MLP of both."""
+    found = planned("t5-base", options)
+    assert f"{100 * found['trained'] / found['parameters']:.3f}" == share
+
+
+# ---- what PEFT's files have otherwise --------------------------------------------------------------------------------
+
+
+def test_files_of_a_bare_encoder_have_names_without_what_stands_before_them_in_one_with_a_head(tmp_path):
+    model, _ = attached("bert", "lora-saved")
+    adapters.save(tmp_path, model)
+    names = files.read_safetensors(tmp_path / "adapter_model.safetensors")
+    config = files.read_json(tmp_path / "adapter_config.json")
+    assert config["task_type"] == "FEATURE_EXTRACTION" and not any(".bert." in name for name in names)
+    assert not any(name.startswith("bert.") for name in config["target_modules"] + config["modules_to_save"])
+    assert "dense" not in config["target_modules"]  # which PEFT's model has in its pooler, too
+
+
+def test_rows_that_peft_has_for_t5s_decoder_and_does_not_use_are_left_out(tmp_path):
+    model, adapter = attached("t5", "prompt_tuning")
+    adapters.save(tmp_path, model)
+    rows = files.read_safetensors(tmp_path / "adapter_model.safetensors")["prompt_embeddings"]
+    config = files.read_json(tmp_path / "adapter_config.json")
+    assert rows.shape == (3, 24) and config["num_transformer_submodules"] == 1
+    twice = np.concatenate([rows, np.ones((3, 24), rows.dtype)])
+    files.write_safetensors(tmp_path / "adapter_model.safetensors", {"prompt_embeddings": twice})
+    files.write_json(tmp_path / "adapter_config.json", config | {"num_transformer_submodules": 2})
+    (loaded,) = adapters.load(tiny.of(KINDS["t5"]), tmp_path)
+    assert np.array_equal(loaded.params["shared.prompt"].data, adapter.params["shared.prompt"].data)
+    with pytest.raises(RefpeftError, match="num_transformer_submodules = 2: expected 1, for a model with one stack"):
+        adapters.load(tiny.model(), tmp_path)
+    files.write_json(tmp_path / "adapter_config.json", config)
+    with pytest.raises(RefpeftError, match=r"'prompt_embeddings' has shape \(6, 24\): expected \(3, 24\)"):
+        adapters.load(tiny.of(KINDS["t5"]), tmp_path)
+
+
+# ---- types of layers -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_layer_is_of_one_type(kind):
+    by_type = manager.load("by_type")
+    for site in tiny.of(KINDS[kind]).sites.values():
+        if site.weight:
+            assert sum(by_type.is_of(name, site) for name in by_type.ROLES) == 1, site.name
