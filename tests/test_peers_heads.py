@@ -186,6 +186,7 @@ def last(family: str) -> list[str]:
 THEIRS = {
     "lora": lambda f: peft.LoraConfig(r=2, target_modules=q_and_v(f)),
     "lora-all-linear": lambda f: peft.LoraConfig(r=2, target_modules="all-linear"),
+    "lora-saved": lambda f: peft.LoraConfig(r=2, target_modules=q_and_v(f), modules_to_save=["pooler"]),
     "lora-bias": lambda f: peft.LoraConfig(r=2, target_modules=q_and_v(f), bias="all"),
     "dora": lambda f: peft.LoraConfig(r=2, target_modules=q_and_v(f), use_dora=True),
     "ia3": lambda f: peft.IA3Config(target_modules=[*q_and_v(f), *last(f)], feedforward_modules=last(f)),
@@ -218,6 +219,8 @@ def cannot(name: str, family: str, task: str) -> bool:
         return family == "albert"  # whose embeddings are not as wide as its states
     if name == "lora-all-linear":
         return task == "tag" or family == "distilbert"  # whose classifier it wraps twice
+    if name == "lora-saved":
+        return (family, task) != ("bert", "classify")
     return (name, family) in (("oft", "gpt2"), ("lora-bias", "llama"))
 
 
@@ -229,6 +232,7 @@ CASES = [
     for task in (("classify", "tag") if family in ENCODERS else ("classify",))
     if not cannot(name, family, task)
 ]
+CASES.append(("lora", "roberta", "regress"))
 
 
 @pytest.mark.parametrize(("name", "family", "task"), CASES)
@@ -239,7 +243,7 @@ def test_an_adapter_of_peft_with_its_head_gives_the_same_logits_here(name, famil
     theirs = scrambled(peft.get_peft_model(peer(family, task, tmp_path / "base"), config))
     theirs.save_pretrained(tmp_path / "adapter")
     ours = refpeft.load(tmp_path / "base", tmp_path / "adapter", dtype="float64")
-    assert (ours.task, ours.labels) == (task, LABELS)
+    assert (ours.task, ours.labels) == (task, () if task == "regress" else LABELS)
     assert_same_logits(ours, theirs, unequal_lengths(family, name))
 
 
@@ -252,6 +256,7 @@ def assert_same_logits(ours, theirs, given) -> None:
 
 OURS = {
     "lora": {"r": 2},
+    "lora-saved": {"r": 2, "modules_to_save": ("@embed", "bert.embeddings.LayerNorm")},
     "lora-bias": {"r": 2, "bias": "all"},
     "lora-all-linear": {"r": 2, "targets": "all-linear"},
     "dora": {"r": 2},
@@ -269,7 +274,7 @@ OURS = {
 @pytest.mark.parametrize(("name", "family", "task"), [*CASES, ("lora", "bert", "mlm"), ("ia3", "roberta", "mlm")])
 def test_an_adapter_of_ours_with_its_head_gives_the_same_logits_in_peft(name, family, task, tmp_path):
     """On a base whose files have no head at all, so that all of it is in the adapter."""
-    labels = () if task == "mlm" else LABELS
+    labels = LABELS if task in ("classify", "tag") else ()
     base = write_base(tmp_path / "base", family, pad_token_id=1)
     ours = refpeft.load(base, dtype="float64", task=task, labels=labels)
     reads = {"head_reads": "prompt"} if name in ("prompt_tuning", "p_tuning") and ours.read == "first" else {}
@@ -279,9 +284,10 @@ def test_an_adapter_of_ours_with_its_head_gives_the_same_logits_in_peft(name, fa
         tensor.data[...] = tensor.data.astype("f4")  # PEFT holds prompts in float32 when it loads them
     adapters.save(tmp_path / "adapter", ours)
     assert files.read_json(tmp_path / "adapter" / "adapter_config.json")["peft_type"] != "REFPEFT"
+    count = {} if task == "mlm" else {"num_labels": len(labels) or 1}
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*(missing|unexpected|Unexpected) .*keys.*")
-        theirs = CLASSES[task].from_pretrained(base, dtype=torch.float64, **({"num_labels": 3} if labels else {}))
+        theirs = CLASSES[task].from_pretrained(base, dtype=torch.float64, **count)
         theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter").double().eval()
     assert_same_logits(ours, theirs, unequal_lengths(family, name))
 

@@ -19,7 +19,7 @@ TASKS = {"SEQ_CLS": ("classify", "regress"), "TOKEN_CLS": ("tag",)}
 
 _LAST = re.compile(r"(^|\.)(score|classifier|classifier\.out_proj)\.weight$")
 _ANY = re.compile(r"(^|\.)(score|(pre_)?classifier|pooler)\.(\w+\.)*(weight|bias)$")
-_COPY = re.compile(r"\.(modules_to_save|original_module)\.")
+_COPY = re.compile(r"(score|classifier)\.(modules_to_save|original_module)\.")
 
 
 def task_in(config: Mapping[str, Any], tensors: Mapping[str, Array]) -> tuple[str | None, tuple[str, ...]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import Any
 
 from ..errors import RefpeftError
@@ -102,9 +103,13 @@ def _dora_options(config: Settings, model: Any) -> dict[str, Any]:
 
 
 def _saved(names: str | list[str], model: Any) -> list[str]:
-    """The sites that modules_to_save means: PEFT takes every module whose name ends so, also within a word."""
-    names = [names] if isinstance(names, str) else names
-    return [site.name for site in model.sites.values() if site.weight and site.name.endswith(tuple(names))] or names
+    """The sites that modules_to_save means: those in modules whose names end so, also within a word, as in PEFT."""
+    names = (names,) if isinstance(names, str) else tuple(names)
+
+    def inside(site: Site) -> bool:
+        return any(module.endswith(names) for module in accumulate(site.name.split("."), "{}.{}".format))
+
+    return [site.name for site in model.sites.values() if site.weight and inside(site)] or [*names]
 
 
 def _hit(targets: Any, model: Any) -> list[Site]:
