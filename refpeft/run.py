@@ -216,6 +216,8 @@ def _of_task(model: Model, checkpoint: Checkpoint) -> list[str]:
     lines = [f"task {model.task}{': ' + _few(model.labels) if model.labels else ''}"]
     if model.trained_head:
         lines.append(f"{_few(model.trained_head)} of the head is trained beside the method")
+    if model.new_head:
+        lines.append(f"new, for the model's files have none of this shape: {_few(model.new_head)}")
     if checkpoint.unused:
         lines.append(f"not used of the model's files: {_few(checkpoint.unused)}")
     return lines if model.task != "causal-lm" or checkpoint.unused else []

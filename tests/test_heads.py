@@ -9,7 +9,7 @@ from test_encoder import CONFIGS as ENCODERS
 from test_encoder import rows
 
 import refpeft
-from refpeft import files, sites
+from refpeft import files, run, sites
 from refpeft.batches import IGNORE, Batch
 from refpeft.errors import RefpeftError
 from refpeft.models import heads, saving
@@ -231,6 +231,14 @@ def test_a_classifier_of_other_labels_is_made_anew():
     two = tiny.of(CONFIGS["bert"])
     heads.put_on(two, "classify", ("a", "b"), 0, files.get)
     assert np.array_equal(two.frozen["classifier.weight"](), np.ones((2, 24))) and two.new_head == ()
+
+
+def test_what_is_new_of_a_head_is_said(tmp_path):
+    names = {"classifier.weight": np.ones((2, 24), "f4"), "classifier.bias": np.ones(2, "f4")}
+    model = refpeft.load(write_base(tmp_path, "bert", names), task="tag", labels=LABELS)
+    assert "new, for the model's files have none of this shape: classifier.weight, classifier.bias" in "\n".join(
+        run._of_task(model, model.checkpoint)
+    )
 
 
 # ---- padding ---------------------------------------------------------------------------------------------------------
