@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-_LARGE = 2**20  # numbers from which on a matrix that follows from weights is not there either
+_LARGE = 2**16  # numbers from which on a matrix that follows from weights is not there either
 _ROWS = 64  # so many rows of it at least; what follows from tokens has fewer
 
 _counts: list[Counted] = []

@@ -61,8 +61,9 @@ class _NoWeights:
     def tensor(self, name: str) -> np.ndarray:
         return absent(self._checkpoint.shape(name))
 
-    def of_head(self, name: str) -> None:
-        return None
+    def of_head(self, name: str) -> np.ndarray | None:
+        found = self._checkpoint.of_head(name)
+        return None if found is None else absent(found.shape)
 
     def tokenizer(self) -> None:
         return None
@@ -79,7 +80,7 @@ def skeleton(
     for name, weight in model.frozen.items():
         weight.array = weight.array.view(Absent)
         here = quantizer and not checkpoint.quantized and name in model.quantizable
-        weight.quantized = bool(here or checkpoint.packed(name, quantizer))
+        weight.quantized = bool(here or _packed(checkpoint, name, quantizer))
     model.weightless, model.stream = True, _NoDraws
     model.place = lambda array, dtype=None: absent(np.shape(array), dtype)
     return model
@@ -96,7 +97,7 @@ def frozen_parts(
     one_of: dict[tuple[int, ...], int] = {}  # bytes of a quantized weight, by shape
     quantized = model.quantizable if quantizer and not checkpoint.quantized else set()
     for name, weight in model.frozen.items():
-        numbers, packed = math.prod(weight.shape), checkpoint.packed(name, quantizer)
+        numbers, packed = math.prod(weight.shape), _packed(checkpoint, name, quantizer)
         if packed:
             nbytes = sum(part.nbytes for part in packed.parts.values())
         elif name in quantized:
@@ -110,6 +111,11 @@ def frozen_parts(
         part["numbers"] += numbers
         part["bytes"] += nbytes
     return {kind: part | {"bits": 8 * part["bytes"] / part["numbers"]} for kind, part in found.items()}
+
+
+def _packed(checkpoint: Checkpoint, name: str, quantizer: Quantizer | None) -> Any:
+    """Checkpoint.packed of a weight that the files have; None of others, which are a new head's."""
+    return checkpoint.packed(name, quantizer) if name in checkpoint.names else None
 
 
 def _kind(model: Model, name: str) -> str:
@@ -136,12 +142,11 @@ def by_part(
     longest: int,
     kept: Activations,
     quantized: bool,
-    answers: tuple[int, int] = (0, 0),
 ) -> dict[str, int]:
     """Bytes by part while a step of `rows` rows of `longest` tokens is computed; the first ones are there all the time.
 
-    `frozen` are the frozen_parts; `quantized` says whether some of them are; `answers` are rows and tokens of what the
-    model says before and after training. Where something takes more than a step, its excess is the last part.
+    `frozen` are the frozen_parts; `quantized` says whether some of them are. Where something before the first step
+    takes more than a step, its excess is the last part.
     """
     dtype, tokens = COMPUTE_DTYPES[config.dtype], rows * longest
     recompute = config.train.checkpoint_activations
@@ -151,18 +156,20 @@ def by_part(
     states = sum(array.size for array in learning.states(model).values()) * dtype.itemsize
     also = ", and what methods keep" if states else ""
     dense = _largest_dense(model, config.dtype, quantized)
+    logits = _logits(model, tokens if model.read == "all" else rows)
+    gradient = max((tensor.data.size for _, tensor in model.trained()), default=0)  # of a value, before it is added up
+    working = max(gradient, _working(model, rows, longest) - logits)  # layers and logits are not there at once
     step = {
         "gradients": trained,
         f"optimizer ({config.train.optimizer}{paged}){also}": states + (state.nbytes_near if paged else state.nbytes),
         f"activations of {rows} x {longest:,} tokens": kept.recomputed if recompute else kept.kept,
-        "logits, a chunk at a time": _logits(model, tokens) * dtype.itemsize,
-        "other working arrays": (_working(model, rows, longest) + dense) * dtype.itemsize,
+        "logits, a chunk at a time": logits * dtype.itemsize,
+        "other working arrays": (working + dense) * dtype.itemsize,
     }
     most = {
         "while weights are quantized": 3 * dense * dtype.itemsize // 2 if quantized else 0,
         "while methods look at the data first": _survey(model, config, tokens) * dtype.itemsize
         + sum(list(step.values())[2:]),
-        "while rows are answered": _answering(model, *answers) * dtype.itemsize,
     }
     what = max(most, key=most.get)
     more = most[what] - sum(step.values())
@@ -195,28 +202,18 @@ def mixed_precision(trained: int, frozen: int = 0) -> dict[str, int]:
     return {"weights": 2 * (trained + frozen), "gradients": 2 * trained, "optimizer": 3 * 4 * trained}
 
 
-def _logits(model: Model, tokens: int) -> int:
+def _logits(model: Model, positions: int) -> int:
     """Numbers of the logits that are there at once, and of what is made of them."""
     vocab = model.head.shape[0] if hasattr(model, "head") else 0
-    positions = tokens if model.read == "all" else 1
     return 2 * min(max(fused.LOGITS_AT_ONCE, vocab), positions * vocab)
 
 
 def _working(model: Model, rows: int, longest: int) -> int:
-    """Numbers of what is there for a moment: of a layer's MLP or attention, and the largest gradient of a value."""
+    """Numbers of what a layer's MLP or attention has for a moment."""
     config = model.config
     mlp = 4 * rows * longest * max(config.ff, config.dim)
     scores = rows * config.heads * min(fused.QUERY_BLOCK, longest) * longest
-    attention = 3 * scores + 4 * rows * longest * config.heads * config.head_dim
-    return max(mlp, attention) + max((tensor.data.size for _, tensor in model.trained()), default=0)
-
-
-def _answering(model: Model, rows: int, tokens: int) -> int:
-    """Numbers of keys and values while rows are answered, of a layer's as they grow, and of a pass over all tokens."""
-    if not rows:
-        return 0
-    cache = 2 * rows * tokens * model.config.kv_heads * model.config.head_dim
-    return cache * (model.config.layers + 1) + _working(model, rows, tokens)
+    return max(mlp, 3 * scores + 4 * rows * longest * config.heads * config.head_dim)
 
 
 class _Asked(Exception):
@@ -297,7 +294,9 @@ def lighter(train: Train) -> list[str]:
 
 def _largest_dense(model: Model, dtype: str, quantized: bool) -> int:
     """Numbers of the largest weight that is made dense for a moment; 0 where all are dense anyway."""
-    names = set(model.frozen) if dtype == "bfloat16" else model.quantizable if quantized else set()
+    linear = [site for site in model.sites.values() if site.kind == "linear"]  # of embeddings only rows are taken
+    names = {f"{site.tied or site.name}.weight" for site in linear}
+    names = names if dtype == "bfloat16" else names & model.quantizable if quantized else set()
     return max((math.prod(model.frozen[name].shape) for name in names), default=0)
 
 

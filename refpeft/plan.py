@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,8 +136,9 @@ def plan(resolved: Resolved, resume: bool = False) -> Plan:
     rows, held_out = read.rows, read.held_out
     batches = inputs.make_batches(config, rows, checkpoint.config)
     at_a_time = min(config.train.rows_at_a_time, len(batches.rows))
-    _, sizes = _sizes(resolved, checkpoint, at_a_time, batches.longest)
-    sizes["memory"] = {"Python and its libraries": report.resident()} | sizes["memory"]
+    libraries = report.resident()  # now, before anything is probed
+    _, sizes = _sizes(resolved, checkpoint, at_a_time, batches.longest, read.task.name, read.task.labels)
+    sizes["memory"] = {"Python and its libraries": libraries} | sizes["memory"]
     steps = config.train.total_steps(batches.steps_per_epoch)
     free = memory.free_memory(config.device)
     return Plan(
@@ -163,7 +165,8 @@ def plan_shape(resolved: Resolved, speed: cost.Speed | None = None) -> ShapePlan
     length = config.data.length or min(run.DEFAULT_LENGTH, context)
     if length > context:
         raise RefpeftError(f"length is {length:,}, but the model was made for {context:,} positions")
-    model, sizes = _sizes(resolved, checkpoint, config.train.rows_at_a_time, length)
+    labels = config.labels or ("0", "1") * (config.task in ("classify", "tag"))
+    model, sizes = _sizes(resolved, checkpoint, config.train.rows_at_a_time, length, config.task, labels)
     layers = [layer for adapter in model.adapters for layer in adapter.layers if layer.part.name == "full"]
     whole = sum(value.data.size for layer in layers for value in layer.values.values())  # in place of frozen numbers
     return ShapePlan(
@@ -176,12 +179,12 @@ def plan_shape(resolved: Resolved, speed: cost.Speed | None = None) -> ShapePlan
 
 
 def _sizes(
-    resolved: Resolved, checkpoint: Checkpoint, rows: int, longest: int, answers: tuple[int, int] = (0, 0)
+    resolved: Resolved, checkpoint: Checkpoint, rows: int, longest: int, task: str | None, labels: Sequence[str]
 ) -> tuple[Model, dict[str, Any]]:
-    """The model, and the fields of Sizes for steps of so many rows of so many tokens; see memory.by_part."""
+    """The model, and the fields of Sizes for steps of so many rows of so many tokens."""
     config, shape = resolved.run, checkpoint.config
     quantizer = make_quantizer(config.quantizer, resolved.options.get(config.quantizer), config.double_quant)
-    model = memory.skeleton(checkpoint, quantizer, config.task, config.labels)
+    model = memory.skeleton(checkpoint, quantizer, task, labels)
     for method in config.methods:
         sites.attach(model, method, resolved.options[method], seed=config.seed)
     if config.train.checkpoint_activations:
@@ -197,7 +200,7 @@ def _sizes(
         "trained": sum(adapter.size for adapter in model.adapters),
         "adapter_bytes": sum(adapters.nbytes(adapter, model) for adapter in model.adapters),
         "frozen": frozen,
-        "memory": memory.by_part(config, model, frozen, rows, longest, kept, quantized, answers),
+        "memory": memory.by_part(config, model, frozen, rows, longest, kept, quantized),
         "activations": kept,
         "tokens_of_a_step": rows * longest,
         "step": step,

@@ -158,3 +158,13 @@ def test_wrong_targets_and_a_taken_directory_are_refused_as_in_training(resolve,
 def test_some_memory_is_free():
     free = memory.free_memory("cpu")
     assert free is None or 2**20 < free < 2**50
+
+
+@pytest.mark.parametrize("method, times", [("lt_sft", 5), ("fish_mask", 4)])
+def test_a_look_at_the_data_counts_where_it_takes_more_than_a_step(resolve, method, times):
+    """A copy of the targets, its gradients, and what is made of these: changes of weights need two moments, too."""
+    made = plan.plan(resolve("train.batch=1", method=method)).memory
+    linear = [site for site in refpeft.load("model").sites.values() if site.kind == "linear" and site.index is not None]
+    looked = 4 * times * sum(site.shape[0] * site.shape[1] for site in linear)
+    more = made["more while methods look at the data first"]
+    assert more == looked - made["gradients"] - made["optimizer (adamw)"]

@@ -10,7 +10,7 @@ import tiny_files
 from click.testing import CliRunner
 
 import refpeft
-from refpeft import cli, files, memory, shapes
+from refpeft import cli, cost, files, memory, shapes
 from refpeft.errors import RefpeftError
 
 GIB = 2**30
@@ -36,6 +36,12 @@ def planned(*arguments) -> dict:
         ("mistral-7b", 7_241_732_096),
         ("gpt2", 124_439_808),
         ("gpt2-xl", 1_557_611_200),
+        ("t5-v1.1-xxl", 11_135_332_352),
+        ("t5-3b", 2_851_598_336),
+        ("roberta-large", 354_310_144),
+        ("deberta-v2-xxlarge", 1_564_549_632),
+        ("smollm2-135m", 134_515_008),
+        ("gpt3-175b", 174_604_259_328),
     ],
 )
 def test_shapes_have_the_parameters_of_the_published_weights(shape, parameters):
@@ -46,8 +52,9 @@ def test_shapes_have_the_parameters_of_the_published_weights(shape, parameters):
     ("shape", "least", "most"),
     [("llama-7b", 5.4, 6.0), ("llama-13b", 9.5, 10.4), ("llama-33b", 21.7, 23.5), ("llama-65b", 41.0, 44.0)],
 )
-def test_qlora_takes_what_its_paper_says(shape, least, most):
+def test_qlora_takes_what_its_paper_says(shape, least, most, monkeypatch):
     """r = 64 on all linear layers, AdamW: with the adapter and its gradients in float32 as here, or in bfloat16."""
+    monkeypatch.setattr(cost, "step", lambda *of_what: cost.Step(0.0, None, 1.0, 1.0))
     found = planned("--shape", shape, *QLORA, "--r", 64)
     single = found["before_activations"] / GIB
     half = single - (found["memory"]["adapter"] + found["memory"]["gradients"]) / 2 / GIB
@@ -94,6 +101,38 @@ def test_a_shape_of_few_positions_is_planned_with_these(tmp_path):
     files.write_json(tmp_path / "config.json", tiny.LLAMA)
     positions = shapes.checkpoint_of(str(tmp_path)).config.context
     assert planned("--shape", tmp_path) == planned("--shape", tmp_path, "--length", positions) | {"given": ANY}
+
+
+@pytest.mark.parametrize(
+    ("shape", "task", "head"),
+    [
+        ("minilm-l6", "classify", 384 * 384 + 384 + 2 * 384 + 2),
+        ("gpt2", "regress", 768),
+        ("roberta-base", "tag", 2 * 769),
+    ],
+)
+def test_the_head_of_a_task_is_trained_beside_the_method(shape, task, head):
+    bare = planned("--shape", shape, "--r", 2, "--set", 'lora.targets=["@q"]')
+    found = planned("--shape", shape, "--r", 2, "--set", 'lora.targets=["@q"]', "--task", task)
+    assert found["trained"] - bare["trained"] == head
+
+
+@pytest.mark.parametrize("shape", ["t5-small", "t5-v1.1-base", "deberta-v3-base", "bert-base"])
+def test_encoders_and_encoder_decoders_are_planned(shape):
+    found = planned("--shape", shape, "--length", 64, "--batch", 2)
+    assert found["memory"]["activations of 2 x 64 tokens"] == found["activations"]["kept"] > 0
+    assert found["activations"]["recomputed"] < found["activations"]["kept"]
+
+
+@pytest.mark.parametrize("method", ["dora", "hira"])
+def test_methods_that_read_weights_are_planned_as_soon_as_others(method):
+    """Products of a weight's size are not made: each would take seconds, and there are hundreds."""
+    found = planned("--shape", "llama-65b", "--method", method, "--length", 8)
+    assert found["step"]["forward"] > 8 * 2 * 65e9
+
+
+def test_names_of_shapes_are_known_with_and_without_hyphens():
+    assert shapes.checkpoint_of("llama3-8b").config == shapes.checkpoint_of("Llama-3-8B").config
 
 
 def test_its_text_names_parts_and_defaults():

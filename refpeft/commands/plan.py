@@ -11,6 +11,7 @@ from refpeft.commands.train import flags, said
 
 # What it takes of the flags of `train`, and what it has in their place: a shape has no files that say more.
 _PLANNED = (
+    "task",
     "method",
     "quantizer",
     "double_quant",

@@ -1,0 +1,78 @@
+"""The memory that a plan foresees is what a run then takes at most, each in a process of its own."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+WORDS = [
+    "the",
+    "quick",
+    "brown",
+    "fox",
+    "jumps",
+    "over",
+    "a",
+    "lazy",
+    "dog",
+    "while",
+    "seven",
+    "wizards",
+    "brew",
+    "near",
+]
+RECOMPUTED = ("--set", "train.checkpoint_activations=true")
+QLORA = ("--quantizer", "nf4", "--double-quant")
+RUNS = [
+    pytest.param((*method, *again, "--batch", str(rows)), id=f"{name}-{rows}-{'recomputed' if again else 'kept'}")
+    for name, method in (("lora", ()), ("qlora", QLORA), ("full", ("--method", "full")))
+    for again in ((), RECOMPUTED)
+    for rows in (1, 4)
+]
+
+
+def refpeft(directory: Path, *arguments: str) -> dict:
+    """What `refpeft train` prints."""
+    environment = os.environ | {"OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, "-m", "refpeft", "train", *arguments, "--steps", "2", "--out", "out", "--json"]
+    done = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def compare(directory: Path, words: int, *arguments: str) -> None:
+    """Rows of about as many tokens: a plan is of full ones."""
+    drawn = random.Random(0)
+    rows = [{"text": " ".join(drawn.choices(WORDS, k=words))} for _ in range(12)]
+    (directory / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ("--data", "rows.jsonl", *arguments)
+    planned = sum(refpeft(directory, *arguments, "--dry-run")["memory"].values())
+    assert refpeft(directory, *arguments)["peak_bytes"] == pytest.approx(planned, rel=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peaks are read from /proc")
+@pytest.mark.parametrize("options", RUNS)
+def test_the_embedded_model_takes_what_was_planned(options, tmp_path):
+    compare(tmp_path, 55, *options)
+
+
+@pytest.mark.real
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peaks are read from /proc")
+@pytest.mark.parametrize("options", RUNS)
+def test_smollm2_takes_what_was_planned(options, tmp_path):
+    model = Path(os.environ.get("REFPEFT_MODELS", "")) / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    if not model.is_file():
+        pytest.skip("needs REFPEFT_MODELS with SmolLM2-135M-Instruct.Q4_1.gguf")
+    compare(tmp_path, 230, "--model", str(model), *options)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peaks are read from /proc")
+@pytest.mark.parametrize("method", ["fish_mask", "lt_sft", "diff_pruning", "eva"])
+def test_a_look_at_the_data_takes_what_was_planned(method, tmp_path):
+    compare(tmp_path, 55, "--method", method, "--batch", "1")
