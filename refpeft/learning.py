@@ -36,6 +36,11 @@ def refuse_recomputation(model: Model) -> None:
         )
 
 
+def own_objective(model: Model) -> str | None:
+    """The name of what is attached and has an objective of its own."""
+    return next((part.name for part, _ in _with(model, "peft_objective")), None)
+
+
 def objective(model: Model, batch: Batch, denominator: float) -> Tensor:
     """What is minimised over a part of a step's batch: the sum of -log p(target) over `denominator`, or a method's own.
 

@@ -67,6 +67,8 @@ class Train(BaseModel):
     eps: Annotated[float, Field(gt=0)] | None = None
     momentum: Share | None = None
     relative_step: bool | None = None  # steps as a share of what is updated, as in Adafactor's paper
+    l2_sp: Annotated[float, Field(ge=0)] = 0.0  # half of it times (trained value - its first value)^2, without the head
+    kl: Annotated[float, Field(ge=0)] = 0.0  # times KL(base || model), the mean of all targets
     clip: Annotated[float, Field(ge=0)] = 1.0  # largest gradient norm; 0: no clipping
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     warmup: Annotated[int, Field(ge=0)] | Share = 0.03  # steps, or a share of all steps

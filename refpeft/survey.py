@@ -90,7 +90,8 @@ class Survey:
         """
         from .trainer import Trainer
 
-        alone = dict.fromkeys(("eval_every", "save_every", "early_stop")) | {"best": False, "warmup": 0}
+        alone = dict.fromkeys(("eval_every", "save_every", "early_stop"))
+        alone |= {"best": False, "warmup": 0, "l2_sp": 0, "kl": 0}
         settings = self.settings.model_copy(
             update=alone | {"steps": steps, "lr": lr, "optimizer": "adamw", "weight_decay": 0.0, "schedule": "constant"}
         )

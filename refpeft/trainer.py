@@ -17,20 +17,22 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from . import backend, files, learning, memory, schedule, survey
+from . import backend, files, learning, memory, schedule, survey, towards_base
 from .backend import Array, to_host
-from .batches import Batches, split
+from .batches import Batch, Batches, split
 from .config import Train as Settings
 from .errors import RefpeftError
 from .evaluation import Evaluation, Several, better
 from .models.base import Model
 from .optim import OPTIMIZERS, OPTIONS, Flat
 from .quant import Quantized
+from .tensor import Tensor
 
 Listener = Callable[[dict[str, Any]], None]
 
@@ -59,8 +61,8 @@ class Trainer:
 
     `settings` is config.Train; `out` the run directory, for checkpoints (none without it); each of `listeners` is
     called with a dict for every step ({"step", "loss", "lr", "grad_norm", "tokens", "supervised", "seconds"}) and every
-    evaluation ({"step", "eval_loss", metric: value}). The loss of a step has the methods' penalties in it, that of an
-    evaluation not. `metric` says which evaluation is the best: the loss, or one of those that `evaluation` gives.
+    evaluation ({"step", "eval_loss", metric: value}). The loss of a step has all penalties in it, that of an evaluation
+    none. `metric` says which evaluation is the best: the loss, or one of those that `evaluation` gives.
     """
 
     def __init__(
@@ -94,10 +96,13 @@ class Trainer:
             learning.refuse_recomputation(model)
         if s.rows_at_a_time < s.batch and train.of_pairs_alone:
             raise RefpeftError("a batch's texts are compared with one another: leave micro_batch out, or give scores")
+        if s.kl:
+            towards_base.check_kl(model)
         options = {name: value for name in OPTIONS if (value := getattr(s, name)) is not None}
         with backend.blas_threads(model.parameters()), self._room():
             self._settle()
             self.flat = Flat(model.trained(), learning.rates(model))
+            self.first = towards_base.FirstValues(model, s.l2_sp) if s.l2_sp else None
             self.kept, self.constants = learning.states(model), learning.constants(model)
             self.optimizer = OPTIMIZERS[s.optimizer](self.flat, weight_decay=s.weight_decay, paged=s.paged, **options)
         self.summary = Summary()
@@ -163,10 +168,10 @@ class Trainer:
         try:
             for i, part in enumerate(parts):
                 model.mode.step, model.mode.part, model.mode.task = step, i, part.task
-                part_loss = learning.objective(model, part, batch.denominator)  # the whole batch's: exact
+                part_loss = self._objective(part, batch.denominator)  # the whole batch's: exact
                 part_loss.backward()
                 loss = loss + part_loss.data
-            for penalty in learning.penalties(model):
+            for penalty in chain(learning.penalties(model), self.first.penalties() if self.first else ()):
                 penalty.backward()
                 loss = loss + penalty.data
         finally:
@@ -189,6 +194,11 @@ class Trainer:
             supervised=batch.supervised,
             seconds=time.perf_counter() - started,
         )
+
+    def _objective(self, part: Batch, denominator: float) -> Tensor:
+        if self.settings.kl:
+            return towards_base.objective(self.model, part, denominator, self.settings.kl)
+        return learning.objective(self.model, part, denominator)
 
     def _not_finite(self, what: str) -> str:
         if not self.summary.steps:
@@ -243,7 +253,7 @@ class Trainer:
         """What must be equal for a checkpoint to be continued."""
         s = self.settings
         options = {f"{a.name}.{name}": value for a in self.model.adapters for name, value in vars(a.cfg).items()}
-        same = ("optimizer", "lr", "batch", "micro_batch", "weight_decay", *OPTIONS, "clip", "schedule")
+        same = ("optimizer", "lr", "batch", "micro_batch", "weight_decay", *OPTIONS, "clip", "schedule", "l2_sp", "kl")
         formats = {str(w.quantizer) for w in self.model.frozen.values() if isinstance(w, Quantized)}
         crc = 0
         for row in self.train.rows:
