@@ -49,7 +49,8 @@ def peft_survey(sites, cfg, survey):
     if cfg.prune:
         first, steps = replace(cfg, prune=False), cfg.gated_steps or survey.steps
         with survey.trained("diff_pruning", first, steps, cfg.gated_lr) as gated:
-            changes = {layer.site.name: gates.difference(layer.arrays) for layer in gated.layers}
+            own = [layer for layer in gated.layers if layer.part is gated.parts[0]]  # a task's head is trained beside
+            changes = {layer.site.name: gates.difference(layer.arrays) for layer in own}
         return sparse.largest(changes, sparse.how_many(sites, cfg.share), keep=True)
 
 

@@ -65,13 +65,25 @@ class Survey:
             for step in range(batches):
                 batch = self.batches.at(step)
                 self.model.states(batch, np.flatnonzero(batch.targets >= 0))
-                real = np.arange(batch.ids.size) if batch.segments is None else np.flatnonzero(batch.segments >= 0)
-                real = self.model.xp.asarray(real)
-                once = {tuple(map(id, runs)): runs for runs in seen.values()}
-                for key, runs in once.items():
-                    once[key] = self.model.xp.concatenate([x.reshape(-1, x.shape[-1])[real] for x in runs])
+                once: dict[tuple[int, ...], Array] = {}
+                for site in chosen:
+                    key = tuple(map(id, seen[site.name]))
+                    once[key] = self._at_tokens(site, seen[site.name], batch) if key not in once else once[key]
                 yield {name: once[tuple(map(id, runs))] for name, runs in seen.items()}
                 seen.clear()
+
+    def _at_tokens(self, site: Site, runs: list[Array], batch: Batch) -> Array:
+        """What a layer read at real tokens in all its runs: (tokens, in).
+
+        In T5's decoder these are the tokens that are said, but for what it asks the encoder. What layers of DeBERTa
+        read beside texts, embeddings of distances, is left out, unless they read nothing else.
+        """
+        xp, shape = self.model.xp, batch.ids.shape
+        real = np.arange(batch.ids.size) if batch.segments is None else np.flatnonzero(batch.segments >= 0)
+        if site.home.startswith("decoder.") and not {"cross_k", "cross_v"} & set(site.roles):
+            shape, real = batch.said.shape, np.flatnonzero(batch.targets >= 0)
+        texts = [x.reshape(-1, x.shape[-1])[xp.asarray(real)] for x in runs if x.shape[:2] == shape]
+        return xp.concatenate(texts or [x.reshape(-1, x.shape[-1]) for x in runs])
 
     def changes(self, chosen: Sequence[Site], steps: int, lr: float, **options: Any) -> dict[str, Array]:
         """By how much `steps` steps of training in full change the dense weight of each site, by the site's name.

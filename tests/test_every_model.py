@@ -2,6 +2,7 @@
 
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,9 +16,12 @@ from test_published import planned
 from variants import SIMPLER_IN_FILES, VARIANTS, WITH_BIASES, needed_quantizer
 
 from refpeft import adapters, files, manager, ops, sites
+from refpeft.batches import Batch
+from refpeft.config import Train
 from refpeft.errors import RefpeftError
 from refpeft.models import heads
 from refpeft.models.base import Model
+from refpeft.survey import Survey, settle
 from refpeft.tensor import Tensor
 
 _T5 = test_t5.CONFIGS["t5"] | {"d_kv": 12}
@@ -344,3 +348,58 @@ def test_every_layer_is_of_one_type(kind):
     for site in tiny.of(KINDS[kind]).sites.values():
         if site.weight:
             assert sum(by_type.is_of(name, site) for name in by_type.ROLES) == 1, site.name
+
+
+# ---- what the data decide --------------------------------------------------------------------------------------------
+
+SURVEYED = {
+    "eva": {"r": 3, "targets": "all-linear"},
+    "fish_mask": {"share": 0.05},
+    "far": {"share": 0.2},
+    "lt_sft": {"share": 0.1},
+    "diff_pruning": {"share": 0.1},
+    "sparse_adapter": {"size": 5, "prune": "snip"},
+}
+
+
+def surveyed(kind: str, method: str) -> tuple[Model, sites.Adapter, Batch]:
+    """A model with a method that its data have decided on, and these: the only batch that there is."""
+    model = tiny.of(KINDS[kind]) if kind in T5S else headed(kind, "lora", 0)
+    adapter, given = sites.attach(model, method, SURVEYED[method]), rows(kind)
+    if kind in T5S:
+        targets = np.where(np.arange(7) < [[7], [4]], given["said"], -100).astype("i4")
+        batch = Batch(given["ids"], targets, segments=given["segments"], said=given["said"])
+    else:
+        batch = test_heads.asked(kind, TASKS[kind])
+    settle(model, SimpleNamespace(at=lambda step: batch, rows=[0, 1], steps_per_epoch=1, longest=9), Train(steps=2), 0)
+    return model, adapter, batch
+
+
+@pytest.mark.parametrize("kind", ["bert", "deberta-v3", "albert", *T5S])
+@pytest.mark.parametrize("method", SURVEYED)
+def test_the_data_of_a_task_decide_what_a_method_leaves_to_them(kind, method):
+    model, adapter, batch = surveyed(kind, method)
+    assert adapter.settled
+    tiny.scramble(adapter)
+    tiny.assert_slope(adapter, lambda: model.loss(batch))
+
+
+@pytest.mark.parametrize("kind", ["deberta-v3", "deberta-apart", "flan"])
+def test_what_layers_read_is_looked_at_where_there_is_a_token(kind):
+    """Not at distances, which a shared projection of DeBERTa reads too; in a decoder at what is said."""
+    model = tiny.of(KINDS[kind])
+    every = [site for site in model.sites.values() if site.kind == "linear" and "head" not in site.roles]
+    given, said = rows(kind), np.arange(7) < [[7], [4]]
+    if kind not in T5S:
+        heads.put_on(model, "tag", test_heads.LABELS, 0, lambda name: None)
+    more = {"said": given["said"]} if kind in T5S else {}
+    targets = np.where(said, 1, -100) if kind in T5S else np.where(given["segments"] < 0, -100, 1)
+    batch = Batch(given["ids"], targets.astype("i4"), segments=given["segments"], **more)
+    (found,) = Survey(model, None, SimpleNamespace(at=lambda step: batch), None, 0).inputs(every, 1)
+    text = int((given["segments"] >= 0).sum())
+    for site in every:
+        asks = site.name.startswith("decoder.") and site.roles[0] not in ("cross_k", "cross_v")
+        rows_read = int(said.sum()) if asks else text
+        if site.roles[0] in ("pos_k", "pos_q"):
+            rows_read = 2 * model.config.span
+        assert found[site.name].shape == (rows_read, site.shape[1]), site.name
