@@ -21,6 +21,7 @@ from refpeft.conformance.compare import compare
 from refpeft.conformance.vectors import Arrays, Case, cases
 from refpeft.examples import Example
 from refpeft.layers import Part, Train
+from refpeft.models import heads
 from refpeft.models.base import Frozen, Model
 from refpeft.models.checkpoint import expected_tensors
 from refpeft.models.config import from_hf
@@ -145,6 +146,8 @@ def grads(adapter: Adapter, model: Model) -> Arrays:
 
 
 def run_model(case: Case, given: Arrays, dtype: str) -> Arrays:
+    if heads.read_from(case.config)[0]:
+        return run_head(case, given, dtype)
     model = model_of(case.config, given, dtype)
     adapter = attach(model, "full")
     if model.config.family in (*PREFIX, "t5"):
@@ -171,6 +174,28 @@ def run_encoder(case: Case, given: Arrays, model: Model, adapter: Adapter) -> Ar
     for name, tensor in adapter.params.items():
         if (output := f"grad.{name.removeprefix(prefix)}") in case.checks:
             answer[output] = tensor.grad.reshape(given[name.removeprefix(prefix)].shape)
+    return answer
+
+
+def run_head(case: Case, given: Arrays, dtype: str) -> Arrays:
+    """A model with the head of a task, whose targets are one for each row, or one for each token."""
+    shape = from_hf(case.config)
+    model = class_of(shape)(shape, frozen(given, dtype), np.dtype(dtype))
+    heads.put_on(model, *heads.read_from(case.config), stored=given.get)
+    adapter, targets, real = attach(model, "full"), given["targets"], given["segments"] >= 0
+    if targets.ndim == 1:
+        place = 0 if model.read == "first" else real.sum(axis=1) - 1
+        targets = np.full(real.shape, np.nan if targets.dtype.kind == "f" else -100, targets.dtype)
+        targets[np.arange(len(targets)), place] = given["targets"]
+    loss = model.loss(Batch(given["ids"], targets, segments=given["segments"], types=given.get("types")))
+    loss.backward()
+    more = {"types": given["types"]} if "types" in given else {}
+    logits = model(given["ids"], segments=given["segments"], **more).data
+    answer = {"logits": logits * real[..., None] if logits.ndim == 3 else logits, "loss": loss.data}
+    for name, tensor in adapter.params.items():
+        in_file = model.head_tensors.get(name, name)
+        if f"grad.{in_file}" in case.checks:
+            answer[f"grad.{in_file}"] = tensor.grad.reshape(given[in_file].shape)
     return answer
 
 

@@ -14,6 +14,7 @@ SCRIPTS = (
         "random_numbers",
         "models",
         "encoders",
+        "heads",
         "blocks",
         "method_sites",
         "methods",
