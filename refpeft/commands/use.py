@@ -23,24 +23,39 @@ from refpeft.commands import options
 @options.task
 @options.fields
 @click.option("--metric", "metrics", multiple=True, metavar="NAME", help="Also this metric, such as bleu. Repeatable.")
+@click.option("--shots", type=click.IntRange(min=0), metavar="K", help="Show K examples before every prompt.")
+@click.option("--shots-from", metavar="FILE", help="The training file that they are rows of.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Which of them.")
+@click.option("--rows", "most", type=click.IntRange(min=1), metavar="N", help="With --shots, the first N rows alone.")
 @click.option("--batch", type=click.IntRange(min=1), default=8, show_default=True, metavar="N")
 @options.as_json
 @options.plugins
 def evaluate(
     model: str | None, adapter: str | None, data: str | None, kind: str | None, length: int | None,
-    overlong: str | None, fields: dict[str, str], metrics: tuple[str, ...], batch: int, as_json: bool, **how: Any,
+    overlong: str | None, fields: dict[str, str], metrics: tuple[str, ...], shots: int | None, shots_from: str | None,
+    seed: int, most: int | None, batch: int, as_json: bool, **how: Any,
 ) -> None:  # fmt: skip
-    """Gives the loss, and the metrics of the task, on a data file; rows become tokens as in the adapter's run."""
-    import math
+    """Gives the loss, and the metrics of the task, on a data file; rows become tokens as in the adapter's run.
 
+    With --shots it is the baseline of fine-tuning, in-context learning: the model, untouched or with an adapter, sees K
+    examples before every prompt. Of texts with labels it is asked for the label's name, the likeliest of which counts.
+    """
     from refpeft import config, evaluation, inputs, tasks
+    from refpeft import shots as in_context
     from refpeft.batches import Batches
     from refpeft.errors import RefpeftError
 
     loaded = options.load(model, adapter, **how)
     configured = config.run_of(adapter)
-    if not (data or configured):
+    if not (data or (configured and shots is None)):
         raise RefpeftError("there is no data: give --data FILE")
+    if shots is None and (shots_from or most or seed):
+        raise RefpeftError("--shots-from, --seed and --rows say what --shots shows: give it, too")
+    if shots is not None:
+        asked = {"kind": kind, "fields": fields, "length": length, "overlong": overlong or "error", "batch": batch}
+        asked |= {"names": metrics, "most": most, "seed": seed}
+        _tell(*in_context.evaluate(loaded, data, shots_from, shots, **asked), True, as_json)
+        return
     configured = configured or config.RunConfig()
     given = {"format": kind, "fields": fields, "length": length, "overlong": overlong}
     changes = {key: value for key, value in given.items() if value}
@@ -61,11 +76,20 @@ def evaluate(
     scores = evaluation.of_rows(
         loaded, rows, lambda one: Batches(one.examples, batch, length, shuffle=False), task, names
     )()
+    _tell(scores, rows, task.outputs in ("texts", "loss"), as_json)
+
+
+def _tell(scores: dict[str, float], rows: Any, of_texts: bool, as_json: bool) -> None:
+    """Prints the scores of rows, of texts with their perplexity."""
+    import math
+
+    from refpeft.errors import RefpeftError
+
     loss = scores.pop("loss")
     if not math.isfinite(loss):
         raise RefpeftError(f"the loss is {loss}: weights of the model, or of the adapter, are not finite numbers")
     found = {"eval_loss": loss} | scores | {"rows": rows.summary.rows}
-    if task.outputs in ("texts", "loss"):
+    if of_texts:
         found["perplexity"] = math.exp(min(loss, 700))
     found |= {"tokens": rows.summary.tokens, "supervised_tokens": rows.summary.supervised_tokens}
     if as_json:

@@ -20,13 +20,14 @@ _AT_ONCE = 16  # prompts that are answered at a time
 
 
 class Texts(Task):
-    """`decoding`: keywords of refpeft.generate, such as beams; greedy without any."""
+    """`decoding`: keywords of refpeft.generate, such as beams; greedy without any. An answer ends before `until`."""
 
     outputs = "texts"
 
     def __init__(self, tokenizer: Tokenizer):
         super().__init__(tokenizer)
         self.decoding: dict[str, Any] = {}
+        self.until: str | None = None
 
     def prompt(self, example: Any) -> np.ndarray:
         """The tokens that a model is asked with."""
@@ -72,6 +73,8 @@ class Texts(Task):
             tokens = generate(model, [prompts[i] for i in part], most, **how)
             for i, answer in zip(part, tokens, strict=True):
                 said[i] = self.tokenizer.decode(answer)
+                if self.until:
+                    said[i] = said[i].lstrip().partition(self.until)[0]
         return said
 
     def predict(self, model: Model, batches: Batches) -> Iterator[tuple[int, dict[str, Any]]]:
