@@ -229,8 +229,8 @@ class _Survey:
         self.model, self.adapter, self.tokens = model, adapter, tokens
 
     def gradients(self, chosen: Sequence[Site], rows: int) -> NoReturn:
-        """Copies of the weights, their gradients, what is made of these, and the order of that."""
-        raise _Asked(4 * _numbers(chosen))
+        """Copies of the weights, gradients of two rows, what is made of these (twice), and the order of that."""
+        raise _Asked(7 * _numbers(chosen))
 
     def own_gradients(self, rows: int) -> NoReturn:
         raise _Asked(2 * self.adapter.size)
