@@ -42,6 +42,14 @@ def test_task_and_head_come_with_the_adapter(family, task, method, tmp_path):
     assert np.allclose(again(**rows(family)).data, model(**rows(family)).data, rtol=1e-6, atol=1e-7)
 
 
+def test_an_adapter_for_vectors_has_the_names_of_a_model_without_a_head(tmp_path):
+    base, adapter, model = trained(tmp_path, task="embed")
+    found = files.read_safetensors(adapter / "adapter_model.safetensors")
+    assert all(name.startswith("base_model.model.encoder.layer.") for name in found)
+    again = refpeft.load(base, adapter, dtype="float64", task="embed")
+    assert np.allclose(again(**rows("bert")).data, model(**rows("bert")).data, rtol=1e-6, atol=1e-7)
+
+
 def test_labels_without_names_have_those_of_the_models_own_config(tmp_path):
     base, adapter, _ = trained(tmp_path)
     assert refpeft.load(base, adapter).labels == ("LABEL_0", "LABEL_1", "LABEL_2")

@@ -292,6 +292,28 @@ def test_an_adapter_of_ours_with_its_head_gives_the_same_logits_in_peft(name, fa
     assert_same_logits(ours, theirs, unequal_lengths(family, name))
 
 
+@pytest.mark.parametrize("family", ["bert", "distilbert"])
+def test_an_adapter_for_vectors_is_one_of_the_bare_model_in_peft(family, tmp_path):
+    base = write_base(tmp_path / "base", family)
+    ours = refpeft.load(base, dtype="float64", task="embed")
+    tiny.scramble(sites.attach(ours, "lora", {"r": 2}))
+    adapters.save(tmp_path / "adapter", ours)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*(missing|unexpected|Unexpected) .*keys.*")
+        theirs = transformers.AutoModel.from_pretrained(base, dtype=torch.float64)
+        theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter").double().eval()
+    given = rows(family)
+    real = torch.tensor(given["segments"] >= 0)
+    hidden = theirs(
+        input_ids=torch.tensor(given["ids"]).long(),
+        attention_mask=real.long(),
+        **({"token_type_ids": torch.tensor(given["types"])} if "types" in given else {}),
+    ).last_hidden_state
+    mean = (hidden * real[..., None]).sum(1) / real.sum(1, keepdim=True)
+    want = torch.nn.functional.normalize(mean).detach().numpy()
+    assert error(ours(**given).data, want) < 1e-6  # the file has float32
+
+
 def scrambled(model):
     """Moves what PEFT trains away from its start."""
     torch.manual_seed(3)

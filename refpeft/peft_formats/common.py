@@ -99,7 +99,7 @@ def for_bare(
 ) -> tuple[dict[str, Any], dict[str, Array]]:
     """(settings, tensors) of a file as PEFT has them where the model has no head: the reverse of `from_bare`."""
     before = _before(model)
-    if model.task is not None or not before:
+    if model.task not in (None, "embed") or not before:
         return settings, tensors
     named = {
         key: [name.removeprefix(before) for name in value] if "modules" in key and isinstance(value, list) else value
