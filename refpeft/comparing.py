@@ -1,4 +1,4 @@
-"""Several methods trained on the same model, data and steps, each in a process of its own, and one table of them."""
+"""Several methods, or seeds, trained on the same model, data and steps, each in a process of its own; one table."""
 
 from __future__ import annotations
 
@@ -10,66 +10,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from refpeft import adapters, config, files, manager, report, toml
+from refpeft import adapters, config, files, inputs, manager, outcomes, report, toml
 from refpeft.config import Resolved
 from refpeft.errors import RefpeftError
+from refpeft.outcomes import Row
 
 EMBEDDED = Path(__file__).parent / "embedded" / "compare.toml"  # what each method is given on the embedded model
-JSON, MARKDOWN = "compare.json", "compare.md"
 _OF_THE_RUN = {"lr": "train.lr", "quantizer": "quantizer"}  # keys of a method's line that are not its own options
 
 Flags = Sequence[tuple[str, str, Any]]
-
-
-@dataclass(frozen=True)
-class Row:
-    """How one method did; with an `error` the rest is None."""
-
-    method: str
-    trained: int | None = None  # numbers
-    loss_before: float | None = None  # of the held-out rows
-    loss_after: float | None = None
-    exact_match: float | None = None  # share of held-out answers, on the embedded task
-    step_ms: float | None = None  # median
-    adapter_bytes: int | None = None
-    peak_bytes: int | None = None
-    lr: float | None = None
-    error: str | None = None
-
-    def cells(self) -> list[str]:
-        """As texts, in the order of HEAD."""
-        values = [(getattr(self, field), unit, form) for _, field, unit, form in _COLUMNS]
-        return [self.method, *("-" if value is None else format(value / unit, form) for value, unit, form in values)]
-
-
-_COLUMNS = (  # heading, field, its unit, how it is written
-    ("trained", "trained", 1, ",.0f"),
-    ("learning rate", "lr", 1, "g"),
-    ("loss before", "loss_before", 1, ".4f"),
-    ("after", "loss_after", 1, ".4f"),
-    ("exact match", "exact_match", 1, ".1%"),
-    ("ms a step", "step_ms", 1, ".0f"),
-    ("adapter KiB", "adapter_bytes", 2**10, ",.1f"),
-    ("peak MiB", "peak_bytes", 2**20, ",.0f"),
-)
-HEAD = ["method", *(heading for heading, *_ in _COLUMNS)]
-
-
-def text(rows: Sequence[Row]) -> str:
-    """The table for people, with what failed below it."""
-    table = report.table([HEAD, *(row.cells() for row in rows)])
-    failed = [f"{row.method}: {row.error}" for row in rows if row.error]
-    return "".join(f"{line}\n" for line in [*table, *([""] if failed else []), *failed])
-
-
-def markdown(rows: Sequence[Row]) -> str:
-    """The table for a README."""
-    lines = [HEAD, ["---"] + ["---:"] * len(_COLUMNS), *(row.cells() for row in rows)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 # ---- what each method is run with ----
@@ -159,13 +111,18 @@ def _names(asked: str | None, own: Mapping[str, Flags], out: Path) -> list[str]:
 
 
 def compare(
-    resolved: Mapping[str, Resolved | RefpeftError], out: Path, resume: bool, say: Callable[[str], None]
+    resolved: Mapping[str, Resolved | RefpeftError],
+    out: Path,
+    resume: bool,
+    say: Callable[[str], None],
+    shots: Sequence[int] = (),
 ) -> list[Row]:
-    """Trains each method in out/<method>; the table in `out` is written anew after each.
+    """Trains each run in out/<its name>; the table in `out` is written anew after each.
 
-    With `resume` a method that is finished is not trained again, and what the table has of others stays.
+    Before them the model without training is asked, with each of these numbers of `shots` before every prompt. With
+    `resume` what is finished is not done again, and what the table has of others stays.
     """
-    stored = _stored(out) if resume else {}
+    stored = outcomes.stored(out) if resume else {}
     done = {name for name, row in stored.items() if not row.error and (out / name / config.FILE).is_file()}
     for name, run in resolved.items():
         if (
@@ -174,28 +131,60 @@ def compare(
             and (out / name / config.FILE).read_text("utf-8") != config.to_toml(run)
         ):
             raise RefpeftError(f"{out / name} is of a run with other options: choose another --out")
+    asking = _questions(resolved, shots)
     rows: dict[str, Row] = {}
-    for number, (name, run) in enumerate(resolved.items(), 1):
-        started = time.monotonic()
+    for number, name in enumerate([*asking, *resolved], 1):
+        started, run = time.monotonic(), resolved.get(name)
         if name in done:
             rows[name] = stored[name]
+        elif name in asking:
+            rows[name] = _ask(name, asking[name], out, resume)
         elif isinstance(run, RefpeftError):
             rows[name] = Row(name, error=" ".join(str(run).splitlines()))
         else:
             rows[name] = _train(name, run, out / name, say)
-        did = rows[name].error or f"held-out loss {' -> '.join(rows[name].cells()[3:5])}"
+        did = rows[name].error or f"held-out loss {rows[name].losses}"
         when = "before" if name in done else f"in {report.duration(time.monotonic() - started)}"
-        say(f"{number}/{len(resolved)} {name}, {when}: {did}")
-        table = [*rows.values(), *(row for other, row in stored.items() if other not in rows)]
-        files.write_json(out / JSON, {"rows": [dataclasses.asdict(row) for row in table]})
-        files.write_text(out / MARKDOWN, markdown(table))
+        say(f"{number}/{len(asking) + len(resolved)} {name}, {when}: {did}")
+        outcomes.write(out, [*rows.values(), *(row for other, row in stored.items() if other not in rows)])
     return list(rows.values())
 
 
-def _stored(out: Path) -> dict[str, Row]:
-    """The rows of an earlier comparison, by method."""
-    found = files.read_json(out / JSON)["rows"] if (out / JSON).is_file() else []
-    return {row["method"]: Row(**row) for row in found}
+def of_seeds(resolved: Resolved, count: int, out: Path) -> dict[str, Resolved]:
+    """The run with its seed and the next ones, by the names of their directories in `out`."""
+    seeds = range(resolved.run.seed, resolved.run.seed + count)
+    return {f"seed-{seed}": _seeded(resolved, seed, out / f"seed-{seed}") for seed in seeds}
+
+
+def compare_seeds(
+    resolve: Callable[[Path], Mapping[str, Resolved | RefpeftError]],
+    count: int,
+    out: Path,
+    resume: bool,
+    say: Callable[[str], None],
+    shots: Sequence[int] = (),
+) -> list[Row]:
+    """A comparison for each of `count` seeds, in out/seed-<seed>, and the means of their rows.
+
+    `resolve` gives the runs of a directory, with the first seed.
+    """
+    first = next(run.run.seed for run in resolve(out).values() if isinstance(run, Resolved))
+    found: list[list[Row]] = []
+    for seed in range(first, first + count):
+        inside = out / f"seed-{seed}"
+        runs = {
+            name: _seeded(run, seed, inside / name) if isinstance(run, Resolved) else run
+            for name, run in resolve(inside).items()
+        }
+        found.append(compare(runs, inside, resume, lambda line, seed=seed: say(f"seed {seed}: {line}"), shots))
+    rows = [outcomes.averaged(each[0].method, each) for each in zip(*found, strict=True)]
+    outcomes.write(out, rows)
+    return rows
+
+
+def _seeded(resolved: Resolved, seed: int, directory: Path) -> Resolved:
+    run = resolved.run.model_copy(update={"seed": seed, "out": str(directory)})
+    return dataclasses.replace(resolved, run=run)
 
 
 def _train(name: str, resolved: Resolved, directory: Path, say: Callable[[str], None]) -> Row:
@@ -211,13 +200,76 @@ def _train(name: str, resolved: Resolved, directory: Path, say: Callable[[str], 
         return Row(name, lr=lr, error=said[-1] if said else f"it ended with exit code {done.returncode}")
     outcome = json.loads(done.stdout)
     records = map(json.loads, (directory / "metrics.jsonl").read_text("utf-8").splitlines())
+    scores = {key: value for key, value in (outcome["after"] or {}).items() if key != "loss"}
+    earlier = outcome.get("forgetting", {}).get("after", {})
+    exact = scores.pop("exact_match", None)
     return Row(
         name,
-        **{key: outcome[key] for key in ("trained", "loss_before", "loss_after", "exact_match", "peak_bytes")},
+        **{key: outcome[key] for key in ("trained", "loss_before", "loss_after", "peak_bytes")},
+        exact_match=exact if outcome["exact_match"] is None else outcome["exact_match"],
         step_ms=1000 * statistics.median(record["seconds"] for record in records if "seconds" in record),
         adapter_bytes=sum(path.stat().st_size for path in directory.rglob(adapters.TENSORS)),
         lr=lr,
+        scores=scores | {f"{key} of the earlier task": value for key, value in earlier.items()},
     )
+
+
+# ---- the model without training ----
+
+
+def _questions(resolved: Mapping[str, Resolved | RefpeftError], shots: Sequence[int]) -> dict[str, list[str]]:
+    """The arguments of `refpeft eval` for each number of shots, by the name of its row.
+
+    Raises RefpeftError where the rows do not say what is to be asked, and which examples can be shown.
+    """
+    runs = [one.run for one in resolved.values() if isinstance(one, Resolved)]
+    if not shots or not runs:
+        return {}
+    run, quantizers = runs[0], {(one.quantizer, one.double_quant) for one in runs}
+    training, held_out = inputs.data_files(run)
+    if len(training) > 1 or not held_out:
+        raise RefpeftError("shots need one file to be drawn from and one to be asked: give one --data, one --eval-data")
+    data, train = run.data, run.train
+    names = dict.fromkeys([*train.metrics, *([train.metric] if train.metric not in (None, "loss") else [])])
+    if training[0].parent == inputs.HERE:
+        names["exact_match"] = None
+    given = {
+        "--model": run.model,
+        "--data": held_out[0],
+        "--shots-from": training[0],
+        "--seed": run.seed,
+        "--rows": data.eval_rows,
+        "--format": None if data.format == "auto" else data.format,
+        "--fields": ",".join(f"{ours}={its}" for ours, its in data.fields.items()) or None,
+        "--length": data.length,
+        "--overlong": data.overlong,
+        "--batch": train.rows_at_a_time,
+        "--dtype": run.dtype,
+        "--device": run.device,
+    }
+    arguments = [part for flag, value in given.items() if value is not None for part in (flag, str(value))]
+    arguments += [part for name in names for part in ("--metric", name)]
+    if len(quantizers) == 1 and run.quantizer:
+        arguments += ["--quantizer", run.quantizer, *(["--double-quant"] if run.double_quant else [])]
+    return {f"base ({count} shots)": ["--shots", str(count), *arguments] for count in shots}
+
+
+def _ask(name: str, arguments: list[str], out: Path, resume: bool) -> Row:
+    """What the model says without training; with `resume` what it said to the same question before."""
+    file = out / f"{name.translate(str.maketrans(' ', '-', '()'))}.json"
+    found = files.read_json(file) if resume and file.is_file() else {}
+    if found.get("arguments") != arguments:
+        done = _refpeft("eval", *arguments, "--json")
+        if done.returncode:
+            return Row(name, error=(done.stderr.strip().splitlines() or ["it failed"])[-1])
+        found = {"arguments": arguments, "scores": json.loads(done.stdout)}
+        out.mkdir(parents=True, exist_ok=True)
+        files.write_json(file, found)
+    scores = dict(found["scores"])
+    exact, loss = scores.pop("exact_match", None), scores.pop("eval_loss")
+    for count in ("rows", "tokens", "supervised_tokens", "perplexity"):
+        scores.pop(count, None)
+    return Row(name, trained=0, loss_after=loss, exact_match=exact, scores=scores)
 
 
 def _refpeft(*arguments: str) -> subprocess.CompletedProcess:

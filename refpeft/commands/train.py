@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +67,22 @@ def flags(*keys: str) -> Callable[[Callable], Callable]:
     return add
 
 
+_seeds = click.option(
+    "--seeds", type=click.IntRange(min=2), metavar="N",
+    help="N runs, with --seed and the numbers after it, each in OUT/seed-...; mean and standard deviation.",
+)  # fmt: skip
+
+
+def _counts(text: str | None) -> list[int]:
+    """`--shots 0,4` as numbers."""
+    from refpeft.errors import RefpeftError
+
+    parts = [part.strip() for part in text.split(",")] if text else []
+    if not all(part.isascii() and part.isdigit() for part in parts) or len(set(parts)) < len(parts):
+        raise RefpeftError(f"--shots is {text!r}: expected numbers of examples, each once, such as 0,4")
+    return [int(part) for part in parts]
+
+
 def said(given: dict[str, Any]) -> list[tuple[str, str, Any]]:
     """(flag, key, value) of the flags that were given."""
     found = [(flag, key, given.get(key.replace(".", "_"))) for flag, key, *_ in _FLAGS]
@@ -76,9 +94,14 @@ def said(given: dict[str, Any]) -> list[tuple[str, str, Any]]:
 @flags()
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint of the run directory.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and do not train.")
+@_seeds
 @options.as_json
 @options.plugins
-def train(config: str | None, sets: tuple[str, ...], resume: bool, dry_run: bool, as_json: bool, **given: Any) -> None:
+@click.pass_context
+def train(
+    ctx: click.Context, config: str | None, sets: tuple[str, ...], resume: bool, dry_run: bool, seeds: int | None,
+    as_json: bool, **given: Any,
+) -> None:  # fmt: skip
     """Trains a method on a model.
 
     Without arguments it trains LoRA on a small model and a task that ship with refpeft. RUN.TOML holds the same options
@@ -93,21 +116,28 @@ def train(config: str | None, sets: tuple[str, ...], resume: bool, dry_run: bool
         from refpeft import plan
 
         options.show(plan.plan(resolved, resume), as_json)
-        return
-    _train(resolved, resume, as_json)
+    elif seeds:
+        ctx.exit(_train_seeds(resolved, seeds, resume, as_json))
+    else:
+        _train(resolved, resume, as_json)
 
 
 @click.command()
 @click.argument("config", required=False, type=click.Path(), metavar="[COMPARE.TOML]")
 @click.option("--methods", metavar="NAMES|all", help="With commas between. Default: those that COMPARE.TOML names.")
 @flags(*(key for _, key, *_ in _FLAGS if key != "method"))
+@click.option(
+    "--shots", metavar="K,K,...", callback=lambda ctx, option, text: _counts(text),
+    help="Also ask the untrained model, with so many examples before every prompt: 0,4.",
+)  # fmt: skip
 @click.option("--resume", is_flag=True, help="Leave what is finished in the directory, and train the rest.")
+@_seeds
 @options.as_json
 @options.plugins
 @click.pass_context
 def compare(
-    ctx: click.Context, config: str | None, methods: str | None, sets: tuple[str, ...], resume: bool, as_json: bool,
-    out: str | None, **given: Any,
+    ctx: click.Context, config: str | None, methods: str | None, sets: tuple[str, ...], shots: list[int], resume: bool,
+    seeds: int | None, as_json: bool, out: str | None, **given: Any,
 ) -> None:  # fmt: skip
     """Trains several methods on the same model, data and steps, one after the other, and prints a table.
 
@@ -118,17 +148,51 @@ def compare(
     from refpeft import comparing, run
 
     directory = run.free_directory(out, "compare", resume)
-    resolved = comparing.resolve(methods, config, said(given), sets, directory)
+    resolve = partial(comparing.resolve, methods, config, said(given), sets)
+    with _going_on(directory):
+        if seeds:
+            rows = comparing.compare_seeds(resolve, seeds, directory, resume, _aloud, shots)
+        else:
+            rows = comparing.compare(resolve(directory), directory, resume, _aloud, shots)
+    ctx.exit(_show(directory, rows, None, as_json))
+
+
+def _train_seeds(resolved: Any, seeds: int, resume: bool, as_json: bool) -> int:
+    from refpeft import comparing, outcomes, run
+
+    directory = run.run_directory(resolved.run, resume)
+    with _going_on(directory):
+        rows = comparing.compare(comparing.of_seeds(resolved, seeds, directory), directory, resume, _aloud)
+    mean = outcomes.averaged("mean", rows)
+    outcomes.write(directory, rows, mean)
+    return _show(directory, rows, mean, as_json)
+
+
+def _aloud(line: str) -> None:
+    click.echo(line, err=True)
+
+
+@contextlib.contextmanager
+def _going_on(directory: Path) -> Iterator[None]:
+    """Within it Ctrl-C says how to go on."""
     try:
-        rows = comparing.compare(resolved, directory, resume, say=lambda line: click.echo(line, err=True))
+        yield
     except KeyboardInterrupt:
         click.echo(f"stopped; go on with the same options and --resume --out {directory}", err=True)
         raise
+
+
+def _show(directory: Path, rows: Sequence[Any], mean: Any, as_json: bool) -> int:
+    """Prints the table of runs, and of a mean over them; the exit code: 1 where one failed."""
+    from refpeft import outcomes
+
     if as_json:
-        options.echo_json({"directory": str(directory), "rows": [dataclasses.asdict(row) for row in rows]})
+        last = {"mean": dataclasses.asdict(mean)} if mean else {}
+        found = {"directory": str(directory), "rows": [dataclasses.asdict(row) for row in rows]}
+        options.echo_json(found | last)
     else:
-        click.echo(comparing.text(rows), nl=False)
-    ctx.exit(1 if any(row.error for row in rows) else 0)
+        click.echo(outcomes.text([*rows, *([mean] if mean else [])]), nl=False)
+    return 1 if any(row.error for row in rows) else 0
 
 
 def _train(resolved: Any, resume: bool, as_json: bool) -> None:
