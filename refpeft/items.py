@@ -56,15 +56,25 @@ class Tagged:
 Item = Chat | Plain | Labelled | Tagged
 
 
+def described(item: Item) -> str:
+    """What kind of item one is, in a few words."""
+    if isinstance(item, Labelled):
+        return f"the label is {item.label!r}"
+    return {Chat: "a conversation", Plain: "a text without a label", Tagged: "tagged words"}[type(item)]
+
+
 def label_counts(items: Iterable[Item]) -> dict[str | int, int]:
-    """How often each class or tag occurs, in order of their names; empty for values and for what is to be predicted."""
+    """How often each class or tag occurs; empty for values and for what is to be predicted.
+
+    They are in the order of their numbers, then of their names.
+    """
     counts: Counter[str | int] = Counter()
     for item in items:
         if isinstance(item, Tagged):
             counts.update(item.tags or ())
         elif isinstance(item, Labelled) and isinstance(item.label, str | int):
             counts[item.label] += 1
-    return dict(sorted(counts.items()))
+    return {label: counts[label] for label in sorted(counts, key=lambda label: (isinstance(label, str), label))}
 
 
 def label_lines(items: Iterable[Item]) -> list[str]:

@@ -96,6 +96,8 @@ class Trainer:
             learning.refuse_recomputation(model)
         if s.rows_at_a_time < s.batch and train.of_pairs_alone:
             raise RefpeftError("a batch's texts are compared with one another: leave micro_batch out, or give scores")
+        if s.batch == 1 and train.of_pairs_alone:
+            raise RefpeftError("a batch's texts are compared with one another: set a larger batch, or give scores")
         if s.kl:
             towards_base.check_kl(model)
         options = {name: value for name in OPTIONS if (value := getattr(s, name)) is not None}
@@ -162,13 +164,14 @@ class Trainer:
     def _step(self) -> None:
         started, step, model = time.perf_counter(), self.summary.steps, self.model
         batch = self.train.at(step)
+        denominator = batch.denominator or 1  # the whole batch's: exact. It is 0 where all of its labels weigh nothing
         parts = split(batch, self.settings.rows_at_a_time)
         loss = 0.0
         model.mode.training, model.mode.seed = True, self.seed
         try:
             for i, part in enumerate(parts):
                 model.mode.step, model.mode.part, model.mode.task = step, i, part.task
-                part_loss = self._objective(part, batch.denominator)  # the whole batch's: exact
+                part_loss = self._objective(part, denominator)
                 part_loss.backward()
                 loss = loss + part_loss.data
             for penalty in chain(learning.penalties(model), self.first.penalties() if self.first else ()):

@@ -17,6 +17,7 @@ from refpeft.data import examples_of
 from refpeft.errors import RefpeftError
 from refpeft.formats import read_items
 from refpeft.models.config import from_hf
+from refpeft.tasks.classify import number_of
 from refpeft.tokenizer import Tokenizer
 
 WORDS = ["good", "bad", "film", "a", "the", "is", "it", "was", "not", "very", "hides", "##s"]
@@ -171,6 +172,12 @@ def test_long_texts_are_split_with_special_tokens_around_each_part(folder):
     assert all(part.free.tolist() == list(range(1, len(part) - 1)) for part in parts)
 
 
+def test_a_length_without_room_for_a_token_between_the_special_ones_is_refused(folder):
+    task, data = read(write(folder / "rows.jsonl", [{"text": "the film is good"}]), "bert")
+    with pytest.raises(RefpeftError, match="2 special tokens stand around each part: set a larger length"):
+        list(task.windows(data.examples[0], 2))
+
+
 def test_a_decoder_says_the_answer_after_its_start_token(folder):
     file = write(
         folder / "rows.jsonl", [{"prompt": "is it good", "completion": "it is"}, {"prompt": "a", "completion": "a"}]
@@ -200,6 +207,25 @@ def test_labels_must_differ_and_texts_may_be_empty(folder, rows, message):
         assert len(read(file, "bert")[1].examples[1]) == 2  # [CLS] and [SEP]
 
 
+def test_a_number_between_the_labels_is_unknown_and_not_the_label_at_that_place():
+    assert [number_of(label, ("0", "2")) for label in (0, 2, "2")] == [0, 1, 1]
+    assert [number_of(label, ("down", "up")) for label in (0, 1, "up")] == [0, 1, 1]
+    with pytest.raises(RefpeftError, match="label '1' is unknown"):
+        number_of(1, ("0", "2"))
+
+
+def test_labels_of_several_files_may_be_numbers_in_one_and_names_in_another(folder):
+    write(folder / "numbers.jsonl", [{"text": "a", "label": n % 2} for n in range(4)])
+    write(folder / "names.jsonl", [{"text": "a", "label": label} for label in ("1", "up", "down")])
+    assert trained(folder, **{"data.file": ["numbers.jsonl", "names.jsonl"]}).model.labels == ("0", "1", "down", "up")
+
+
+def test_a_batch_whose_labels_all_weigh_nothing_changes_nothing(folder):
+    write(folder / "rows.jsonl", LABELLED)
+    outcome = trained(folder, **{"data.file": "rows.jsonl", "train.class_weights": [0.0, 1.0], "train.batch": 1})
+    assert 0.0 in outcome.summary.train_losses and np.isfinite(outcome.summary.train_losses).all()
+
+
 def test_class_weights_are_balanced_or_given(folder):
     file = write(folder / "rows.jsonl", [{"text": "a", "label": label} for label in ("x", "y", "y", "y")])
     task, data = read(file, "bert", class_weights="balanced")
@@ -207,7 +233,7 @@ def test_class_weights_are_balanced_or_given(folder):
     batch = Batches(data.examples, 4, 32, shuffle=False).at(0)
     assert batch.denominator == pytest.approx(4) and batch.supervised == 4
     assert read(file, "bert", class_weights=[1.0, 0.5])[0].weights.tolist() == [1, 0.5]
-    with pytest.raises(RefpeftError, match=r"class_weights has 3 numbers, .* each of the labels x, y"):
+    with pytest.raises(RefpeftError, match=r"class_weights has 3 numbers, .* labels,? x, y"):
         read(file, "bert", class_weights=[1, 2, 3])
 
 

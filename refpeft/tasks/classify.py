@@ -11,7 +11,7 @@ import numpy as np
 from refpeft.batches import Batches
 from refpeft.errors import RefpeftError, nearest
 from refpeft.examples import Asked
-from refpeft.items import Item, Labelled, label_counts
+from refpeft.items import SHOWN_LABELS, Item, Labelled, label_counts, label_lines
 from refpeft.models.base import Model
 from refpeft.tasks.base import Asking, Told, asked, softmax
 from refpeft.tokenizer import Tokenizer
@@ -22,6 +22,8 @@ class Labelling(Asking):
 
     def __init__(self, tokenizer: Tokenizer, labels: Sequence[str]):
         super().__init__(tokenizer)
+        if len(set(labels)) < len(labels):
+            raise RefpeftError(f"labels names one twice: {few(labels)}")
         self.labels = tuple(labels)
         self.weights: np.ndarray | None = None
 
@@ -29,8 +31,8 @@ class Labelling(Asking):
         """Sets the labels' weights. Raises RefpeftError unless there is one for each, of 0 or more."""
         if len(weights) != len(self.labels) or min(weights) < 0 or max(weights) <= 0:
             raise RefpeftError(
-                f"class_weights has {len(weights)} numbers, {list(weights)}: expected one of 0 or more for each of the "
-                f"labels {', '.join(self.labels)}"
+                f"class_weights has {len(weights)} numbers, {few(weights)}: expected one of 0 or more for each of the "
+                f"{len(self.labels)} labels, {few(self.labels)}"
             )
         self.weights = np.array(weights, np.float32)
 
@@ -79,24 +81,32 @@ class Classify(Labelling):
 def number_of(label: str | int, labels: Sequence[str]) -> int:
     """The number of a label of the data. Raises RefpeftError for one that is none of `labels`.
 
-    A whole number is the label of that name, or, where the labels have names, the one with that number.
+    A whole number is the label of that name, or, where labels have other names than numbers, the one with that number.
     """
     name = str(label)
     if name in labels:
         return labels.index(name)
-    if isinstance(label, int) and 0 <= label < len(labels):
+    if isinstance(label, int) and 0 <= label < len(labels) and not any(map(str.isdecimal, labels)):
         return label
-    raise RefpeftError(f"label {name!r} is unknown{nearest(name, labels) or '; there are ' + ', '.join(labels)}")
+    raise RefpeftError(f"label {name!r} is unknown{nearest(name, labels) or '; there are ' + few(labels)}")
+
+
+def few(names: Sequence[Any]) -> str:
+    """The first of them."""
+    more = f" and {len(names) - SHOWN_LABELS:,} more" if len(names) > SHOWN_LABELS else ""
+    return ", ".join(map(str, names[:SHOWN_LABELS])) + more
 
 
 def labels_of(items: Sequence[Item]) -> tuple[str, ...]:
-    """The labels, or tags, of a data set by name: in alphabetical order, or that of numbers. Raises RefpeftError
-    where there are fewer than two."""
-    found = list(label_counts(items))
+    """The labels, or tags, of a data set by name: numbers in their order, then names in that of the alphabet.
+
+    Raises RefpeftError where there are fewer than two.
+    """
+    found = list(dict.fromkeys(map(str, label_counts(items))))  # one file may have 1 where another one has "1"
     if len(found) < 2:
-        has = f"only {found[0]!r}" if found else "none"
-        raise RefpeftError(f"there is nothing to tell apart: of labels the rows have {has}")
-    return tuple(map(str, sorted(found, key=lambda label: (isinstance(label, str), label))))
+        has = f"of labels the rows have only {found[0]!r}" if found else "; ".join(label_lines(items))
+        raise RefpeftError(f"there is nothing to tell apart: {has}")
+    return tuple(found)
 
 
 def balanced(items: Sequence[Item], labels: Sequence[str]) -> np.ndarray:

@@ -49,6 +49,8 @@ class MLM(Task):
         first, last = int(example.free[0]), int(example.free[-1]) + 1
         before, after = example.ids[:first], example.ids[last:]
         room = length - len(before) - len(after)
+        if room < 1:
+            raise RefpeftError(f"{len(before) + len(after)} special tokens stand around each part: set a larger length")
         for at in range(first, last, room):
             inner = example.ids[at : min(at + room, last)]
             free = np.arange(len(inner)) + len(before)
