@@ -52,7 +52,8 @@ class Base:
         """Attention (batch, heads, time, width) such as this layer's own: positions, window, documents, earlier tokens.
 
         For sub-networks of a block's hook. Keys have as many heads as queries, or fewer. Rotary positions take every
-        n-th of the model's frequencies where `width` is an n-th of its head_dim, and so span the same range.
+        n-th of the model's frequencies where `width` is an n-th of its head_dim, and so span the same range; T5's bias
+        of positions is the model's.
         """
         around = self._keywords
         if around.get("cos") is not None:
@@ -63,7 +64,16 @@ class Base:
             q, k = fused.rope(q, cos=cos, sin=sin), fused.rope(k, cos=cos, sin=sin)
         if around["cache"]:
             k, v = around["cache"].extend(self._key, k, v)
-        return fused.attention(q, k, v, mask=around["mask"])
+        return fused.attention(q, k, v, around.get("bias"), mask=around["mask"])
+
+    def cross_attention(self, q: Tensor, source: Callable[[], tuple[Tensor, Tensor]]) -> Tensor:
+        """Attention to what `source` gives, keys and values of the encoder's tokens; in generation it is asked once."""
+        cache, key = self._keywords["cache"], (*self._key, "cross")
+        known = cache and cache.layers.get(key)
+        k, v = (Tensor(one.array) for one in known) if known else source()
+        if cache and not known:
+            cache.extend(key, k, v)
+        return fused.attention(q, k, v, mask=self._keywords["read"])
 
     @property
     def weight(self) -> Tensor:

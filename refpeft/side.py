@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
@@ -15,7 +14,7 @@ from .rng import Stream
 from .tensor import Tensor
 
 if TYPE_CHECKING:
-    from .layers import Near
+    from .layers import Base, Near
 
 EPS = 1e-6
 """Of a side network's normalizations."""
@@ -25,7 +24,8 @@ def side_values(rng: Stream, near: Near, r: int) -> dict[str, np.ndarray]:
     """First values of a layer whose every width is that of the model's layer, near, divided by `r` and rounded down.
 
     It has as many heads. RMSNorm: norm1, norm2; attention: q, k, v, o; feed-forward part: up, down and, where the
-    model's has one, gate. No biases. Raises RefpeftError where heads cannot be divided by `r`.
+    model's has one, gate; in a decoder that reads an encoder also norm3, and q3, k3, v3, o3. No biases. Raises
+    RefpeftError where heads cannot be divided by `r`.
     """
     (kv_heads, head), (ff, dim) = near.site("attend").shape, near.site("up").shape
     fit = [n for n in range(1, head + 1) if head % n == 0 and head // n % 2 == head % 2]  # even, for rotary positions
@@ -37,19 +37,30 @@ def side_values(rng: Stream, near: Near, r: int) -> dict[str, np.ndarray]:
     shapes |= {"gate": (inner, width)} if near.has("gate") else {}
     shapes |= {"up": (inner, width), "down": (width, inner)}
     norms = {"norm1": np.ones(width), "norm2": np.ones(width)}
+    if near.has("cross_q"):
+        shapes |= {f"{letter}3": shapes[letter] for letter in "qkvo"}
+        norms["norm3"] = np.ones(width)
     return norms | {name: kaiming(rng, *shape) for name, shape in shapes.items()}
 
 
-def side_layer(x: Tensor, p: SimpleNamespace, attention: Callable[..., Tensor], head: int) -> Tensor:
+def side_layer(x: Tensor, p: SimpleNamespace, base: Base, head: int, source: Tensor | None = None) -> Tensor:
     """x + attention(norm(x)), then x + MLP(norm(x)): x (batch, time, width), heads of width `head`.
 
-    `attention` is refpeft.layers.Base.attention. The MLP is down (silu(gate x) * up x), or down gelu(up x).
+    In a decoder x + attention to the `source` comes between them. The MLP is down (silu(gate x) * up x), or down
+    gelu(up x).
     """
-    batch, time, _ = x.shape
+
+    def in_heads(x: Tensor, *weights: Tensor) -> list[Tensor]:
+        return [ops.linear(x, w).reshape(*x.shape[:2], -1, head).transpose(0, 2, 1, 3) for w in weights]
+
+    def joined(y: Tensor, weight: Tensor) -> Tensor:
+        return ops.linear(y.transpose(0, 2, 1, 3).reshape(*x.shape[:2], -1), weight)
+
     h = fused.rms_norm(x, p.norm1, eps=EPS)
-    q, k, v = (ops.linear(h, w).reshape(batch, time, -1, head).transpose(0, 2, 1, 3) for w in (p.q, p.k, p.v))
-    y = attention(q, k, v).transpose(0, 2, 1, 3).reshape(batch, time, -1)
-    x = x + ops.linear(y, p.o)
+    x = x + joined(base.attention(*in_heads(h, p.q, p.k, p.v)), p.o)
+    if hasattr(p, "norm3"):
+        (q,) = in_heads(fused.rms_norm(x, p.norm3, eps=EPS), p.q3)
+        x = x + joined(base.cross_attention(q, lambda: tuple(in_heads(source, p.k3, p.v3))), p.o3)
     h = fused.rms_norm(x, p.norm2, eps=EPS)
     up = ops.linear(h, p.up)
     inner = fused.silu_mul(ops.linear(h, p.gate), up) if hasattr(p, "gate") else fused.gelu(up, approximate=True)

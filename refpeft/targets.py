@@ -86,13 +86,24 @@ def homes(sites: Iterable[Site]) -> list[str]:
     return list(dict.fromkeys(site.home for site in sites if site.home))
 
 
-def check_layers(name: str, cfg: Any, sites: list[Site]) -> None:
-    """Raises RefpeftError unless `sites`, of a method that goes through all layers, are those of one stack of them."""
+def stacks(sites: Iterable[Site]) -> list[list[Site]]:
+    """The sites by the stack of layers that they are in: of an encoder and of its decoder, or of one stack."""
+    found: dict[str, list[Site]] = {}
+    for site in sites:
+        found.setdefault(site.home.rpartition(".")[0], []).append(site)
+    return list(found.values())
+
+
+def check_layers(name: str, cfg: Any, sites: list[Site], two: bool = False) -> None:
+    """Raises RefpeftError unless `sites`, of a method that goes through all layers, are those of one stack of them.
+
+    With `two`, an encoder and its decoder will do.
+    """
     if tuple(cfg.targets) != type(cfg).targets:
         raise RefpeftError(f"{name} goes through all layers: leave its targets as they are")
     check_runs(name, sites)
     numbers = [site.index for site in sites if site.kind == "block"]
-    if numbers != list(range(len(numbers))):
+    if not two and numbers != list(range(len(numbers))):
         raise RefpeftError(f"{name} goes through one stack of layers, and this model has an encoder and a decoder")
 
 

@@ -62,7 +62,7 @@ _ONE_STACK = "goes through one stack of layers, and this model has an encoder an
 _ONE_LAYER = "treats a model's layers differently, and this model runs one 2 times"
 _NO_BIASES = r"bitfit trains biases, and none of the \d+ layers that it was pointed at has one"
 REFUSED = [
-    (T5S, ("pre_layer", "ladder_side", "ladder_side-drop"), _ONE_STACK),
+    (T5S, ("pre_layer",), _ONE_STACK),
     (("albert",), ("pre_layer", "ladder_side", "ladder_side-drop", "adapterdrop", "adapterdrop-first"), _ONE_LAYER),
     (("albert",), ("attention_fusion", "attention_fusion-add"), _ONE_LAYER),
     (T5S, ("bitfit", "lora-bias", "lora-all-biases"), _NO_BIASES),

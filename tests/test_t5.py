@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tiny
 from safetensors.numpy import save_file
+from test_memory import count_weights
 from variants import quantizer
 
 import refpeft
@@ -131,6 +132,7 @@ METHODS = {
     "llama_adapter": {"tokens": 3},
     "unipelt": {"tokens": 3, "hidden": 0},
     "attention_fusion": {},
+    "ladder_side": {"r": 5},
 }
 
 
@@ -246,10 +248,46 @@ def test_layers_beside_a_site_are_those_of_its_own_half():
     assert all(name.startswith(f"{home}.layer.0.") for home, name in beside.items()) and len(beside) == 5
 
 
-@pytest.mark.parametrize("method", ["pre_layer", "ladder_side"])
-def test_what_goes_through_one_stack_of_layers_is_refused(method):
-    with pytest.raises(RefpeftError, match=f"{method} goes through one stack of layers, .* an encoder and a decoder"):
-        sites.attach(built("t5"), method)
+@pytest.mark.parametrize("output", ["replace", "add"])
+def test_a_side_network_of_both_halves_runs_beside_the_model(output):
+    """Its decoder reads its encoder, what was handed on goes with the encoder's states, and nothing runs backwards
+    through the model."""
+    model, given = tiny.of(CONFIGS["t5"] | {"d_kv": 12}), rows()
+    adapter = sites.attach(model, "ladder_side", {"r": 3, "output": output, "drop": [1]})
+    tiny.scramble(adapter)
+    value, asked = weigh(model, given), count_weights(model)
+    value.backward()
+    assert not any(asked.values())
+    own = [tensor.grad for name, tensor in adapter.params.items() if name.startswith("encoder.")]
+    assert own and all(abs(gradient).max() > 0 for gradient in own)
+    assert not any(".block.1." in name for name in adapter.params if "block_out.ladder" in name)
+    whole = model(**given).data
+    states = model.encode(given["ids"], given["segments"])
+    model(**given | {"ids": given["ids"][::-1].copy()})
+    for _ in range(2):
+        hidden = model.decode(given["said"], states, given["segments"])
+        assert np.array_equal(model.head(model.finish(hidden)).data, whole)
+    assert not vars(adapter.parts[0].memo)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_side_network_reads_the_encoders_own_in_generation(beams):
+    model = tiny.of(CONFIGS["t5"] | {"d_kv": 12})
+    tiny.scramble(sites.attach(model, "ladder_side", {"r": 3}))
+    prompts = [[5, 9, 2], [7, 1, 30, 22, 8, 3, 11], [4]]
+    apart = [generate(model, [prompt], 5, beams=beams)[0] for prompt in prompts]
+    assert generate(model, prompts, 5, beams=beams) == apart
+    if beams == 1:
+        for prompt, answer in zip(prompts, apart, strict=True):
+            said = [0]
+            for token in answer:
+                assert int(model(np.array([prompt]), np.array([said])).data[0, -1].argmax()) == token
+                said.append(token)
+
+
+def test_what_goes_through_one_stack_of_layers_is_refused():
+    with pytest.raises(RefpeftError, match=r"pre_layer goes through one stack of layers, .* an encoder and a decoder"):
+        sites.attach(built("t5"), "pre_layer")
 
 
 def test_an_open_gate_leaves_a_prefix_as_it_is_beside_scores_that_are_not_scaled():

@@ -16,6 +16,7 @@ import numpy as np
 
 from refpeft import fused
 from refpeft.backend import Array
+from refpeft.layers import Part
 from refpeft.models.base import Cache, Frozen, Model
 from refpeft.models.decoder import gated, unit
 from refpeft.models.relative import biased_attention, t5_buckets
@@ -46,7 +47,11 @@ class T5(Model):
         hidden = self.embed(ids)
         mask = fused.Mask(ids.shape[1], None, segments, causal=False)
         bias = self.encoder.bias(range(hidden.shape[1]), hidden.shape[1], both=True)
-        return self.encoder(hidden, mask=mask, bias=bias, cache=None)
+        try:
+            states = self.encoder(hidden, mask=mask, bias=bias, cache=None)
+            return Encoded(states, [(part, dict(vars(part.memo))) for one in self.adapters for part in one.parts])
+        finally:
+            self.forget()
 
     def decode(self, said: Array, states: Tensor, segments: Array | None = None, cache: Cache | None = None) -> Tensor:
         """The decoder's states (batch, time, dim) of `said` (batch, time), which reads the encoder's `states`."""
@@ -58,7 +63,12 @@ class T5(Model):
         asking = None if segments is None else self.xp.zeros(said.shape, np.int32)
         read = fused.Mask(states.shape[1] - self._virtual(states, segments), None, segments, False, asking)
         hidden = self.embed(said)[:, -said.shape[1] :]
-        hidden = self.decoder(hidden, mask=fused.Mask(keys), bias=bias, states=states, read=read, cache=cache)
+        for part, memo in getattr(states, "memos", ()):
+            vars(part.memo).update(memo)
+        try:
+            hidden = self.decoder(hidden, mask=fused.Mask(keys), bias=bias, states=states, read=read, cache=cache)
+        finally:
+            self.forget()
         if cache:
             cache.tokens += said.shape[1]
         return hidden
@@ -81,6 +91,14 @@ class T5(Model):
         return 0 if segments is None else states.shape[1] - segments.shape[1]
 
 
+class Encoded(Tensor):
+    """An encoder's states, and what hooks handed on there (`memo`), for those of the decoder."""
+
+    def __init__(self, states: Tensor, memos: list[tuple[Part, dict[str, object]]]):
+        super().__init__(states.data, states.node)
+        self.memos = memos
+
+
 class Side:
     """The encoder or the decoder: layers, and the norm after them."""
 
@@ -98,12 +116,9 @@ class Side:
         return self.relative(self.model.xp.asarray(buckets)).transpose(2, 0, 1)[None]
 
     def __call__(self, hidden: Tensor, **around: object) -> Tensor:
-        try:
-            for layer in self.layers:
-                hidden = self.model.run(partial(layer, **around), hidden)
-            return self.norm(hidden)
-        finally:
-            self.model.forget()
+        for layer in self.layers:
+            hidden = self.model.run(partial(layer, **around), hidden)
+        return self.norm(hidden)
 
 
 class Layer:
