@@ -18,7 +18,7 @@ import numpy as np
 
 from refpeft import hookimpl, ops
 from refpeft.side import EPS
-from refpeft.targets import check_layers
+from refpeft.targets import check_layers, stacks
 
 FAMILY = "additive"
 
@@ -31,18 +31,12 @@ class Config:
 
 @hookimpl
 def peft_check(sites, cfg):
-    check_layers("attention_fusion", cfg, stack(sites))
-
-
-def stack(sites):
-    """The layers before the head: of an encoder and a decoder the decoder's."""
-    name = sites[-1].home.rpartition(".")[0]
-    return [site for site in sites if site.home.rpartition(".")[0] == name]
+    check_layers("attention_fusion", cfg, stacks(sites)[-1])
 
 
 @hookimpl
 def peft_params(site, sites):
-    if site not in stack(sites):
+    if site not in stacks(sites)[-1]:
         return None
     return {"query": np.zeros(site.shape[0])} if site is sites[-1] else {}
 
@@ -54,7 +48,7 @@ def normalized(h):
 @hookimpl
 def peft_block(x, base, p, cfg, site, sites, memo):
     h = base(x)
-    if site is stack(sites)[0]:
+    if site is stacks(sites)[-1][0]:
         memo.states = [normalized(x)]
     memo.states.append(normalized(h))
     if site is not sites[-1]:

@@ -27,7 +27,8 @@ The arguments:
     x       Tensor (batch, time, in); ids: integer array (batch, time)
     base    the layer below, to be called once: base(x). Keywords stand in for its frozen parts: base(x, bias=p.bias).
             base.weight and base.bias are those parts as constants; base.frozen(x) is x times the weight alone;
-            base.attention(q, k, v), in a block's hook, is attention such as the layer's own for a sub-network;
+            base.attention(q, k, v), in a block's hook, is attention such as the layer's own for a sub-network, and
+            base.cross_attention(q, source) in T5's decoder attention to the keys and values that source() gives;
             base.scale(q), in an attention's, what its scores are multiplied with, to be handed on where q is widened
     p       the site's values by name, p.A: Tensors in the hooks of the forward pass and in peft_penalty, else arrays
     shared  the values of `peft_shared` by name, likewise
@@ -35,7 +36,8 @@ The arguments:
             near.site("k") is its Site, near.has("gate") whether there is one, and near.keys_and_values(x, site)
             what attention would have of rows x
     memo    what the hooks of a method hand on from site to site, upward, within one forward pass: a namespace, empty
-            when a pass begins. checkpoint_activations is refused with it, since layers would run again without it
+            when a pass begins (T5's decoder has what was handed on in its encoder). checkpoint_activations is refused
+            with it, since layers would run again without it
     task    which data set of several the rows are of: an array of integers (batch,), one number for all, or None
     behind  how many rows of a block's x stand behind those that this method put there: those of text, and of methods
             attached before it. In cached generation x may have fewer, and then none of them is this method's
