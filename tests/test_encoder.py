@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 from variants import quantizer
 
 import refpeft
-from refpeft import adapters, ops, sites
+from refpeft import ops, sites
 from refpeft.errors import RefpeftError
 from refpeft.generate import generate
 from refpeft.models import saving
@@ -278,22 +278,3 @@ def test_an_open_gate_leaves_a_prefix_as_it_is(family):
     for name, tensor in sites.attach(plain, "prefix_tuning", options).params.items():
         tensor.data[...] = values.params[name].data
     assert np.allclose(gated(**rows(family)).data, plain(**rows(family)).data, rtol=0, atol=1e-12)
-
-
-@pytest.mark.real
-@pytest.mark.filterwarnings("ignore")  # of transformers and PEFT, about themselves
-def test_peft_reads_its_adapters(tmp_path):
-    torch, transformers, peft = map(pytest.importorskip, ("torch", "transformers", "peft"))
-    model, given = built("bert"), rows("bert")
-    tiny.scramble(sites.attach(model, "lora", {"r": 2}))
-    adapters.save(tmp_path, model)
-    peer = transformers.AutoModelForMaskedLM.from_config(transformers.AutoConfig.for_model(**CONFIGS["bert"]))
-    weights = {name: torch.tensor(array) for name, array in tiny.drawn(CONFIGS["bert"]).items()}
-    peer.load_state_dict(weights, strict=False)
-    peer = peft.PeftModel.from_pretrained(peer.double(), tmp_path, autocast_adapter_dtype=False).double().eval()
-    real = given["segments"] >= 0
-    types = {"token_type_ids": torch.tensor(given["types"])} if "types" in given else {}
-    theirs = peer(
-        torch.tensor(given["ids"]), attention_mask=torch.tensor(real * 1), output_hidden_states=True, **types
-    ).hidden_states[-1]
-    assert abs(model(**given).data - theirs.detach().numpy())[real].max() < 1e-5
