@@ -406,6 +406,9 @@ def _cross_checks(run: RunConfig, given: Layer, problems: Problems) -> None:
     if isinstance(train.warmup, int) and train.steps and train.warmup > train.steps:
         problem("train.warmup", f"train.warmup is {train.warmup} steps, more than the {train.steps} of train.steps")
     held_out = data.eval_file or data.eval_share or (data.file in (None, EMBEDDED) and run.model == EMBEDDED)
+    for key, wanted in (("metric", train.metric), ("metrics", train.metrics)):
+        if wanted and not held_out:
+            problem(f"train.{key}", f"train.{key} needs held-out rows: data.eval_file or data.eval_share")
     for key, wanted in (("early_stop", train.early_stop), ("best", train.best)):
         if wanted and not (held_out and train.eval_every):
             problem(

@@ -58,7 +58,7 @@ SHAREGPT_ROLES = {
 
 @dataclass(frozen=True)
 class Items:
-    """The rows of a file in one format, and the item of each. The rows' columns have the format's own names."""
+    """The rows of a file, which are in one format, and the item of each."""
 
     rows: list[Row]
     items: list[Item]
@@ -79,19 +79,20 @@ def read_items(
     format          one of FORMATS; None tells it from the columns
     fields          what the file calls a format's columns: {"text": "review", "label": "stars"}
     has_template    whether the model has a chat template: then an instruction is what its user says
-    answers         False: rows are to be predicted, so what `fields` calls label, score or tags may be missing
+    answers         False: rows are to be predicted, so what would be learned of them may be missing
     """
     notes: list[str] = []
     fields = fields or {}
     _check_names(format, fields)
     rows = read_rows(path, known=(*NAMES, *fields.values()), notes=notes)
-    rows = _with_fields(rows, fields, answers, str(path))
-    format = format or _told(rows, fields, str(path))
+    named = _with_fields(rows, fields, answers, str(path))
+    named = named if answers else [_asking(row) for row in named]
+    format = format or _told(named, fields, str(path))
     names = FORMATS[format].names
-    rows = [_renamed(row, names(tuple(row.fields))) for row in rows]
-    columns = dict.fromkeys(name for row in rows for name in row.fields)
+    named = [_renamed(row, names(tuple(row.fields))) for row in named]
+    columns = dict.fromkeys(name for row in named for name in row.fields)
     unused = [name for name in columns if name not in FORMATS[format].all_columns]
-    return Items(rows, _items(rows, format, has_template, str(path)), format, unused, notes)
+    return Items(rows, _items(named, format, has_template, str(path)), format, unused, notes)
 
 
 # -- formats and the names of their columns ----------------------------------------------------------------------------
@@ -147,6 +148,13 @@ def _with_fields(rows: list[Row], fields: Mapping[str, str], answers: bool, file
             problems.add(None, f"no column {its!r}, which fields.{ours} names: {have}")
     problems.stop()
     return [_renamed(row, fields) for row in rows] if fields else rows
+
+
+def _asking(row: Row) -> Row:
+    """The row with empty answers to its prompt, where it has none and without them is of no format."""
+    if any(f.names(tuple(row.fields)) for f in FORMATS.values()):
+        return row
+    return Row(row.line, row.fields | {its: "" for asked, its in _ANSWER_TO.items() if asked in row.fields})
 
 
 def _renamed(row: Row, names: Mapping[str, str]) -> Row:
@@ -421,5 +429,6 @@ FORMATS = {
 COLUMNS = tuple(dict.fromkeys(name for f in FORMATS.values() for name in f.all_columns))
 NAMES = {name for f in FORMATS.values() for names in f.told_by for name in names}
 """What columns are called in files whose format is told."""
-ANSWERS = ("label", "score", "tags")
+ANSWERS = ("label", "score", "tags", "output", "completion", "target")
 """What may be missing in rows that are to be predicted."""
+_ANSWER_TO = {"instruction": "output", "prompt": "completion"} | dict(_SOURCES)

@@ -13,7 +13,7 @@ from refpeft.batches import Batches
 from refpeft.data import Data, examples_of
 from refpeft.errors import RefpeftError
 from refpeft.formats import Items, read_items
-from refpeft.items import Labelled
+from refpeft.items import Item, Labelled, Tagged
 from refpeft.mixtures import Mixture
 from refpeft.models.config import AnyConfig
 from refpeft.rng import Stream
@@ -71,7 +71,10 @@ def _task(name: str, items: Mapping[Path, Items], run: RunConfig, model: AnyConf
     how = {"class_weights": run.train.class_weights, "supervise": run.data.supervise}
     try:
         every = [item for found in items.values() for item in found.items]
-        return tasks.make(name, tokenizer, model, every, run.labels, **how)
+        task = tasks.make(name, tokenizer, model, every, run.labels, **how)
+        if run.labels and not task.labels:
+            raise RefpeftError(f"labels has no effect: the task {name!r} has none")
+        return task
     except RefpeftError as error:
         raise RefpeftError(f"{', '.join(map(str, items))}: {error}") from None
 
@@ -96,10 +99,17 @@ def to_predict(
     if items.format == "text" and task.name in ("classify", "regress"):
         texts = [Labelled(item.prompt + item.completion) for item in items.items]
         items = dataclasses.replace(items, items=texts, format="label")
+    if task.labels:  # those of the rows, which may be others, do not matter
+        items = dataclasses.replace(items, items=[_unlabelled(item) for item in items.items])
     rows = examples_of(items, task, str(file), row_length(length, model), "truncate", answers=False)
     if len(rows.examples) < len(items.rows):
         raise RefpeftError(f"{file}: {rows.summary.dropped} rows are too long to be predicted: set a larger --length")
     return items, rows
+
+
+def _unlabelled(item: Item) -> Item:
+    field = {Labelled: "label", Tagged: "tags"}.get(type(item))
+    return dataclasses.replace(item, **{field: None}) if field else item
 
 
 def row_length(asked: int | None, model: AnyConfig) -> int:

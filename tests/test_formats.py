@@ -276,7 +276,7 @@ def test_formats_serve_tasks_that_there_are():
 
 
 def test_the_table_of_the_readme_is_that_of_the_formats():
-    readme = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
+    readme = (Path(__file__).parents[1] / "README.md").read_text("utf-8").partition("\n## Tasks\n")[0]
     rows = re.findall(r"^\| `(\w+)` \| ([a-z_, ?]+) \|.*\| ([a-z0-9, -]+) \|$", readme, re.M)
     for row, (name, f) in zip(rows, FORMATS.items(), strict=True):
         columns = ", ".join([*f.columns, *(f"{column}?" for column in f.optional)])
@@ -296,7 +296,23 @@ def test_columns_may_have_any_names(write, name, between):
     table = between and "\n".join(between.join(line) for line in (rows[0], rows[0].values()))
     found = read_items(write(table or rows, name), fields={"text": "my review", "label": "stars"})
     assert found.items == [Labelled("fine", None, 4)] and found.unused == ["id"]
-    assert found.rows[0].fields == {"id": "7", "text": "fine", "label": "4"}
+    assert found.rows[0].fields == rows[0]  # as the file has it
+
+
+@pytest.mark.parametrize(
+    "row, fields, item",
+    [
+        ({"prompt": "q"}, {}, Plain("q", "")),
+        ({"article": "a"}, {}, Plain("a\n", "")),
+        ({"question": "q"}, {"prompt": "question", "completion": "answer"}, Plain("q", "")),
+        ({"source": "imdb", "sentence": "fine"}, {}, Labelled("fine")),  # not a source without its target
+    ],
+)
+def test_answers_may_be_missing_where_they_are_to_be_predicted(write, row, fields, item):
+    found = read_items(write([row]), fields=fields, answers=False)
+    assert found.items == [item] and found.rows[0].fields == row
+    if not isinstance(item, Labelled):
+        assert "expected" in problems(write([row])) or "answer" in problems(write([row]), fields=fields)
 
 
 @pytest.mark.parametrize(

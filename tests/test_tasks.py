@@ -7,12 +7,10 @@ import pytest
 import tiny
 import tiny_files
 import tiny_tokenizers
-from click.testing import CliRunner
 
 import refpeft
 from refpeft import config, files, inputs, merging, run, tasks
 from refpeft.batches import Batches, split
-from refpeft.cli import main
 from refpeft.data import examples_of
 from refpeft.errors import RefpeftError
 from refpeft.formats import read_items
@@ -368,14 +366,48 @@ def test_the_metric_decides_which_evaluation_is_the_best(folder):
         ({"data.pack": True}, "the task 'classify' has one: leave it out"),
         ({"data.overlong": "split", "data.length": 4}, "cannot be split, at lines .* overlong split is for texts"),
         ({"labels": ["up", "sideways"]}, "label 'down' is unknown"),
+        ({"labels": ["up", "up", "down"]}, "labels names one twice: up, up, down"),
+        ({"task": "embed"}, "the label is 'down': expected two texts, and perhaps a score that is a number"),
         ({"task": "tag"}, "is not for the task 'tag', but for classify"),
-        ({"method": ["adamix"], "task": "regress"}, "expected a text and a number"),
+        ({"method": ["adamix"], "task": "regress"}, "the label is 'down': expected a text and a number"),
     ],
 )
 def test_what_a_classification_cannot_have_is_refused(folder, flags, message):
     write(folder / "rows.jsonl", LABELLED)
     with pytest.raises(RefpeftError, match=message):
         trained(folder, **{"data.file": "rows.jsonl", "data.eval_file": "rows.jsonl"} | flags)
+
+
+@pytest.mark.parametrize(
+    "rows, flags, message",
+    [
+        ([{"text": "a", "label": 1.5}], {"task": "classify"}, "nothing to tell apart: values from 1.5 to 1.5"),
+        (
+            [{"text": "a", "label": n} for n in range(30)],
+            {"labels": ["x", "y"]},
+            "label '2' is unknown; there are x, y",
+        ),
+        ([{"text": "a", "label": f"{n}!"} for n in range(3)], {"labels": [f"l{n}" for n in range(1000)]}, "980 more$"),
+        ([{"text": "a film"}], {"labels": ["a", "b"]}, "labels has no effect: the task 'mlm' has none"),
+        ([{"text_a": "a", "text_b": "the"}] * 2, {"train.batch": 1}, "compared with one another: set a larger batch"),
+    ],
+)
+def test_rows_that_do_not_fit_what_is_asked_of_them_are_refused(folder, rows, flags, message):
+    write(folder / "rows.jsonl", rows)
+    with pytest.raises(RefpeftError, match=message):
+        trained(folder, **{"data.file": "rows.jsonl"} | flags)
+
+
+def test_empty_texts_are_counted(folder):
+    _, data = read(write(folder / "rows.jsonl", [*LABELLED, {"text": " ", "label": "up"}]), "bert")
+    assert "1 rows have an empty text" in data.summary.notes
+
+
+@pytest.mark.parametrize("flags", [{"train.metric": "accuracy"}, {"train.metrics": ["f1_macro"]}])
+def test_a_metric_without_held_out_rows_is_refused(folder, flags):
+    write(folder / "rows.jsonl", LABELLED)
+    with pytest.raises(RefpeftError, match=f"{next(iter(flags))} needs held-out rows: data.eval_file or data.eval_sha"):
+        trained(folder, **{"data.file": "rows.jsonl"} | flags)
 
 
 def test_texts_of_a_batch_that_are_compared_are_not_computed_in_parts(folder):
@@ -407,37 +439,3 @@ def test_a_merged_model_knows_its_task_and_predicts_what_the_run_does(folder, na
     for ours, theirs in zip(*found, strict=True):
         for a, b in zip(_flat(ours), _flat(theirs), strict=True):
             assert a == (b if isinstance(b, str) else pytest.approx(b, rel=1e-3, abs=1e-4))
-
-
-# -- predict -----------------------------------------------------------------------------------------------------------
-
-
-def said(*arguments):
-    """What the command line says, and its exit code."""
-    result = CliRunner().invoke(main, list(map(str, arguments)))
-    return result.output + result.stderr, result.exit_code
-
-
-def test_predict_reads_columns_as_the_run_did_and_is_what_the_report_names_next(folder):
-    rows = write(folder / "rows.jsonl", [{"review": row["text"], "stars": row["label"]} for row in LABELLED])
-    outcome = trained(folder, **{"data.file": str(rows), "data.fields": {"text": "review", "label": "stars"}})
-    (command,) = outcome.report.next_commands
-    assert command == f"refpeft predict FILE --adapter {folder / 'out'}"
-    new = write(folder / "new.jsonl", [{"review": "the film was good"}])
-    output, code = said(*command.replace("FILE", str(new)).split()[1:])
-    assert code == 0 and '"predicted": "up"' in output
-
-
-def test_hidden_tokens_are_told_only_where_there_are_some(folder):
-    rows = write(folder / "rows.jsonl", [{"text": "a film"}, {"text": "a [MASK] film"}, {"text": "it is"}])
-    output, code = said("predict", rows, "--model", "bert", "--task", "mlm")
-    assert code == 2 and "rows without [MASK]: 2, the first at line 1: write it where" in output
-
-
-def test_pairs_without_scores_are_measured_by_their_loss_alone(folder):
-    write(folder / "rows.jsonl", [{"text_a": "a film", "text_b": "the film"}, {"text_a": "bad", "text_b": "not"}] * 4)
-    flags = {"data.file": "rows.jsonl", "data.eval_file": "rows.jsonl", "train.eval_every": 4, "train.best": True}
-    assert set(trained(folder, **flags).summary.best) == {"loss"}
-    assert said("eval", "--adapter", "out")[1] == 0
-    output, code = said("eval", "--adapter", "out", "--metric", "pearson")
-    assert code == 2 and "the rows have none: leave the metric out" in output

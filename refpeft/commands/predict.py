@@ -34,6 +34,8 @@ def predict(
     from refpeft.batches import Batches
     from refpeft.errors import RefpeftError
 
+    if out:
+        refuse(out, data)  # now, not after everything was predicted
     loaded = options.load(model, adapter, task=task, **how)
     if loaded.task is None:
         raise RefpeftError(f"this {loaded.config.family} model has no head: give --adapter, or --task embed")
@@ -52,3 +54,20 @@ def predict(
         click.echo(f"{len(items.rows):,} predictions in {out}", err=True)
     else:
         click.echo(text, nl=False)
+
+
+def refuse(out: str, data: str) -> None:
+    """Raises RefpeftError where predictions cannot be written into a file, or would be over the rows."""
+    import os
+
+    from refpeft.errors import RefpeftError
+    from refpeft.files import expanded
+
+    path = expanded(out)
+    if path.is_dir() or not path.parent.is_dir():
+        what = "is a directory" if path.is_dir() else f"cannot be written: there is no directory {path.parent}"
+        raise RefpeftError(f"--out {out} {what}")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise RefpeftError(f"--out {out} cannot be written: no permission in {path.parent}")
+    if path.exists() and expanded(data).exists() and path.samefile(expanded(data)):
+        raise RefpeftError(f"--out {out} is the file of the rows: give another one")

@@ -122,7 +122,10 @@ def put_on(
     if task not in possible:
         raise RefpeftError(f"task {task!r} is none for {model.config.family}, which is made for {', '.join(possible)}")
     if task in ("classify", "tag") and len(labels) < 2:
-        raise RefpeftError(f"task {task!r} tells labels apart, and there are {len(labels)}: name at least two")
+        raise RefpeftError(
+            f"task {task!r} tells labels apart, and there are {len(labels)}: name at least two, or take an adapter "
+            "that was trained for it, or a model whose config.json names them (id2label)"
+        )
     model.task, model.labels = task, tuple(labels)
     if task == "embed":
         model.read, model.objective = "mean", partial(objectives.similarity, model)

@@ -88,6 +88,6 @@ def make(
     if name == "seq2seq":
         return Seq2Seq(tokenizer, config.start_id)
     if name == "embed":
-        scores = [float(item.label) for item in items if getattr(item, "label", None) is not None]
+        scores = [float(item.label) for item in items if isinstance(getattr(item, "label", None), int | float)]
         return Embed(tokenizer, max([1.0, *scores]))
     return MLM(tokenizer) if name == "mlm" else CausalLM(tokenizer, supervise=supervise)

@@ -13,7 +13,7 @@ from refpeft.backend import to_host
 from refpeft.batches import Batches
 from refpeft.errors import RefpeftError
 from refpeft.examples import Asked
-from refpeft.items import Item
+from refpeft.items import Item, Labelled
 from refpeft.models.base import Model
 from refpeft.models.objectives import targets_of
 from refpeft.tensor import Tensor, no_grad
@@ -81,6 +81,11 @@ class Task:
 
 class Asking(Task):
     """A task whose examples are refpeft.examples.Asked: the model says something at some tokens of a text."""
+
+    def notes(self, items: Sequence[Item], examples: Sequence[Any]) -> list[str]:
+        texts = [(item.text, item.text_b) for item in items if isinstance(item, Labelled)]
+        empty = sum(not all(text is None or text.strip() for text in both) for both in texts)
+        return [f"{empty:,} rows have an empty text"] if empty else []
 
     def told(self, model: Model, batches: Batches) -> Iterator[Told]:
         """What the model says of each example."""

@@ -32,7 +32,7 @@ class Labelling(Asking):
         if len(weights) != len(self.labels) or min(weights) < 0 or max(weights) <= 0:
             raise RefpeftError(
                 f"class_weights has {len(weights)} numbers, {few(weights)}: expected one of 0 or more for each of the "
-                f"{len(self.labels)} labels, {few(self.labels)}"
+                f"labels {few(self.labels)}"
             )
         self.weights = np.array(weights, np.float32)
 

@@ -13,7 +13,7 @@ from refpeft.batches import Batches
 from refpeft.errors import RefpeftError
 from refpeft.evaluation import mean_loss
 from refpeft.examples import Pair
-from refpeft.items import Item, Labelled, Plain
+from refpeft.items import Item, Labelled, Plain, described
 from refpeft.models.base import Model
 from refpeft.tasks.base import Task
 from refpeft.tensor import no_grad
@@ -38,7 +38,7 @@ class Embed(Task):
         if isinstance(item, Plain):  # a text alone, whose vector is to be predicted
             item = Labelled(item.prompt + item.completion)
         if not isinstance(item, Labelled) or isinstance(item.label, str):
-            raise RefpeftError("expected two texts, and perhaps a score")
+            raise RefpeftError(f"{described(item)}: expected two texts, and perhaps a score that is a number")
         a, b = (self._ids(text) for text in (item.text, item.text if item.text_b is None else item.text_b))
         return [Pair(a, b, line, None if item.label is None else float(item.label) / self.highest)]
 

@@ -11,7 +11,7 @@ from refpeft import ops
 from refpeft.batches import Batches
 from refpeft.errors import RefpeftError
 from refpeft.examples import Asked
-from refpeft.items import Item, Labelled
+from refpeft.items import Item, Labelled, described
 from refpeft.models.base import Model
 from refpeft.tasks.base import Asking, Told, asked
 from refpeft.tensor import Tensor
@@ -31,7 +31,7 @@ class Regress(Asking):
 
     def encode(self, item: Item, line: int, length: int | None = None) -> list[Asked]:
         if not isinstance(item, Labelled) or isinstance(item.label, str):
-            raise RefpeftError("expected a text and a number")
+            raise RefpeftError(f"{described(item)}: expected a text and a number")
         value = 0.0 if item.label is None else float(item.label)
         return [asked(self.tokenizer, item, line, value, self.reads_last, length)]
 

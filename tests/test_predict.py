@@ -1,0 +1,66 @@
+"""The command predict: what it reads, what it refuses, and before what."""
+
+import json
+
+import pytest
+from click.testing import CliRunner
+from test_tasks import LABELLED, folder, trained, write  # noqa: F401 (a fixture)
+
+from refpeft.cli import main
+
+# ruff: noqa: F811 (tests take the fixture by its name)
+
+
+def said(*arguments):
+    """What the command line says, and its exit code."""
+    result = CliRunner().invoke(main, list(map(str, arguments)))
+    return result.output + result.stderr, result.exit_code
+
+
+def test_predict_reads_columns_as_the_run_did_and_is_what_the_report_names_next(folder):
+    rows = write(folder / "rows.jsonl", [{"review": row["text"], "stars": row["label"]} for row in LABELLED])
+    outcome = trained(folder, **{"data.file": str(rows), "data.fields": {"text": "review", "label": "stars"}})
+    (command,) = outcome.report.next_commands
+    assert command == f"refpeft predict FILE --adapter {folder / 'out'}"
+    new = write(folder / "new.jsonl", [{"review": "the film was good"}])
+    output, code = said(*command.replace("FILE", str(new)).split()[1:])
+    assert code == 0 and '"predicted": "up"' in output
+
+
+def test_hidden_tokens_are_told_only_where_there_are_some(folder):
+    rows = write(folder / "rows.jsonl", [{"text": "a film"}, {"text": "a [MASK] film"}, {"text": "it is"}])
+    output, code = said("predict", rows, "--model", "bert", "--task", "mlm")
+    assert code == 2 and "rows without [MASK]: 2, the first at line 1: write it where" in output
+
+
+def test_pairs_without_scores_are_measured_by_their_loss_alone(folder):
+    write(folder / "rows.jsonl", [{"text_a": "a film", "text_b": "the film"}, {"text_a": "bad", "text_b": "not"}] * 4)
+    flags = {"data.file": "rows.jsonl", "data.eval_file": "rows.jsonl", "train.eval_every": 4, "train.best": True}
+    assert set(trained(folder, **flags).summary.best) == {"loss"}
+    assert said("eval", "--adapter", "out")[1] == 0
+    output, code = said("eval", "--adapter", "out", "--metric", "pearson")
+    assert code == 2 and "the rows have none: leave the metric out" in output
+
+
+def test_predict_needs_no_answers_and_minds_no_labels(folder):
+    rows = write(folder / "rows.jsonl", [{"source": "is it good"}])
+    output, code = said("predict", rows, "--model", "t5")
+    assert code == 0 and set(json.loads(output)) == {"line", "source", "predicted"}
+    trained(folder, **{"data.file": str(write(folder / "labelled.jsonl", LABELLED)), "train.steps": 1})
+    output, code = said("predict", write(folder / "new.jsonl", [{"text": "a film", "label": "-"}]), "--adapter", "out")
+    assert code == 0 and '"label": "-"' in output
+
+
+@pytest.mark.parametrize(
+    "out, message",
+    [
+        ("nowhere/out.jsonl", "cannot be written: there is no directory nowhere"),
+        ("bert", "--out bert is a directory"),
+        ("rows.jsonl", "--out rows.jsonl is the file of the rows: give another one"),
+    ],
+)
+def test_where_predictions_cannot_go_is_said_before_a_model_is_read(folder, out, message):
+    rows = write(folder / "rows.jsonl", [{"source": "is it good"}])
+    before = rows.read_bytes()
+    output, code = said("predict", "rows.jsonl", "--model", "there-is-none", "--out", out)
+    assert code == 2 and message in output and rows.read_bytes() == before
