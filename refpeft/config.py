@@ -438,6 +438,11 @@ def _check_sets(data: Data, problem: Callable[[str, str], None]) -> None:
         )
     if data.replay_share is not None and not data.replay:
         problem("data.replay_share", "data.replay_share has no effect: data.replay names no file of earlier rows")
+    training = set(map(expanded, files))
+    if data.replay and expanded(data.replay) in training:
+        problem("data.replay", "data.replay is one of data.file: it names rows of an earlier task")
+    if data.earlier and expanded(data.earlier) in training | {expanded(data.replay or "")}:
+        problem("data.earlier", "data.earlier is trained on: it names held-out rows of an earlier task")
 
 
 def _unwritable(directory: Path) -> str:

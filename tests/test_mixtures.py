@@ -171,7 +171,7 @@ def test_a_prompt_of_one_task_is_not_trained_on_several(options, task):
 def refpeft_train(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tiny_files.write_model(tmp_path / "model")
-    for name, count in (("a", 12), ("b", 6), ("c", 5)):
+    for name, count in (("a", 12), ("b", 6), ("c", 5), ("d", 4)):
         tiny_files.write_rows(tmp_path / f"{name}.jsonl", count)
 
     def train(*arguments: str, exit_code: int = 0):
@@ -259,9 +259,9 @@ def test_labels_are_those_of_all_files(tmp_path):
 
 
 def test_what_was_forgotten_is_told(refpeft_train):
-    result = refpeft_train(*TWO, "--earlier", "c.jsonl", "--replay", "c.jsonl", "--out", "out", "--json")
+    result = refpeft_train(*TWO, "--earlier", "d.jsonl", "--replay", "c.jsonl", "--out", "out", "--json")
     told = json.loads(result.stdout)["forgetting"]
-    assert told["file"].endswith("c.jsonl") and told["before"]["loss"] > told["after"]["loss"]
+    assert told["file"].endswith("d.jsonl") and told["before"]["loss"] > told["after"]["loss"]
     text = refpeft_train("--data", "a.jsonl", "--earlier", "b.jsonl", "--out", "other").stdout
     assert "forgetting, on b.jsonl: loss " in text and "held-out loss" not in text
     scores = json.loads(CliRunner().invoke(main, ["eval", "--adapter", "other", "--data", "b.jsonl", "--json"]).stdout)
@@ -280,6 +280,8 @@ def test_what_was_forgotten_is_told(refpeft_train):
         (("--data", "a.jsonl", "--data", "no.jsonl"), "--data: data.file no.jsonl does not exist"),
         (("--data", "a.jsonl", "--replay-share", "0.5"), "--replay-share: data.replay_share has no effect"),
         (("--data", "a.jsonl", "--replay", "b.jsonl", "--replay-share", "1"), "expected a value below 1"),
+        (("--data", "a.jsonl", "--replay", "./a.jsonl"), "--replay: data.replay is one of data.file"),
+        (("--data", "a.jsonl", "--replay", "b.jsonl", "--earlier", "b.jsonl"), "--earlier: data.earlier is trained on"),
         (("--data", "a.jsonl", "--replay", "no.jsonl"), "--replay: data.replay no.jsonl does not exist"),
         (("--data", "a.jsonl", "--earlier", "no.jsonl"), "--earlier: data.earlier no.jsonl does not exist"),
     ],
