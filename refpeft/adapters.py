@@ -330,7 +330,7 @@ def _understood(config: dict[str, Any], model: Model) -> tuple[str, Format | Non
         if form.peft_type == kind and form.means(config):
             saved = config.get("modules_to_save")
             if isinstance(saved, list):  # the head comes with the task
-                of_head = {"classifier", "score", *heads.modules(model)}
+                of_head = ["classifier", "score", *heads.modules(model)]  # no set: names may be anything yet
                 config = config | {"modules_to_save": [name for name in saved if name not in of_head]}
             settings = Settings(config)
             options = form.options(settings, model)
