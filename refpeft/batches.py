@@ -76,8 +76,9 @@ class Batches:
     examples   all of one kind of refpeft.examples
     batch      rows of a batch; the last batch of an epoch may have fewer
     length     the most tokens of a row; with `pack` several documents share a row
-    shuffle    a new order of rows in every epoch. Without it (for evaluation) rows come longest first. The sum of the
-               losses is the same in any order; this one needs little padding, and a batch that is too large comes first
+    shuffle    a new order of rows in every epoch. Without it (for evaluation) rows come longest first, and what is
+               drawn of them (hidden tokens) is always the same. The sum of the losses is the same in any order; this
+               one needs little padding, and a batch that is too large comes first
     """
 
     shares: tuple[float, ...] = ()  # of several data sets, see refpeft.mixtures
@@ -117,7 +118,8 @@ class Batches:
 
     def at(self, step: int) -> Batch:
         """The batch of optimizer step `step`, counted from 0 over all epochs."""
-        return self.collate(self._rows_at(step), self.packed, Stream(self.seed, "batch", step))
+        draw = Stream(self.seed, "batch", step) if self.shuffle else Stream(self.seed, "held out")
+        return self.collate(self._rows_at(step), self.packed, draw)
 
     def examples_at(self, step: int) -> list[Any]:
         """The examples of that batch, row by row."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from refpeft.batches import Batches
+from refpeft.errors import RefpeftError
 from refpeft.models.base import Model
 from refpeft.tensor import no_grad
 
@@ -111,6 +112,8 @@ def names_of(task: Task, rows: Data | None, more: Sequence[str] = (), asked: str
     speaks = task.outputs in ("texts", "loss")
     for name in names:
         found = metrics.METRICS.get(name)
+        if found and "bytes" in found.context and task.outputs != "texts":
+            raise RefpeftError(f"{name} is of texts that are said, and the task {task.name!r} says none: leave it out")
         metrics.check([name], "loss" if speaks and found and found.of == "loss" else task.outputs, task.labels or None)
     return names
 

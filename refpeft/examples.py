@@ -6,6 +6,7 @@ answer of its own sequence, two texts that belong together.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -95,7 +96,8 @@ class Masked:
     """A text of which other tokens are hidden each time that it is seen, to be told from the rest.
 
     Of the tokens that may be hidden a share is drawn, at least one of them: of these 80 % become the mask's token, 10 %
-    any token, 10 % stay (Devlin et al., 2018, arXiv:1810.04805, section 3.1).
+    any token, 10 % stay (Devlin et al., 2018, arXiv:1810.04805, section 3.1). What is drawn does not depend on the
+    texts beside it.
     """
 
     ids: np.ndarray  # int32 (tokens,)
@@ -120,9 +122,10 @@ class Masked:
         ids, segments = _padded([example.ids for example in examples])
         targets = np.full(ids.shape, IGNORE, np.int32)
         for r, example in enumerate(examples):
-            hidden = example.free[draw.permutation(len(example.free))[: example.targets]]
+            own = Stream(draw.seed, *draw.purpose, zlib.crc32(example.ids.tobytes()))
+            hidden = example.free[own.permutation(len(example.free))[: example.targets]]
             targets[r, hidden] = example.ids[hidden]
-            lot, other = draw.uniform(size=(2, len(hidden)))
+            lot, other = own.uniform(size=(2, len(hidden)))
             stand_in = np.where(lot < 0.8, example.mask, (other * example.vocab).astype(np.int32))
             ids[r, hidden] = np.where(lot < 0.9, stand_in, example.ids[hidden])
         return Batch(ids, targets, segments=segments)

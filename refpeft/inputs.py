@@ -69,6 +69,7 @@ def read(run: RunConfig, model: AnyConfig, tokenizer: Tokenizer) -> Inputs:
 def _task(name: str, items: Mapping[Path, Items], run: RunConfig, model: AnyConfig, tokenizer: Tokenizer) -> Task:
     """The task of all rows that are trained on: its labels are theirs."""
     how = {"class_weights": run.train.class_weights, "supervise": run.data.supervise}
+    how |= {"highest_score": run.data.highest_score}
     try:
         every = [item for found in items.values() for item in found.items]
         task = tasks.make(name, tokenizer, model, every, run.labels, **how)

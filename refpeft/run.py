@@ -25,6 +25,7 @@ from refpeft.models.checkpoint import Checkpoint, open_checkpoint
 from refpeft.models.hub import resolve
 from refpeft.quant import make_quantizer
 from refpeft.tasks.base import Task
+from refpeft.tasks.embed import Embed
 from refpeft.tasks.texts import Texts
 from refpeft.trainer import Summary, Trainer
 
@@ -230,10 +231,13 @@ def _few(names: Sequence[str]) -> str:
 
 
 def _stated(resolved: Resolved, found: Inputs, directory: Path) -> Resolved:
-    """The configuration with what was found out: the format of the rows, the task, its labels, and the directory."""
+    """The configuration with what was found out of the rows: format, task, labels or scores; and the directory."""
     run = resolved.run
     told = found.rows.summary.format  # "auto" where files differ
-    data = run.data.model_copy(update={"format": run.data.format if told == "auto" else told})
+    of_rows = {"format": run.data.format if told == "auto" else told}
+    if isinstance(found.task, Embed):
+        of_rows["highest_score"] = found.task.highest
+    data = run.data.model_copy(update=of_rows)
     said = {"data": data, "task": found.task.name, "labels": found.task.labels, "out": str(directory)}
     return dataclasses.replace(resolved, run=run.model_copy(update=said))
 
@@ -308,9 +312,10 @@ def _report(
 ) -> report.Report:
     scores, notes = [], []
     if summary.before is not None and summary.after is not None:
-        for name, before in summary.before.items():
+        for name, after in summary.after.items():
             called = "held-out loss" if name == "loss" else name
-            scores.append((called, f"{before:.4f}", f"{summary.after[name]:.4f}"))
+            before = summary.before.get(name)  # None: a metric that was not asked for before the run was resumed
+            scores.append((called, "-" if before is None else f"{before:.4f}", f"{after:.4f}"))
     elif summary.train_losses:
         part = max(1, len(summary.train_losses) // 10)
         first, last = (sum(losses) / part for losses in (summary.train_losses[:part], summary.train_losses[-part:]))

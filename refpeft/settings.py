@@ -43,6 +43,7 @@ class Data(BaseModel):
     overlong: Overlong = "error"
     pack: bool = False
     supervise: Supervise = "response"
+    highest_score: Weight | None = None  # of pairs to embed: that of the same meaning; none: the training rows', or 1
 
     @property
     def files(self) -> list[str]:

@@ -273,6 +273,7 @@ class Trainer:
             "warm-up steps": self.warmup,
             "rows": len(self.train.rows),
             "shares of data sets": list(self.train.shares),
+            "metric": self.metric,
             "rows' checksum": crc,
             "dtype": self.model.dtype.name,
             "bytes of frozen weights": self.model.nbytes,

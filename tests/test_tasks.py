@@ -74,11 +74,11 @@ def read(file, model, name=None, **how):
     return task, examples_of(items, task, str(file))
 
 
-def trained(folder, **flags):
+def trained(folder, resume=False, **flags):
     """The outcome of a short run."""
     common = {"model": "bert", "train.steps": 12, "train.lr": 0.02, "train.batch": 4, "method": ["full"]}
     flags = [("", key.replace("__", "."), value) for key, value in (common | flags).items()]
-    return run.train(config.resolve(None, flags), folder / "out", say=lambda line: None)
+    return run.train(config.resolve(None, flags), folder / "out", resume, say=lambda line: None)
 
 
 # -- which task --------------------------------------------------------------------------------------------------------
@@ -369,6 +369,10 @@ def test_the_metric_decides_which_evaluation_is_the_best(folder):
         ({"labels": ["up", "up", "down"]}, "labels names one twice: up, up, down"),
         ({"task": "embed"}, "the label is 'down': expected two texts, and perhaps a score that is a number"),
         ({"task": "tag"}, "is not for the task 'tag', but for classify"),
+        (
+            {"train.metric": "bits_per_byte"},
+            "bits_per_byte is of texts that are said, and the task 'classify' says none",
+        ),
         ({"method": ["adamix"], "task": "regress"}, "the label is 'down': expected a text and a number"),
     ],
 )
@@ -410,6 +414,27 @@ def test_a_metric_without_held_out_rows_is_refused(folder, flags):
         trained(folder, **{"data.file": "rows.jsonl"} | flags)
 
 
+def test_a_highest_score_is_for_pairs_to_embed(folder):
+    rows = [{"text_a": "a film", "text_b": "the film", "score": score} for score in (5, 2)]
+    file = write(folder / "rows.jsonl", rows)
+    assert [example.score for example in read(file, "bert", "embed", highest_score=10)[1].examples] == [0.5, 0.2]
+    trained(folder, **{"data.file": "rows.jsonl", "task": "embed"})
+    assert config.written("out")["data"]["highest_score"] == 5
+    with pytest.raises(RefpeftError, match="highest_score has no effect: the task 'regress' compares no vectors"):
+        read(file, "bert", "regress", highest_score=10)
+
+
+def test_a_resumed_run_may_measure_more_but_not_decide_by_another_metric(folder):
+    write(folder / "rows.jsonl", LABELLED)
+    flags = {"data.file": "rows.jsonl", "data.eval_file": "rows.jsonl", "train.eval_every": 4}
+    trained(folder, **flags)
+    again = trained(folder, resume=True, **flags, **{"train.metrics": ["f1"]}).report
+    before = {name: value for name, value, _ in again.scores}
+    assert list(before) == ["held-out loss", "accuracy", "f1"] and before["f1"] == "-" != before["accuracy"]
+    with pytest.raises(RefpeftError, match="is of another run: metric was accuracy, now matthews"):
+        trained(folder, resume=True, **flags, **{"train.metric": "matthews"})
+
+
 def test_texts_of_a_batch_that_are_compared_are_not_computed_in_parts(folder):
     write(
         folder / "rows.jsonl", [{"text_a": "a film", "text_b": "the film"}, {"text_a": "bad", "text_b": "not good"}] * 4
@@ -439,3 +464,11 @@ def test_a_merged_model_knows_its_task_and_predicts_what_the_run_does(folder, na
     for ours, theirs in zip(*found, strict=True):
         for a, b in zip(_flat(ours), _flat(theirs), strict=True):
             assert a == (b if isinstance(b, str) else pytest.approx(b, rel=1e-3, abs=1e-4))
+
+
+def test_a_run_is_merged_whose_held_out_rows_lack_a_label_of_balanced_weights(folder):
+    write(folder / "rows.jsonl", LABELLED)
+    write(folder / "held_out.jsonl", LABELLED[:1])
+    flags = {"data.file": "rows.jsonl", "data.eval_file": "held_out.jsonl", "train.class_weights": "balanced"}
+    outcome = trained(folder, method=["lora"], **flags)
+    assert not merging.merge(outcome.directory, folder / "merged", model="bert").changed

@@ -67,15 +67,15 @@ def evaluate(
     if loaded.task is None:
         raise RefpeftError(f"this {loaded.config.family} model has no head to evaluate: give an adapter that has one")
     how = {"labels": loaded.labels, "supervise": configured.data.supervise}
+    how |= {"highest_score": configured.data.highest_score}
     task = tasks.make(loaded.task, loaded.tokenizer, loaded.config, **how)
     rows = inputs.held_out_rows(configured, loaded.config, task)
     if rows is None:
         raise RefpeftError("the run held no rows out: give --data FILE")
     names = evaluation.names_of(task, rows, metrics)
     length = inputs.row_length(configured.data.length, loaded.config)
-    scores = evaluation.of_rows(
-        loaded, rows, lambda one: Batches(one.examples, batch, length, shuffle=False), task, names
-    )()
+    how = {"batch": batch, "length": length, "seed": configured.seed, "shuffle": False}
+    scores = evaluation.of_rows(loaded, rows, lambda one: Batches(one.examples, **how), task, names)()
     _tell(scores, rows, task.outputs in ("texts", "loss"), as_json)
 
 

@@ -66,12 +66,18 @@ def make(
     labels: Sequence[str] = (),
     class_weights: str | Sequence[float] | None = None,
     supervise: str = "response",
+    highest_score: float | None = None,
 ) -> Task:
     """The task of this name for a model.
 
     items          of the training rows, whose labels are the task's where `labels` names none
     class_weights  how much each label's rows count, or "balanced"
+    highest_score  of pairs to embed, whose cosine is to be 1; None: that of `items`, or 1 where theirs are lower
+
+    Raises RefpeftError for options that have no effect on such a task, and as the task itself does.
     """
+    if highest_score is not None and name != "embed":
+        raise RefpeftError(f"highest_score has no effect: the task {name!r} compares no vectors")
     reads_last = kind_of(config) == DECODER
     if name in ("classify", "tag"):
         labels = tuple(labels) or labels_of(items)
@@ -89,5 +95,5 @@ def make(
         return Seq2Seq(tokenizer, config.start_id)
     if name == "embed":
         scores = [float(item.label) for item in items if isinstance(getattr(item, "label", None), int | float)]
-        return Embed(tokenizer, max([1.0, *scores]))
+        return Embed(tokenizer, highest_score or max([1.0, *scores]))
     return MLM(tokenizer) if name == "mlm" else CausalLM(tokenizer, supervise=supervise)

@@ -1,0 +1,26 @@
+"""The command eval on tasks: what it finds is what the run found."""
+
+import json
+
+import pytest
+from test_predict import said
+from test_tasks import folder, trained, write  # noqa: F401 (a fixture)
+
+# ruff: noqa: F811 (tests take the fixture by its name)
+
+
+@pytest.mark.parametrize(
+    "name, rows",
+    [
+        ("mlm", [{"text": "the film is good"}, {"text": "it was not very good"}, {"text": "a film"}]),
+        ("embed", [{"text_a": "a film", "text_b": "the film", "score": score} for score in (5.0, 1.5)]),
+    ],
+)
+@pytest.mark.parametrize("batch", [1, 8])
+def test_eval_finds_what_the_run_found_however_large_its_batches(folder, name, rows, batch):
+    write(folder / "rows.jsonl", rows * 2)
+    write(folder / "held_out.jsonl", [*rows[1:], rows[-1]])  # without the highest score
+    flags = {"data.file": "rows.jsonl", "data.eval_file": "held_out.jsonl", "task": name, "seed": 3}
+    after = trained(folder, **flags).summary.after
+    output, code = said("eval", "--adapter", "out", "--batch", batch, "--json")
+    assert code == 0 and json.loads(output)["eval_loss"] == pytest.approx(after["loss"], rel=1e-5)
