@@ -65,7 +65,7 @@ class Embed(Task):
     def predict(self, model: Model, batches: Batches) -> Iterator[tuple[int, dict[str, Any]]]:
         for example, a, b in self._vectors(model, batches):
             told = {"vector": a.tolist()}
-            if example.b is not example.a and not np.array_equal(example.a, example.b):
+            if not np.array_equal(example.a, example.b):
                 told |= {"vector_b": b.tolist(), "cosine": float(a @ b)}
             yield example.line, told
 

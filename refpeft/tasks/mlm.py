@@ -74,8 +74,12 @@ class MLM(Task):
                     one = Batch(example.ids[None], np.full((1, len(example)), -100, np.int32))
                     p = softmax(to_host(model.head(model.states(one, hidden)).data))
                     order = np.argsort(-p, axis=-1)[:, :_SHOWN]
-                    told = [
-                        {tokenizer.decode([token], skip_specials=False).strip(): float(row[token]) for token in best}
-                        for row, best in zip(p, order, strict=True)
-                    ]
+                    told = [self._named(row, best) for row, best in zip(p, order, strict=True)]
                     yield example.line, {"predicted": told}
+
+    def _named(self, p: np.ndarray, best: np.ndarray) -> dict[str, float]:
+        """The texts of the `best` tokens with their probabilities; of tokens that read alike the first one's."""
+        found: dict[str, float] = {}
+        for token in best:  # "film" may be a token with a space before it, and one without
+            found.setdefault(self.tokenizer.decode([token], skip_specials=False).strip(), float(p[token]))
+        return found
