@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from refpeft import adapters, cost, inputs, learning, memory, report, run, schedule, shapes, sites, toml
+from refpeft import adapters, cost, evaluation, inputs, learning, memory, report, run, schedule, shapes, sites, toml
 from refpeft.config import EMBEDDED, Resolved
 from refpeft.errors import RefpeftError
 from refpeft.models.base import Model
@@ -134,6 +134,7 @@ def plan(resolved: Resolved, resume: bool = False) -> Plan:
     checkpoint = open_checkpoint(resolve_model(config.model))
     read = inputs.read(config, checkpoint.config, checkpoint.tokenizer())
     rows, held_out = read.rows, read.held_out
+    evaluation.names_of(read.task, held_out, config.train.metrics, config.train.metric)
     batches = inputs.make_batches(config, rows, checkpoint.config)
     at_a_time = min(config.train.rows_at_a_time, len(batches.rows))
     libraries = report.resident()  # now, before anything is probed

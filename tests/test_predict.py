@@ -64,3 +64,31 @@ def test_where_predictions_cannot_go_is_said_before_a_model_is_read(folder, out,
     before = rows.read_bytes()
     output, code = said("predict", "rows.jsonl", "--model", "there-is-none", "--out", out)
     assert code == 2 and message in output and rows.read_bytes() == before
+
+
+def test_a_line_is_that_of_the_file_also_where_its_rows_tell_another(folder):
+    rows = write(folder / "rows.jsonl", [{"line": 7, "source": "is it good", "predicted": "then"}])
+    found = json.loads(said("predict", rows, "--model", "t5")[0])
+    assert found["line"] == 1 and found["predicted"] != "then"
+
+
+# -- before a run ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "model, row, expected",
+    [
+        ("t5", {"source": "is it", "target": "good"}, ["3 tokens in 1 examples with 2 targets", "completion: good"]),
+        ("bert", {"text": "is it"}, ["4 tokens in 1 examples with 1 target", "completion: is it"]),
+    ],
+)
+def test_data_tells_what_a_model_that_is_no_decoder_learns(folder, model, row, expected):
+    output, code = said("data", write(folder / "rows.jsonl", [row]), "--model", model)
+    assert code == 0 and all(line in output for line in expected) and "[learned]" not in output
+
+
+def test_a_plan_refuses_the_metrics_that_a_run_would(folder):
+    write(folder / "rows.jsonl", LABELLED)
+    flags = ["--model", "bert", "--data", "rows.jsonl", "--eval-data", "rows.jsonl", "--metric", "acuracy"]
+    output, code = said("train", "--dry-run", *flags)
+    assert code == 2 and "did you mean 'accuracy'" in output

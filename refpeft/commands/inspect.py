@@ -16,6 +16,8 @@ from refpeft import choices
 from refpeft.commands import options
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from refpeft.formats import Items
 
 
@@ -164,7 +166,8 @@ def data(
 
     Of labelled texts and tagged words: the labels or tags with their counts, and one row.
     """
-    from refpeft.data import load_data, runs, view
+    from refpeft import tasks
+    from refpeft.data import examples_of, load_data, runs, view
     from refpeft.errors import RefpeftError
     from refpeft.formats import FORMATS, read_items
     from refpeft.models.checkpoint import open_checkpoint
@@ -174,7 +177,13 @@ def data(
     if "causal-lm" not in FORMATS[read.format].tasks:
         _show_items(file, read, row, as_json)
         return
-    tokenizer = open_checkpoint(resolve(model)).tokenizer()
+    checkpoint = open_checkpoint(resolve(model))
+    tokenizer = checkpoint.tokenizer()
+    if tasks.kind_of(checkpoint.config) != tasks.DECODER:
+        task = tasks.make(tasks.name_of(None, read, checkpoint.config), tokenizer, checkpoint.config, read.items)
+        lines = examples_of(read, task, file, length, overlong).summary.lines()
+        _show_items(file, read, row, as_json, lines[1:])
+        return
     how = {"length": length, "overlong": overlong, "supervise": supervise}
     rows = load_data(file, tokenizer, format=kind, fields=fields, **how)
     if row > len(rows.examples):
@@ -197,8 +206,8 @@ def data(
         )
 
 
-def _show_items(file: str, read: Items, row: int, as_json: bool) -> None:
-    """Rows that are about labels, tags or pairs: what there is to be learned, and one of them."""
+def _show_items(file: str, read: Items, row: int, as_json: bool, more: Sequence[str] = ()) -> None:
+    """Rows of which no single text is learned: what there is to be learned, `more` of it, and one of them."""
     from refpeft.errors import RefpeftError
     from refpeft.formats import FORMATS
     from refpeft.items import label_counts, label_lines
@@ -213,7 +222,8 @@ def _show_items(file: str, read: Items, row: int, as_json: bool) -> None:
         return
     click.echo(f"{file}: {len(read.rows):,} rows, format {read.format}, for {', '.join(tasks)}")
     unused = [f"columns that are not used: {', '.join(read.unused)}"] if read.unused else []
-    click.echo("\n".join([*label_lines(read.items), *unused, *read.notes, f"\nrow {row}, line {line}"]))
+    told = more or [*label_lines(read.items), *unused, *read.notes]
+    click.echo("\n".join([*told, f"\nrow {row}, line {line}"]))
     for name, value in item.items():
         if value is not None:
             click.echo(f"{name}: {' '.join(map(str, value)) if isinstance(value, list) else value}")

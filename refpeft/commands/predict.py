@@ -43,12 +43,14 @@ def predict(
     configured = config.run_of(adapter)
     fields = fields or (configured.data.fields if configured else {})
     items, rows = inputs.to_predict(data, doing, loaded.config, kind, fields, length)
-    for note in rows.summary.notes:
+    for note in items.notes:
         click.echo(note, err=True)
     longest = max(map(len, rows.examples))
     found = dict(doing.predict(loaded, Batches(rows.examples, batch, longest, shuffle=False)))
-    lines = (json.dumps({"line": row.line} | row.fields | found[row.line], ensure_ascii=False) for row in items.rows)
-    text = "".join(f"{line}\n" for line in lines)
+    text = ""
+    for row in items.rows:
+        line = {"line": row.line}  # first, and where the file has one, too, ours
+        text += json.dumps(line | row.fields | line | found[row.line], ensure_ascii=False) + "\n"
     if out:
         files.write_text(files.expanded(out), text)
         click.echo(f"{len(items.rows):,} predictions in {out}", err=True)
