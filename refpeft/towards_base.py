@@ -9,8 +9,8 @@ from . import fused, learning, ops, sites
 from .batches import Batch
 from .errors import RefpeftError
 from .models.base import Model
-from .models.objectives import targets_of
-from .tensor import Tensor, checkpoint, no_grad
+from .models.objectives import by_chunks, targets_of
+from .tensor import Tensor, no_grad
 
 
 class FirstValues:
@@ -57,30 +57,21 @@ def objective(model: Model, batch: Batch, denominator: float, strength: float) -
     """model.loss and strength times KL(base || model), summed over the targets of `batch`, over `denominator`.
 
     KL is over the vocabulary, or the labels, at each target, and counts as much as that; the base is the model without
-    all that is attached to it. Logits are computed in chunks, again in the backward pass, as in objectives.
+    all that is attached to it.
     """
     rows, targets, weights = targets_of(model, batch)
     with sites.bypassed(model), no_grad():
         of_base = model.states(batch, rows)
     hidden = model.states(batch, rows)
-    size = max(1, fused.LOGITS_AT_ONCE // model.head.shape[0])
-    total = None
-    for at in range(0, max(rows.size, 1), size):
-        here = slice(at, at + size)
 
-        def part(h: Tensor, at: int = at, here: slice = here) -> Tensor:
-            with sites.bypassed(model), no_grad():
-                log_base = ops.log_softmax(model.head(of_base[here]))
-            model.mode.chunk = at
-            logits = model.head(h)
-            model.mode.chunk = 0
-            counts = None if weights is None else weights[here]
-            loss = fused.cross_entropy(logits, targets=targets[here], weights=counts, denominator=denominator)
-            kl = ops.sum(ops.exp(log_base) * (log_base - ops.log_softmax(logits)), axis=-1)
-            if counts is not None:
-                kl = kl * Tensor(counts.astype(kl.dtype))
-            return loss + ops.sum(kl) * (strength / denominator)
+    def term(logits: Tensor, here: slice) -> Tensor:
+        with sites.bypassed(model), no_grad():
+            log_base = ops.log_softmax(model.head(of_base[here]))
+        counts = None if weights is None else weights[here]
+        loss = fused.cross_entropy(logits, targets=targets[here], weights=counts, denominator=denominator)
+        kl = ops.sum(ops.exp(log_base) * (log_base - ops.log_softmax(logits)), axis=-1)
+        if counts is not None:
+            kl = kl * Tensor(counts.astype(kl.dtype))
+        return loss + ops.sum(kl) * (strength / denominator)
 
-        chunk = checkpoint(part, hidden[here])
-        total = chunk if total is None else total + chunk
-    return total
+    return by_chunks(model, hidden, term)

@@ -262,7 +262,7 @@ class Trainer:
         for row in self.train.rows:
             for example in row:
                 for value in vars(example).values():
-                    if isinstance(value, np.ndarray):
+                    if isinstance(value, np.ndarray | float):
                         crc = zlib.crc32(np.ascontiguousarray(value).tobytes(), crc)
         found = {
             "seed": self.seed,

@@ -107,7 +107,7 @@ def test_rows_and_model_tell_the_task(folder, model, row, expected):
     [
         ("t5", {"text": "a", "label": "x"}, None, "rows of the format 'label' are for classify, regress, embed"),
         ("bert", {"prompt": "a", "completion": "x"}, None, "a model of bert does classify, regress, tag, mlm, embed"),
-        ("bert", {"text": "a", "label": "x"}, "seq2seq", "task 'seq2seq' is none for bert, which does classify"),
+        ("bert", {"text": "a", "label": "x"}, "seq2seq", "task 'seq2seq' is none for bert, which is made for classify"),
         ("llama", {"words": ["a"], "tags": ["O"]}, None, "rows of the format 'tags' are for tag"),
     ],
 )

@@ -18,10 +18,32 @@ from refpeft.backend import Array, to_host
 from refpeft.errors import RefpeftError
 from refpeft.models import objectives
 from refpeft.models.base import Model
+from refpeft.models.config import AnyConfig, ModelConfig
 from refpeft.models.decoder import unit
+from refpeft.models.t5_config import T5Config
 from refpeft.quant import Dense
 from refpeft.rng import Stream
 from refpeft.sites import Site
+
+DECODER, ENCODER, BOTH = "decoder", "encoder", "encoder-decoder"
+POSSIBLE = {
+    DECODER: ("causal-lm", "classify", "regress"),
+    ENCODER: ("classify", "regress", "tag", "mlm", "embed"),
+    BOTH: ("seq2seq",),
+}
+"""The tasks of each kind of model."""
+
+
+def kind_of(config: AnyConfig) -> str:
+    """Whether a model is a decoder, an encoder, or both."""
+    return BOTH if isinstance(config, T5Config) else DECODER if isinstance(config, ModelConfig) else ENCODER
+
+
+def check_possible(task: str, config: AnyConfig) -> None:
+    """Raises RefpeftError for a task that models of this kind do not do."""
+    possible = POSSIBLE[kind_of(config)]
+    if task not in possible:
+        raise RefpeftError(f"task {task!r} is none for {config.family}, which is made for {', '.join(possible)}")
 
 
 @dataclass(frozen=True)
@@ -113,14 +135,8 @@ def put_on(
     """
     if task in (None, model.task):
         return
-    kind = {"causal-lm": "decoder", "seq2seq": "encoder-decoder", None: "encoder"}[model.task]
-    possible = {
-        "encoder": ("classify", "regress", "tag", "mlm", "embed"),
-        "decoder": ("causal-lm", "classify", "regress"),
-        "encoder-decoder": ("seq2seq",),
-    }[kind]
-    if task not in possible:
-        raise RefpeftError(f"task {task!r} is none for {model.config.family}, which is made for {', '.join(possible)}")
+    kind = kind_of(model.config)
+    check_possible(task, model.config)
     if task in ("classify", "tag") and len(labels) < 2:
         raise RefpeftError(
             f"task {task!r} tells labels apart, and there are {len(labels)}: name at least two, or take an adapter "
@@ -135,10 +151,10 @@ def put_on(
     if task == "mlm":
         made.masked(_MASKED[family])
         return
-    if kind == "decoder":
+    if kind == DECODER:
         model.sites.pop(model.head.name)
         model.frozen.pop("lm_head.weight", None)
-    model.read = "all" if task == "tag" else "last" if kind == "decoder" else "first"
+    model.read = "all" if task == "tag" else "last" if kind == DECODER else "first"
     made.classifier(_TOKENS if task == "tag" else _SEQUENCE.get(family, _SCORE), len(labels) or 1)
     if task == "regress":
         model.objective = partial(objectives.squared_error, model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -36,20 +37,32 @@ def cross_entropy(model: Model, batch: Any, denominator: float) -> Tensor:
     if not model.head.layers:
         frozen = {"weight": model.head.weight, "bias": model.head.bias}
         return fused.linear_cross_entropy(hidden, targets=targets, weights=weights, denominator=denominator, **frozen)
+
+    def loss(logits: Tensor, here: slice) -> Tensor:
+        counts = None if weights is None else weights[here]
+        return fused.cross_entropy(logits, targets=targets[here], weights=counts, denominator=denominator)
+
+    return by_chunks(model, hidden, loss)
+
+
+def by_chunks(model: Model, hidden: Tensor, term: Callable[[Tensor, slice], Tensor]) -> Tensor:
+    """The sum of term(logits of some rows of `hidden`, which rows these are), chunk by chunk.
+
+    Logits are computed again in the backward pass, so that they never exist as a whole.
+    """
     size = max(1, fused.LOGITS_AT_ONCE // model.head.shape[0])
     total = None
-    for at in range(0, max(rows.size, 1), size):
+    for at in range(0, max(hidden.shape[0], 1), size):
         here = slice(at, at + size)
 
-        def part(h: Tensor, at: int = at, here: slice = here) -> Tensor:
-            model.mode.chunk = at  # dropout in the head: another mask for each chunk, the same one when recomputed
+        def chunk(h: Tensor, here: slice = here) -> Tensor:
+            model.mode.chunk = here.start  # dropout in the head: another mask for each, the same one when recomputed
             logits = model.head(h)
             model.mode.chunk = 0
-            counts = None if weights is None else weights[here]
-            return fused.cross_entropy(logits, targets=targets[here], weights=counts, denominator=denominator)
+            return term(logits, here)
 
-        chunk = checkpoint(part, hidden[here])
-        total = chunk if total is None else total + chunk
+        found = checkpoint(chunk, hidden[here])
+        total = found if total is None else total + found
     return total
 
 

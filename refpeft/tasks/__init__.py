@@ -8,8 +8,8 @@ from typing import Any
 from refpeft.errors import RefpeftError
 from refpeft.formats import FORMATS, Items
 from refpeft.items import Labelled
-from refpeft.models.config import AnyConfig, ModelConfig
-from refpeft.models.t5_config import T5Config
+from refpeft.models.config import AnyConfig
+from refpeft.models.heads import DECODER, POSSIBLE, check_possible, kind_of
 from refpeft.tasks.base import Task
 from refpeft.tasks.causal_lm import CausalLM
 from refpeft.tasks.classify import Classify, balanced, labels_of
@@ -20,19 +20,6 @@ from refpeft.tasks.seq2seq import Seq2Seq
 from refpeft.tasks.tag import Tag
 from refpeft.tokenizer import Tokenizer
 
-DECODER, ENCODER, BOTH = "decoder", "encoder", "encoder-decoder"
-POSSIBLE = {
-    DECODER: ("causal-lm", "classify", "regress"),
-    ENCODER: ("classify", "regress", "tag", "mlm", "embed"),
-    BOTH: ("seq2seq",),
-}
-"""What each kind of model does."""
-
-
-def kind_of(config: AnyConfig) -> str:
-    """Whether a model is a decoder, an encoder, or both."""
-    return BOTH if isinstance(config, T5Config) else DECODER if isinstance(config, ModelConfig) else ENCODER
-
 
 def name_of(asked: str | None, read: Items, config: AnyConfig) -> str:
     """The task that rows are for: the one that is asked for, or the likeliest that rows and model both serve.
@@ -41,8 +28,7 @@ def name_of(asked: str | None, read: Items, config: AnyConfig) -> str:
     """
     served, possible = FORMATS[read.format].tasks, POSSIBLE[kind_of(config)]
     if asked:
-        if asked not in possible:
-            raise RefpeftError(f"task {asked!r} is none for {config.family}, which does {', '.join(possible)}")
+        check_possible(asked, config)
         return asked
     answers = [item.label for item in read.items if isinstance(item, Labelled)]
     if answers and all(answer is None for answer in answers):
