@@ -109,7 +109,7 @@ def names_of(task: Task, rows: Data | None, more: Sequence[str] = (), asked: str
     own = task.metrics_of(rows.examples if rows else ())
     names = list(dict.fromkeys([*own, *more, deciding(task, rows, asked)]))
     names = [name for name in names if name != "loss"]
-    speaks = task.outputs in ("texts", "loss")
+    speaks = task.outputs == "texts"
     for name in names:
         found = metrics.METRICS.get(name)
         if found and "bytes" in found.context and task.outputs != "texts":

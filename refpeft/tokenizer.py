@@ -62,7 +62,7 @@ class Tokenizer:
         specials = tokenizer.encode("a", "a", add_special_tokens=True).special_tokens_mask
         self._parts_pairs = "1" in "".join(map(str, specials)).strip("1")
         alone = tokenizer.encode(["a", "a"], is_pretokenized=True, add_special_tokens=False).ids
-        self._words_need_spaces = alone[-1:] != self._encode("a a")[-1:]
+        self._words_need_spaces = alone != self._encode("a a")
 
     @classmethod
     def load(cls, directory: str | Path) -> Tokenizer:
@@ -138,11 +138,16 @@ class Tokenizer:
         if length is not None:
             self.backend.enable_truncation(length, strategy="longest_first" if b is not None else "only_first")
         try:
-            return self.backend.encode(a, b, is_pretokenized=isinstance(a, list), add_special_tokens=True)
+            found = self.backend.encode(a, b, is_pretokenized=isinstance(a, list), add_special_tokens=True)
         except TypeError:
             raise RefpeftError("the text is not valid Unicode") from None
         finally:
             self.backend.no_truncation()
+        if length is not None and len(found.ids) > length:
+            raise RefpeftError(
+                f"length is {length}: the special tokens around a text take as many; set a larger length"
+            )
+        return found
 
     def decode(self, ids: Iterable[int], *, skip_specials: bool = True) -> str:
         """The text of token ids."""

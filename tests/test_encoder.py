@@ -16,6 +16,7 @@ from refpeft.errors import RefpeftError
 from refpeft.generate import generate
 from refpeft.models import saving
 from refpeft.models.config import from_hf
+from refpeft.models.deberta import buckets_of
 from refpeft.models.encoder import Encoder
 from refpeft.models.encoder_config import PREFIX
 from refpeft.tensor import Tensor
@@ -278,3 +279,17 @@ def test_an_open_gate_leaves_a_prefix_as_it_is(family):
     for name, tensor in sites.attach(plain, "prefix_tuning", options).params.items():
         tensor.data[...] = values.params[name].data
     assert np.allclose(gated(**rows(family)).data, plain(**rows(family)).data, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("buckets", "distance", "expected"),
+    [
+        (8, 32, [0, 1, 2, 3, 4, 5, 5, 5, 6, 6, 6, 6, 6, 6, 6, 6, 7, 7, 7, 7, 7, 7, 7, 7, 7, 7, 7, 7, 7, 7, 7, 7, 8, 8]),
+        (16, 64, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 9, 10, 10, 10, 10, 11, 11, 11, 11, 11, 12, 12, 12, 12, 12, 12, 12, 13]),
+        (-1, 64, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10]),
+    ],
+)
+def test_debertas_buckets_of_distances_are_those_of_its_authors_code(buckets, distance, expected):
+    config = from_hf(CONFIGS["deberta-conv"] | {"position_buckets": buckets, "max_relative_positions": distance})
+    found = buckets_of(len(expected), config)
+    assert found[:, 0].tolist() == expected and found[0].tolist() == [-number for number in expected]

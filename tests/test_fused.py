@@ -209,3 +209,22 @@ def test_losses_of_huge_logits_are_finite():
     loss.backward()
     assert loss.data == 2e4
     assert np.array_equal(leaf.grad, [[1, 0, -1]])
+
+
+def test_weights_and_bias_of_the_fused_loss_are_those_of_each_row_for_every_size_of_chunk(monkeypatch):
+    h, w, bias, counts = normal((7, 4)), normal((9, 4), 1), normal(9, 2), abs(normal(7, 3))
+    targets = np.array([3, -100, 0, 8, 1, -100, 2])
+    logits = h @ w.T + bias
+    log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    expected = -sum(counts[i] * log_p[i, target] for i, target in enumerate(targets) if target >= 0) / 8
+    slope = np.exp(log_p) - np.eye(9)[np.maximum(targets, 0)]
+    gradient = (slope * (counts * (targets >= 0))[:, None]) @ w / 8
+    for rows in (1, 2, 3, 1000):
+        monkeypatch.setattr(fused, "LOGITS_AT_ONCE", rows * 9)
+        leaf = parameter(h)
+        same = {"targets": targets, "weights": counts, "denominator": 8}
+        loss = fused.linear_cross_entropy(leaf, weight=lambda: w, bias=bias, **same)
+        loss.backward()
+        close(loss.data, expected)
+        close(leaf.grad, gradient)
+        close(fused.cross_entropy(parameter(logits), **same).data, expected)

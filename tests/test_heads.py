@@ -98,6 +98,32 @@ def test_the_loss_is_the_formula_of_what_the_model_says(family, task):
     assert float(model.loss(batch).data) == pytest.approx(expected, rel=1e-12, abs=1e-12)
 
 
+@pytest.mark.parametrize("task", ["tag", "mlm"])
+def test_chunks_of_a_trained_heads_loss_change_nothing_but_which_values_dropout_takes(task, monkeypatch):
+    batch, found = asked("bert", task, weighted=True), []
+    for at_once in (1000, 3, 1):
+        model = headed("bert", task)
+        monkeypatch.setattr("refpeft.fused.LOGITS_AT_ONCE", at_once * model.head.shape[0])
+        every_trained(model)
+        found.append((float(model.loss(batch).data), tiny.gradients(model, batch)))
+    (loss, gradients), *others = found
+    for same, more in others:
+        assert same == pytest.approx(loss, rel=1e-12)
+        assert all(np.allclose(more[name], gradient, rtol=1e-9, atol=1e-13) for name, gradient in gradients.items())
+    seen = []
+    forward = type(model.head).__call__
+
+    def noted(site, *arguments, **more):
+        if site is model.head:
+            seen.append(model.mode.chunk)
+        return forward(site, *arguments, **more)
+
+    monkeypatch.setattr(type(model.head), "__call__", noted)
+    model.loss(batch).backward()
+    count = len(batch.asked)
+    assert seen == [*range(count), *reversed(range(count))] and model.mode.chunk == 0  # recomputed in the backward pass
+
+
 @every_head
 def test_a_frozen_head_has_the_loss_and_the_gradients_of_a_trained_one(family, task):
     batch, found = asked(family, task, weighted=True), []
@@ -291,9 +317,11 @@ def test_what_a_config_said_of_another_head_does_not_stay(tmp_path):
     assert config["label2id"] == {"no": 0, "perhaps": 1, "yes": 2}
 
 
-@pytest.mark.parametrize(("family", "pad"), [("gpt2", 1), ("bert", None)])
-def test_a_decoder_that_classifies_says_what_padding_is(family, pad, tmp_path):
-    model = refpeft.load(write_base(tmp_path / "base", family), task="classify", labels=LABELS)
+@pytest.mark.parametrize(
+    ("family", "said", "pad"), [("gpt2", {}, 1), ("gpt2", {"pad_token_id": 0}, 0), ("bert", {}, None)]
+)
+def test_a_decoder_that_classifies_says_what_padding_is(family, said, pad, tmp_path):
+    model = refpeft.load(write_base(tmp_path / "base", family, **said), task="classify", labels=LABELS)
     saving.save(model, tmp_path / "saved")
     assert files.read_json(tmp_path / "saved" / "config.json").get("pad_token_id") == pad
 

@@ -101,10 +101,12 @@ def test_the_report_tells_scores_sample_files_and_what_next(tmp_path):
         scores=[("held-out loss", "2.1000", "0.4000"), ("exact match", "0 %", "88 %")],
         sample=report.Sample("size: small", "It is small.", "The\nthe", "It is small."),
         directory=tmp_path,
+        notes=["2 rows are too long"],
         next_commands=["refpeft generate --adapter runs/x"],
     ).text()
     assert text == (
-        "lora on tiny: 10 steps in 3 s\n\n"
+        "lora on tiny: 10 steps in 3 s\n"
+        "2 rows are too long\n\n"
         "               before   after\n"
         "held-out loss  2.1000  0.4000\n"
         "exact match       0 %    88 %\n\n"

@@ -12,6 +12,7 @@ from refpeft.config import RunConfig, Train
 from refpeft.data import Data, Summary
 from refpeft.errors import RefpeftError
 from refpeft.examples import Answered, Asked, Example, Masked, Pair
+from refpeft.formats import Items
 from refpeft.items import Labelled, Plain, Tagged
 from refpeft.models import heads
 from refpeft.models.config import from_hf
@@ -94,6 +95,25 @@ def test_what_is_to_be_predicted_needs_no_label():
     assert Tag(BERT, ("x", "y")).encode(Tagged(["a", "film"]), 1)[0].values.tolist() == [0, 0]
     (example,) = Regress(BERT).encode(Labelled("a"), 1)
     assert example.values.tolist() == [0] and example.values.dtype == np.float32
+
+
+def test_rows_are_for_labels_where_some_have_one():
+    read = Items([], [Labelled("a", "b"), Labelled("a", "b", "x")], "label", [], [])
+    assert tasks.name_of(None, read, from_hf(ENCODERS["bert"])) == "classify"
+    read = Items([], [Labelled("a", "b", 1), Labelled("a", "b", 0.5)], "label", [], [])
+    assert tasks.name_of(None, read, from_hf(ENCODERS["bert"])) == "regress"
+
+
+def test_weights_of_classes_are_for_tasks_with_labels():
+    with pytest.raises(RefpeftError, match="class_weights has no effect: the task 'regress' has no labels"):
+        tasks.make("regress", BERT, from_hf(ENCODERS["bert"]), class_weights=(1.0,))
+
+
+@pytest.mark.parametrize("task", [Tag(BERT, ("x", "y")), Classify(PLAIN, ("x", "y"))])
+def test_what_has_no_tokens_cannot_be_asked_about(task):
+    item = Tagged(["a", "", "b"], ["x"] * 3) if task.name == "tag" else Labelled("")
+    with pytest.raises(RefpeftError, match="the word '' has no tokens" if task.name == "tag" else "text has no tokens"):
+        task.encode(item, 1)
 
 
 # -- texts in fewer tokens ---------------------------------------------------------------------------------------------
@@ -232,16 +252,19 @@ def test_predictions_are_the_largest_outputs_with_their_probabilities():
         assert list(told["probabilities"].values()) == pytest.approx(p)
     model, task = encoder("tag", ("x", "y")), Tag(BERT, ("x", "y"))
     (example,) = task.encode(Tagged(["a", "films", "is"], ["x", "x", "y"]), 1)
+    (said,) = model(example.ids[None]).data[:, [1, 2, 4]]
+    model.head.bias[1] += np.median(said[:, 0] - said[:, 1]) + 1e-3  # some are x and some y
+    (said,) = softmax(model(example.ids[None]).data)[:, [1, 2, 4]]
     ((_, told),) = task.predict(model, batches([example]))
-    (said,) = softmax(model(example.ids[None]).data)
-    assert told["predicted"] == ["xy"[said[at].argmax()] for at in (1, 2, 4)]
-    assert told["probabilities"] == pytest.approx([said[at].max() for at in (1, 2, 4)])
+    assert told["predicted"] == ["xy"[number] for number in said.argmax(axis=1)] and len(set(told["predicted"])) == 2
+    assert told["probabilities"] == pytest.approx(said.max(axis=1))
     assert task.compared([next(task.told(model, batches([example])))]) == ([told["predicted"]], [["x", "x", "y"]])
 
 
 def test_hidden_tokens_are_told_with_the_five_likeliest_and_their_probabilities():
     model, task = encoder("mlm"), MLM(BERT)
     (example,) = task.encode(Plain("a [MASK] is ", "[MASK]"), 4)
+    assert (example.mask, example.vocab) == (BERT.mask_id, BERT.vocab_size)
     ((line, told),) = task.predict(model, batches([example]))
     (said,) = softmax(model(example.ids[None]).data)
     assert line == 4 and len(told["predicted"]) == 2

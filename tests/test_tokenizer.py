@@ -5,12 +5,13 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_tokenizers import byte_level, llama, llama_like, plain, save
+from tiny_tokenizers import byte_level, llama, llama_like, plain, save, words
 
 from refpeft import RefpeftError
 from refpeft.tokenizer import Tokenizer
 
 PLAIN, LLAMA = plain(), llama()
+BERT = Tokenizer(words(["a", "b", "c", "##b"]), {"eos_token": "[SEP]"})
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=40))
@@ -46,6 +47,49 @@ def test_add_bos_token_in_the_config_overrules_the_post_processor():
     assert not Tokenizer(llama_like(), config | {"add_bos_token": False}).add_bos
     assert Tokenizer(byte_level(), {"bos_token": "<|endoftext|>", "add_bos_token": True}).add_bos
     assert not Tokenizer(byte_level(), {"bos_token": None, "add_bos_token": True}).add_bos
+
+
+def test_a_text_is_read_with_its_special_tokens_within_a_length():
+    assert BERT.encode_text("a b c") == ([1, 5, 6, 7, 2], [1, 0, 0, 0, 1])
+    assert BERT.encode_text("a b c", 4) == ([1, 5, 6, 2], [1, 0, 0, 1])
+    assert BERT.encode_text("a b c") == ([1, 5, 6, 7, 2], [1, 0, 0, 0, 1])  # no length stays behind
+    asked = Tokenizer(byte_level(), {"bos_token": "<|endoftext|>", "add_bos_token": True})
+    ids, bos = asked.encode("hello"), asked.bos_id
+    assert asked.encode_text("hello yes") == ([bos, *asked.encode("hello yes")], [1, 0, 0])
+    assert asked.encode_text("hello yes", 2) == ([bos, *ids], [1, 0])
+    assert asked.encode_text("<|endoftext|>hello") == ([bos, *ids], asked.encode_text("<|endoftext|>hello")[1])
+    with pytest.raises(RefpeftError, match="not valid Unicode"):
+        BERT.encode_text("a \ud800")
+
+
+def test_two_texts_have_types_or_a_line_break_between_them_and_lose_the_longer_ones_end():
+    assert BERT.encode_pair("a") == ([1, 5, 2], [0, 0, 0])
+    assert BERT.encode_pair("a b", "c") == ([1, 5, 6, 2, 7, 2], [0, 0, 0, 0, 1, 1])
+    assert BERT.encode_pair("a", "c a b", 6) == ([1, 5, 2, 7, 5, 2], [0, 0, 0, 1, 1, 1])
+    assert PLAIN.encode_pair("yes", "no") == (PLAIN.encode("yes\nno"), [0] * len(PLAIN.encode("yes\nno")))
+    assert PLAIN.encode_pair("yes", "no", 3)[0] == PLAIN.encode("yes\nno")[:3]
+
+
+def test_words_are_numbered_and_have_the_tokens_that_they_have_in_a_text():
+    assert BERT.encode_words(["a", "cb", "b"]) == ([1, 5, 7, 8, 6, 2], [None, 0, 1, 1, 2, None])
+    assert BERT.encode_words(["a", "cb", "b"], 5)[1] == [None, 0, 1, 1, None]
+    ids, numbers = PLAIN.encode_words(["hello", "yes"])
+    assert ids == PLAIN.encode(" hello yes") and numbers[-1] == 1
+    ids, _ = LLAMA.encode_words(["hello", "yes"])
+    assert ids == LLAMA.encode_text("hello yes")[0]
+
+
+def test_the_token_that_hides_others_is_the_named_one_or_the_usual_one():
+    assert BERT.mask_id == 3 and LLAMA.mask_id is None
+    assert Tokenizer(words(["a"]), {"mask_token": "a"}).mask_id == 5
+    assert Tokenizer(words(["a"]), {"mask_token": "<none>"}).mask_id is None
+    assert Tokenizer(byte_level(("<mask>",)), {}).mask_id == 0
+    assert Tokenizer(byte_level(("<mask>",)), {"mask_token": "<none>"}).mask_id is None
+
+
+def test_padding_is_that_of_the_files_or_the_end():
+    assert Tokenizer(words(["a"]), {"eos_token": "[SEP]"}).pad_id == 2
+    assert Tokenizer(words(["a"]), {"eos_token": "[SEP]", "pad_token": "[PAD]"}).pad_id == 0
 
 
 def test_special_tokens_become_one_id_and_are_left_out_of_decoded_text():
