@@ -151,7 +151,12 @@ def _with_fields(rows: list[Row], fields: Mapping[str, str], answers: bool, file
 
 
 def _asking(row: Row) -> Row:
-    """The row with empty answers to its prompt, where it has none and without them is of no format."""
+    """The row with an empty answer to its prompt, where it has none and without it is of no format, or to its user."""
+    for name, answer in _TURNS.items():
+        turns = row.fields.get(name)
+        if isinstance(turns, list) and turns and isinstance(turns[-1], dict):
+            answered = turns[-1].get(next(iter(answer))) in ("assistant", "gpt")
+            return row if answered else Row(row.line, row.fields | {name: [*turns, answer]})
     if any(f.names(tuple(row.fields)) for f in FORMATS.values()):
         return row
     return Row(row.line, row.fields | {its: "" for asked, its in _ANSWER_TO.items() if asked in row.fields})
@@ -431,4 +436,5 @@ NAMES = {name for f in FORMATS.values() for names in f.told_by for name in names
 """What columns are called in files whose format is told."""
 ANSWERS = ("label", "score", "tags", "output", "completion", "target")
 """What may be missing in rows that are to be predicted."""
+_TURNS = {"messages": {"role": "assistant", "content": ""}, "conversations": {"from": "gpt", "value": ""}}
 _ANSWER_TO = {"instruction": "output", "prompt": "completion"} | dict(_SOURCES)

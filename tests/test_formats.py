@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from refpeft import RefpeftError
 from refpeft.formats import FORMATS, read_items
-from refpeft.items import Labelled, Plain, Tagged, label_counts, label_lines, references
+from refpeft.items import Chat, Labelled, Plain, Tagged, label_counts, label_lines, references
 from refpeft.settings import Data
 
 
@@ -299,6 +299,9 @@ def test_columns_may_have_any_names(write, name, between):
     assert found.rows[0].fields == rows[0]  # as the file has it
 
 
+USER = {"role": "user", "content": "q"}
+
+
 @pytest.mark.parametrize(
     "row, fields, item",
     [
@@ -306,12 +309,13 @@ def test_columns_may_have_any_names(write, name, between):
         ({"article": "a"}, {}, Plain("a\n", "")),
         ({"question": "q"}, {"prompt": "question", "completion": "answer"}, Plain("q", "")),
         ({"source": "imdb", "sentence": "fine"}, {}, Labelled("fine")),  # not a source without its target
+        ({"conversations": [{"from": "human", "value": "q"}]}, {}, Chat([USER, {"role": "assistant", "content": ""}])),
     ],
 )
 def test_answers_may_be_missing_where_they_are_to_be_predicted(write, row, fields, item):
     found = read_items(write([row]), fields=fields, answers=False)
     assert found.items == [item] and found.rows[0].fields == row
-    if not isinstance(item, Labelled):
+    if isinstance(item, Plain):
         assert "expected" in problems(write([row])) or "answer" in problems(write([row]), fields=fields)
 
 

@@ -3,6 +3,8 @@
 import json
 
 import pytest
+import tiny_files
+import tiny_tokenizers
 from click.testing import CliRunner
 from test_tasks import LABELLED, folder, trained, write  # noqa: F401 (a fixture)
 
@@ -92,3 +94,24 @@ def test_a_plan_refuses_the_metrics_that_a_run_would(folder):
     flags = ["--model", "bert", "--data", "rows.jsonl", "--eval-data", "rows.jsonl", "--metric", "acuracy"]
     output, code = said("train", "--dry-run", *flags)
     assert code == 2 and "did you mean 'accuracy'" in output
+
+
+# -- answers -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_predicted_answer_is_no_longer_or_shorter_by_what_its_row_answers(folder):
+    rows = [{"source": "is it good", "target": text} for text in ("", "it is", "it is not very good " * 4)]
+    found = said("predict", write(folder / "rows.jsonl", [rows[0], *rows]), "--model", "t5")[0].splitlines()
+    assert len({json.loads(line)["predicted"] for line in found}) == 1
+    alone = json.loads(said("predict", write(folder / "one.jsonl", [{"source": "is it good"}]), "--model", "t5")[0])
+    assert alone["predicted"] == json.loads(found[0])["predicted"]
+
+
+def test_the_last_answer_of_a_conversation_is_predicted_and_may_be_missing(folder):
+    tiny_files.write_model(folder / "chat", template=tiny_tokenizers.CHATML)
+    first, second = ({"role": "user", "content": text} for text in ("hello", "is it?"))
+    told = {"role": "assistant", "content": "no"}
+    rows = [[first], [first, told], [first, told, second], [first, told, second, told]]
+    rows = write(folder / "rows.jsonl", [{"messages": messages} for messages in rows])
+    found = [json.loads(line)["predicted"] for line in said("predict", rows, "--model", "chat")[0].splitlines()]
+    assert found[0] == found[1] != found[2] == found[3]

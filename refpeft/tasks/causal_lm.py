@@ -100,6 +100,11 @@ class CausalLM(Texts):
         """The tokens before the first learned one; at least one, for a text is learned from its start."""
         return example.ids[: max(1, prompt_tokens(example))]
 
+    def asked(self, example: Example) -> np.ndarray:
+        """The tokens before the last answer: those before it are read."""
+        starts = np.flatnonzero(~example.supervised[:-1] & example.supervised[1:]) + 1
+        return example.ids[: starts[-1]] if len(starts) else self.prompt(example)
+
     def wanted(self, example: Example) -> str:
         return self.tokenizer.decode(example.ids[len(self.prompt(example)) :])
 

@@ -88,7 +88,10 @@ def number_of(label: str | int, labels: Sequence[str]) -> int:
         return labels.index(name)
     if isinstance(label, int) and 0 <= label < len(labels) and not any(map(str.isdecimal, labels)):
         return label
-    raise RefpeftError(f"label {name!r} is unknown{nearest(name, labels) or '; there are ' + few(labels)}")
+    known = nearest(name, labels) or f"; there are {few(labels)}"
+    if labels[0] == "LABEL_0":  # what transformers calls labels without names
+        known = f"; the model's labels have no names: give their numbers, 0 to {len(labels) - 1}"
+    raise RefpeftError(f"label {name!r} is unknown{known}")
 
 
 def few(names: Sequence[Any]) -> str:

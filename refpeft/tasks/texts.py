@@ -33,6 +33,10 @@ class Texts(Task):
         """The tokens that a model is asked with."""
         raise NotImplementedError
 
+    def asked(self, example: Any) -> np.ndarray:
+        """The tokens before the answer that is to be predicted."""
+        return self.prompt(example)
+
     def wanted(self, example: Any) -> str:
         """The answer that is learned."""
         raise NotImplementedError
@@ -78,7 +82,10 @@ class Texts(Task):
         return said
 
     def predict(self, model: Model, batches: Batches) -> Iterator[tuple[int, dict[str, Any]]]:
-        examples = [row[0] for row in batches.rows]
-        said = self.answers(model, [self.prompt(example) for example in examples], self.longest(examples))
-        for example, answer in zip(examples, said, strict=True):
-            yield example.line, {"predicted": answer.strip()}
+        """Of a conversation the last answer; none depends on what the rows themselves answer."""
+        examples: dict[int, Any] = {}
+        for row in batches.rows:  # the longest of a line comes first: that of its last answer
+            examples.setdefault(row[0].line, row[0])
+        said = self.answers(model, [self.asked(example) for example in examples.values()], _LONGEST)
+        for line, answer in zip(examples, said, strict=True):
+            yield line, {"predicted": answer.strip()}
