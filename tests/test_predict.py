@@ -115,3 +115,14 @@ def test_the_last_answer_of_a_conversation_is_predicted_and_may_be_missing(folde
     rows = write(folder / "rows.jsonl", [{"messages": messages} for messages in rows])
     found = [json.loads(line)["predicted"] for line in said("predict", rows, "--model", "chat")[0].splitlines()]
     assert found[0] == found[1] != found[2] == found[3]
+
+
+# -- behind a run ------------------------------------------------------------------------------------------------------
+
+
+def test_eval_gives_the_metrics_of_the_run_and_those_asked_for(folder):
+    write(folder / "rows.jsonl", LABELLED)
+    flags = {"data.file": "rows.jsonl", "data.eval_file": "rows.jsonl", "train.metric": "f1_macro"}
+    trained(folder, **flags, **{"train.metrics": ["f1_micro"], "train.steps": 1})
+    output, code = said("eval", "--adapter", "out", "--metric", "matthews", "--json")
+    assert code == 0 and {"accuracy", "f1_macro", "f1_micro", "matthews"} <= set(json.loads(output))

@@ -72,7 +72,7 @@ def evaluate(
     rows = inputs.held_out_rows(configured, loaded.config, task)
     if rows is None:
         raise RefpeftError("the run held no rows out: give --data FILE")
-    names = evaluation.names_of(task, rows, metrics)
+    names = evaluation.names_of(task, rows, [*configured.train.metrics, *metrics], configured.train.metric)
     length = inputs.row_length(configured.data.length, loaded.config)
     how = {"batch": batch, "length": length, "seed": configured.seed, "shuffle": False}
     scores = evaluation.of_rows(loaded, rows, lambda one: Batches(one.examples, **how), task, names)()
