@@ -133,6 +133,14 @@ def test_the_rows_are_the_run_s_or_those_given_or_random(run_of, tmp_path):
     batches, words = merging._batches(run, "long.jsonl", model)
     assert words == "32 rows of long.jsonl"  # of 64 tokens each
     assert sum(batch.tokens for batch in batches) == merging._TOKENS
+    toml = (tmp_path / run / "run.toml").read_text()
+    for more, expected in (
+        ('eval_file = "long.jsonl"\noverlong = "truncate"', "32 rows of long"),
+        ("eval_share = 0.25", "3 rows of ro"),
+    ):
+        (tmp_path / run / "run.toml").write_text(f"{toml}{more}\n")
+        assert merging._batches(run, None, model)[1].startswith(expected)
+    (tmp_path / run / "run.toml").write_text(toml)
     (tmp_path / "rows.jsonl").unlink()
     random, words = merging._batches(run, None, model)
     assert words.startswith("random tokens, for there are no rows")

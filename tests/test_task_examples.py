@@ -109,7 +109,7 @@ def test_weights_of_classes_are_for_tasks_with_labels():
         tasks.make("regress", BERT, from_hf(ENCODERS["bert"]), class_weights=(1.0,))
 
 
-@pytest.mark.parametrize("task", [Tag(BERT, ("x", "y")), Classify(PLAIN, ("x", "y"))])
+@pytest.mark.parametrize("task", [Tag(BERT, ("x", "y")), Classify(PLAIN, ("x", "y")), Embed(PLAIN)])
 def test_what_has_no_tokens_cannot_be_asked_about(task):
     item = Tagged(["a", "", "b"], ["x"] * 3) if task.name == "tag" else Labelled("")
     with pytest.raises(RefpeftError, match="the word '' has no tokens" if task.name == "tag" else "text has no tokens"):
@@ -308,6 +308,21 @@ def test_bits_are_of_the_bytes_that_are_learned():
     found = task.measure(model, batches(examples), ["bits_per_byte"])
     nats = found["loss"] * sum(example.targets for example in examples)
     assert found["bits_per_byte"] == pytest.approx(nats / np.log(2) / len(" yes no no"))
+
+
+def test_answers_and_references_are_compared_without_the_spaces_around_them(monkeypatch):
+    model, task = tiny.of(tiny.LLAMA | {"vocab_size": PLAIN.vocab_size}), CausalLM(PLAIN)
+    examples = [task.encode(Plain("hello:", answer), line)[0] for line, answer in enumerate((" yes", " no"))]
+    asked = []
+
+    def generate(model, prompts, most, **how):
+        asked.extend(prompts)
+        return [PLAIN.encode("no\n")]
+
+    monkeypatch.setattr("refpeft.tasks.texts.generate", generate)
+    assert task.measure(model, batches(examples), ["exact_match"])["exact_match"] == 1  # one of two is right
+    assert [PLAIN.decode(prompt) for prompt in asked] == ["hello:"]
+    assert [told["predicted"] for _, told in task.predict(model, batches(examples[:1]))] == ["no"]
 
 
 def test_each_answer_is_that_of_its_own_prompt_and_ends_with_the_decoders_choice(monkeypatch):

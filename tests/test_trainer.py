@@ -141,6 +141,25 @@ def test_early_stopping_counts_evaluations_without_a_better_loss(tmp_path):
     assert mean_loss(built.model, built.evaluation.batches) == summary.best["loss"]
 
 
+def test_the_best_adapter_comes_back_with_the_constants_that_it_had(tmp_path):
+    settings, seen = Train(steps=6, batch=4, eval_every=1, best=True), []
+    built = trainer(settings, "sparse_adapter", out=tmp_path, prune="threshold")  # in the last step
+
+    class Worse:
+        """Each evaluation is worse than the one before."""
+
+        longest = 8
+
+        def __call__(self):
+            seen.append({name: array.copy() for name, array in built.constants.items()})
+            return {"loss": float(len(seen))}
+
+    built.evaluation = Worse()
+    assert built.run().best_step == 1
+    assert any((seen[1][name] != seen[-1][name]).any() for name in seen[1])
+    assert all(np.array_equal(array, seen[1][name]) for name, array in built.constants.items())
+
+
 def test_the_best_adapter_needs_held_out_rows_and_a_place():
     with pytest.raises(RefpeftError, match="held-out rows and a run directory"):
         trainer(Train(best=True), held_out=False)
