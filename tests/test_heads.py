@@ -267,6 +267,14 @@ def test_what_is_new_of_a_head_is_said(tmp_path):
     )
 
 
+@pytest.mark.parametrize(("name", "task"), [("llama", "causal-lm"), ("llama", None), ("bert", None)])
+def test_a_model_that_does_a_task_already_stays_as_it_is(name, task):
+    model = tiny.of(CONFIGS[name])
+    sites_before, frozen, own = dict(model.sites), dict(model.frozen), model.task
+    heads.put_on(model, task)
+    assert (model.sites, model.frozen, model.task, model.new_head) == (sites_before, frozen, own, ())
+
+
 # ---- padding ---------------------------------------------------------------------------------------------------------
 
 
