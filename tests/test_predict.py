@@ -96,6 +96,12 @@ def test_a_plan_refuses_the_metrics_that_a_run_would(folder):
     assert code == 2 and "did you mean 'accuracy'" in output
 
 
+def test_it_is_said_how_many_rows_are_cut(folder):
+    rows = write(folder / "rows.jsonl", [{"text": "a film " * 40}, {"text": "a"}])
+    output, code = said("predict", rows, "--model", "bert", "--task", "embed")
+    assert code == 0 and "1 rows have more than 32 tokens: the rest is cut" in output
+
+
 # -- answers -----------------------------------------------------------------------------------------------------------
 
 

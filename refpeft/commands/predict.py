@@ -45,6 +45,10 @@ def predict(
     items, rows = inputs.to_predict(data, doing, loaded.config, kind, fields, length)
     for note in items.notes:
         click.echo(note, err=True)
+    if rows.summary.overlong:
+        click.echo(
+            f"{rows.summary.overlong:,} rows have more than {rows.summary.length:,} tokens: the rest is cut", err=True
+        )
     longest = max(map(len, rows.examples))
     found = dict(doing.predict(loaded, Batches(rows.examples, batch, longest, shuffle=False)))
     text = ""
