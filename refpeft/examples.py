@@ -113,7 +113,7 @@ class Masked:
     @property
     def targets(self) -> int:
         """How many tokens of it are hidden."""
-        return max(1, round(self.share * len(self.free)))
+        return min(len(self.free), max(1, round(self.share * len(self.free))))
 
     @staticmethod
     def collate(rows: Rows, packed: bool = False, draw: Stream | None = None) -> Batch:

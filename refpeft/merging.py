@@ -231,10 +231,7 @@ def _batches(adapter: str | Path, file: str | None, model: Model) -> tuple[Batch
     if file or (held_out and all(one.is_file() for one in held_out)):
         alone = {"file": file or list(map(str, held_out)), "eval_file": None, "eval_share": 0.0, "overlong": "truncate"}
         alone |= {"mix": None, "replay": None, "earlier": None}
-        unweighted = configured.train.model_copy(update={"class_weights": None})  # these rows may lack a label
-        configured = configured.model_copy(
-            update={"data": configured.data.model_copy(update=alone), "train": unweighted}
-        )
+        configured = configured.model_copy(update={"data": configured.data.model_copy(update=alone)})
     elif not (training and all(one.is_file() for one in training)):
         if model.task != "causal-lm":
             raise RefpeftError("the run's rows are not there to measure the merged model on: give --data FILE")

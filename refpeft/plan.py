@@ -13,7 +13,6 @@ from typing import Any
 
 from refpeft import adapters, cost, evaluation, inputs, learning, memory, report, run, schedule, shapes, sites, toml
 from refpeft.config import EMBEDDED, Resolved
-from refpeft.errors import RefpeftError
 from refpeft.models.base import Model
 from refpeft.models.checkpoint import Checkpoint, open_checkpoint
 from refpeft.models.hub import resolve as resolve_model
@@ -162,10 +161,7 @@ def plan_shape(resolved: Resolved, speed: cost.Speed | None = None) -> ShapePlan
     Raises RefpeftError where the rows are longer than such a model reads.
     """
     config, checkpoint = resolved.run, shapes.checkpoint_of(resolved.run.model)
-    context = checkpoint.config.context
-    length = config.data.length or min(run.DEFAULT_LENGTH, context)
-    if length > context:
-        raise RefpeftError(f"length is {length:,}, but the model was made for {context:,} positions")
+    length = inputs.row_length(config.data.length, checkpoint.config)
     labels = config.labels or ("0", "1") * (config.task in ("classify", "tag"))
     model, sizes = _sizes(resolved, checkpoint, config.train.rows_at_a_time, length, config.task, labels)
     layers = [layer for adapter in model.adapters for layer in adapter.layers if layer.part.name == "full"]

@@ -25,6 +25,7 @@ from refpeft.models.checkpoint import Checkpoint, open_checkpoint
 from refpeft.models.hub import resolve
 from refpeft.quant import make_quantizer
 from refpeft.tasks.base import Task
+from refpeft.tasks.classify import Labelling
 from refpeft.tasks.embed import Embed
 from refpeft.tasks.texts import Texts
 from refpeft.trainer import Summary, Trainer
@@ -231,14 +232,19 @@ def _few(names: Sequence[str]) -> str:
 
 
 def _stated(resolved: Resolved, found: Inputs, directory: Path) -> Resolved:
-    """The configuration with what was found out of the rows: format, task, labels or scores; and the directory."""
-    run = resolved.run
+    """The configuration with what was found out of the rows, by which others can be measured alike; and the directory.
+
+    That is their format and task, the labels and their weights, the highest score.
+    """
+    run, task = resolved.run, found.task
     told = found.rows.summary.format  # "auto" where files differ
-    of_rows = {"format": run.data.format if told == "auto" else told}
-    if isinstance(found.task, Embed):
-        of_rows["highest_score"] = found.task.highest
-    data = run.data.model_copy(update=of_rows)
-    said = {"data": data, "task": found.task.name, "labels": found.task.labels, "out": str(directory)}
+    data, train = {"format": run.data.format if told == "auto" else told}, {}
+    if isinstance(task, Embed):
+        data["highest_score"] = task.highest
+    if isinstance(task, Labelling) and task.weights is not None:
+        train["class_weights"] = tuple(task.weights.tolist())
+    said = {"data": run.data.model_copy(update=data), "train": run.train.model_copy(update=train)}
+    said |= {"task": task.name, "labels": task.labels, "out": str(directory)}
     return dataclasses.replace(resolved, run=run.model_copy(update=said))
 
 

@@ -176,6 +176,15 @@ def test_a_length_without_room_for_a_token_between_the_special_ones_is_refused(f
         list(task.windows(data.examples[0], 2))
 
 
+def test_a_length_without_room_for_a_pair_is_refused_and_a_text_without_tokens_to_hide(folder):
+    pairs = write(folder / "pairs.jsonl", [{"text_a": "a film", "text_b": "bad", "label": n} for n in (0, 1)])
+    with pytest.raises(RefpeftError, match="length is 2: the special tokens around a text take as many"):
+        read(pairs, "bert")[0].tokenizer.encode_pair("a film", "bad", 2)
+    texts = write(folder / "texts.jsonl", [{"text": "a film"}, {"text": ""}])
+    with pytest.raises(RefpeftError, match="1 row with nothing to learn, at line 2"):
+        read(texts, "bert")
+
+
 def test_a_decoder_says_the_answer_after_its_start_token(folder):
     file = write(
         folder / "rows.jsonl", [{"prompt": "is it good", "completion": "it is"}, {"prompt": "a", "completion": "a"}]

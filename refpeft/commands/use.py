@@ -67,7 +67,7 @@ def evaluate(
     if loaded.task is None:
         raise RefpeftError(f"this {loaded.config.family} model has no head to evaluate: give an adapter that has one")
     how = {"labels": loaded.labels, "supervise": configured.data.supervise}
-    how |= {"highest_score": configured.data.highest_score}
+    how |= {"highest_score": configured.data.highest_score, "class_weights": configured.train.class_weights}
     task = tasks.make(loaded.task, loaded.tokenizer, loaded.config, **how)
     rows = inputs.held_out_rows(configured, loaded.config, task)
     if rows is None:
