@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tiny_tokenizers import CHATML, byte_level, chatml, llama, plain, save
 
 from refpeft import RefpeftError
-from refpeft.data import load_data, runs, view
+from refpeft.data import Data, load_data, runs, view
 from refpeft.examples import Example
 from refpeft.formats import ALPACA, ALPACA_WITH_INPUT
 from refpeft.tasks.causal_lm import CausalLM, prompt_tokens
@@ -449,3 +449,11 @@ def test_real_files(name, rows, tokenizer):
     data = load_data(Path(os.environ["REFPEFT_DATA"]) / name, tokenizer)
     assert data.summary.rows == data.summary.examples == data.summary.ends_in_eos == rows
     assert 0 < data.summary.supervised_share < 1
+
+
+def test_files_of_several_formats_are_told_as_one(write):
+    plain = load_data(write([{"prompt": "a", "completion": " yes"}]), PLAIN)
+    text = load_data(write([{"text": "hello world"}, {"text": "no"}], "b.jsonl"), PLAIN)
+    both = Data.joined([plain, text]).summary
+    assert (both.format, both.rows, both.longest) == ("auto", 3, max(plain.summary.longest, text.summary.longest))
+    assert Data.joined([text, text]).summary.format == "text" and Data.joined([text]) is text
