@@ -127,6 +127,16 @@ def test_sets_are_evaluated_each_and_together():
     assert found["loss"] == pytest.approx(mean_loss(model, both))
 
 
+def test_the_rows_of_a_set_are_evaluated_as_its_task():
+    model = tiny.model()
+    tiny.scramble(sites.attach(model, "multitask_prompt", EACH))
+    rows = Batches(examples(3, 1), 2, 32, shuffle=False)
+    found = Several({name: Evaluation(model, rows) for name in "ab"})()
+    for model.mode.task, name in enumerate("ab"):
+        assert found[f"loss {name}"] == mean_loss(model, rows)
+    assert found["loss a"] != found["loss b"]
+
+
 # ---- prompts of tasks ------------------------------------------------------------------------------------------------
 
 EACH = {"tokens": 3, "tasks": 2, "each": True}

@@ -110,6 +110,30 @@ def test_of_labels_the_likeliest_name_is_predicted(count, evaluate):
     assert found["accuracy"] == pytest.approx(right / 3) and 0 <= found["f1_macro"] <= 1
 
 
+def test_the_likeliest_name_is_told_without_the_end_token(evaluate):
+    model = refpeft.load("model")
+    task, labels = CausalLM(model.tokenizer), ("aa", "bb", "cc", "dd")
+    prompts = [Plain(f"text {n}\n", "aa") for n in range(24)]
+    expected = []
+    for row in prompts:
+        start = len(model.tokenizer.encode(row.prompt, specials=True))
+        likelihood = []
+        for label in labels:
+            ids = task.encode(Plain(row.prompt, label), 1)[0].ids
+            logits = model(ids[None]).data[0].astype("f8")
+            log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+            likelihood.append([log_p[t - 1, ids[t]] for t in range(start, len(ids))])
+        expected.append([sum(said[:-1]) for said in likelihood])
+    found = shots.likeliest(model, task, prompts, labels, 5)
+    assert found.tolist() == np.argmax(expected, axis=1).tolist() and len(set(found.tolist())) > 1
+
+
+def test_an_answer_is_compared_up_to_the_next_example(evaluate, monkeypatch):
+    said = refpeft.load("model").tokenizer.encode(" yes\n\nis 7 even? no")
+    monkeypatch.setattr("refpeft.tasks.texts.generate", lambda model, prompts, *more, **how: [said] * len(prompts))
+    assert evaluate(*SHOWN, "--shots", "1", "--metric", "exact_match")["exact_match"] == 0.6  # of 0 ... 4
+
+
 def test_answers_end_where_another_example_would_begin(monkeypatch):
     monkeypatch.setattr("refpeft.tasks.texts.generate", lambda *a, **k: [[0]])
     task = CausalLM.__new__(CausalLM)
