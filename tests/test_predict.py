@@ -102,6 +102,16 @@ def test_it_is_said_how_many_rows_are_cut(folder):
     assert code == 0 and "1 rows have more than 32 tokens: the rest is cut" in output
 
 
+def test_an_adapter_is_not_for_another_task_or_without_its_model(folder):
+    trained(folder, model="./bert", **{"data.file": str(write(folder / "rows.jsonl", LABELLED)), "train.steps": 1})
+    output, code = said("predict", "rows.jsonl", "--adapter", "out", "--task", "tag")
+    assert code == 2 and "out was trained, with its head, for the task 'classify': leave --task out" in output
+    (folder / "bert").rename(folder / "moved")
+    output, code = said("predict", "rows.jsonl", "--adapter", "out")
+    assert code == 2 and "it is the model of out: give --model if it has moved" in output
+    assert said("predict", "rows.jsonl", "--adapter", "out", "--model", "moved")[1] == 0
+
+
 # -- answers -----------------------------------------------------------------------------------------------------------
 
 

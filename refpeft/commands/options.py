@@ -90,12 +90,22 @@ def load(
     task: str | None = None,
 ) -> Any:  # fmt: skip
     """The model that the options name, kept as the adapter's run had it where they do not say how."""
-    from refpeft import api, run
+    from refpeft import api, config, run
     from refpeft.errors import RefpeftError
+    from refpeft.models import hub
 
     if not (model or adapter):
         raise RefpeftError("there is no model: give --model, or --adapter with a run's directory")
+    trained_for = config.written(adapter).get("task")
+    if task and trained_for in ("classify", "regress", "tag") and task != trained_for:
+        raise RefpeftError(f"{adapter} was trained, with its head, for the task {trained_for!r}: leave --task out")
+    if not model:
+        model = run.base_model(adapter)
+        try:
+            hub.resolve(model)
+        except RefpeftError as error:
+            raise RefpeftError(f"{error}; it is the model of {adapter}: give --model if it has moved") from None
     how = run.how_kept(adapter, quantizer)
     how["double_quant"] |= double_quant
     how["dtype"] = dtype or how["dtype"]
-    return api.load(model or run.base_model(adapter), adapter, device=device, task=task, **how)
+    return api.load(model, adapter, device=device, task=task, **how)
