@@ -344,6 +344,19 @@ def test_what_no_task_took_of_the_files_is_saved_with_a_model_without_a_head(tmp
     assert all(np.array_equal(found[name], array) for name, array in POOLER.items())
 
 
+@pytest.mark.parametrize(
+    ("family", "bias"),
+    [("bert", "cls.predictions.bias"), ("roberta", "lm_head.bias"), ("albert", "predictions.bias")],
+)
+def test_a_masked_head_has_its_bias_where_its_family_has_it(family, bias, tmp_path):
+    stored = np.arange(40, dtype="f4")
+    model = refpeft.load(write_base(tmp_path / "base", family, {bias: stored}), task="mlm")
+    assert np.array_equal(model.head.bias, stored)
+    saving.save(model, tmp_path / "saved")
+    found = files.read_safetensors(tmp_path / "saved" / "model.safetensors")
+    assert np.array_equal(found[bias], stored) and not [name for name in found if name.endswith("decoder.bias")]
+
+
 @pytest.mark.parametrize("quantizer", ["nf4", "int8", "int4"])
 def test_a_quantized_model_keeps_its_head_as_it_was(quantizer, tmp_path):
     chosen = make_quantizer(quantizer, None, False)

@@ -160,9 +160,11 @@ def test_the_best_adapter_comes_back_with_the_constants_that_it_had(tmp_path):
     assert all(np.array_equal(array, seen[1][name]) for name, array in built.constants.items())
 
 
-def test_the_best_adapter_needs_held_out_rows_and_a_place():
+def test_the_best_adapter_needs_held_out_rows_and_a_place(tmp_path):
     with pytest.raises(RefpeftError, match="held-out rows and a run directory"):
-        trainer(Train(best=True), held_out=False)
+        trainer(Train(best=True), held_out=False, out=tmp_path)
+    with pytest.raises(RefpeftError, match="held-out rows and a run directory"):
+        trainer(Train(best=True))
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path):
