@@ -19,6 +19,7 @@ from refpeft.errors import RefpeftError
 from refpeft.outcomes import Row
 
 EMBEDDED = Path(__file__).parent / "embedded" / "compare.toml"  # what each method is given on the embedded model
+ASKED = "asked.toml"  # in a run's directory: its configuration; its run.toml also has what was found of the rows
 _OF_THE_RUN = {"lr": "train.lr", "quantizer": "quantizer"}  # keys of a method's line that are not its own options
 
 Flags = Sequence[tuple[str, str, Any]]
@@ -123,12 +124,12 @@ def compare(
     `resume` what is finished is not done again, and what the table has of others stays.
     """
     stored = outcomes.stored(out) if resume else {}
-    done = {name for name, row in stored.items() if not row.error and (out / name / config.FILE).is_file()}
+    done = {name for name, row in stored.items() if not row.error and (out / name / ASKED).is_file()}
     for name, run in resolved.items():
         if (
             name in done
             and isinstance(run, Resolved)
-            and (out / name / config.FILE).read_text("utf-8") != config.to_toml(run)
+            and (out / name / ASKED).read_text("utf-8") != config.to_toml(run)
         ):
             raise RefpeftError(f"{out / name} is of a run with other options: choose another --out")
     asking = _questions(resolved, shots)
@@ -191,8 +192,8 @@ def _train(name: str, resolved: Resolved, directory: Path, say: Callable[[str], 
     """Trains one method, or goes on with it."""
     lr = resolved.run.train.lr
     directory.mkdir(parents=True, exist_ok=True)
-    files.write_text(directory / config.FILE, config.to_toml(resolved))
-    done = _refpeft("train", str(directory / config.FILE), "--resume", "--json")
+    files.write_text(directory / ASKED, config.to_toml(resolved))
+    done = _refpeft("train", str(directory / ASKED), "--resume", "--json")
     said = done.stderr.strip().splitlines()
     for line in (line for line in said if line.startswith("warning: ")):
         say(f"{name}: {line}")

@@ -4,7 +4,7 @@ import json
 
 import pytest
 from test_predict import said
-from test_tasks import folder, trained, write  # noqa: F401 (a fixture)
+from test_tasks import LABELLED, folder, trained, write  # noqa: F401 (a fixture)
 
 # ruff: noqa: F811 (tests take the fixture by its name)
 
@@ -26,3 +26,13 @@ def test_eval_finds_what_the_run_found_however_large_its_batches(folder, name, r
     after = trained(folder, **flags).summary.after
     output, code = said("eval", "--adapter", "out", "--batch", batch, "--json")
     assert code == 0 and json.loads(output)["eval_loss"] == pytest.approx(after["loss"], rel=1e-5)
+
+
+def test_adapters_of_a_comparison_know_their_task_and_labels(folder):
+    write(folder / "rows.jsonl", LABELLED)
+    asked = ["--model", "bert", "--data", "rows.jsonl", "--eval-data", "rows.jsonl", "--steps", "1", "--out", "table"]
+    assert said("compare", "--methods", "bitfit", *asked)[1] == 0
+    output, code = said("eval", "--adapter", "table/bitfit", "--json")
+    assert code == 0 and "accuracy" in json.loads(output)
+    output, code = said("compare", "--methods", "bitfit", *asked, "--resume")
+    assert code == 0 and "1/1 bitfit, before" in output
