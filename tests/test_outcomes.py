@@ -112,6 +112,26 @@ def test_mistakes_are_told(arguments, message, refpeft):
     assert message in refpeft(*arguments, exit_code=2).stderr
 
 
+def test_a_base_is_asked_the_rows_of_the_runs_and_again_where_these_are_others(refpeft, tmp_path):
+    tiny_files.write_rows(tmp_path / "earlier.jsonl", 4)
+    for count, method in ((2, "lora"), (3, "ia3")):
+        options = (
+            "--methods",
+            method,
+            "--set",
+            f"data.eval_rows={count}",
+            "--shots",
+            "0",
+            "--earlier",
+            "earlier.jsonl",
+        )
+        result = refpeft("compare", *options, "--out", "out", "--resume", "--json")
+        base, row = json.loads(result.stdout)["rows"]
+        assert json.loads((tmp_path / "out" / "base-0-shots.json").read_text())["scores"]["rows"] == count
+        assert base["loss_after"] == pytest.approx(row["loss_before"], rel=1e-5)
+        assert "loss of the earlier task" in row["scores"]
+
+
 def test_a_base_that_cannot_be_asked_is_a_row_with_the_reason(refpeft):
     result = refpeft("compare", "--methods", "lora", "--shots", "40", exit_code=1)
     assert "base (40 shots): 40 shots are asked for, but only 11 rows have another prompt" in result.stdout
