@@ -60,7 +60,9 @@ def described(item: Item) -> str:
     """What kind of item one is, in a few words."""
     if isinstance(item, Labelled):
         return f"the label is {item.label!r}"
-    return {Chat: "a conversation", Plain: "a text without a label", Tagged: "tagged words"}[type(item)]
+    if isinstance(item, Plain):
+        return "a text without a label" if item.prompt.strip() else "an empty prompt, or a text alone"
+    return "a conversation" if isinstance(item, Chat) else "tagged words"
 
 
 def label_counts(items: Iterable[Item]) -> dict[str | int, int]:

@@ -412,8 +412,8 @@ def test_rows_that_do_not_fit_what_is_asked_of_them_are_refused(folder, rows, fl
 
 
 def test_empty_texts_are_counted(folder):
-    _, data = read(write(folder / "rows.jsonl", [*LABELLED, {"text": " ", "label": "up"}]), "bert")
-    assert "1 rows have an empty text" in data.summary.notes
+    for rows in ([*LABELLED, {"text": " ", "label": "up"}], [{"text_a": "a", "text_b": ""}]):
+        assert "1 rows have an empty text" in read(write(folder / "rows.jsonl", rows), "bert")[1].summary.notes
 
 
 @pytest.mark.parametrize("flags", [{"train.metric": "accuracy"}, {"train.metrics": ["f1_macro"]}])
@@ -473,6 +473,22 @@ def test_a_merged_model_knows_its_task_and_predicts_what_the_run_does(folder, na
     for ours, theirs in zip(*found, strict=True):
         for a, b in zip(_flat(ours), _flat(theirs), strict=True):
             assert a == (b if isinstance(b, str) else pytest.approx(b, rel=1e-3, abs=1e-4))
+
+
+def test_labels_that_the_model_s_own_head_knows_keep_its_order(folder):
+    write(folder / "rows.jsonl", LABELLED)
+    first = trained(folder, labels=["up", "down"], **{"data.file": "rows.jsonl", "train.steps": 3})
+    merging.merge(first.directory, folder / "merged", model="bert")
+    numbers = [row | {"label": int(row["label"] == "down")} for row in LABELLED]
+    for rows, labels in (
+        (LABELLED, ("up", "down")),
+        (numbers, ("up", "down")),
+        ([row | {"label": row["label"] + "!"} for row in LABELLED], ("down!", "up!")),
+    ):
+        file = write(folder / "rows.jsonl", rows)
+        run_of = config.resolve(None, [("", "model", "merged"), ("", "data.file", str(file))]).run
+        found = inputs.read(run_of, from_hf(files.read_json(folder / "merged/config.json")), Tokenizer.load("merged"))
+        assert found.task.labels == labels
 
 
 def test_a_run_is_merged_whose_held_out_rows_lack_a_label_of_balanced_weights(folder):

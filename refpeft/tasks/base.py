@@ -59,7 +59,9 @@ class Task:
 
     def notes(self, items: Sequence[Item], examples: Sequence[Any]) -> list[str]:
         """What people should be told of the data."""
-        return []
+        texts = [(item.text, item.text_b) for item in items if isinstance(item, Labelled)]
+        empty = sum(not all(text is None or text.strip() for text in both) for both in texts)
+        return [f"{empty:,} rows have an empty text"] if empty else []
 
     # ---- outputs ----
 
@@ -81,11 +83,6 @@ class Task:
 
 class Asking(Task):
     """A task whose examples are refpeft.examples.Asked: the model says something at some tokens of a text."""
-
-    def notes(self, items: Sequence[Item], examples: Sequence[Any]) -> list[str]:
-        texts = [(item.text, item.text_b) for item in items if isinstance(item, Labelled)]
-        empty = sum(not all(text is None or text.strip() for text in both) for both in texts)
-        return [f"{empty:,} rows have an empty text"] if empty else []
 
     def told(self, model: Model, batches: Batches) -> Iterator[Told]:
         """What the model says of each example."""

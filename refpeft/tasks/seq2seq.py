@@ -8,7 +8,7 @@ import numpy as np
 
 from refpeft.errors import RefpeftError
 from refpeft.examples import Answered
-from refpeft.items import Item, Plain
+from refpeft.items import Item, Plain, described
 from refpeft.tasks.texts import Texts
 from refpeft.tokenizer import Tokenizer
 
@@ -26,7 +26,7 @@ class Seq2Seq(Texts):
 
     def encode(self, item: Item, line: int) -> list[Answered]:
         if not isinstance(item, Plain) or not item.prompt.strip():
-            raise RefpeftError("expected a source and its target")
+            raise RefpeftError(f"{described(item)}: expected a source and its target")
         ids, answer = ended(self.tokenizer, item.prompt), ended(self.tokenizer, item.completion)
         return [Answered(ids, answer, self.start, line)]
 
