@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,9 @@ from refpeft.batches import Batches
 from refpeft.data import Data, examples_of
 from refpeft.errors import RefpeftError
 from refpeft.formats import Items, read_items
-from refpeft.items import Item, Labelled, Tagged
+from refpeft.items import Item, Labelled, Tagged, label_counts
 from refpeft.mixtures import Mixture
+from refpeft.models import heads
 from refpeft.models.config import AnyConfig
 from refpeft.rng import Stream
 from refpeft.settings import RunConfig, listed
@@ -67,17 +68,29 @@ def read(run: RunConfig, model: AnyConfig, tokenizer: Tokenizer) -> Inputs:
 
 
 def _task(name: str, items: Mapping[Path, Items], run: RunConfig, model: AnyConfig, tokenizer: Tokenizer) -> Task:
-    """The task of all rows that are trained on: its labels are theirs."""
+    """The task of all rows that are trained on: its labels are theirs, in the model's own order if it knows them."""
     how = {"class_weights": run.train.class_weights, "supervise": run.data.supervise}
     how |= {"highest_score": run.data.highest_score}
     try:
         every = [item for found in items.values() for item in found.items]
-        task = tasks.make(name, tokenizer, model, every, run.labels, **how)
+        task = tasks.make(name, tokenizer, model, every, run.labels or _of_model(name, every, model), **how)
         if run.labels and not task.labels:
             raise RefpeftError(f"labels has no effect: the task {name!r} has none")
         return task
     except RefpeftError as error:
         raise RefpeftError(f"{', '.join(map(str, items))}: {error}") from None
+
+
+def _of_model(name: str, items: Sequence[Item], model: AnyConfig) -> tuple[str, ...]:
+    """The labels that the model's own files name for a task, in the order of its head, where the rows have these.
+
+    Rows may have some of the names, or all of the numbers.
+    """
+    task, labels = heads.read_from(model.raw)
+    found = label_counts(items)
+    if task != name or labels == heads.unnamed(len(labels)):
+        return ()
+    return labels if {*found} <= {*labels} or [*found] == [*range(len(labels))] else ()
 
 
 def held_out_rows(run: RunConfig, model: AnyConfig, task: Task) -> Data | None:
