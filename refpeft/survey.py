@@ -64,7 +64,7 @@ class Survey:
         with sites.bypassed(self.model), _listening(chosen, seen), no_grad():
             for step in range(batches):
                 batch = self.batches.at(step)
-                self.model.states(batch, np.flatnonzero(batch.targets >= 0))
+                self.model.states(batch, batch.asked)
                 once: dict[tuple[int, ...], Array] = {}
                 for site in chosen:
                     key = tuple(map(id, seen[site.name]))
@@ -81,7 +81,7 @@ class Survey:
         xp, shape = self.model.xp, batch.ids.shape
         real = np.arange(batch.ids.size) if batch.segments is None else np.flatnonzero(batch.segments >= 0)
         if site.home.startswith("decoder.") and not {"cross_k", "cross_v"} & set(site.roles):
-            shape, real = batch.said.shape, np.flatnonzero(batch.targets >= 0)
+            shape, real = batch.said.shape, batch.asked
         texts = [x.reshape(-1, x.shape[-1])[xp.asarray(real)] for x in runs if x.shape[:2] == shape]
         return xp.concatenate(texts or [x.reshape(-1, x.shape[-1]) for x in runs])
 
