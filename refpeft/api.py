@@ -68,18 +68,21 @@ def load(
     chosen = make_quantizer(quantizer, options, double_quant)
     checkpoint = open_checkpoint(resolve(str(model)))
     directories = [adapter] if isinstance(adapter, (str, Path)) else list(adapter or ())
-    if task is None:
+    if isinstance(labels, str):
+        raise RefpeftError(f"labels is {labels!r}: expected a list of names")
+    if directories:
         from . import adapters
 
         found = [adapters.task_of(directory) for directory in directories]
-        task, names = next((one for one in found if one[0]), (None, ()))
-        labels = labels or names
+        trained_for, names = next((one for one in found if one[0]), (None, ()))
+        if task in (None, trained_for):
+            task, labels = trained_for, labels or names
     built = build(checkpoint, dtype, xp, chosen, task, labels)
     built.name = str(model)
     for directory in directories:
-        from . import adapters
-
         adapters.load(built, directory)
+    if labels and not built.labels:
+        raise RefpeftError(f"labels are of a task that tells some apart, and the model is for {built.task or 'none'}")
     return built
 
 

@@ -8,7 +8,9 @@ import tiny_tokenizers
 from click.testing import CliRunner
 from test_tasks import LABELLED, folder, trained, write  # noqa: F401 (a fixture)
 
+import refpeft
 from refpeft.cli import main
+from refpeft.errors import RefpeftError
 
 # ruff: noqa: F811 (tests take the fixture by its name)
 
@@ -142,3 +144,27 @@ def test_eval_gives_the_metrics_of_the_run_and_those_asked_for(folder):
     trained(folder, **flags, **{"train.metrics": ["f1_micro"], "train.steps": 1})
     output, code = said("eval", "--adapter", "out", "--metric", "matthews", "--json")
     assert code == 0 and {"accuracy", "f1_macro", "f1_micro", "matthews"} <= set(json.loads(output))
+
+
+def test_labels_that_neither_adapter_nor_model_names_are_told(folder):
+    write(folder / "rows.jsonl", LABELLED)
+    trained(folder, **{"data.file": "rows.jsonl"})
+    (folder / "out" / "run.toml").unlink()  # an adapter as PEFT's are
+    assert refpeft.load("bert", "out").labels == ("LABEL_0", "LABEL_1")
+    assert refpeft.load("bert", "out", labels=["no", "yes"]).labels == ("no", "yes")
+    options = ["--model", "bert", "--adapter", "out", "--labels", "no,yes"]
+    said = CliRunner().invoke(main, ["predict", "rows.jsonl", *options])
+    assert {json.loads(line)["predicted"] for line in said.stdout.splitlines()} <= {"no", "yes"}
+
+
+@pytest.mark.parametrize(
+    "labels, task, message",
+    [
+        ("no,yes", None, "labels is 'no,yes': expected a list of names"),
+        (["a", "b"], "embed", "labels are of a task that tells some apart, and the model is for embed"),
+        (["a", "b"], None, "labels are of a task that tells some apart, and the model is for none"),
+    ],
+)
+def test_labels_without_a_task_for_them_are_refused(folder, labels, task, message):
+    with pytest.raises(RefpeftError, match=message):
+        refpeft.load("bert", labels=labels, task=task)

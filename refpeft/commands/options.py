@@ -53,6 +53,11 @@ def model(command: Callable) -> Callable:
 
 task = click.option("--task", type=click.Choice(choices.TASKS), help="Default: what the adapter or model was made for.")
 
+labels = click.option(
+    "--labels", metavar="A,B,...", callback=lambda ctx, option, text: tuple(text.split(",")) if text else (),
+    help="The labels' names in the order of their numbers, where adapter and model do not say them.",
+)  # fmt: skip
+
 fields = click.option(
     "--fields", metavar="text=COLUMN,label=COLUMN", callback=lambda ctx, option, text: columns(text) if text else {},
     help="What the file calls the columns of a format, where that does not tell itself.",
@@ -87,7 +92,7 @@ def show(plan: Any, json: bool) -> None:
 
 def load(
     model: str | None, adapter: str | None, quantizer: str | None, double_quant: bool, dtype: str | None, device: str,
-    task: str | None = None,
+    task: str | None = None, labels: tuple[str, ...] = (),
 ) -> Any:  # fmt: skip
     """The model that the options name, kept as the adapter's run had it where they do not say how."""
     from refpeft import api, config, run
@@ -108,4 +113,4 @@ def load(
     how = run.how_kept(adapter, quantizer)
     how["double_quant"] |= double_quant
     how["dtype"] = dtype or how["dtype"]
-    return api.load(model, adapter, device=device, task=task, **how)
+    return api.load(model, adapter, device=device, task=task, labels=labels, **how)

@@ -13,6 +13,7 @@ from refpeft.commands import options
 @click.argument("data", metavar="FILE")
 @options.model
 @options.task
+@options.labels
 @click.option("--out", metavar="FILE", help="Where the predictions go, a JSON object a line. Default: standard output.")
 @click.option("--format", "kind", metavar="NAME", help="The format of the rows; else it is told from their columns.")
 @options.fields

@@ -21,6 +21,7 @@ from refpeft.commands import options
     help="What becomes of longer rows. Default: as in the adapter's run, or error.",
 )
 @options.task
+@options.labels
 @options.fields
 @click.option("--metric", "metrics", multiple=True, metavar="NAME", help="Also this metric, such as bleu. Repeatable.")
 @click.option("--shots", type=click.IntRange(min=0), metavar="K", help="Show K examples before every prompt.")

@@ -142,7 +142,7 @@ def put_on(
             f"task {task!r} tells labels apart, and there are {len(labels)}: name at least two, or take an adapter "
             "that was trained for it, or a model whose config.json names them (id2label)"
         )
-    model.task, model.labels = task, tuple(labels)
+    model.task, model.labels = task, tuple(labels) if task in ("classify", "tag") else ()
     if task == "embed":
         model.read, model.objective = "mean", partial(objectives.similarity, model)
         return
