@@ -23,6 +23,11 @@ def code(language: str) -> list[str]:
     return [text for name, text in blocks if name == language]
 
 
+def python_with(text: str) -> str:
+    """The first block of Python that has this text."""
+    return next(block for block in code("python") if text in block)
+
+
 def tree() -> set[str]:
     """The files that the README's tree names, as paths."""
     text = next(block for block in code("") if block.startswith("refpeft/\n"))
@@ -83,7 +88,7 @@ def test_the_table_of_quantizers_is_that_of_the_plugins_and_its_numbers_are_thei
 
 
 def test_the_plugin_of_the_readme_trains_and_its_adapter_loads(tmp_path):
-    (tmp_path / "readme_gains.py").write_text(code("python")[0])
+    (tmp_path / "readme_gains.py").write_text(python_with("hookimpl"))
     model = refpeft.load("embedded")
     adapter = refpeft.attach(model, str(tmp_path / "readme_gains.py"), {"first": 0.5})
     assert adapter.size == 2 * model.config.layers
@@ -97,7 +102,7 @@ def test_the_plugin_of_the_readme_trains_and_its_adapter_loads(tmp_path):
 
 
 def test_the_python_of_the_readme_runs():
-    exec(code("python")[1], {})
+    exec(python_with("import refpeft\n"), {})
 
 
 if __name__ == "__main__":
