@@ -417,9 +417,7 @@ def _(g, slope, scale):
     return (slope * (g * scale),)
 
 
-def _row_losses(
-    logits: Array, targets: Array, weights: Array | None, slope_wanted: bool
-) -> tuple[Array, Array | None]:
+def _row_losses(logits: Array, targets: Array, weights: Array | None, slope_wanted: bool) -> tuple[Array, Array | None]:
     """-log p of each row's target (0 where the target is negative), and its derivative by the logits."""
     xp = xp_of(logits)
     kept = targets >= 0

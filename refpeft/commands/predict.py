@@ -52,10 +52,9 @@ def predict(
         )
     longest = max(map(len, rows.examples))
     found = dict(doing.predict(loaded, Batches(rows.examples, batch, longest, shuffle=False)))
-    text = ""
-    for row in items.rows:
-        line = {"line": row.line}  # first, and where the file has one, too, ours
-        text += json.dumps(line | row.fields | line | found[row.line], ensure_ascii=False) + "\n"
+    others = ({key: value for key, value in row.fields.items() if key != "line"} for row in items.rows)
+    told = ({"line": row.line, **rest, **found[row.line]} for row, rest in zip(items.rows, others, strict=True))
+    text = "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in told)
     if out:
         files.write_text(files.expanded(out), text)
         click.echo(f"{len(items.rows):,} predictions in {out}", err=True)
