@@ -92,6 +92,8 @@ def read_items(
     named = [_renamed(row, names(tuple(row.fields))) for row in named]
     columns = dict.fromkeys(name for row in named for name in row.fields)
     unused = [name for name in columns if name not in FORMATS[format].all_columns]
+    missing = [name for name in COLUMNS if name not in columns]
+    notes += [f"the column {name!r} is not used{hint}" for name in unused if (hint := nearest(name, missing))]
     return Items(rows, _items(named, format, has_template, str(path)), format, unused, notes)
 
 

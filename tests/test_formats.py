@@ -461,3 +461,11 @@ def test_real_files():
     assert sst.format == "label" and label_counts(sst.items) == {0: 428, 1: 444}
     e2e = read_items(folder / "e2e" / "valid.txt")
     assert e2e.format == "prompt" and len(e2e.items) == 4672 and len(references(e2e.items)) == 547
+
+
+def test_a_column_that_is_nearly_one_of_a_format_is_told(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"text": "a", "lable": "x", "id": 1}\n')
+    read = read_items(file)
+    assert (read.format, read.unused) == ("text", ["lable", "id"])
+    assert read.notes == ["the column 'lable' is not used; did you mean 'label'?"]
