@@ -347,7 +347,7 @@ class Trainer:
                 f"checkpoint {newest} cannot be read: {error}; remove it to go on from an older one"
             ) from None
         if other := [key for key in now if saved.get(key) != now[key]]:
-            told = [f"{key} was {saved[key]}, now {now[key]}" for key in other if key in saved and key != "parameters"]
+            told = [f"{key} was {saved.get(key, 'not known')}, now {now[key]}" for key in other if key != "parameters"]
             what = "; ".join(told)[:500] or "what it trains has other shapes"
             raise RefpeftError(f"checkpoint {newest} is of another run: {what}; use another --out")
         return summary

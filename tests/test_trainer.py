@@ -14,7 +14,7 @@ import pytest
 import tiny
 import tiny_files
 
-from refpeft import sites
+from refpeft import files, sites
 from refpeft.batches import Batches, split
 from refpeft.config import Train
 from refpeft.errors import RefpeftError
@@ -170,6 +170,15 @@ def test_the_best_adapter_needs_held_out_rows_and_a_place(tmp_path):
 def test_only_the_newest_checkpoints_are_kept(tmp_path):
     trainer(Train(steps=9, batch=4, save_every=2, keep=2), out=tmp_path).run()
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-00000008", "step-00000009"]
+
+
+def test_a_checkpoint_from_before_a_setting_says_which(tmp_path):
+    trainer(Train(steps=4, batch=4), out=tmp_path).run()
+    state = files.read_json(tmp_path / "checkpoints" / "step-00000004" / "state.json")
+    del state["run"]["clip"]
+    files.write_json(tmp_path / "checkpoints" / "step-00000004" / "state.json", state)
+    with pytest.raises(RefpeftError, match=r"is of another run: clip was not known, now 1\.0; use another --out"):
+        trainer(Train(steps=4, batch=4), out=tmp_path).run(resume=True)
 
 
 def test_a_checkpoint_of_another_run_is_refused_with_what_differs(tmp_path):
