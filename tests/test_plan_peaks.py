@@ -63,12 +63,23 @@ def test_the_embedded_model_takes_what_was_planned(options, tmp_path):
 
 @pytest.mark.real
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peaks are read from /proc")
-@pytest.mark.parametrize("options", RUNS)
-def test_smollm2_takes_what_was_planned(options, tmp_path):
+@pytest.mark.parametrize("options", [run for run in RUNS if run.id.endswith(("-1-kept", "-4-recomputed"))])
+def test_smollm2_takes_what_was_planned(smollm2, options, tmp_path):
+    compare(tmp_path, 230, "--model", str(smollm2), *options)
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory):
+    """A copy of the file in small writes. One that was written at once lies in large pieces in the system's cache of
+    files, and a piece of which a byte is mapped counts whole: 40 MiB more, which are not the process's own."""
     model = Path(os.environ.get("REFPEFT_MODELS", "")) / "SmolLM2-135M-Instruct.Q4_1.gguf"
     if not model.is_file():
         pytest.skip("needs REFPEFT_MODELS with SmolLM2-135M-Instruct.Q4_1.gguf")
-    compare(tmp_path, 230, "--model", str(model), *options)
+    copy = tmp_path_factory.mktemp("model") / model.name
+    with model.open("rb") as source, copy.open("wb", buffering=0) as target:
+        while piece := source.read(2**14):
+            target.write(piece)
+    return copy
 
 
 @pytest.mark.slow
