@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -29,6 +29,9 @@ from .models.hub import resolve
 from .models.t5 import T5
 from .models.t5_config import T5Config
 from .quant import Dense, Quantized, Quantizer, make_quantizer
+
+if TYPE_CHECKING:
+    from .tokenizer import Tokenizer
 
 
 def load(
@@ -94,10 +97,12 @@ def build(
     task: str | None = None,
     labels: Sequence[str] = (),
     seed: int = 0,
+    tokenizer: Tokenizer | None = None,
 ) -> Model:
     """The model of an opened checkpoint, with weights read one at a time; see `load`.
 
-    What a head lacks in the checkpoint has first values that `seed` decides.
+    What a head lacks in the checkpoint has first values that `seed` decides. `tokenizer` is the checkpoint's own, where
+    it has been read.
     """
     compute = COMPUTE_DTYPES[dtype]
 
@@ -122,7 +127,7 @@ def build(
 
     config = checkpoint.config
     model = class_of(config)(config, weights, compute, xp)
-    model.checkpoint, model.tokenizer = checkpoint, checkpoint.tokenizer()
+    model.checkpoint, model.tokenizer = checkpoint, tokenizer or checkpoint.tokenizer()
     own, names = heads.read_from(config.raw)
     if task in (None, own):
         unnamed = len(labels) == len(names) and tuple(labels) == heads.unnamed(len(names))

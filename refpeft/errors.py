@@ -2,7 +2,8 @@
 
 import difflib
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 
 class RefpeftError(ValueError):
@@ -16,6 +17,12 @@ class RefpeftWarning(UserWarning):
 def warn(message: str) -> None:
     """Warns, with the place of whoever called the caller."""
     warnings.warn(message, RefpeftWarning, stacklevel=3)
+
+
+def few(names: Sequence[Any], most: int) -> str:
+    """The first `most` names with commas between, and how many more there are."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(map(str, names[:most])) + more
 
 
 def nearest(word: str, names: Iterable[str]) -> str:

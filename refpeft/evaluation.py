@@ -143,6 +143,6 @@ def loss_scores(model: Model, batches: Batches, names: Sequence[str], **context:
     from refpeft import metrics
 
     loss = mean_loss(model, batches)
-    count = sum(batch.supervised for batch in batches)
     of_loss = [name for name in names if metrics.METRICS[name].of == "loss"]
+    count = sum(batch.supervised for batch in batches) if of_loss else 0
     return {"loss": loss} | metrics.evaluate(of_loss, loss * count, count, **context)

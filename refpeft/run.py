@@ -17,7 +17,7 @@ from refpeft import adapters, api, backend, config, evaluation, files, inputs, m
 from refpeft.batches import Batches
 from refpeft.config import EMBEDDED, Resolved, RunConfig
 from refpeft.data import Data
-from refpeft.errors import RefpeftError
+from refpeft.errors import RefpeftError, few
 from refpeft.evaluation import Evaluation
 from refpeft.inputs import Inputs
 from refpeft.models.base import Model
@@ -138,7 +138,8 @@ def train(resolved: Resolved, directory: Path, resume: bool = False, say: Callab
     task, rows, held_out, earlier = found.task, found.rows, found.held_out, found.earlier
     scored = evaluation.names_of(task, held_out, run.train.metrics, run.train.metric)
     quantizer = make_quantizer(run.quantizer, resolved.options.get(run.quantizer), run.double_quant)
-    model = api.build(checkpoint, run.dtype, backend.module(run.device), quantizer, task.name, task.labels, run.seed)
+    xp, for_task = backend.module(run.device), (task.name, task.labels, run.seed, task.tokenizer)
+    model = api.build(checkpoint, run.dtype, xp, quantizer, *for_task)
     model.name = run.model
     resolved = _stated(resolved, found, directory)
     run = resolved.run
@@ -215,20 +216,14 @@ def _frozen(model: Model) -> str:
 
 def _of_task(model: Model, checkpoint: Checkpoint) -> list[str]:
     """What the model ends in, in words."""
-    lines = [f"task {model.task}{': ' + _few(model.labels) if model.labels else ''}"]
+    lines = [f"task {model.task}{': ' + few(model.labels, _NAMED) if model.labels else ''}"]
     if model.trained_head:
-        lines.append(f"{_few(model.trained_head)} of the head is trained beside the method")
+        lines.append(f"{few(model.trained_head, _NAMED)} of the head is trained beside the method")
     if model.new_head:
-        lines.append(f"new, for the model's files have none of this shape: {_few(model.new_head)}")
+        lines.append(f"new, for the model's files have none of this shape: {few(model.new_head, _NAMED)}")
     if checkpoint.unused:
-        lines.append(f"not used of the model's files: {_few(checkpoint.unused)}")
+        lines.append(f"not used of the model's files: {few(checkpoint.unused, _NAMED)}")
     return lines if model.task != "causal-lm" or checkpoint.unused else []
-
-
-def _few(names: Sequence[str]) -> str:
-    """The first of them."""
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(names[:_NAMED]) + more
 
 
 def _stated(resolved: Resolved, found: Inputs, directory: Path) -> Resolved:

@@ -45,13 +45,17 @@ class Task:
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
 
-    def encode(self, item: Item, line: int) -> list[Any]:
-        """The examples of an item. Raises RefpeftError, without naming the row, where it is none of this task's."""
+    def encode(self, item: Item, line: int, length: int | None = None) -> list[Any]:
+        """The examples of an item. Raises RefpeftError, without naming the row, where it is none of this task's.
+
+        length   the most tokens, of a task that leaves `cut` as it is
+        """
         raise NotImplementedError
 
     def cut(self, item: Item, example: Any, length: int) -> Any | None:
         """The example of an item in at most `length` tokens; None where nothing would be learned from it."""
-        raise NotImplementedError
+        (kept,) = self.encode(item, example.line, length)
+        return kept if kept.targets else None
 
     def windows(self, example: Any, length: int) -> Iterator[Any]:
         """The example in parts of at most `length` tokens. Raises RefpeftError where that makes no sense."""
@@ -120,6 +124,11 @@ class Asking(Task):
                 for example, values in zip(examples, each, strict=True):
                     yield Told(example, values), loss
                     loss = 0.0, 0.0
+
+
+def ended_early(ids: np.ndarray, length: int) -> np.ndarray:
+    """At most `length` tokens of a text: the last one, a special token, stays."""
+    return ids if len(ids) <= length else np.append(ids[: length - 1], ids[-1:])
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from refpeft.batches import Batches
-from refpeft.errors import RefpeftError, nearest
+from refpeft.errors import RefpeftError, few, nearest
 from refpeft.examples import Asked
 from refpeft.items import SHOWN_LABELS, Item, Labelled, label_counts, label_lines
 from refpeft.models.base import Model
@@ -23,7 +23,7 @@ class Labelling(Asking):
     def __init__(self, tokenizer: Tokenizer, labels: Sequence[str]):
         super().__init__(tokenizer)
         if len(set(labels)) < len(labels):
-            raise RefpeftError(f"labels names one twice: {few(labels)}")
+            raise RefpeftError(f"labels names one twice: {few(labels, SHOWN_LABELS)}")
         self.labels = tuple(labels)
         self.weights: np.ndarray | None = None
 
@@ -31,8 +31,8 @@ class Labelling(Asking):
         """Sets the labels' weights. Raises RefpeftError unless there is one for each, of 0 or more."""
         if len(weights) != len(self.labels) or min(weights) < 0 or max(weights) <= 0:
             raise RefpeftError(
-                f"class_weights has {len(weights)} numbers, {few(weights)}: expected one of 0 or more for each of the "
-                f"labels {few(self.labels)}"
+                f"class_weights has {len(weights)} numbers, {few(weights, SHOWN_LABELS)}: expected one of 0 or more "
+                f"for each of the labels {few(self.labels, SHOWN_LABELS)}"
             )
         self.weights = np.array(weights, np.float32)
 
@@ -56,9 +56,6 @@ class Classify(Labelling):
         if self.weights is not None:
             example = replace(example, weights=self.weights[[number]])
         return [example]
-
-    def cut(self, item: Item, example: Asked, length: int) -> Asked:
-        return self.encode(item, example.line, length)[0]
 
     def compared(self, found: Sequence[Told]) -> tuple[np.ndarray, np.ndarray]:
         predicted = np.array([int(told.outputs[0].argmax()) for told in found])
@@ -88,16 +85,10 @@ def number_of(label: str | int, labels: Sequence[str]) -> int:
         return labels.index(name)
     if isinstance(label, int) and 0 <= label < len(labels) and not any(map(str.isdecimal, labels)):
         return label
-    known = nearest(name, labels) or f"; there are {few(labels)}"
+    known = nearest(name, labels) or f"; there are {few(labels, SHOWN_LABELS)}"
     if labels[0] == "LABEL_0":  # what transformers calls labels without names
         known = f"; the model's labels have no names: give their numbers, 0 to {len(labels) - 1}"
     raise RefpeftError(f"label {name!r} is unknown{known}")
-
-
-def few(names: Sequence[Any]) -> str:
-    """The first of them."""
-    more = f" and {len(names) - SHOWN_LABELS:,} more" if len(names) > SHOWN_LABELS else ""
-    return ", ".join(map(str, names[:SHOWN_LABELS])) + more
 
 
 def labels_of(items: Sequence[Item]) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from refpeft.evaluation import mean_loss
 from refpeft.examples import Pair
 from refpeft.items import Item, Labelled, Plain, described
 from refpeft.models.base import Model
-from refpeft.tasks.base import Task
+from refpeft.tasks.base import Task, ended_early
 from refpeft.tensor import no_grad
 from refpeft.tokenizer import Tokenizer
 
@@ -43,8 +43,7 @@ class Embed(Task):
         return [Pair(a, b, line, None if item.label is None else float(item.label) / self.highest)]
 
     def cut(self, item: Item, example: Pair, length: int) -> Pair:
-        a, b = (ids if len(ids) <= length else np.append(ids[: length - 1], ids[-1:]) for ids in (example.a, example.b))
-        return replace(example, a=a, b=b)
+        return replace(example, a=ended_early(example.a, length), b=ended_early(example.b, length))
 
     def metrics_of(self, examples: Sequence[Pair]) -> tuple[str, ...]:
         return () if any(example.score is None for example in examples) else self.metrics

@@ -41,10 +41,6 @@ class MLM(Task):
         tokenizer = self.tokenizer
         return [Masked(np.array(ids, np.int32), free, line, tokenizer.mask_id, tokenizer.vocab_size)]
 
-    def cut(self, item: Item, example: Masked, length: int) -> Masked | None:
-        kept = self.encode(item, example.line, length)[0]
-        return kept if len(kept.free) else None
-
     def windows(self, example: Masked, length: int) -> Iterator[Masked]:
         first, last = int(example.free[0]), int(example.free[-1]) + 1
         before, after = example.ids[:first], example.ids[last:]

@@ -35,9 +35,6 @@ class Regress(Asking):
         value = 0.0 if item.label is None else float(item.label)
         return [asked(self.tokenizer, item, line, value, self.reads_last, length)]
 
-    def cut(self, item: Item, example: Asked, length: int) -> Asked:
-        return self.encode(item, example.line, length)[0]
-
     def losses(self, outputs: Tensor, targets: Any, weights: Any) -> Tensor:
         difference = outputs[:, 0] - Tensor(targets.astype(outputs.dtype))
         return ops.sum(difference * difference)

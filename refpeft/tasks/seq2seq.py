@@ -9,6 +9,7 @@ import numpy as np
 from refpeft.errors import RefpeftError
 from refpeft.examples import Answered
 from refpeft.items import Item, Plain, described
+from refpeft.tasks.base import ended_early
 from refpeft.tasks.texts import Texts
 from refpeft.tokenizer import Tokenizer
 
@@ -32,8 +33,7 @@ class Seq2Seq(Texts):
 
     def cut(self, item: Item, example: Answered, length: int) -> Answered:
         """Both in `length` tokens: the source keeps its end token, the answer's end is lost."""
-        ids = example.ids if len(example.ids) <= length else np.append(example.ids[: length - 1], example.ids[-1:])
-        return replace(example, ids=ids, answer=example.answer[:length])
+        return replace(example, ids=ended_early(example.ids, length), answer=example.answer[:length])
 
     def prompt(self, example: Answered) -> np.ndarray:
         return example.ids

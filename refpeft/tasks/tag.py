@@ -39,10 +39,6 @@ class Tag(Labelling):
             example = replace(example, weights=self.weights[values])
         return [example]
 
-    def cut(self, item: Item, example: Asked, length: int) -> Asked | None:
-        kept = self.encode(item, example.line, length)[0]
-        return kept if kept.targets else None
-
     def compared(self, found: Sequence[Told]) -> tuple[list[list[str]], list[list[str]]]:
         def named(numbers: np.ndarray) -> list[str]:
             return [self.labels[number] for number in numbers]

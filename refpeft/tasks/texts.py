@@ -46,8 +46,10 @@ class Texts(Task):
         from refpeft import metrics
 
         examples = [example for row in batches.rows for example in row]
-        text = sum(len(self.tokenizer.decode(self.learned(example)).encode()) for example in examples)
-        scores = loss_scores(model, batches, names, bytes=text)
+        context = {}
+        if any("bytes" in metrics.METRICS[name].context for name in names):
+            context["bytes"] = sum(len(self.tokenizer.decode(self.learned(one)).encode()) for one in examples)
+        scores = loss_scores(model, batches, names, **context)
         if of_texts := [name for name in names if name not in scores]:
             references: dict[bytes, list[str]] = {}
             prompts: dict[bytes, np.ndarray] = {}
