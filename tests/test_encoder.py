@@ -99,7 +99,7 @@ def weigh(model: Encoder, given: dict[str, np.ndarray]) -> Tensor:
 @pytest.mark.parametrize("padded", [False, True])
 def test_hidden_states_and_all_gradients_are_those_of_transformers(family, padded, monkeypatch):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-    from peers import compute_in_float64
+    from torch_float64 import compute_in_float64
 
     compute_in_float64(monkeypatch)
     config = transformers.AutoConfig.for_model(**CONFIGS[family])

@@ -8,7 +8,7 @@ import tiny
 from refpeft.generate import answers
 
 torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-from peers import Float64  # noqa: E402
+from torch_float64 import Float64  # noqa: E402
 
 pytestmark = [pytest.mark.real, pytest.mark.filterwarnings("ignore")]  # of transformers, about itself
 

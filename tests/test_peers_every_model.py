@@ -22,7 +22,7 @@ torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 import test_peers_peft  # noqa: E402
-from peers import Float64, compute_in_float64  # noqa: E402
+from torch_float64 import Float64, compute_in_float64  # noqa: E402
 
 pytestmark = [pytest.mark.real, pytest.mark.filterwarnings("ignore")]
 butterflies = test_peers_peft.butterflies

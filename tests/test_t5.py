@@ -63,7 +63,7 @@ def weigh(model: T5, given: dict[str, np.ndarray]) -> Tensor:
 @every_kind
 def test_logits_and_all_gradients_are_those_of_transformers(kind):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-    from peers import Float64
+    from torch_float64 import Float64
 
     peer = transformers.AutoModelForSeq2SeqLM.from_config(transformers.AutoConfig.for_model(**CONFIGS[kind]))
     peer = peer.double().eval()
