@@ -7,6 +7,7 @@ import re
 import shutil
 
 import jsonschema
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -169,11 +170,56 @@ def test_unknown_and_missing_members_are_refused(copied):
 def test_truncated_or_missing_tensors_are_one_clear_line(copied):
     case, tensors = vectors.read(copied), copied.with_suffix(".safetensors")
     tensors.write_bytes(tensors.read_bytes()[:-5])
-    with pytest.raises(RefpeftError, match="the tensors of case lora-linear-plain cannot be read"):
+    with pytest.raises(RefpeftError, match=r"lora-linear-plain.safetensors: not a whole safetensors file: tensor"):
         case.expected()
     tensors.unlink()
-    with pytest.raises(RefpeftError, match="the tensors of case lora-linear-plain cannot be read"):
+    with pytest.raises(RefpeftError, match=r"lora-linear-plain.safetensors: cannot be read: No such file"):
         case.given("float32")
+
+
+@pytest.mark.parametrize(
+    ("member", "value", "message"),
+    [
+        ("checks", {"y": "nearly"}, "the check of y is 'nearly', expected \"exact\" or limits by dtype"),
+        ("checks", {"y": {"float32": "8"}}, "the check of y is {'float32': '8'}, expected"),
+        ("inputs", "x", "inputs is 'x', expected a JSON array"),
+        ("id", 3, "id is 3, expected a string"),
+        ("at", None, "at is None, expected a string"),
+    ],
+)
+def test_a_member_of_another_type_is_one_clear_line(copied, member, value, message):
+    copied.write_text(json.dumps(json.loads(copied.read_text()) | {member: value}))
+    with pytest.raises(RefpeftError, match=re.escape(message)):
+        vectors.read(copied)
+
+
+def test_files_that_are_no_cases_and_ids_that_stand_twice_are_told_and_the_others_are_there(copied):
+    copied.with_name("broken.json").write_text("[")
+    copied.with_name("twice.json").write_text(copied.read_text())
+    (case,), problems = vectors.collect(copied.parent)
+    assert (case.id, case.path) == (CASE.id, copied)
+    assert re.search("broken.json: expected a case in JSON", problems[0])
+    assert re.search(r"twice.json: the id lora-linear-plain is that of .*lora-linear-plain.json, too", problems[1])
+    copied.unlink()
+    copied.with_name("twice.json").unlink()
+    with pytest.raises(RefpeftError, match=r"there are no cases in .*broken.json: expected a case in JSON"):
+        vectors.collect(copied.parent)
+
+
+def test_bfloat16_inputs_are_the_nearest_with_ties_to_even():
+    values = np.concatenate([np.float32([1.00390625, 1.01171875, -0.0, 3e38]), np.arange(-4, 4, 0.0173, "f4")])
+    values = np.concatenate([values, np.random.default_rng(0).standard_normal(1000).astype("f4")])
+    assert np.array_equal(vectors.in_dtype(values, "bfloat16"), values.astype(ml_dtypes.bfloat16).astype("f4"))
+
+
+def test_a_case_is_for_the_dtypes_that_all_its_checks_have_a_limit_for(copied):
+    document = json.loads(copied.read_text())
+    document["checks"]["y"] = {"float32": 8}
+    copied.write_text(json.dumps(document))
+    assert vectors.read(copied).dtypes == ("float32",)
+    by_id = {case.id: case for case in vectors.cases()}
+    assert {case.dtypes for case in by_id.values() if case.kind == "quantizer"} == {("float32",)}
+    assert {"float64", "float32"} <= set(by_id["philox-pi"].dtypes)
 
 
 def test_an_altered_file_an_unknown_one_and_a_missing_one_are_found(tmp_path):

@@ -1,6 +1,6 @@
 """The golden vectors as objects: where they lie, what a case says, its inputs and expected outputs.
 
-The format is golden/README.md's; this module reads it with NumPy and safetensors alone.
+The format is golden/README.md's; this module reads it with NumPy alone.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
 from ..errors import RefpeftError
+from . import tensors
 
 Arrays = dict[str, np.ndarray]
+
+DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,25 +45,50 @@ class Case:
         return self.id
 
     @property
+    def dtypes(self) -> tuple[str, ...]:
+        """What the case can be computed in: those for which all of its checks have a limit.
+
+        Exact ones have none; quantizers are defined in float32.
+        """
+        if self.kind == "quantizer":
+            return ("float32",)
+        limits = [limit for limit in self.checks.values() if limit != "exact"] or [("float64", "float32")]
+        return tuple(dtype for dtype in DTYPES if all(dtype in limit for limit in limits))
+
+    @property
     def _arrays(self) -> Arrays:
-        path = self.path.with_name(self.tensors)
-        try:
-            return load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise RefpeftError(f"{path}: the tensors of case {self.id} cannot be read: {error}") from error
+        return tensors.read(self.path.with_name(self.tensors))
 
     def given(self, dtype: str) -> Arrays:
-        """The inputs by name, in the order of the case, floats in `dtype`."""
+        """The inputs by name, in the order of the case, floats in `dtype`; bfloat16 is float32 that was rounded to it.
+
+        Raises RefpeftError where they cannot be read.
+        """
         arrays = self._arrays
         missing = [name for name in self.inputs if f"in.{name}" not in arrays]
         if missing:
             raise RefpeftError(f"{self.path}: {self.tensors} has no in.{missing[0]}")
         given = {name: arrays[f"in.{name}"] for name in self.inputs}
-        return {name: a.astype(dtype) if a.dtype.kind == "f" else a for name, a in given.items()}
+        return {name: in_dtype(a, dtype) if a.dtype.kind == "f" else a for name, a in given.items()}
 
     def expected(self) -> Arrays:
-        """The expected outputs by name: float64, or integers where the check is exact."""
-        return {name.removeprefix("out."): a for name, a in self._arrays.items() if name.startswith("out.")}
+        """The expected outputs by name: float64, or integers where the check is exact.
+
+        Raises RefpeftError where they cannot be read.
+        """
+        arrays = self._arrays
+        missing = [name for name in self.checks if f"out.{name}" not in arrays]
+        if missing:
+            raise RefpeftError(f"{self.path}: {self.tensors} has no out.{missing[0]}")
+        return {name.removeprefix("out."): a for name, a in arrays.items() if name.startswith("out.")}
+
+
+def in_dtype(array: np.ndarray, dtype: str) -> np.ndarray:
+    """Floats in `dtype`; "bfloat16" gives float32 rounded to its eight leading bits, ties to even (finite values)."""
+    if dtype != "bfloat16":
+        return array.astype(dtype)
+    bits = array.astype("f4").view("u4")
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) & np.uint32(0xFFFF0000)).view("f4")
 
 
 def root() -> Path:
@@ -81,20 +107,60 @@ def read(path: Path) -> Case:
     """The case in one JSON file. Raises RefpeftError where it is not a case."""
     try:
         document = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise RefpeftError(f"{path}: expected a case in JSON: {error}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise RefpeftError(f"{path}: expected a case in JSON: {error}") from None
     known = {f.name for f in fields(Case)} - {"path"}
     if not isinstance(document, dict) or not known - {"at"} <= document.keys() <= known:
         found = sorted(document) if isinstance(document, dict) else type(document).__name__
         raise RefpeftError(f"{path}: expected an object with the members {sorted(known)}, found {found}")
-    return Case(**document, path=path)
+    for name, kind in {"config": dict, "checks": dict, "source": dict, "flags": list, "inputs": list}.items():
+        if not isinstance(document[name], kind):
+            raise RefpeftError(f"{path}: {name} is {document[name]!r}, expected a JSON {_JSON[kind]}")
+    for name in ("id", "kind", "name", "level", "comment", "spec", "tensors", *({"at"} & document.keys())):
+        if not isinstance(document[name], str):
+            raise RefpeftError(f"{path}: {name} is {document[name]!r}, expected a string")
+    for name, limit in document["checks"].items():
+        numbers = limit.values() if isinstance(limit, dict) else ()
+        if limit != "exact" and not (numbers and all(isinstance(n, int | float) and n > 0 for n in numbers)):
+            raise RefpeftError(f'{path}: the check of {name} is {limit!r}, expected "exact" or limits by dtype')
+    return Case(**document, path=path.resolve())
+
+
+_JSON = {dict: "object", list: "array"}
+
+
+def collect(folder: Path | None = None) -> tuple[tuple[Case, ...], list[str]]:
+    """All cases of `folder` (default: the project's own), sorted by id, and one line for each file that is none.
+
+    Of several with the same id the first counts. Raises RefpeftError where there is no case at all.
+    """
+    folder = folder or root() / "v1"
+    found: dict[str, Case] = {}
+    problems = []
+    for path in sorted(folder.rglob("*.json")):
+        if path.name in ("MANIFEST.json", "notes.json", "case.schema.json"):
+            continue  # of a whole copy
+        try:
+            case = read(path)
+        except RefpeftError as error:
+            problems.append(str(error))
+            continue
+        if case.id in found:
+            problems.append(f"{path}: the id {case.id} is that of {found[case.id].path}, too: ids are unique")
+        else:
+            found[case.id] = case
+    if not found:
+        raise RefpeftError(f"there are no cases in {folder}" + (f": {problems[0]}" if problems else ""))
+    return tuple(found[id] for id in sorted(found)), problems
 
 
 @cache
-def cases(folder: Path | None = None) -> tuple[Case, ...]:
-    """All cases, sorted by id, of `folder` (default: the project's own)."""
-    paths = (folder or root() / "v1").rglob("*.json")
-    return tuple(sorted((read(path) for path in paths), key=lambda case: case.id))
+def cases() -> tuple[Case, ...]:
+    """All of the project's own cases, sorted by id. RefpeftError where a file is none."""
+    found, problems = collect()
+    if problems:
+        raise RefpeftError(problems[0])
+    return found
 
 
 def notes() -> dict[str, dict[str, str]]:
