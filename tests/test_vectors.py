@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from refpeft.conformance import vectors
-from refpeft.conformance.compare import compare, compare_output
+from refpeft.conformance.compare import EPS, compare, compare_output
 from refpeft.errors import RefpeftError
 
 CASE = next(case for case in vectors.cases() if case.id == "lora-linear-plain")
@@ -101,6 +101,10 @@ def test_an_error_is_counted_in_eps_of_the_largest_value():
     assert compare_output("y", got, expected, {"float32": 8}, "float32").error == pytest.approx(6)
     problem = compare_output("y", got, expected, {"float32": 4}, "float32").problem
     assert problem.startswith("y: 6 of 4 eps, first of 1 at [1]: got -3.99999714, expected -4")
+
+
+def test_eps_is_that_of_every_dtype():
+    assert EPS == {name: float(ml_dtypes.finfo(name).eps) for name in vectors.DTYPES}
 
 
 def test_the_first_differing_element_is_named():
