@@ -104,7 +104,7 @@ def test_an_error_is_counted_in_eps_of_the_largest_value():
 
 
 def test_eps_is_that_of_every_dtype():
-    assert EPS == {name: float(ml_dtypes.finfo(name).eps) for name in vectors.DTYPES}
+    assert {name: float(ml_dtypes.finfo(name).eps) for name in vectors.DTYPES} == EPS
 
 
 def test_the_first_differing_element_is_named():
