@@ -2,7 +2,6 @@
 
 import tracemalloc
 
-import device
 import ml_dtypes
 import numpy as np
 import pytest
@@ -11,6 +10,7 @@ from hypothesis import strategies as st
 
 from refpeft import blockwise, blockwise_numpy
 from refpeft.backend import to_host
+from refpeft.conformance import device
 
 LEVELS = {
     "two signs": np.linspace(-0.875, 1, 16, dtype="f4"),

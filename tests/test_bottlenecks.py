@@ -5,7 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
-import device
 import numpy as np
 import pytest
 import sources
@@ -17,6 +16,7 @@ from refpeft.backend import to_host
 from refpeft.batches import Batches, split
 from refpeft.bottleneck import prune
 from refpeft.config import Train as Settings
+from refpeft.conformance import device
 from refpeft.errors import RefpeftError
 from refpeft.evaluation import mean_loss
 from refpeft.layers import Train

@@ -1,6 +1,5 @@
 """dynamic8: an index into the dynamic map, with or without the mean taken off before."""
 
-import device
 import numpy as np
 import pytest
 from hypothesis import given
@@ -8,6 +7,7 @@ from hypothesis import strategies as st
 
 from refpeft import manager
 from refpeft.backend import to_host
+from refpeft.conformance import device
 from refpeft.quant import make_quantizer
 
 LEVELS = manager.load("dynamic8").book(np).levels

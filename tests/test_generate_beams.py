@@ -2,13 +2,13 @@
 
 import itertools
 
-import device
 import numpy as np
 import pytest
 import test_t5
 import tiny
 
 from refpeft import sites
+from refpeft.conformance import device
 from refpeft.generate import answers
 from refpeft.models.base import Model
 from refpeft.models.cache import Cache

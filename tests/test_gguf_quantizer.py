@@ -1,12 +1,12 @@
 """Q4_0, Q4_1 and Q8_0: byte for byte what the gguf package makes, and what holds for any weight."""
 
-import device
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from refpeft.backend import to_host
+from refpeft.conformance import device
 from refpeft.errors import RefpeftError
 from refpeft.quant import make_quantizer
 

@@ -1,12 +1,12 @@
 """Symmetric int4: the rules of the format, and what holds for any weight."""
 
-import device
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from refpeft.backend import to_host
+from refpeft.conformance import device
 from refpeft.errors import RefpeftError
 from refpeft.quant import make_quantizer
 

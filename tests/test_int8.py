@@ -1,6 +1,5 @@
 """int8: a scale for each row, as the weights of LLM.int8()."""
 
-import device
 import numpy as np
 import pytest
 from hypothesis import given
@@ -8,6 +7,7 @@ from hypothesis import strategies as st
 
 from refpeft import manager
 from refpeft.backend import to_host
+from refpeft.conformance import device
 from refpeft.quant import make_quantizer
 
 int8 = manager.load("int8")

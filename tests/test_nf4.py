@@ -2,7 +2,6 @@
 
 import re
 
-import device
 import numpy as np
 import pytest
 from hypothesis import given
@@ -10,6 +9,7 @@ from hypothesis import strategies as st
 
 from refpeft import manager
 from refpeft.backend import to_host
+from refpeft.conformance import device
 from refpeft.errors import RefpeftError
 from refpeft.quant import Quantizer, make_quantizer
 

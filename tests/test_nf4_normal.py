@@ -1,6 +1,5 @@
 """NF4 by mean and deviation: its levels, its rules, and that absmax scaling is better."""
 
-import device
 import numpy as np
 import pytest
 from hypothesis import given
@@ -8,6 +7,7 @@ from hypothesis import strategies as st
 
 from refpeft import manager
 from refpeft.backend import to_host
+from refpeft.conformance import device
 from refpeft.quant import make_quantizer
 
 F4 = np.dtype("f4")

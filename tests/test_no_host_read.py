@@ -1,9 +1,9 @@
 """A training step is array code alone: no value is read by the host, and host and device arrays never meet.
 
-Both are tried without a GPU, on the arrays of tests/device.py; tests/gpu holds the same code against real ones.
+Both are tried without a GPU, on the arrays of refpeft.conformance.device; tests/gpu holds the same code against real
+ones.
 """
 
-import device
 import numpy as np
 import pytest
 import tiny
@@ -16,6 +16,7 @@ from refpeft import learning, manager, sites, survey
 from refpeft.backend import to_host
 from refpeft.batches import Batch, Batches
 from refpeft.config import Train
+from refpeft.conformance import device
 from refpeft.optim import AdamW, Flat
 from refpeft.quant import Quantizer, make_quantizer
 from refpeft.rng import Stream

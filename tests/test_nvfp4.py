@@ -1,6 +1,5 @@
 """NVFP4: its three levels of scale, the layout of ModelOpt, and what holds for any weight."""
 
-import device
 import ml_dtypes
 import numpy as np
 import pytest
@@ -9,6 +8,7 @@ from hypothesis import strategies as st
 
 from refpeft import rowwise
 from refpeft.backend import to_host
+from refpeft.conformance import device
 from refpeft.quant import make_quantizer
 
 F4 = np.dtype("f4")

@@ -1,12 +1,12 @@
 """The flat buffer and the optimizers. Traces of 20 steps against torch are golden vectors; here are torch and
 bitsandbytes themselves, where they are installed."""
 
-import device
 import numpy as np
 import pytest
 
 from refpeft import blockwise, choices, config, ops, optim
 from refpeft.backend import to_host
+from refpeft.conformance import device
 from refpeft.errors import RefpeftError
 from refpeft.optim import OPTIMIZERS, Adafactor, AdamW, AdamW8bit, Flat, Lion
 from refpeft.tensor import parameter

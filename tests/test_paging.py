@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-import device
 import numpy as np
 import pytest
 import tiny
@@ -20,6 +19,7 @@ import tiny_files
 from refpeft import optim, paging, report, run, sites
 from refpeft.batches import Batches
 from refpeft.config import Train, resolve
+from refpeft.conformance import device
 from refpeft.errors import RefpeftError
 from refpeft.examples import Example
 from refpeft.optim import OPTIMIZERS, Flat

@@ -4,7 +4,6 @@ import json
 import tempfile
 from pathlib import Path
 
-import device
 import ml_dtypes
 import numpy as np
 import pytest
@@ -17,6 +16,7 @@ from variants import has_constants
 import refpeft
 from refpeft import api, files, manager
 from refpeft.backend import to_host
+from refpeft.conformance import device
 from refpeft.errors import RefpeftError
 from refpeft.models import saving
 from refpeft.models.checkpoint import linear_weights, open_checkpoint

@@ -2,13 +2,13 @@
 
 import tracemalloc
 
-import device
 import ml_dtypes
 import numpy as np
 import pytest
 
 from refpeft import blockwise_numpy, manager, rowwise
 from refpeft.backend import to_host
+from refpeft.conformance import device
 from refpeft.quant import make_quantizer
 
 F4 = np.dtype("f4")

@@ -1,6 +1,5 @@
 """What holds training near the base: L2-SP and KL by their definitions, exact in parts, and what they refuse."""
 
-import device
 import numpy as np
 import pytest
 import tiny
@@ -11,6 +10,7 @@ from refpeft import fused, sites, towards_base
 from refpeft.backend import to_host
 from refpeft.batches import Batches, split
 from refpeft.config import Train
+from refpeft.conformance import device
 from refpeft.errors import RefpeftError
 from refpeft.evaluation import mean_loss
 from refpeft.tensor import no_grad

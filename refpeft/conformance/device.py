@@ -1,9 +1,9 @@
 """A stand-in for CuPy on a machine without a GPU: arrays that only its own functions take and the host cannot read.
 
-`install(monkeypatch)` puts it where refpeft looks for CuPy and returns the module. As with CuPy, a host array beside a
-device array is a TypeError, and so is a NumPy function of a device array. Within `capture()`, reading a value (bool,
-float, int, item, tolist, iteration, a boolean index, nonzero, asnumpy) raises HostRead, as it would break the capture
-of a step in a CUDA graph.
+It is where refpeft looks for CuPy within `installed()`, and in a test of pytest after `install(monkeypatch)`. As with
+CuPy, a host array beside a device array is a TypeError, and so is a NumPy function of a device array. Within
+`capture()`, reading a value (bool, float, int, item, tolist, iteration, a boolean index, nonzero, asnumpy) raises
+HostRead, as it would break the capture of a step in a CUDA graph.
 """
 
 import contextlib
@@ -124,8 +124,22 @@ module = Module(np)
 
 
 def install(monkeypatch: Any) -> Module:
+    """Until the end of a test of pytest."""
     monkeypatch.setitem(sys.modules, "cupy", module)
     return module
+
+
+@contextlib.contextmanager
+def installed() -> Iterator[Module]:
+    """Within it, for code that is no test."""
+    before = sys.modules.get("cupy")
+    sys.modules["cupy"] = module
+    try:
+        yield module
+    finally:
+        del sys.modules["cupy"]
+        if before is not None:
+            sys.modules["cupy"] = before
 
 
 def _device(value: Any) -> Any:
