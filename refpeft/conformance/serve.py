@@ -1,0 +1,71 @@
+"""An implementation in Python as a program that answers JSON lines, for one that needs an environment of its own:
+
+python -m refpeft.conformance.serve FILE.py:NAME
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+
+from . import tensors, vectors
+
+PROTOCOL = 1
+
+
+def main() -> None:
+    """Answers on what was stdout; whatever an implementation prints, also from C, goes to stderr."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    if len(sys.argv) != 2 or ":" not in sys.argv[1]:
+        sys.exit("usage: python -m refpeft.conformance.serve FILE.py:NAME")
+    serve(implementation(sys.argv[1]), sys.stdin, answers)
+
+
+def implementation(where: str) -> Any:
+    """The object called NAME of "FILE.py:NAME" or "package.module:NAME"; of a class, one made without arguments."""
+    home, _, name = where.rpartition(":")
+    if home.endswith(".py"):
+        path = Path(home).resolve()
+        sys.path.insert(0, str(path.parent))
+        home = path.stem
+    found = getattr(importlib.import_module(home), name)
+    return found() if isinstance(found, type) else found
+
+
+def serve(implementation: Any, requests: Iterable[str], answers: TextIO) -> None:
+    """Until "stop" or the end of the requests. A case that fails is answered, and the next one is read."""
+    for line in requests:
+        request = json.loads(line)
+        if request["cmd"] == "stop":
+            return
+        answer = _start(implementation) if request["cmd"] == "start" else _run(implementation, request)
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+def _start(implementation: Any) -> dict[str, Any]:
+    about = {"name": implementation.name, "version": implementation.version, "dtypes": list(implementation.dtypes)}
+    return {"protocol": PROTOCOL, **about}
+
+
+def _run(implementation: Any, request: dict[str, Any]) -> dict[str, Any]:
+    try:
+        case, dtype = vectors.read(Path(request["case"])), request["dtype"]
+        found = implementation.run(case, case.given(dtype), dtype)
+        tensors.write(request["out"], {name: np.asarray(array) for name, array in found.items()})
+    except NotImplementedError as error:
+        return {"seq": request["seq"], "status": "not implemented", "reason": str(error)}
+    except Exception as error:
+        return {"seq": request["seq"], "status": "error", "message": f"{type(error).__name__}: {error}"}
+    return {"seq": request["seq"], "status": "ok"}
+
+
+if __name__ == "__main__":
+    main()
