@@ -1,0 +1,142 @@
+"""Methods at one place, the only site of a model: cases of the kind `method`."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from refpeft import fused, learning
+from refpeft.adapters import CONFIG, TENSORS
+from refpeft.backend import Array
+from refpeft.files import write_json, write_safetensors
+from refpeft.models.base import Frozen, Model
+from refpeft.quant import make_quantizer
+from refpeft.sites import Adapter, Site, attach, merge, prepare, put_on
+from refpeft.tensor import Tensor, parameter
+
+from ..vectors import Arrays, Case
+from .drawn import as_drawn
+from .models import frozen
+from .operations import gradients, placed
+
+_OF_PLACES = ("norm", "eps")
+"""Members of a config that are the place's, not the method's."""
+
+_INPUTS = ("x", "q", "k", "v")
+"""Inputs of a place that have a gradient."""
+
+
+def attached(model: Model, method: str, options: dict[str, Any]) -> Adapter:
+    """The method on the model; of adapters that it takes from directories the case has the values."""
+    adapter = prepare(model, method, options, fit="adapters" not in options)
+    put_on(model, adapter)
+    return adapter
+
+
+def run_place(case: Case, given: Arrays, dtype: str, xp: ModuleType) -> Arrays:
+    options = {name: value for name, value in case.config.items() if name not in _OF_PLACES} | {"targets": ("site",)}
+    if case.name == "ia3":
+        options["feedforward"] = ("site",) if options["feedforward"] else ()
+    if "base" in case.checks:
+        return _first_values(case, options, given, dtype, xp)
+    model = Model(None, frozen(_weights(given), dtype, xp), np.dtype(dtype), xp)
+    site, arrays = _site(case, model, given), placed(given, xp)
+    if "sources" in given:
+        return _prompt_of_others(case, options, model, given)
+    adapter = attached(model, case.name, options)
+    values = {name.removeprefix("site."): tensor for name, tensor in adapter.params.items()}
+    constants = {name.removeprefix("site.").removeprefix("shared."): t for name, t in adapter.constants.items()}
+    for name, tensor in (constants | values).items():
+        if name in values or name in given:  # other constants are made of the weight
+            tensor.data[...] = arrays[name]
+    leaves = {name: parameter(arrays[name]) for name in _INPUTS if name in given}
+    inputs = list(leaves.values()) or [arrays["ids"]]
+    keywords = {"mask": fused.Mask(given["q"].shape[2])} if case.at == "attention" else {}
+    with as_drawn(model, given):
+        answer = gradients(site(*inputs, **keywords), arrays["g"], leaves | values)
+    if "penalty" in case.checks:
+        answer |= _penalty(model, values)
+    if any(name.startswith("merged.") for name in case.checks):
+        merge(model)
+        weight = site.weight()
+        answer |= {"merged.weight": weight.T if site.transposed else weight, "merged.bias": site.bias}
+    return answer
+
+
+def _weights(given: Arrays) -> Arrays:
+    return {f"site.{name}": given[name] for name in ("weight", "bias") if name in given}
+
+
+def _site(case: Case, model: Model, given: Arrays) -> Site:
+    """The place, made on a model that has nothing else."""
+    has_bias = "bias" in given
+    if case.at in ("linear", "conv1d"):
+        return model.linear("site", "q", bias=has_bias, transposed=case.at == "conv1d")
+    if case.at == "embedding":
+        return model.embedding("site", "embed")
+    if case.at == "norm":
+        return model.norm("site", case.config["eps"], "norm", bias=has_bias)
+    if case.at == "attention":
+        shape = given["k"].shape[1], given["k"].shape[3]
+        return model.place_of("site", "attention", shape, "attend", fused.attention)
+    if case.at == "block":
+        weight = model.place(given["weight"])
+        return model.place_of("site", "block", (weight.shape[1],), "mlp_out", _linear_block(weight))
+    raise NotImplementedError(f"refpeft has no place {case.at!r}")
+
+
+def _linear_block(weight: Array) -> Callable[[Tensor], Tensor]:
+    return lambda x: fused.frozen_linear(x, weight=lambda: weight)
+
+
+def _penalty(model: Model, values: dict[str, Tensor]) -> dict[str, Array]:
+    for tensor in values.values():
+        tensor.node.grad = None
+    (penalty,) = learning.penalties(model)
+    penalty.backward()
+    return {"penalty": penalty.data} | {f"penalty.grad.{name}": tensor.grad for name, tensor in values.items()}
+
+
+def _first_values(case: Case, options: dict[str, Any], given: Arrays, dtype: str, xp: ModuleType) -> Arrays:
+    """The frozen weight and the update of first values, and what they compute together."""
+    dense, name = frozen(_weights(given), dtype, xp), options.pop("quantizer", None)
+    quantizer = make_quantizer(name, {"block": options.pop("block")}) if name else None
+
+    def weights(name: str, linear: bool = False, transposed: bool = False) -> Frozen:
+        array = dense(name, linear, transposed)
+        return quantizer(array(), np.dtype(dtype)) if linear and quantizer else array
+
+    model = Model(None, weights, np.dtype(dtype), xp)
+    site = model.linear("site", "q")
+    (layer,) = attach(model, case.name, options).layers
+    update = layer.merged(xp.zeros_like(site.weight()), None)["weight"]
+    return {"base": site.weight(), "update": update, "y": site(Tensor(xp.asarray(given["x"]))).data}
+
+
+# ---- prompts of other tasks, which methods read from files -----------------------------------------------------------
+
+
+def _prompt_of_others(case: Case, options: dict[str, Any], model: Model, given: Arrays) -> Arrays:
+    """A prompt that starts from those of other tasks."""
+    with tempfile.TemporaryDirectory() as folder:
+        names = [_write_prompt(Path(folder) / str(number), rows) for number, rows in enumerate(given["sources"])]
+        options |= {"sources": names}
+        if "task" in given:
+            options |= {"task": _write_prompt(Path(folder) / "task", given["task"])}
+        adapter = attach(model, case.name, options)
+    y = model.sites["site"](model.xp.asarray(given["ids"]))
+    return {"prompt": adapter.params["site.prompt"].data, "y": y.data}
+
+
+def _write_prompt(directory: Path, rows: np.ndarray) -> str:
+    """An adapter of PEFT's prompt tuning with these rows (tokens, dim), in float32; gives its directory."""
+    directory.mkdir()
+    write_safetensors(directory / TENSORS, {"prompt_embeddings": rows.astype("f4")})
+    settings = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": len(rows), "token_dim": rows.shape[1]}
+    write_json(directory / CONFIG, settings)
+    return str(directory)
