@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from refpeft import __version__
-from refpeft.commands import generate, inspect, plan, predict, quantize, train, use
+from refpeft.commands import conform, generate, inspect, plan, predict, quantize, train, use
 from refpeft.errors import RefpeftError, RefpeftWarning, nearest
 
 
@@ -84,6 +84,7 @@ for verb in (
     use.merge,
     use.export,
     quantize.quantize,
+    conform.conform,
     inspect.data,
     inspect.sites,
     inspect.methods,

@@ -1,0 +1,25 @@
+"""Conformance: the golden vectors, and running any implementation through them. NumPy alone, but for `drivers`.
+
+from refpeft.conformance import conform, cases, report
+print(report.text(conform(Mine(), cases())))
+"""
+
+from . import report
+from .parametrize import parametrize_with_vectors
+from .programs import Program
+from .results import Results
+from .runner import Implementation, Report, Verdict, conform
+from .vectors import Case, cases
+
+__all__ = [
+    "Case",
+    "Implementation",
+    "Program",
+    "Report",
+    "Results",
+    "Verdict",
+    "cases",
+    "conform",
+    "parametrize_with_vectors",
+    "report",
+]

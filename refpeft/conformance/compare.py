@@ -24,6 +24,11 @@ class Result:
     limit: float
     problem: str | None = None
 
+    @property
+    def share(self) -> float:
+        """Of the limit, how much was used."""
+        return self.error / self.limit if self.limit else (float("inf") if self.error else 0.0)
+
 
 def compare(case: Case, answer: Mapping[str, np.ndarray], dtype: str) -> list[Result]:
     """Every output that the case checks, in the case's order; `dtype` is what the answer was computed in.

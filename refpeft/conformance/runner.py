@@ -1,0 +1,171 @@
+"""Runs an implementation through the vectors: one verdict for each case and dtype, and what all of them come to."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from ..errors import RefpeftError
+from . import expected_failures
+from .compare import Result, compare
+from .vectors import DTYPES, Arrays, Case
+
+PASSED, FAILED, ERROR, NOT_IMPLEMENTED = "passed", "failed", "error", "not implemented"
+
+
+class Implementation(Protocol):
+    """What is under test."""
+
+    name: str
+    version: str
+    dtypes: tuple[str, ...]
+    """What it computes in, of float64, float32, bfloat16, float16."""
+
+    def run(self, case: Case, given: Arrays, dtype: str) -> Mapping[str, np.ndarray]:
+        """The outputs by name, of inputs that are in `dtype` already.
+
+        Raises NotImplementedError(reason) for what it does not have; any other exception is an error of this case.
+        """
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What came of one case in one dtype."""
+
+    case: Case
+    dtype: str
+    status: str
+    """PASSED, FAILED (an output is wrong), ERROR (there is no answer) or NOT_IMPLEMENTED."""
+    results: tuple[Result, ...] = ()
+    reason: str = ""
+    """Why there is no answer."""
+    expected: str | None = None
+    """Why a failure is expected, if it is."""
+
+    @property
+    def key(self) -> str:
+        return f"{self.case.id}@{self.dtype}"
+
+    @property
+    def wrong(self) -> bool:
+        return self.status in (FAILED, ERROR)
+
+    @property
+    def unexpected(self) -> bool:
+        """Whether it fails and nobody expects it, or passes although it is expected to fail."""
+        return self.status != NOT_IMPLEMENTED and self.wrong == (self.expected is None)
+
+    @property
+    def problems(self) -> list[str]:
+        """One line for each output that is wrong, or for the answer that is missing."""
+        return [self.reason] if self.reason else [result.problem for result in self.results if result.problem]
+
+    @property
+    def share(self) -> float:
+        """The largest share of a limit that an output used."""
+        return max((result.share for result in self.results), default=0.0)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a run came to."""
+
+    name: str
+    version: str
+    verdicts: list[Verdict]
+    problems: list[str] = field(default_factory=list)
+    """What is wrong with the vectors or the list of expected failures themselves, a line each."""
+
+    @property
+    def unexpected(self) -> list[Verdict]:
+        return [verdict for verdict in self.verdicts if verdict.unexpected]
+
+    @property
+    def ok(self) -> bool:
+        """Whether all is as expected."""
+        return not self.unexpected and not self.problems
+
+    def count(self, status: str) -> int:
+        return sum(verdict.status == status for verdict in self.verdicts)
+
+    def flags(self, verdicts: Iterable[Verdict]) -> dict[str, tuple[int, int]]:
+        """The flags of these cases: (failures, runs) of all runs with the flag, the likeliest mistake first.
+
+        A mistake fails all cases of its flag, so the flags whose cases fail most often say best what is wrong, and say
+        it the better the more cases there are.
+        """
+        run = Counter(f for v in self.verdicts if v.status != NOT_IMPLEMENTED for f in v.case.flags)
+        failed = Counter(f for v in self.verdicts if v.wrong for f in v.case.flags)
+        asked = {flag for verdict in verdicts for flag in verdict.case.flags}
+        likely = sorted(asked, key=lambda flag: (-failed[flag] / (run[flag] + 2), flag))
+        return {flag: (failed[flag], run[flag]) for flag in likely}
+
+
+def conform(
+    implementation: Implementation,
+    cases: Iterable[Case],
+    dtypes: Iterable[str] | None = None,
+    expected: Mapping[str, str] | None = None,
+    *,
+    all_ids: Iterable[str] | None = None,
+    problems: Iterable[str] = (),
+    told: Callable[[Verdict], None] = lambda verdict: None,
+) -> Report:
+    """Runs every case in every dtype that both the case and the implementation (or `dtypes`) have.
+
+    expected   {pattern: reason} of failures that are expected, see expected_failures
+    all_ids    the ids of the whole suite, where `cases` is a part of it: patterns for others are then no mistake
+    problems   what is wrong with the vectors, for the report
+    told       is called with each verdict
+    Raises RefpeftError for an implementation without the members of Implementation, and for unknown dtypes.
+    """
+    _check(implementation)
+    declared = tuple(implementation.dtypes)
+    for dtype in {*declared, *(dtypes or ())} - set(DTYPES):
+        raise RefpeftError(f"there is no dtype {dtype!r}: expected {', '.join(DTYPES)}")
+    chosen = [dtype for dtype in declared if dtypes is None or dtype in dtypes]
+    if not chosen:
+        raise RefpeftError(f"{implementation.name} computes in {', '.join(declared)}, not in {', '.join(dtypes or ())}")
+    cases, expected = list(cases), dict(expected or {})
+    runs = [(case, dtype) for case in cases for dtype in chosen if dtype in case.dtypes]
+    verdicts = []
+    for case, dtype in runs:
+        verdicts.append(verdict(implementation, case, dtype, expected_failures.reason(expected, case.id, dtype)))
+        told(verdicts[-1])
+    keys = [(case.id, dtype) for case, dtype in runs]
+    ids = list(all_ids) if all_ids is not None else [case.id for case in cases]
+    idle = expected_failures.idle(expected, keys, ids, DTYPES)
+    idle = [f"{p!r} is among the expected failures, but names no case: take it off the list" for p in idle]
+    return Report(implementation.name, implementation.version, verdicts, [*problems, *idle])
+
+
+def verdict(implementation: Implementation, case: Case, dtype: str, expected: str | None = None) -> Verdict:
+    """What comes of one case: whatever the implementation does, the run goes on."""
+    try:
+        given = case.given(dtype)
+        case.expected()
+    except RefpeftError as error:
+        return Verdict(case, dtype, ERROR, reason=str(error), expected=expected)
+    try:
+        answer = implementation.run(case, given, dtype)
+        if not isinstance(answer, Mapping):
+            raise TypeError(f"the answer is of type {type(answer).__name__}, expected arrays by name of output")
+        results = tuple(compare(case, answer, dtype))
+    except NotImplementedError as error:
+        return Verdict(case, dtype, NOT_IMPLEMENTED, reason=str(error) or "no reason given", expected=expected)
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [""]
+        return Verdict(case, dtype, ERROR, reason=f"{type(error).__name__}: {lines[0]}"[:500], expected=expected)
+    failed = any(result.problem for result in results)
+    return Verdict(case, dtype, FAILED if failed else PASSED, results, expected=expected)
+
+
+def _check(implementation: Implementation) -> None:
+    for member in ("name", "version", "dtypes", "run"):
+        if not hasattr(implementation, member):
+            what = type(implementation).__name__
+            raise RefpeftError(f"an implementation has name, version, dtypes and run(): {what} has no {member}")
