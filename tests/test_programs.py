@@ -1,0 +1,154 @@
+"""A program in another process is run through cases, however it behaves; so is a folder of answers."""
+
+from __future__ import annotations
+
+import re
+import time
+
+import numpy as np
+import pytest
+from implementations import DROPOUT, LORA, PLAIN, START, Lora, program
+
+from refpeft.conformance import Program, Results, conform, results, runner, tensors, vectors
+from refpeft.errors import RefpeftError
+
+BIAS = next(case for case in LORA if case.id == "lora-linear-bias")
+
+
+def run(command: str, cases=(BIAS, PLAIN, DROPOUT), timeout: float = 20.0):
+    """The verdicts by the last word of their ids."""
+    with Program(command, timeout) as mine:
+        done = conform(mine, cases)
+    return {verdict.case.id.rpartition("-")[2]: verdict for verdict in done.verdicts}
+
+
+def test_a_program_passes_as_the_same_in_process_does(tmp_path):
+    verdicts = run(program(tmp_path), LORA)
+    assert [v.status for v in verdicts.values()] == [v.status for v in conform(Lora(), LORA, ["float32"]).verdicts]
+    assert verdicts["dropout"].reason == "no dropout"
+
+
+def test_a_program_says_who_it_is(tmp_path):
+    with Program(program(tmp_path)) as mine:
+        assert (mine.name, mine.version, mine.dtypes) == ("program", "3", ("float32",))
+
+
+@pytest.mark.parametrize(
+    ("does", "problem"),
+    [
+        ("time.sleep(60)", "ProgramError: it gave no answer in 1.5 s"),
+        ("sys.exit(3)", "ProgramError: it ended with exit code 3"),
+        ("raise ValueError('no such\\nluck')", "ProgramError: it ended with exit code 1: luck"),
+        ("os.kill(os.getpid(), 11)", "ProgramError: it was ended by SIGSEGV"),
+        ("print('hello', flush=True)", "ProgramError: it answered 'hello', expected one JSON object on one line"),
+        ("print([1], flush=True)", "ProgramError: it answered '[1]', expected one JSON object on one line"),
+        ("answer['seq'] = 99", "ProgramError: it answered to 99 when it was asked"),
+        ("answer['status'] = 'fine'", 'ProgramError: its status is \'fine\', expected "ok", "not implemented" or'),
+        ("answer.update(status='error', message='no memory')", "ProgramError: it says: no memory"),
+        ("after = os.unlink", r"safetensors: cannot be read: No such file"),
+        ("after = lambda out: open(out, 'r+b').truncate(50)", "safetensors: not a whole safetensors file: "),
+        ("os.close(1)\ntime.sleep(60)", "ProgramError: it closed its output"),
+    ],
+)
+def test_whatever_it_does_that_case_is_an_error_and_the_next_is_run(tmp_path, does, problem):
+    verdicts = run(program(tmp_path, {BIAS.id: does}), timeout=1.5)
+    assert verdicts["bias"].status == runner.ERROR
+    assert problem in verdicts["bias"].reason
+    assert "\n" not in verdicts["bias"].reason
+    assert verdicts["plain"].status == runner.PASSED
+    assert verdicts["dropout"].status == runner.NOT_IMPLEMENTED
+
+
+def test_outputs_that_are_wrong_are_told_as_in_process(tmp_path):
+    does = "after = lambda out: tensors.write(out, {'y': tensors.read(out)['y'] * float('nan')})"
+    verdict = run(program(tmp_path, {BIAS.id: does}))["bias"]
+    assert verdict.status == runner.FAILED
+    assert "y: 36 of 36 values are not finite, first at [0, 0, 0]: nan" in verdict.problems
+    assert "grad.x: not in the answer" in verdict.problems
+
+
+def test_one_that_never_answers_is_given_up(tmp_path):
+    ill = dict.fromkeys((case.id for case in vectors.cases()), "sys.exit(1)")
+    begun = time.monotonic()
+    with Program(program(tmp_path, ill)) as mine:
+        done = conform(mine, vectors.cases()[:60])
+    assert time.monotonic() - begun < 60
+    assert sum("it is not asked: it gave no answer to 10 cases in a row" in v.reason for v in done.verdicts) == 50
+
+
+@pytest.mark.parametrize(
+    ("start", "message"),
+    [
+        ({"protocol": 2}, "it speaks protocol 2, expected 1"),
+        ({"name": ""}, 'its answer to "start" has no name or no version'),
+        ({"version": 3}, 'its answer to "start" has no name or no version'),
+        ({"dtypes": ["float8"]}, "has dtypes ['float8'], expected a list of float64"),
+        ({"dtypes": []}, "has dtypes [], expected a list of float64"),
+    ],
+)
+def test_a_program_that_does_not_introduce_itself_is_refused(tmp_path, start, message):
+    with pytest.raises(RefpeftError, match=re.escape(message)):
+        Program(program(tmp_path, start=START | start))
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("/nowhere/harness", "/nowhere/harness: it cannot be started: No such file"),
+        ("", "it cannot be started: no program is named"),
+        ("true", "true: it ended with exit code 0"),
+        ("cat", 'cat: it speaks protocol 1, expected|cat: its answer to "start" has no name'),
+        ("sh -c 'echo lost >&2; exit 7'", "it ended with exit code 7: lost"),
+    ],
+)
+def test_a_command_that_is_no_program_is_one_clear_line(command, message):
+    with pytest.raises(RefpeftError, match=message):
+        Program(command, timeout=20)
+
+
+def test_nothing_of_it_is_left_running(tmp_path):
+    mine = Program(program(tmp_path))
+    process = mine._process.process
+    mine.close()
+    assert process.poll() is not None
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_vectors_are_copied_whole_and_only_to_a_new_folder(tmp_path):
+    folder = results.copy(tmp_path / "deep" / "vectors")
+    assert vectors.altered(folder) == []
+    assert (folder / "README.md").read_text() == (vectors.root() / "README.md").read_text()
+    cases, problems = vectors.collect(folder)
+    assert ([case.id for case in cases], problems) == ([case.id for case in vectors.cases()], [])
+    with pytest.raises(RefpeftError, match="exists already: name a new folder"):
+        results.copy(folder)
+    assert [path.name for path in folder.parent.iterdir()] == ["vectors"]
+
+
+def test_a_folder_of_answers_is_compared_and_what_it_lacks_is_not_implemented(tmp_path):
+    for case in (PLAIN, BIAS):
+        answer = Lora().run(case, case.given("float32"), "float32")
+        tensors.write(tmp_path / f"{case.id}.float32.safetensors", answer)
+    tensors.write(tmp_path / "lora-linear-rslora.float32.safetensors", {"y": np.zeros(3, "f4")})
+    (tmp_path / "lora-linear-square.float32.safetensors").write_bytes(b"nothing")
+    tensors.write(tmp_path / "of-nothing.float32.safetensors", {})
+    answers = Results(tmp_path)
+    assert answers.dtypes == ("float32",)
+    done = {v.case.id: v for v in conform(answers, LORA).verdicts}
+    assert done[PLAIN.id].status == done[BIAS.id].status == runner.PASSED
+    assert done["lora-linear-rslora"].problems[0] == "y: shape (3,), expected (2, 3, 6)"
+    assert done[DROPOUT.id].reason == "there is no file of it"
+    assert answers.strangers({case.id for case in vectors.cases()}) == [
+        f"{tmp_path / name}.float32.safetensors: there is no such case, or dtype"
+        for name in ("lora-linear-square", "of-nothing")
+        if name not in {case.id for case in vectors.cases()}
+    ]
+
+
+def test_a_folder_without_answers_is_refused(tmp_path):
+    with pytest.raises(RefpeftError, match=r"gone is not a folder: expected one of <id>.<dtype>.safetensors"):
+        Results(tmp_path / "gone")
+    with pytest.raises(RefpeftError, match=r"has no <id>.<dtype>.safetensors, with a dtype of float64, float32"):
+        Results(tmp_path)

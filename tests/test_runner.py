@@ -1,0 +1,271 @@
+"""An implementation is run through cases, whatever it does; expected failures are strict; reports say what happened."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from implementations import DROPOUT, LORA, PLAIN, Lora, WrongScale
+
+from refpeft.conformance import conform, report, runner, vectors
+from refpeft.conformance.expected_failures import read, text
+from refpeft.errors import RefpeftError
+
+
+def of(answer) -> Lora:
+    """An implementation whose answer to every case is what `answer` makes of the right one."""
+
+    class Other(Lora):
+        def run(self, case, given, dtype):
+            return answer(super().run(case, given, dtype))
+
+    return Other()
+
+
+def only(implementation, case=PLAIN, dtype="float32", **options):
+    """The verdict of one case."""
+    (verdict,) = conform(implementation, [case], [dtype], **options).verdicts
+    return verdict
+
+
+def test_a_right_implementation_passes_and_declares_what_it_has_not():
+    done = conform(Lora(), LORA)
+    assert done.ok
+    assert done.count(runner.PASSED) == 2 * len(LORA) - 2
+    assert {v.reason for v in done.verdicts if v.status == runner.NOT_IMPLEMENTED} == {"no dropout"}
+    assert all(0 < v.share <= 1 for v in done.verdicts if v.results)
+    assert report.summary(done) == f"{2 * len(LORA) - 2} passed, 0 failed, 2 not implemented; {len(LORA)} cases"
+
+
+def test_a_wrong_scale_fails_with_the_flag_that_says_so_and_its_explanation():
+    done = conform(WrongScale(), LORA)
+    assert not done.ok
+    assert {"Scaling", "RsLoraScale"} <= done.flags(done.unexpected).keys()
+    said = report.text(done)
+    assert "FAILS lora-linear-plain in float64 and float32 (must)\n" in said
+    assert "first of 36 at [0, 0, 0]: got -16.4976641, expected -4.05337868" in said
+    assert f"Scaling: {vectors.notes()['Scaling']['mistake']}"[:8] in said
+    assert vectors.notes()["Scaling"]["mend"] in said
+
+
+def test_a_mistake_is_told_by_the_flag_whose_cases_fail():
+    failed = runner.Verdict(PLAIN, "float32", runner.FAILED)
+    passed = [runner.Verdict(case, "float32", runner.PASSED) for case in LORA if case is not PLAIN]
+    done = runner.Report("mine", "0", [failed, *passed])
+    counts = done.flags([failed])
+    assert counts.keys() == set(PLAIN.flags)
+    assert all(failures == 1 for failures, _ in counts.values())
+    shares = [failures / (runs + 2) for failures, runs in counts.values()]
+    assert shares == sorted(shares, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("answer", "status", "problem"),
+    [
+        (lambda a: a | {"y": a["y"] * np.nan}, "failed", "y: 36 of 36 values are not finite, first at [0, 0, 0]: nan"),
+        (lambda a: a | {"y": a["y"][0]}, "failed", "y: shape (3, 6), expected (2, 3, 6)"),
+        (lambda a: a | {"y": a["y"].astype("U4")}, "failed", "y: dtype <U4, expected numbers"),
+        (lambda a: {n: x for n, x in a.items() if n != "grad.A"}, "failed", "grad.A: not in the answer"),
+        (
+            lambda a: list(a.values()),
+            "error",
+            "TypeError: the answer is of type list, expected arrays by name of output",
+        ),
+        (lambda a: None, "error", "TypeError: the answer is of type NoneType, expected arrays by name of output"),
+        (lambda a: {}["gone"], "error", "KeyError: 'gone'"),
+        (lambda a: 1 / 0, "error", "ZeroDivisionError: division by zero"),
+    ],
+)
+def test_no_answer_at_all_is_one_clear_line_and_the_run_goes_on(answer, status, problem):
+    done = conform(of(answer), [PLAIN, DROPOUT], ["float32"])
+    first, second = done.verdicts if done.verdicts[0].case is PLAIN else done.verdicts[::-1]
+    assert (first.status, first.problems) == (status, [problem])
+    assert second.status == runner.NOT_IMPLEMENTED
+
+
+def test_an_implementation_without_its_members_or_of_unknown_dtypes_is_refused():
+    with pytest.raises(RefpeftError, match=r"an implementation has name, version, dtypes and run\(\): int has no name"):
+        conform(3, [PLAIN])
+    strange = Lora()
+    strange.dtypes = ("float8",)
+    with pytest.raises(RefpeftError, match="there is no dtype 'float8': expected float64, float32, bfloat16, float16"):
+        conform(strange, [PLAIN])
+    with pytest.raises(RefpeftError, match="mine computes in float64, float32, not in float16"):
+        conform(Lora(), [PLAIN], ["float16"])
+
+
+def test_cases_whose_files_are_damaged_are_errors_and_the_others_run(tmp_path):
+    for path in (PLAIN.path, DROPOUT.path):
+        shutil.copy(path, tmp_path)
+        shutil.copy(path.with_suffix(".safetensors"), tmp_path)
+    tensors = tmp_path / PLAIN.tensors
+    tensors.write_bytes(tensors.read_bytes()[:-9])
+    cases, problems = vectors.collect(tmp_path)
+    verdicts = {v.case.id: v for v in conform(Lora(), cases, ["float32"], problems=problems).verdicts}
+    assert verdicts[PLAIN.id].status == runner.ERROR
+    assert "lora-linear-plain.safetensors: not a whole safetensors file: tensor" in verdicts[PLAIN.id].reason
+    assert verdicts[DROPOUT.id].status == runner.NOT_IMPLEMENTED
+
+
+# ---- expected failures -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pattern", ["lora-linear-plain", "lora-linear-pl*", "*plain@float32"])
+def test_a_listed_failure_is_expected(pattern):
+    done = conform(WrongScale(), [PLAIN], ["float32"], {pattern: "issue 12"})
+    assert done.ok
+    assert done.verdicts[0].expected == "issue 12"
+    assert report.summary(done) == "0 passed, 0 failed, 1 failed as expected; 1 cases"
+    assert "      1  issue 12" in report.text(done)
+
+
+def test_a_listed_case_that_passes_is_wrong():
+    done = conform(Lora(), [PLAIN], ["float32"], {"lora-*": "issue 12"})
+    assert not done.ok
+    assert "PASSES lora-linear-plain in float32, expected to fail: issue 12" in report.text(done)
+    assert report.summary(done) == "0 passed, 0 failed, 1 passed though expected to fail; 1 cases"
+
+
+def test_a_pattern_that_names_nothing_is_wrong_unless_it_names_a_case_that_was_not_chosen():
+    patterns = {"lora-linear-plain": "x", "dora-*": "y"}
+    done = conform(WrongScale(), [PLAIN], ["float32"], patterns, all_ids=[PLAIN.id, "dora-linear-plain"])
+    assert done.ok
+    done = conform(WrongScale(), [PLAIN], ["float32"], patterns)
+    assert done.problems == ["'dora-*' is among the expected failures, but names no case: take it off the list"]
+    assert not done.ok
+    assert "! 'dora-*' is among" in report.text(done)
+
+
+def test_what_is_listed_and_not_implemented_is_neither():
+    assert conform(Lora(), [DROPOUT], ["float32"], {"lora-*": "x"}).ok
+
+
+def test_a_list_that_is_written_makes_the_same_run_as_expected_and_keeps_reasons_that_hold(tmp_path):
+    patterns = {"lora-linear-bias": "issue 9", "*-plain@float64": "rounding", "lora-linear-square": "old"}
+    done = conform(WrongScale(), LORA, expected=patterns)
+    entries = report.starter(done, patterns)
+    assert entries.items() >= {"lora-linear-bias": "issue 9", "*-plain@float64": "rounding"}.items()
+    assert "lora-linear-plain@float32" in entries
+    (tmp_path / "list.toml").write_text(text(entries))
+    assert read(tmp_path / "list.toml") == entries
+    assert conform(WrongScale(), LORA, expected=entries).ok
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ('"a" = 3\n', 'expected lines of "glob over ids" = "reason", found a = 3'),
+        ('"a" = " "\n', 'expected lines of "glob over ids" = "reason", found a = '),
+        ("[a]\nb = 1\n", 'expected lines of "glob over ids" = "reason", found a = '),
+        ("a = \n", "not valid TOML: "),
+    ],
+)
+def test_a_list_that_is_none_is_one_clear_line(tmp_path, written, message):
+    (tmp_path / "list.toml").write_text(written)
+    with pytest.raises(RefpeftError, match=message):
+        read(tmp_path / "list.toml")
+    with pytest.raises(RefpeftError, match=r"gone.toml: cannot be read: No such file"):
+        read(tmp_path / "gone.toml")
+
+
+# ---- reports ---------------------------------------------------------------------------------------------------------
+
+
+def reports():
+    """Of every sort: passed, failed, an error, expected, passing though listed, not implemented, idle patterns."""
+
+    class All(Lora):
+        def run(self, case, given, dtype):
+            if case.id == "lora-linear-bias":
+                raise OSError("a <device> & \x00 is gone")
+            kind = WrongScale if case.id in (PLAIN.id, "lora-linear-rslora") else Lora
+            return kind().run(case, given, dtype)
+
+    return conform(All(), LORA, ["float32"], {"*rslora": "a <reason>", "*-two-axes": "fixed", "nothing-*": "x"})
+
+
+def test_the_json_has_every_run_with_its_errors_and_limits():
+    document = json.loads(json.dumps(report.as_json(reports()), allow_nan=False))
+    assert document["ok"] is False
+    runs = {run["id"]: run for run in document["runs"]}
+    assert runs[PLAIN.id]["outputs"]["y"]["limit"] == PLAIN.checks["y"]["float32"]
+    assert runs[PLAIN.id]["outputs"]["y"]["error"] > 1e6
+    assert runs["lora-linear-rslora"]["expected_failure"] == "a <reason>"
+    assert [run["id"] for run in runs.values() if run["unexpected"]] == [
+        "lora-linear-bias",
+        "lora-linear-plain",
+        "lora-linear-two-axes",
+    ]
+    assert len(document["problems"]) == 1
+    assert document["flags"]["Scaling"]["failed"] >= 1
+
+
+def test_the_junit_counts_what_it_holds():
+    suite = ElementTree.fromstring(report.as_junit(reports()))
+    assert int(suite.get("tests")) == len(suite)
+    found = {kind: len(suite.findall(f"testcase/{kind}")) for kind in ("failure", "error", "skipped")}
+    assert found == {"failure": 3, "error": 1, "skipped": 2}
+    assert {kind: int(suite.get(f"{kind}s" if kind != "skipped" else kind)) for kind in found} == found
+
+
+def test_the_page_says_all_and_escapes_what_it_is_told():
+    page = report.as_html(reports())
+    for said in ("lora-linear-plain in float32", "a &lt;reason&gt;", "a &lt;device&gt; &amp;", "Scaling", "nothing-*"):
+        assert said in page, said
+    assert "<device>" not in page
+
+
+def test_the_table_has_a_row_for_each_method_and_counts_by_place():
+    everything = [case for case in vectors.cases() if case.name in ("lora", "dora", "sub", "nf4")]
+    said = report.text(conform(Lora(), everything))
+    assert f"linear {2 * len(LORA) - 2}/{2 * len(LORA) - 2}" in said
+    for name in ("dora", "nf4", "op"):
+        assert any(line.startswith(name) and line.endswith("not implemented") for line in said.splitlines()), name
+
+
+def test_a_limit_of_nothing_is_used_wholly_by_any_error():
+    verdict = only(of(lambda a: a | {"merged.weight": a["merged.weight"] + 1}))
+    assert verdict.share > 1
+    exact = dataclasses.replace(verdict.results[0], error=1.0, limit=0.0)
+    assert exact.share == float("inf")
+
+
+# ---- what it needs ---------------------------------------------------------------------------------------------------
+
+
+def test_the_runner_needs_numpy_alone(tmp_path):
+    """With every other distribution out of reach, a program is run through a case in a process of its own."""
+    script = tmp_path / "alone.py"
+    script.write_text(
+        """
+import importlib.abc, sys
+
+class Nothing(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        top = name.partition(".")[0]
+        if top not in sys.stdlib_module_names and top not in ("numpy", "refpeft", "implementations", "__main__"):
+            raise ImportError(f"{top} is not there")
+
+sys.meta_path.insert(0, Nothing())
+from refpeft.conformance import cases, conform, report
+from implementations import Lora
+done = conform(Lora(), [case for case in cases() if case.name == "lora"])
+report.as_html(done), report.as_junit(done), report.as_json(done)
+print(report.text(done))
+sys.exit(not done.ok)
+"""
+    )
+    root = Path(__file__).parents[1]
+    paths = f"{root}:{root / 'tests'}"
+    run = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, env={"PYTHONPATH": paths, "PATH": "/usr/bin"}
+    )
+    assert run.returncode == 0, run.stderr
+    assert "passed, 0 failed" in run.stdout
