@@ -1,4 +1,4 @@
-"""Make the golden vectors again, or check them:  python golden/make [--check] [GLOB over ids ...]"""
+"""Make the golden vectors again, or check them:  python golden/make [--check | --limits] [GLOB over ids ...]"""
 
 import argparse
 import importlib
@@ -41,7 +41,9 @@ SCRIPTS = (
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python golden/make", description=__doc__)
     parser.add_argument("globs", nargs="*", default=["*"], metavar="GLOB", help="ids to make (default: all)")
-    parser.add_argument("--check", action="store_true", help="write nothing; compare with what is stored")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--check", action="store_true", help="write nothing; compare with what is stored")
+    how.add_argument("--limits", action="store_true", help="measure the limits in bfloat16 of what is stored, no more")
     options = parser.parse_args()
     seen: set[str] = set()
     problems: list[str] = []
@@ -55,6 +57,8 @@ def main() -> int:
                 continue
             if options.check:
                 problems += common.check(case)
+            elif options.limits:
+                common.write_limits(case)
             else:
                 common.write(case)
             print(".", end="", flush=True)

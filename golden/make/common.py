@@ -1,7 +1,8 @@
 """What all make scripts share: a case, how its limits are measured, how it is written and checked.
 
 Expected values are torch's in float64. Limits come from computing the same thing again, in float32 and in float64, with
-every sum and matrix product in another order: what another correct implementation may differ by.
+every sum and matrix product in another order: what another correct implementation may differ by. Those in bfloat16 come
+from rounding in other directions: bfloat16.py.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import bfloat16
 import numpy as np
 import torch
 from safetensors.numpy import load_file, save
@@ -34,6 +36,7 @@ Compute = Callable[[Tensors], Tensors]
 LEAST_LIMIT = 8  # one operation is off by at most an eps on any device worth its name; times 8
 MOST_LIMIT = 2**13  # above it a case says nothing: change its inputs
 WITNESS_LIMIT = 1e-10  # of max|expected|, in float64
+FLOAT32_AND_WIDER = ("optimizer", "schedule", "quantizer", "random")  # kinds that nobody computes in bfloat16
 
 
 @dataclass
@@ -52,6 +55,7 @@ class Case:
     witnesses: dict[str, Compute] = field(default_factory=dict)  # name and version -> the same by somebody else
     oracle: str = f"torch {torch.__version__.split('+')[0]} float64"
     limits: dict[str, str] | None = None  # where they are not measured
+    exact: tuple[str, ...] = ()  # outputs that must be equal, although they are no integers
     script: str = ""
 
     @property
@@ -175,7 +179,9 @@ def run(compute: Compute, inputs: dict[str, np.ndarray], dtype: torch.dtype = to
 
 
 def in_eps(got: np.ndarray, expected: np.ndarray, eps: float) -> float:
-    """max|got - expected| in units of eps * max|expected|."""
+    """max|got - expected| in units of eps * max|expected|; infinite where an answer is not finite."""
+    if not np.isfinite(got).all():
+        return math.inf
     scale = np.abs(expected).max(initial=0.0)
     error = np.abs(got.astype(np.float64) - expected).max(initial=0.0)
     return error / (eps * scale) if scale else math.inf if error else 0.0
@@ -184,7 +190,8 @@ def in_eps(got: np.ndarray, expected: np.ndarray, eps: float) -> float:
 def measure(case: Case, expected: dict[str, np.ndarray]) -> dict[str, dict[str, int] | str]:
     """The checks of a case: eight times the worst error over orders of summation, rounded up to a power of two.
 
-    Errors in eps are about the same in every dtype, so both get the worse one: the float64 result is its own yardstick.
+    Errors in eps are about the same in float32 and float64, so both get the worse one: the float64 result is its own
+    yardstick.
     """
     worst = dict.fromkeys(expected, 0.0)
     for dtype in (torch.float32, torch.float64):
@@ -209,6 +216,24 @@ def _limits(case: Case, output: str, worst: float) -> dict[str, int]:
     return {"float32": limit, "float64": limit}
 
 
+def with_bfloat16(case: Case, checks: dict[str, dict | str], expected: dict[str, np.ndarray]) -> dict[str, dict | str]:
+    """The checks with limits in bfloat16 measured again; without, where the case says nothing in bfloat16."""
+    wider = {n: {dtype: c[dtype] for dtype in c if dtype != "bfloat16"} for n, c in checks.items() if c != "exact"}
+    if case.kind in FLOAT32_AND_WIDER or case.at in ("train", "steps") or "quantizer" in case.config or not wider:
+        return checks | wider
+    inputs = {n: bfloat16.nearest(a) if a.dtype.kind == "f" else a for n, a in case.inputs.items()}
+    worst = dict.fromkeys(wider, 0.0)
+    for sample in range(bfloat16.SAMPLES):
+        with bfloat16.Rounded(sample):
+            got = run(case.compute, inputs, torch.float32)
+        for name in wider:
+            worst[name] = max(worst[name], in_eps(got[name], expected[name], bfloat16.EPS))
+    limits = {name: bfloat16.limit_of(error) for name, error in worst.items()}
+    if None in limits.values():
+        return checks | wider
+    return checks | {name: check | {"bfloat16": limits[name]} for name, check in wider.items()}
+
+
 # ---- writing and checking --------------------------------------------------------------------------------------
 
 
@@ -226,6 +251,7 @@ def build(case: Case) -> tuple[dict, dict[str, np.ndarray]]:
             error = in_eps(answer[name], want, 1.0)
             if error > (0 if is_exact(want) else WITNESS_LIMIT):
                 raise SystemExit(f"{case.id} {name}: {witness} differs by {error:.2e} of max|expected|")
+    checks = case.limits or measure(case, expected)
     document = {
         "id": case.id,
         "kind": case.kind,
@@ -237,7 +263,7 @@ def build(case: Case) -> tuple[dict, dict[str, np.ndarray]]:
         "spec": case.spec,
         "config": case.config,
         "inputs": list(case.inputs),
-        "checks": case.limits or measure(case, expected),
+        "checks": with_bfloat16(case, checks, expected),
         "tensors": f"{case.id}.safetensors",
         "source": {"oracle": case.oracle, "agrees_with": list(case.witnesses), "script": f"golden/make/{case.script}"},
     }
@@ -251,6 +277,16 @@ def write(case: Case) -> None:
     case.path.parent.mkdir(parents=True, exist_ok=True)
     case.path.with_suffix(".json").write_text(as_text(document))
     case.path.with_suffix(".safetensors").write_bytes(save({n: np.array(a, order="C") for n, a in tensors.items()}))
+
+
+def write_limits(case: Case) -> None:
+    """Measures a stored case's limits in bfloat16 again, and changes nothing else."""
+    path = case.path.with_suffix(".json")
+    document = json.loads(path.read_text())
+    stored = load_file(path.with_suffix(".safetensors"))
+    expected = {name: stored[f"out.{name}"] for name in document["checks"]}
+    document["checks"] = with_bfloat16(case, document["checks"], expected)
+    path.write_text(as_text(document))
 
 
 def as_text(document: dict) -> str:
@@ -269,7 +305,10 @@ def as_text(document: dict) -> str:
 
 
 def check(case: Case) -> list[str]:
-    """What differs between a stored case and the same made again: inputs to the bit, outputs within their limits."""
+    """What differs between a stored case and the same made again: inputs to the bit, outputs within their limits.
+
+    No limit that is measured here is more than four times the stored one.
+    """
     if not case.path.with_suffix(".json").exists():
         return [f"{case.id}: not stored"]
     document, tensors = build(case)
@@ -282,6 +321,13 @@ def check(case: Case) -> list[str]:
     ]
     if tensors.keys() != stored_tensors.keys():
         return [*problems, f"{case.id}: other tensors are stored: {sorted(tensors.keys() ^ stored_tensors.keys())}"]
+    for name, check in document["checks"].items():
+        limits = stored["checks"].get(name, {})
+        problems += [
+            f"{case.id}: the limit of {name} in {dtype} is {limits[dtype]}, measured {limit}"
+            for dtype, limit in (check.items() if "exact" not in (check, limits) else ())
+            if dtype in limits and limits[dtype] < limit / 4
+        ]
     for name, array in tensors.items():
         limit = stored["checks"][name.removeprefix("out.")] if name.startswith("out.") else "exact"
         allowed = 0 if limit == "exact" else max(limit.values()) * np.finfo(np.float64).eps
