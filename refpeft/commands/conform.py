@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,8 @@ def conform(
         told = _progress(len(cases))
         every = [case.id for case in whole]
         done = runner.conform(mine, cases, dtypes or None, patterns, all_ids=every, problems=problems, told=told)
-    click.echo("\r\033[K" if click.get_text_stream("stderr").isatty() else "", err=True, nl=False)
+    if sys.stderr.isatty():
+        click.echo("\r\033[K", err=True, nl=False)
     if not done.verdicts:
         raise RefpeftError(f"none of these cases is for {', '.join(dtypes or mine.dtypes)}")
     if as_json == "-":
@@ -106,7 +108,7 @@ def _implementation(text: str, folder: str | None, timeout: float, device: str, 
 
 def _progress(cases: int) -> Any:
     """What tells, on a terminal, how far a run is."""
-    if not click.get_text_stream("stderr").isatty():
+    if not sys.stderr.isatty():
         return lambda verdict: None
     done: set[str] = set()
 

@@ -33,6 +33,7 @@ from .vectors import DTYPES, Arrays, Case
 PROTOCOL = 1
 _LONGEST_LINE = 1 << 20  # characters of an answer
 _MOST_LOST = 10
+_START = 60.0  # seconds
 
 
 class ProgramError(RuntimeError):
@@ -42,8 +43,8 @@ class ProgramError(RuntimeError):
 class Program:
     """The program behind a command line, started at once. A context manager, which ends it.
 
-    `timeout` is how many seconds it has for an answer. Raises RefpeftError where it cannot be started, or does not say
-    who it is.
+    `timeout` is how many seconds it has for an answer; for the first, in which it may load much, at least a minute.
+    Raises RefpeftError where it cannot be started, or does not say who it is.
     """
 
     def __init__(self, command: str, timeout: float = 60.0):
@@ -67,7 +68,7 @@ class Program:
         self._seq += 1
         out = Path(self._folder.name) / f"{self._seq}.safetensors"
         request = {"cmd": "run", "seq": self._seq, "case": str(case.path), "dtype": dtype, "out": str(out)}
-        answer = self._ask(request)
+        answer = self._ask(request, self.timeout)
         try:
             if answer.get("seq") != self._seq:
                 self._lose()  # whatever it says from now on may belong to another case
@@ -100,17 +101,17 @@ class Program:
     def _started(self) -> dict[str, Any]:
         """What a new process says of itself."""
         self._process = _Process(self.command)
-        who = self._ask({"cmd": "start", "protocol": PROTOCOL})
+        who = self._ask({"cmd": "start", "protocol": PROTOCOL}, max(self.timeout, _START))
         problem = _problem_of_introduction(who)
         if problem:
             self._lose()
             raise ProgramError(problem)
         return who
 
-    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+    def _ask(self, request: dict[str, Any], timeout: float) -> dict[str, Any]:
         """The answer to a request. Where there is none the process is over, and ProgramError says why."""
         try:
-            return self._process.ask(request, self.timeout)
+            return self._process.ask(request, timeout)
         except ProgramError:
             self._lose()
             raise
