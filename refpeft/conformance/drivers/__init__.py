@@ -6,10 +6,8 @@ import warnings
 from collections.abc import Callable
 from types import ModuleType
 
-import numpy as np
-
 import refpeft
-from refpeft.backend import to_host
+from refpeft import backend
 from refpeft.errors import RefpeftWarning
 
 from ..vectors import Arrays, Case
@@ -31,20 +29,26 @@ _DRIVERS: dict[str, Callable[[Case, Arrays, str, ModuleType], Arrays]] = {
 
 
 class Refpeft:
-    """refpeft on the host. Its plugins are those of the package that this module is in."""
+    """refpeft, on the host ("cpu") or a GPU ("cuda"). Its plugins are those of the package that this module is in.
 
-    name, version = "refpeft", refpeft.__version__
-    dtypes = ("float64", "float32")
+    Raises RefpeftError where there is no such device.
+    """
+
+    version, dtypes = refpeft.__version__, ("float64", "float32")
+
+    def __init__(self, device: str = "cpu"):
+        self.name = "refpeft" if device == "cpu" else f"refpeft on {device}"
+        self._xp = backend.module(device)
 
     def run(self, case: Case, given: Arrays, dtype: str) -> Arrays:
         """The outputs of a case by name, from its inputs by name, floats in `dtype`.
 
-        Raises NotImplementedError, with the reason, for what refpeft has not.
+        Raises NotImplementedError, with the reason, for what refpeft has not, and on a GPU for what is never there.
         """
         driver = _DRIVERS.get(case.kind)
         if driver is None:
             raise NotImplementedError(f"refpeft knows no cases of kind {case.kind!r}")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RefpeftWarning)  # cases choose options that a user is warned of
-            answer = driver(case, given, dtype, np)
-        return {name: to_host(array) for name, array in answer.items()}
+            answer = driver(case, given, dtype, self._xp)
+        return {name: backend.to_host(array) for name, array in answer.items() if array is not None}

@@ -36,5 +36,9 @@ def run_optimizer(case: Case, given: Arrays, dtype: str, xp: ModuleType) -> Arra
 
 
 def run_schedule(case: Case, given: Arrays, dtype: str, xp: ModuleType) -> Arrays:
+    if xp is not np:
+        raise NotImplementedError("learning rates are the host's, also of training on a GPU")
+    if case.name not in ("constant", "linear", "cosine"):
+        raise NotImplementedError(f"refpeft has no schedule {case.name!r}")
     steps, warmup = case.config["steps"], case.config["warmup"]
     return {"factors": np.array([schedule.factor(case.name, step, steps, warmup) for step in range(steps)])}

@@ -6,6 +6,7 @@ from types import ModuleType
 
 import numpy as np
 
+from refpeft import manager
 from refpeft.models.quantized_files import tensors_of
 from refpeft.quant import Quantized, make_quantizer
 
@@ -25,6 +26,8 @@ _NOT_OPTIONS = ("double_quant", "nested_block", "shape", "dtype")
 def run_quantizer(case: Case, given: Arrays, dtype: str, xp: ModuleType) -> Arrays:
     if dtype != "float32":
         raise NotImplementedError("quantizers are defined in float32")
+    if case.name not in manager.find():
+        raise NotImplementedError(f"refpeft has no quantizer {case.name!r}")
     options = {name: value for name, value in case.config.items() if name not in _NOT_OPTIONS}
     quantizer = make_quantizer(case.name, options, case.config.get("double_quant", False))
     arrays = placed(given, xp)
