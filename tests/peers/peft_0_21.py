@@ -1,0 +1,379 @@
+"""Hugging Face PEFT 0.21 under test: its own configs, layers, optimizers and merges, with the values that a case gives.
+
+PEFT has its methods in models of torch and transformers; a case at one layer is a model of that layer alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from unittest import mock
+
+import bitsandbytes
+import peft
+import torch
+from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
+from peft.utils.integrations import dequantize_module_weight
+from peft_methods import LORA_EMBEDDING, METHODS, NETWORKS, Tensors
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel, logging
+from transformers.modeling_outputs import CausalLMOutput
+from transformers.pytorch_utils import Conv1D
+
+from refpeft.conformance.vectors import Arrays, Case
+
+logging.set_verbosity_error()
+
+
+class Peft:
+    """PEFT, in float64 at one layer alone: on models transformers computes norms and the loss in float32."""
+
+    name = "peft"
+    version = peft.__version__
+    dtypes = ("float64", "float32")
+
+    def run(self, case: Case, given: Arrays, dtype: str) -> Arrays:
+        if case.kind != "method":
+            raise NotImplementedError("PEFT has methods alone")
+        runner = RUNNERS.get(case.at)
+        if runner is None or case.name not in METHODS | NETWORKS.keys():
+            raise NotImplementedError(MISSING.get(case.name, f"not in PEFT at {case.at}"))
+        if case.at in ("model", "train") and dtype == "float64":
+            raise NotImplementedError("transformers computes norms and the loss in float32")
+        t = {name: torch.from_numpy(array.copy()) for name, array in given.items()}
+        with warnings.catch_warnings(), refused():
+            warnings.simplefilter("ignore")
+            answer = runner(case, t)
+        return {name: tensor.detach().numpy() for name, tensor in answer.items()}
+
+
+MISSING = {
+    "bitfit": "PEFT trains biases beside LoRA alone, or moves those of linear layers (BEFT)",
+    "full": "PEFT trains whole weights beside an adapter alone",
+}
+
+
+@contextlib.contextmanager
+def refused() -> Iterator[None]:
+    """What PEFT refuses by its own words is not implemented."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        if any(word in str(error) for word in ("not supported", "Unsupported", "Please initialize")):
+            said = re.sub(r"\(n.=.*?\)", "", str(error))  # sizes of the layer
+            raise NotImplementedError(f"refused: {said.split('.')[0]}") from error
+        raise
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A parameter of PEFT, and the case's tensors `names` that make it up: `pack` (tensors by name) joins these."""
+
+    parameter: nn.Parameter
+    names: tuple[str, ...]
+    pack: Callable[[Tensors], torch.Tensor]
+
+    def set(self, t: Tensors) -> None:
+        value = self.pack(t)
+        if value.numel() != self.parameter.numel():
+            there, given = tuple(self.parameter.shape), tuple(value.shape)
+            raise ValueError(f"PEFT's tensor has the shape {there}, that of the case {given}: {', '.join(self.names)}")
+        with torch.no_grad():
+            self.parameter.copy_(value.reshape(self.parameter.shape))
+
+    def unpacked(self, value: torch.Tensor, t: Tensors) -> Tensors:
+        """A value or gradient of the parameter, by the names of the case. `pack` moves numbers, and changes none."""
+        leaves = {name: t[name].detach().requires_grad_() for name in self.names}
+        packed = self.pack(leaves).reshape(self.parameter.shape)
+        return dict(zip(self.names, torch.autograd.grad(packed, list(leaves.values()), value), strict=True))
+
+
+def places(case: Case, t: Tensors) -> list[str]:
+    """The layers that the case adapts."""
+    names = METHODS[case.name].names
+    listed = case.config.get("targets") or [n.rpartition(".")[0] for n in case.checks if n.startswith("grad.")]
+    found = [n.rpartition(".")[0] for n in t if n.rpartition(".")[2] in names and not n.startswith("shared.")]
+    if case.name == "lora_bitfit":
+        found = [n.removesuffix(".A") for n in t if n.endswith(".A")]
+    if case.name == "ln_tuning":
+        found = [n.removesuffix(".weight") for n in t if "norm" in n or ".ln_" in n or n == "site.weight"]
+    return list(dict.fromkeys(found or listed))
+
+
+def with_layers(case: Case, base: nn.Module, t: Tensors) -> tuple[peft.PeftModel, list[Trained]]:
+    """The base with PEFT's layers, which have the values of the case, and what of it is trained."""
+    method, targets = METHODS[case.name], places(case, t) or ["site"]
+    config = method.config(case.config, targets, t)
+    config.task_type = "CAUSAL_LM" if isinstance(base, PreTrainedModel) else None
+    if case.at == "train" and case.name == "adalora":
+        config.orth_reg_weight = 0.0  # the cases are without the penalty
+    adapted = peft.get_peft_model(base, config).eval()
+    if "rank_pattern" in case.config:  # AdaLoRA has left fewer triplets
+        kept = {f"{n}.lora_E": [i < r for i in range(config.init_r)] for n, r in case.config["rank_pattern"].items()}
+        adapted.base_model.resize_modules_by_rank_pattern(kept, "default")
+    adapted.to(next(tensor.dtype for tensor in t.values() if tensor.is_floating_point()))
+    names = LORA_EMBEDDING if case.at == "embedding" and case.name == "lora" else method.names
+    parameters, trained = dict(adapted.named_parameters(remove_duplicate=False)), []
+    for name, tensor in t.items():
+        where, _, letter = name.rpartition(".")
+        if letter in method.constants and (where == "shared" or where in targets):
+            with torch.no_grad():
+                adapted.get_buffer(method.constants[letter]).copy_(tensor)
+        elif letter in names and (where == "shared" or where in targets or letter == "bias"):
+            inner = names[letter]
+            full = inner if inner.startswith("base_model.") else f"base_model.model.{where}.{inner}"
+            full = full.replace(".attend.", ".")
+            parameter = parameters.get(full, parameters.get(f"base_model.model.{name}"))
+            if parameter is not None:
+                trained.append(Trained(parameter, (name,), lambda t, name=name: t[name]))
+    for one in trained:
+        one.set(t)
+    return adapted, trained
+
+
+# ---- at one layer ----------------------------------------------------------------------------------------------------
+
+
+class OneLayer(nn.Module):
+    """A model of one layer, called `site`."""
+
+    def __init__(self, site: nn.Module):
+        super().__init__()
+        self.site = site
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.site(x)
+
+
+def layer(case: Case, t: Tensors) -> nn.Module:
+    """The frozen layer, as torch and transformers have it."""
+    weight, bias = t["weight"], t.get("bias")
+    if case.at == "embedding":
+        made = nn.Embedding(*weight.shape)
+    elif case.at == "norm":
+        kind = nn.LayerNorm if case.config["norm"] == "layer_norm" else nn.RMSNorm
+        made = kind(weight.shape[0], eps=case.config["eps"])
+    elif case.at == "conv1d":
+        made = Conv1D(weight.shape[1], weight.shape[0])
+    else:
+        made = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+    made.to(weight.dtype).load_state_dict({"weight": weight} | ({} if bias is None else {"bias": bias}))
+    if case.config.get("quantizer") and case.name != "loftq":  # LoftQ takes the weight, and quantizes it
+        if weight.dtype == torch.float64:
+            raise NotImplementedError("bitsandbytes has no float64")
+        quantized = bitsandbytes.nn.Linear4bit(
+            *weight.shape[::-1], bias=False, compute_dtype=weight.dtype, compress_statistics=False, quant_type="nf4"
+        )
+        quantized.load_state_dict({"weight": weight})
+        return quantized.to("cpu")
+    return made
+
+
+def at_layer(case: Case, t: Tensors) -> Tensors:
+    if case.name in NETWORKS:
+        return prompt_at_embedding(case, t)
+    given = {f"site.{name.removeprefix('shared.')}": tensor for name, tensor in t.items()}
+    adapted, trained = with_layers(case, OneLayer(layer(case, t)), given)
+    if "base" in case.checks:
+        return first_values(adapted, t)
+    x = t["ids"].long() if case.at == "embedding" else t["x"].requires_grad_()
+    with dropped(adapted, t.get("keep")):
+        y = adapted(x)
+        y.backward(t["g"])
+    answer = {"y": y} | ({} if case.at == "embedding" else {"grad.x": x.grad})
+    for one in trained:
+        for name, gradient in one.unpacked(one.parameter.grad, given).items():
+            letter = name.removeprefix("site.")
+            answer[f"grad.{letter if letter in t else f'shared.{letter}'}"] = gradient
+    if "merged.weight" in case.checks:
+        merged = adapted.merge_and_unload().site
+        answer |= {"merged.weight": merged.weight}
+        answer |= {} if getattr(merged, "bias", None) is None else {"merged.bias": merged.bias}
+    return answer
+
+
+@contextlib.contextmanager
+def dropped(model: nn.Module, keep: torch.Tensor | None) -> Iterator[None]:
+    """Within it the model trains, and torch's dropout keeps what the case says."""
+    if keep is None:
+        yield
+        return
+
+    def dropout(x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
+        return x * keep / (1 - p) if training else x
+
+    model.train()
+    with mock.patch.object(torch.nn.functional, "dropout", dropout):
+        yield
+    model.eval()
+
+
+def first_values(adapted: peft.PeftModel, t: Tensors) -> Tensors:
+    """The frozen weight and the update that PEFT begins with."""
+    site = adapted.base_model.model.site
+    return {
+        "base": dequantize_module_weight(site.base_layer),
+        "update": site.get_delta_weight("default"),
+        "y": adapted(t["x"].requires_grad_()),  # bitsandbytes has another layout of weights where nothing is trained
+    }
+
+
+# ---- on models -------------------------------------------------------------------------------------------------------
+
+
+def on_model(case: Case, t: Tensors) -> Tensors:
+    """Logits, loss and gradients, or three steps of training, without dropout."""
+    config = dict(case.config["model"])
+    base = AutoModelForCausalLM.from_config(AutoConfig.for_model(config.pop("model_type"), **config))
+    base.load_state_dict({name: t[name] for name, _ in base.named_parameters()}, strict=False)
+    adapted, trained = (with_network if case.name in NETWORKS else with_layers)(case, base, t)
+    if "optimizer" in case.config:
+        return trained_for_steps(case, adapted, trained, t)
+    outputs = outputs_of(case, adapted, t)
+    outputs.loss.backward()
+    logits = outputs.logits[:, -t["ids"].shape[1] :]
+    if "segments" in t:
+        logits = logits * (t["segments"] >= 0)[..., None]
+    answer = {"logits": logits, "loss": outputs.loss}
+    for one in trained:
+        if one.parameter.requires_grad:
+            found = one.unpacked(one.parameter.grad, t)
+            answer |= {f"grad.{name}": gradient for name, gradient in found.items()}
+    return answer
+
+
+def outputs_of(case: Case, adapted: peft.PeftModel, t: Tensors) -> CausalLMOutput:
+    """Labels are targets that are not yet moved: transformers moves them, and PEFT puts virtual tokens before them."""
+    ids, segments = t["ids"].long(), t.get("segments")
+    labels = torch.cat([torch.full_like(ids[:, :1], -100), t["targets"].long()[:, :-1]], dim=1)
+    more = {} if segments is None else {"attention_mask": (segments >= 0).long()}
+    if "positions" in t:
+        if case.name in NETWORKS:
+            raise NotImplementedError("with virtual tokens PEFT takes no position_ids")
+        more = {"attention_mask": of_documents(segments), "position_ids": t["positions"].long()}
+    if case.name == "multitask_prompt":
+        more["task_ids"] = torch.full((len(ids),), case.config["task"])
+    return adapted(input_ids=ids, labels=labels, **more)
+
+
+def of_documents(segments: torch.Tensor) -> torch.Tensor:
+    """The additive mask of packed rows (batch, 1, time, time)."""
+    same = (segments[:, :, None] == segments[:, None, :]).tril()
+    return torch.where(same, 0.0, torch.finfo(torch.float32).min)[:, None]
+
+
+def trained_for_steps(case: Case, adapted: peft.PeftModel, trained: list[Trained], t: Tensors) -> Tensors:
+    optimizer, losses = optimizer_of(case, adapted, trained), []
+    for _ in range(case.config["optimizer"]["steps"]):
+        optimizer.zero_grad()
+        loss = outputs_of(case, adapted, t).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    answer = {"losses": torch.stack(losses)}
+    for one in trained:
+        found = one.unpacked(one.parameter.detach(), t)
+        answer |= {f"after.{name}": value for name, value in found.items()}
+    return answer
+
+
+def optimizer_of(case: Case, adapted: peft.PeftModel, trained: list[Trained]) -> torch.optim.Optimizer:
+    """torch's AdamW, or PEFT's for LoRA+ and LoRA-FA."""
+    given, c = case.config["optimizer"], case.config
+    lr, decay = given["lr"], given["weight_decay"]
+    betas_and_eps = {"betas": tuple(given["betas"]), "eps": given["eps"]}
+    if "lr_ratio" in c:
+        rates = {"lr": lr, "loraplus_lr_ratio": c["lr_ratio"], "loraplus_weight_decay": decay}
+        return create_loraplus_optimizer(adapted, torch.optim.AdamW, **rates, **betas_and_eps)
+    if "freeze_A" in c:
+        optimizer = create_lorafa_optimizer(adapted, r=c["r"], lora_alpha=c["alpha"], lr=lr, weight_decay=decay)
+        for group in optimizer.param_groups:
+            group |= betas_and_eps
+        return optimizer
+    return torch.optim.AdamW([one.parameter for one in trained], lr=lr, weight_decay=decay, **betas_and_eps)
+
+
+# ---- virtual tokens --------------------------------------------------------------------------------------------------
+
+
+def with_network(case: Case, base: PreTrainedModel, t: Tensors) -> tuple[peft.PeftModel, list[Trained]]:
+    """The base with PEFT's virtual tokens, which have the values of the case, and what of it is trained."""
+    config, packs = NETWORKS[case.name](case.config, t)
+    config.task_type = "CAUSAL_LM"
+    adapted = peft.get_peft_model(base, config).eval().to(base.dtype)
+    parameters = dict(adapted.prompt_encoder["default"].named_parameters())
+    trained = [
+        Trained(parameters[name], tuple(names), lambda t, names=names, pack=pack: pack([t[n] for n in names]))
+        for name, (names, pack) in packs.items()
+    ]
+    for one in trained:
+        one.set(t)
+    return adapted, trained
+
+
+class Rows(PreTrainedModel, GenerationMixin):
+    """A model that gives what its layers would read: rows of its table, and PEFT's before them."""
+
+    config_class = PretrainedConfig
+
+    def __init__(self, table: torch.Tensor):
+        vocab, dim = table.shape
+        super().__init__(PretrainedConfig(vocab_size=vocab, hidden_size=dim, num_attention_heads=1, num_layers=1))
+        self.table = nn.Embedding.from_pretrained(table)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.table
+
+    def forward(self, inputs_embeds: torch.Tensor, **_) -> CausalLMOutput:
+        return CausalLMOutput(logits=inputs_embeds)
+
+
+def prompt_at_embedding(case: Case, t: Tensors) -> Tensors:
+    adapted, trained = with_network(case, Rows(t["weight"]), t)
+    more = {"task_ids": torch.full((len(t["ids"]),), case.config["task"])} if "task" in case.config else {}
+    y = adapted(input_ids=t["ids"].long(), **more).logits
+    y.backward(t["g"])
+    answer = {"y": y}
+    for one in trained:
+        answer |= {f"grad.{name}": grad for name, grad in one.unpacked(one.parameter.grad, t).items()}
+    return answer
+
+
+# ---- AdaLoRA's allocation --------------------------------------------------------------------------------------------
+
+
+def allocations(case: Case, t: Tensors) -> Tensors:
+    """Steps of plain gradient descent with gradients that are given, after each of which PEFT's allocator chooses."""
+    c = case.config
+    options = {name: c[name] for name in ("init_r", "target_r", "tinit", "tfinal", "beta1", "beta2")}
+    config = peft.AdaLoraConfig(**options, deltaT=c["delta_t"], total_step=c["steps"], target_modules=["a", "b"])
+    layers = {site: nn.Linear(t[f"{site}.Q"].shape[1], len(t[f"{site}.P"])) for site in "ab"}
+    adapted = peft.get_peft_model(nn.ModuleDict(layers), config).to(t["a.P"].dtype)
+    names = METHODS["adalora"].names
+    there = {n: adapted.get_parameter(f"base_model.model.{n[0]}.{names[n[2]]}") for n in t if n[1:2] == "."}
+    for name, parameter in there.items():
+        parameter.data.copy_(t[name].reshape(parameter.shape))
+    traces = {f"E.{site}": [] for site in "ab"}
+    for number in range(c["steps"]):
+        for name, parameter in there.items():
+            parameter.grad = t[f"grad.{name}"][number].reshape(parameter.shape)
+            parameter.data -= c["lr"] * parameter.grad
+        adapted.base_model.update_and_allocate(number + 1)
+        for name, trace in traces.items():
+            trace.append(there[f"{name[2]}.E"].detach().flatten().clone())
+    after = {f"after.{name}": parameter.detach().reshape(t[name].shape) for name, parameter in there.items()}
+    return {name: torch.stack(trace) for name, trace in traces.items()} | after
+
+
+RUNNERS: dict[str, Callable[[Case, Tensors], Tensors]] = {
+    "linear": at_layer,
+    "conv1d": at_layer,
+    "embedding": at_layer,
+    "norm": at_layer,
+    "model": on_model,
+    "train": on_model,
+    "steps": allocations,
+}
