@@ -24,8 +24,8 @@ from .drawn import as_drawn
 from .models import frozen
 from .operations import gradients, placed
 
-_OF_PLACES = ("norm", "eps")
-"""Members of a config that are the place's, not the method's."""
+_OF_NORMS = ("norm", "eps")
+"""Members of a norm's config that are the place's, not the method's."""
 
 _INPUTS = ("x", "q", "k", "v")
 """Inputs of a place that have a gradient."""
@@ -39,7 +39,9 @@ def attached(model: Model, method: str, options: dict[str, Any]) -> Adapter:
 
 
 def run_place(case: Case, given: Arrays, dtype: str, xp: ModuleType) -> Arrays:
-    options = {name: value for name, value in case.config.items() if name not in _OF_PLACES} | {"targets": ("site",)}
+    options = case.config | {"targets": ("site",)}
+    if case.at == "norm":
+        options = {name: value for name, value in options.items() if name not in _OF_NORMS}
     if case.name == "ia3":
         options["feedforward"] = ("site",) if options["feedforward"] else ()
     if "base" in case.checks:
