@@ -1,4 +1,5 @@
-"""Where bitsandbytes 0.50 differs from golden/README.md's rules, and from itself: `compat` of nf4, fp4 and dynamic8.
+"""Where bitsandbytes 0.50 differs from golden/README.md's rules, and from itself: `compat` of nf4, fp4 and dynamic8;
+and the same weights by these rules.
 
 Scalar float32. bitsandbytes on the CPU is the witness of bnb-cpu; bnb-cuda is written after its kernels
 (csrc/kernels.cu), with a correctly rounded 1 / absmax; these cases were equal on an H200 with 0.50.2.
@@ -9,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from fractions import Fraction
+from itertools import combinations
 
 import bitsandbytes
 import numpy as np
@@ -17,7 +19,8 @@ from bitsandbytes import functional as bnb
 from common import Case, Compute, Draw, Tensors, default_dtype
 from nf4 import BOUNDARIES as NF4_BOUNDARIES
 from nf4 import CODEBOOK as NF4
-from nf4 import NESTED_BLOCK, NESTED_BOUNDARIES, NESTED_MAP, f32, nearest
+from nf4 import NESTED_BLOCK, NESTED_BOUNDARIES, NESTED_MAP, f32, nearest, safe
+from nf4 import encode as encode_by_the_rules
 
 VERSION = f"bitsandbytes {bitsandbytes.__version__}"
 CPU, CUDA = "bnb-cpu", "bnb-cuda"
@@ -211,6 +214,36 @@ def with_exact_mean(zero: int | None = None) -> np.ndarray:
     return weight * tops[:, None]
 
 
+def with_mean_off() -> np.ndarray:
+    """A weight (4, 64) whose largest magnitudes have another mean in float32 than in float64, in whatever order they
+    are added up. No code of theirs hangs on it.
+    """
+    draw = Draw("with_mean_off")
+    while True:
+        tops = draw.uniform(4, low=0.05, high=0.1)
+        mean = f32(tops.astype(np.float64).mean())
+        means = {total / f32(4) for total in totals(list(tops))}
+        if mean not in means and all(safe(tops - m, NESTED_BOUNDARIES, NESTED_BLOCK) for m in (mean, *means)):
+            break
+    weight = draw.uniform(4, 64, low=-0.9, high=0.9)
+    weight[:, 7] = 1
+    return weight * tops[:, None]
+
+
+def totals(values: list[np.float32]) -> set[np.float32]:
+    """The sum in float32, in every order."""
+    if len(values) == 1:
+        return set(values)
+    places = range(len(values))
+    parts = [set(part) for size in range(1, len(values)) for part in combinations(places, size)]
+    return {
+        a + b
+        for part in parts
+        for a in totals([values[i] for i in part])
+        for b in totals([values[i] for i in places if i not in part])
+    }
+
+
 def beside(boundaries: np.ndarray) -> np.ndarray:
     """Every boundary with its two neighbours, both zeros, the smallest normal numbers, and 1: absmax is 1."""
     around = [np.nextafter(boundaries, f32(-2)), boundaries, np.nextafter(boundaries, f32(2))]
@@ -282,6 +315,7 @@ def cases() -> Iterator[Case]:
         config = {"block": 64, "double_quant": double} | ({"nested_block": NESTED_BLOCK} if double else {})
         yield encoding(name, compat, variant, weight, config, flags, comment)
     yield from dynamic_cases()
+    yield from by_the_rules(zero_tail)
 
 
 def encoding(name: str, compat: str, variant: str, weight: np.ndarray, config: dict, flags: str, comment: str) -> Case:
@@ -303,6 +337,50 @@ def encoding(name: str, compat: str, variant: str, weight: np.ndarray, config: d
         **checked(compat, bnb_encode(name, config)),
         limits=dict.fromkeys(compute({"weight": torch.from_numpy(weight)}), "exact"),
     )
+
+
+def by_the_rules(zero_tail: np.ndarray) -> Iterator[Case]:
+    """What bitsandbytes on CPUs does otherwise, and what this suite has for it."""
+    rows = [  # variant, level, weight, nested, flags, comment
+        (
+            "zero-tail", "must", zero_tail, False, "StoredClamp ZeroBlock ShortBlock",
+            "a short last block of zeros: absmax 0, as of a whole one",
+        ),
+        (
+            "multiplied-tail", "may", divided_tail(NF4_BOUNDARIES), False, "DividedTail",
+            "weights of a short last block that have another code where they are divided by absmax: here they are "
+            "multiplied by 1 / absmax, as those of whole blocks; dividing all of them is as good",
+        ),
+        (
+            "nearest", "must", with_exact_mean(), True, "CoarseTable DoubleQuantization",
+            "absmax - offset is 0, or small beside the largest: the nearest level; the mean is exact in any order",
+        ),
+        (
+            "mean", "may", with_mean_off(), True, "OffsetMean DoubleQuantization",
+            "of the float32 sum in any order, a quarter is the next float32 number; no nested code hangs on it",
+        ),
+    ]  # fmt: skip
+    for variant, level, weight, double, flags, comment in rows:
+        maps = {"codebook": NF4} | ({"nested_map": NESTED_MAP} if double else {})
+
+        def compute(t: Tensors, double: bool = double) -> Tensors:
+            return encode_by_the_rules(t, double)
+
+        yield Case(
+            id=f"nf4-{'double-' if double else ''}encode-{variant}",
+            kind="quantizer",
+            name="nf4",
+            at="encode",
+            level=level,
+            flags=tuple(flags.split()),
+            comment=comment,
+            spec="arXiv:2305.14314, section 3; golden/README.md, NF4, FP4 and the 8-bit map",
+            config={"block": 64, "double_quant": double} | ({"nested_block": NESTED_BLOCK} if double else {}),
+            inputs={"weight": weight} | maps,
+            compute=compute,
+            oracle="scalar float32",
+            limits=dict.fromkeys(compute({"weight": torch.from_numpy(weight)}), "exact"),
+        )
 
 
 def checked(compat: str, witness: Compute) -> dict:

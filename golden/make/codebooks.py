@@ -76,14 +76,14 @@ def fp4_cases() -> Iterator[Case]:
     edges = np.concatenate([around, f32([1.0, 0.0, -0.0]), f32(np.linspace(-1, 1, 19))])
     book = np.concatenate([FP4, FP4 * f32(-0.3), FP4[:16] * f32(0.999), FP4])
     rows = [  # variant, weight, flags, comment
-        ("normal", draw.normal(4, 64, scale=0.02), "Fp4Codebook Fp4Thresholds", ""),
+        ("normal", draw.normal(4, 64, scale=0.02), "Fp4Codebook Fp4Thresholds Fp4ZeroSign", ""),
         ("odd", draw.normal(3, 43), "ShortBlock OddCount", "the last block is one element; the last low half is 0"),
         ("zero-block", zero, "ZeroBlock", "a block of zeros: absmax 0, code 0"),
         (
             "midpoints", edges.reshape(1, -1), "Fp4Thresholds Fp4ZeroSign",
             "every boundary and its two neighbours: a value on a boundary takes the lower level; zeros have code 0",
         ),
-        ("codebook", book.reshape(1, 64), "Fp4Codebook", "the codes' own values"),
+        ("codebook", book.reshape(1, 64), "Fp4Codebook Fp4ZeroSign", "the codes' own values"),
     ]  # fmt: skip
     functions = four_bits(FP4, FP4_BOUNDARIES, FP4_SORTED, zero=7, block=64)
     maps, config = {"codebook": FP4}, {"block": 64, "double_quant": False}
@@ -100,7 +100,8 @@ def fp4_cases() -> Iterator[Case]:
     config = {"block": 64, "double_quant": True, "nested_block": NESTED_BLOCK}
     maps |= {"nested_map": NESTED_MAP}
     twice = doubled(*functions, "absmax")
-    yield from pair("fp4", "plain", weight, config, *twice, maps=maps, flags="DoubleQuantization", spec=FP4_SPEC)
+    flags = "DoubleQuantization OffsetMean"
+    yield from pair("fp4", "plain", weight, config, *twice, maps=maps, flags=flags, spec=FP4_SPEC)
 
 
 def all_bytes() -> Iterator[Case]:
@@ -198,7 +199,7 @@ def dynamic8_cases() -> Iterator[Case]:
     rows = [  # variant, weight, offset, flags, comment
         ("normal", draw.normal(2, 256), False, "DynamicMap", ""),
         ("wide", wide, False, "CoarseTable DynamicMap ShortBlock", "from 1e-4 to 1e4; the last block has 88 elements"),
-        ("levels", levels, False, "DynamicMap", "the levels' own values"),
+        ("levels", levels, False, "CoarseTable DynamicMap", "the levels' own values"),
         (
             "midpoints", edges.reshape(3, 256), False, "CoarseTable DynamicMap",
             "every boundary and its two neighbours, absmax 1: a value on a boundary takes the lower level",
@@ -259,9 +260,12 @@ def int8_cases() -> Iterator[Case]:
     negative[:, 3] = -6
     ties = f32([127, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 126.5, -126.5, 3, 63.5, 0]).reshape(1, 12) / f32(32)
     rows = [
-        ("normal", normal, {}, "Int8Rows", "a scale for each row; SCB and CB of LLM.int8()"),
-        ("zero-row", zero, {}, "ZeroBlock", "a row of zeros: scale 0, codes 0"),
-        ("negative", negative, {}, "SignedAbsmax", "the largest magnitude is negative: code -127; -128 is not made"),
+        ("normal", normal, {}, "Int8Rows Int8Float16", "a scale for each row; SCB and CB of LLM.int8()"),
+        ("zero-row", zero, {}, "ZeroBlock Int8Float16", "a row of zeros: scale 0, codes 0"),
+        (
+            "negative", negative, {}, "SignedAbsmax Int8Float16",
+            "the largest magnitude is negative: code -127; -128 is not made",
+        ),
         ("ties", ties, {}, "AffineRounding", "halves of a step go to the even code; scale / 127 is 1/32"),
         (
             "float16", normal, {"compat": "bnb-cpu"}, "Int8Float16",

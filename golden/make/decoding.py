@@ -1,4 +1,5 @@
-"""Decoding what a file holds, where readers go wrong: stored maps, dtypes, rows, shapes, roundings; nf4 and dynamic8.
+"""Decoding what a file holds, where readers go wrong: stored maps, dtypes, rows, shapes, roundings; nf4 and dynamic8;
+and computing with it.
 
 Scalar float32 (golden/make/nf4.py); one rounding more where the answer is wanted in a narrower dtype.
 """
@@ -83,6 +84,7 @@ def cases() -> Iterator[Case]:
     )
     yield nf4("double-decode-cuda_zeros", parts, [4, 64], "ZeroBlock", comment, level="interop")
     yield dynamic8_old_map()
+    yield linear(parts_of(narrow))
 
 
 def nf4(
@@ -118,6 +120,29 @@ def nf4(
         oracle="scalar float32",
         witnesses={VERSION: narrower(witness, dtype) if dtype else witness},
         limits={"weight": "exact"},
+    )
+
+
+def linear(parts: dict[str, np.ndarray]) -> Case:
+    """A layer whose file says float16, on float32 inputs."""
+    draw, shape = Draw("nf4-linear-float16"), [4, 64]
+
+    def compute(t: Tensors) -> Tensors:
+        weight = decode(t, shape)["weight"].to(t["x"].dtype)
+        return {"y": t["x"] @ weight.T, "grad.x": t["g"] @ weight}
+
+    return Case(
+        id="nf4-linear-float16",
+        kind="quantizer",
+        name="nf4",
+        at="linear",
+        flags=("RoundedTwice",),
+        comment="the file says float16, x has another dtype: the backward pass has the forward pass' weight",
+        spec="golden/README.md, NF4, FP4 and the 8-bit map",
+        config={"block": BLOCK, "double_quant": False, "shape": shape, "dtype": "float16"},
+        inputs={"x": draw.normal(3, 64), **parts, "codebook": CODEBOOK, "g": draw.normal(3, 4)},
+        compute=compute,
+        oracle="float32 weights; products in float64",
     )
 
 

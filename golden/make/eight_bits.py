@@ -90,14 +90,17 @@ def far_from_middles(variant: str, shape: tuple[int, int], config: dict) -> dict
 def cases() -> Iterator[Case]:
     plain = {"lr": [0.01] * STEPS, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0, "clip": 0.0}
     rows = [  # variant, changes, shape of p0, flags, comment
-        ("plain", {}, (8, 32), "EightBitMoments EightBitRange", "p0 is one block, p1 a short one"),
-        ("weight-decay", {"weight_decay": 0.3, "clip": 1.0}, (8, 32), "DecoupledDecay", "decay before the update"),
+        ("plain", {}, (8, 32), "EightBitMoments EightBitRange CoarseTable", "p0 is one block, p1 a short one"),
         (
-            "no-gradient", {}, (8, 32), "EightBitZero",
+            "weight-decay", {"weight_decay": 0.3, "clip": 1.0}, (8, 32), "DecoupledDecay CoarseTable",
+            "decay before the update",
+        ),
+        (
+            "no-gradient", {}, (8, 32), "EightBitZero CoarseTable",
             "rows 2 to 5 of p0 and all of p1 have no gradient and must not move: zero is a level of both maps",
         ),
         (
-            "blocks", {}, (10, 32), "EightBitBlocks",
+            "blocks", {}, (10, 32), "EightBitBlocks CoarseTable",
             "p0 is a block of 256 and one of 64, whose gradients are 1000 times as large; p1 has none",
         ),
     ]  # fmt: skip

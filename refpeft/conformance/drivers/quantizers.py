@@ -7,11 +7,13 @@ from types import ModuleType
 import numpy as np
 
 from refpeft import manager
+from refpeft.fused import frozen_linear
 from refpeft.models.quantized_files import tensors_of
 from refpeft.quant import Quantized, make_quantizer
+from refpeft.tensor import parameter
 
 from ..vectors import Arrays, Case
-from .operations import placed
+from .operations import gradients, placed
 
 _CONSTANTS = {"nf4": "absmax", "fp4": "absmax", "affine": "scale", "int4": "scale", "int8": "scale"}
 """What double quantization quantizes, by quantizer."""
@@ -38,14 +40,16 @@ def run_quantizer(case: Case, given: Arrays, dtype: str, xp: ModuleType) -> Arra
     if case.at == "file":
         parts = {_part(case, name): array for name, array in arrays.items()}
         return tensors_of("q_proj.weight", Quantized(quantizer, parts, shape, np.dtype(dtype)), kept)
-    inputs = [arrays.pop(name) for name in ("x_codes", "x_scale") if name in arrays]
+    inputs = {name: arrays.pop(name) for name in ("x", "g", "x_codes", "x_scale") if name in arrays}
     built_in = ("codebook", "map", "nested_map") if case.level == "must" else ()  # files of others bring their own
     parts = {_part(case, name): array for name, array in arrays.items() if name not in built_in}
-    weight = quantizer.dense(parts, shape, np.dtype(kept or dtype))
     if case.at == "decode":
-        return {"weight": weight.astype(dtype)}
-    codes, scale = inputs
-    return {"y": (codes * scale[:, None] / 127) @ weight.T}
+        return {"weight": quantizer.dense(parts, shape, np.dtype(kept or dtype)).astype(dtype)}
+    weight = Quantized(quantizer, parts, shape, np.dtype(dtype))
+    if "g" not in inputs:
+        return {"y": (inputs["x_codes"] * inputs["x_scale"][:, None] / 127) @ weight().T}
+    x = parameter(inputs["x"])
+    return gradients(frozen_linear(x, weight=weight), inputs["g"], {"x": x})
 
 
 def _part(case: Case, name: str) -> str:
