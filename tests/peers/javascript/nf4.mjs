@@ -1,6 +1,8 @@
 // NF4 and double quantization (QLoRA, arXiv:2305.14314), and what bitsandbytes 0.50 does otherwise (config.compat).
 // All arithmetic is float32: Math.fround rounds the result of every operation.
 
+import { asRows, matmul, transpose } from "./matrices.mjs";
+
 const f32 = Math.fround;
 const CPU = "bnb-cpu";
 const CUDA = "bnb-cuda";
@@ -83,6 +85,13 @@ export function decode(given, { block, nested_block: nestedBlock, double_quant: 
     return codebook.data[i % 2 ? byte & 15 : byte >> 4] * absmax[Math.floor(i / block)];
   });
   return { weight: { shape, data: dtype ? weight.map((v) => rounded(v, dtype)) : weight } };
+}
+
+/** A frozen layer: y = x weightᵀ and the gradient of x. */
+export function linear({ x, g, ...parts }, { block, shape }) {
+  const weight = asRows(decode(parts, { block, shape }).weight);
+  const y = matmul(asRows(x), transpose(weight));
+  return { y: { ...y, shape: g.shape }, "grad.x": { ...matmul(asRows(g), weight), shape: x.shape } };
 }
 
 function decodeConstants({ offset, nested_codes: codes, nested_absmax: outer, nested_map: levels }, block) {
