@@ -83,3 +83,14 @@ def test_a_case_that_cannot_be_read_is_an_error_of_that_case(tmp_path):
     assert json.loads(answers.getvalue())["message"].startswith(
         f"RefpeftError: {tmp_path / 'no.json'}: expected a case"
     )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [([], "usage:"), (["mine"], "usage:"), (["no.py:Mine"], "no.py:Mine: FileNotFoundError: there is no file no.py")],
+)
+def test_without_an_implementation_it_says_how_it_is_called(arguments, message):
+    command = [sys.executable, "-m", "refpeft.conformance.serve", *arguments]
+    done = subprocess.run(command, input="", capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith(message)

@@ -5,7 +5,6 @@ python -m refpeft.conformance.serve FILE.py:NAME
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import sys
@@ -15,29 +14,22 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from . import tensors, vectors
-
-PROTOCOL = 1
+from ..errors import RefpeftError
+from . import selection, tensors, vectors
+from .programs import PROTOCOL
 
 
 def main() -> None:
     """Answers on what was stdout; whatever an implementation prints, also from C, goes to stderr."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    if len(sys.argv) != 2 or ":" not in sys.argv[1]:
+    try:
+        found = selection.in_python(sys.argv[1]) if len(sys.argv) == 2 else None
+    except RefpeftError as error:
+        sys.exit(str(error))
+    if found is None:
         sys.exit("usage: python -m refpeft.conformance.serve FILE.py:NAME")
-    serve(implementation(sys.argv[1]), sys.stdin, answers)
-
-
-def implementation(where: str) -> Any:
-    """The object called NAME of "FILE.py:NAME" or "package.module:NAME"; of a class, one made without arguments."""
-    home, _, name = where.rpartition(":")
-    if home.endswith(".py"):
-        path = Path(home).resolve()
-        sys.path.insert(0, str(path.parent))
-        home = path.stem
-    found = getattr(importlib.import_module(home), name)
-    return found() if isinstance(found, type) else found
+    serve(found, sys.stdin, answers)
 
 
 def serve(implementation: Any, requests: Iterable[str], answers: TextIO) -> None:

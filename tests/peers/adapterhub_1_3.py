@@ -18,8 +18,10 @@ from adapters.context import ForwardContext
 from adapters.methods.lora import LoRALinear
 from adapters.methods.prompt_tuning import PromptTuning
 from torch import nn
-from torch_parts import Arrays, Kept, Slot, Tensors, arrays, at_one_place, on_model, tensors, trained
+from torch_parts import Kept, Slot, Tensors, arrays, at_one_place, on_model, tensors, trained
 from transformers.pytorch_utils import Conv1D
+
+from refpeft.conformance.vectors import Arrays, Case
 
 transformers.logging.set_verbosity_error()
 logging.getLogger("adapters").setLevel(logging.ERROR)
@@ -31,11 +33,13 @@ NAME = "a"
 class AdapterHub:
     name = "adapters"
     version = metadata.version("adapters")
-    dtypes = ("float32",)
+    dtypes = ("float64", "float32")
 
-    def run(self, case, given: Arrays, dtype: str) -> Arrays:
+    def run(self, case: Case, given: Arrays, dtype: str) -> Arrays:
         if case.kind != "method" or case.name not in CONFIGS:
             raise NotImplementedError("not a method of adapters")
+        if case.at in ("model", "train") and dtype == "float64":
+            raise NotImplementedError("transformers computes norms in float32")
         refuse(case)
         torch.manual_seed(0)
         at = {"model": whole_model, "train": whole_model, "linear": site, "conv1d": site, "block": block}
@@ -45,7 +49,7 @@ class AdapterHub:
         return arrays(at[case.at](case, tensors(given)))
 
 
-def refuse(case) -> None:
+def refuse(case: Case) -> None:
     """What its options cannot say."""
     config = case.config
     if config.get("rslora"):
@@ -164,7 +168,8 @@ def tiny(width: int) -> nn.Module:
     return transformers.GPT2LMHeadModel(sizes)
 
 
-def adapted(model: nn.Module, config: adapters.AdapterConfig, names: tuple[str, ...] = (NAME,)) -> nn.Module:
+def adapted(model: nn.Module, config: adapters.AdapterConfig, t: Tensors, names: tuple[str, ...] = (NAME,)) -> None:
+    """Adds what the config says, for training, in the dtype of the inputs."""
     for name in names:
         model.add_adapter(name, config=config)
     if len(names) > 1:
@@ -176,7 +181,7 @@ def adapted(model: nn.Module, config: adapters.AdapterConfig, names: tuple[str, 
                 value.data.zero_()  # it adds the same to all scores of a token
     else:
         model.train_adapter(names[0])
-    return model.eval()
+    model.to(t["g"].dtype if "g" in t else torch.float32).eval()
 
 
 def within(model: nn.Module, layer: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -189,7 +194,7 @@ def within(model: nn.Module, layer: Callable[..., torch.Tensor]) -> Callable[...
     return call
 
 
-def site(case, t: Tensors) -> Tensors:
+def site(case: Case, t: Tensors) -> Tensors:
     """A single layer: in place of the one that GPT-2's feed-forward part begins with."""
     model, conv = tiny(2), case.at == "conv1d"
     adapters.init(model)
@@ -197,7 +202,7 @@ def site(case, t: Tensors) -> Tensors:
     first = model.transformer.h[0].mlp
     as_gpt2 = {"fan_in_fan_out": True, "no_init_bias": True} if conv else {}
     first.c_fc = LoRALinear.wrap(layer, "intermediate", model.config, model.adapters_config, **as_gpt2)
-    adapted(model, CONFIGS[case.name](case.config, 0))
+    adapted(model, CONFIGS[case.name](case.config, 0), t)
     lora = first.c_fc.loras[NAME]
     names = [name.removeprefix("grad.") for name in case.checks if name.startswith("grad.") and name != "grad.x"]
     slots = {name: lora_slot(lora, name) for name in names}
@@ -219,12 +224,12 @@ def base_layer(t: Tensors, conv: bool) -> nn.Module:
     return layer
 
 
-def block(case, t: Tensors) -> Tensors:
+def block(case: Case, t: Tensors) -> Tensors:
     """A bottleneck around x @ weight.T, behind which nothing of the residual stream comes."""
     model = tiny(t["weight"].shape[0])
     adapters.init(model)
     more = {"original_ln_after": False} if beside(case) else {}  # so that the stream, which it reads, is not added
-    adapted(model, CONFIGS[case.name](case.config, model.config.n_embd, **more), names_of(case))
+    adapted(model, CONFIGS[case.name](case.config, model.config.n_embd, **more), t, names_of(case))
     around = model.transformer.h[0].output_adapters
     names = [name.removeprefix("grad.") for name in case.checks if name.startswith("grad.") and name != "grad.x"]
     slots = {name: bottleneck_slot(model, around, name) for name in names}
@@ -245,15 +250,15 @@ def block(case, t: Tensors) -> Tensors:
     return found
 
 
-def beside(case) -> bool:
+def beside(case: Case) -> bool:
     return case.name == "parallel" and case.config.get("placement") != "series"
 
 
-def names_of(case) -> tuple[str, ...]:
+def names_of(case: Case) -> tuple[str, ...]:
     return tuple(case.config["adapters"]) if case.name == "adapterfusion" else (NAME,)
 
 
-def attention(case, t: Tensors) -> Tensors:
+def attention(case: Case, t: Tensors) -> Tensors:
     """A prefix in the attention of a Llama of one layer, as that calls it where no row is padded."""
     (_, heads, _, dim), kv_heads = t["q"].shape, t["k"].shape[1]
     sizes = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "hidden_size": heads * dim}
@@ -261,7 +266,7 @@ def attention(case, t: Tensors) -> Tensors:
         transformers.LlamaConfig(num_hidden_layers=1, intermediate_size=2, vocab_size=2, **sizes)
     )
     adapters.init(model)
-    adapted(model, CONFIGS[case.name](case.config, sizes["hidden_size"]))
+    adapted(model, CONFIGS[case.name](case.config, sizes["hidden_size"]), t)
     here = model.model.layers[0].self_attn
     names = [name.removeprefix("grad.") for name in case.checks if name.startswith("grad.")]
     slots = {name: prefix_slot(model, 0, name) for name in names if name not in "qkv"}
@@ -278,11 +283,12 @@ def attention(case, t: Tensors) -> Tensors:
     return at_one_place(t, slots, "q k v", within(model, forward))
 
 
-def embedding(case, t: Tensors) -> Tensors:
+def embedding(case: Case, t: Tensors) -> Tensors:
     """Rows before the embeddings. Its models of Llama and GPT-2 do not have it: this is its layer alone."""
     table = nn.Embedding.from_pretrained(t["weight"])
     sizes = transformers.GPT2Config(n_embd=t["weight"].shape[1])
     layer = PromptTuning(NAME, CONFIGS[case.name](case.config, 0), sizes, table)
+    layer.to(t["g"].dtype)
     slots = {"prompt": Slot(layer.prompt_embedding.weight)}
     fill(t, slots)
     return at_one_place(t, slots, "ids", lambda ids: layer(table(ids))[0])
@@ -344,7 +350,7 @@ def bottleneck_slot(model: nn.Module, around: nn.Module, letter: str, name: str 
     return Slot(layer.W, transposed) if hasattr(layer, "W") else Slot(layer.weight)
 
 
-def fill_fused(case, t: Tensors, around: nn.Module, before: str = "") -> None:
+def fill_fused(case: Case, t: Tensors, around: nn.Module, before: str = "") -> None:
     """The adapters of a fusion, which a case has one upon the other."""
     for number, name in enumerate(names_of(case) if case.name == "adapterfusion" else ()):
         for letter in ("down", "down_bias", "up", "up_bias"):
@@ -373,7 +379,7 @@ def prefix_slot(model: nn.Module, layer: int, letter: str) -> Slot:
 # ---- whole models ----------------------------------------------------------------------------------------------
 
 
-def whole_model(case, t: Tensors) -> Tensors:
+def whole_model(case: Case, t: Tensors) -> Tensors:
     sizes = {name: value for name, value in case.config["model"].items() if name != "model_type"}
     family = case.config["model"]["model_type"]
     kind, settings = {
@@ -383,7 +389,7 @@ def whole_model(case, t: Tensors) -> Tensors:
     model = kind(settings(**sizes))
     model.load_state_dict({name: t[name] for name, _ in model.named_parameters() if name in t}, strict=False)
     adapters.init(model)
-    adapted(model, CONFIGS[case.name](case.config, model.config.hidden_size), names_of(case))
+    adapted(model, CONFIGS[case.name](case.config, model.config.hidden_size), t, names_of(case))
     before = {"model": "grad.", "train": "after."}[case.at]
     slots = {name: model_slot(model, name) for name in (c.removeprefix(before) for c in case.checks if before in c)}
     fill(t, slots)

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-Arrays = dict[str, np.ndarray]
+from refpeft.conformance.vectors import Arrays
+
 Tensors = dict[str, torch.Tensor]
-DTYPES = {"float64": torch.float64, "float32": torch.float32}
 
 
 def tensors(given: Arrays) -> Tensors:
