@@ -1,4 +1,10 @@
-"""What all tests share: one hypothesis profile, and plugins that are made within a test."""
+"""What all tests share: one hypothesis profile, one thread beside other workers, and plugins made within a test."""
+
+import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # before NumPy: threads of several processes that spin for one core are slow
+    for library in ("OPENBLAS", "OMP", "MKL"):
+        os.environ.setdefault(f"{library}_NUM_THREADS", "1")
 
 from dataclasses import dataclass
 from types import ModuleType
