@@ -33,6 +33,7 @@ SCRIPTS = (
         "loftq",
         "optimizers",
         "eight_bits",
+        "chat_templates",
     ),
     *("nf4", "codebooks", "files", "decoding", "bitsandbytes_rules", "integers", "small_floats", "gguf_formats"),
 )

@@ -200,7 +200,8 @@ def measure(case: Case, expected: dict[str, np.ndarray]) -> dict[str, dict[str, 
                 got = run(case.compute, case.inputs, dtype)
             for name, want in expected.items():
                 worst[name] = max(worst[name], in_eps(got[name], want, torch.finfo(dtype).eps))
-    return {name: "exact" if is_exact(want) else _limits(case, name, worst[name]) for name, want in expected.items()}
+    exact = {name for name, want in expected.items() if is_exact(want) or name in case.exact}
+    return {name: "exact" if name in exact else _limits(case, name, worst[name]) for name in expected}
 
 
 def is_exact(expected: np.ndarray) -> bool:

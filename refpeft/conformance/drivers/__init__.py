@@ -11,7 +11,7 @@ from refpeft import backend
 from refpeft.errors import RefpeftWarning
 
 from ..vectors import Arrays, Case
-from . import methods, models, operations, optimizers, quantizers
+from . import methods, models, operations, optimizers, quantizers, templates
 
 _DRIVERS: dict[str, Callable[[Case, Arrays, str, ModuleType], Arrays]] = {
     "op": operations.run_op,
@@ -24,6 +24,7 @@ _DRIVERS: dict[str, Callable[[Case, Arrays, str, ModuleType], Arrays]] = {
     "optimizer": optimizers.run_optimizer,
     "schedule": optimizers.run_schedule,
     "quantizer": quantizers.run_quantizer,
+    "template": templates.run_template,
 }
 """By kind: (case, inputs by name, dtype, where arrays are made) -> outputs by name. Inputs are the host's."""
 
