@@ -160,6 +160,7 @@ def test_a_module_that_fails_while_it_is_loaded_is_one_clear_line(tmp_path):
 def test_what_is_no_python_is_a_command_line():
     assert selection.in_python("node harness.mjs") is None
     assert selection.in_python("./program") is None
+    assert selection.in_python("python -m refpeft.conformance.serve a.py:B") is None
     with pytest.raises(RefpeftError, match="No module named"):
         selection.in_python("a.b:C")
 

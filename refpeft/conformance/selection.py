@@ -56,10 +56,11 @@ _PYTHON = re.compile(r"(?P<home>[^:]+\.py|[A-Za-z_][\w.]*):(?P<name>[A-Za-z_]\w*
 def in_python(text: str) -> Any | None:
     """The implementation that FILE.py:NAME or package.module:NAME names: an object, or one of the class that is there.
 
-    None where the text has another form. Raises RefpeftError where there is no such thing, or it cannot be made.
+    None where the text has another form, such as that of a command line whose last word is FILE.py:NAME. Raises
+    RefpeftError where there is no such thing, or it cannot be made.
     """
     match = _PYTHON.fullmatch(text)
-    if match is None:
+    if match is None or (" " in text and not Path(match["home"]).is_file()):
         return None
     home, name = match["home"], match["name"]
     try:
