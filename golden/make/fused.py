@@ -162,7 +162,7 @@ def _norms() -> Iterator[Case]:
             "x w b",
             eps=eps,
             comment=comment,
-            flags=flags,
+            flags=(*flags, "NormVariance"),
             spec="arXiv:1607.06450; the variance is divided by n",
         )
 
@@ -236,7 +236,9 @@ def _rope() -> Iterator[Case]:
         angle = np.array(positions)[:, None, :, None] * 10000.0 ** (-np.arange(0, 6, 2) / 6)
         inputs = {"x": draw.normal(2, 3, 5, 6), "cos": np.float32(np.cos(angle)), "sin": np.float32(np.sin(angle))}
         comment = "each row of the batch has its own positions" if variant == "rows" else ""
-        yield _case("rope", variant, inputs, rotate, "x", spec=ROPE, comment=comment, flags=("RopePairs",))
+        yield _case(
+            "rope", variant, inputs, rotate, "x", spec=ROPE, comment=comment, flags=("RopePairs", "RopeDirection")
+        )
 
 
 # ---- attention -------------------------------------------------------------------------------------------------
@@ -292,6 +294,8 @@ def _attention() -> Iterator[Case]:
         "long-window": (1, 1, 1, 270, 272, 270, 2, 100, None, None),
     }
     flags = {
+        "causal": "CausalMask AttentionScale",
+        "scale": "AttentionScale",
         "gqa": "GroupedQuery",
         "mqa": "GroupedQuery",
         "window": "SlidingWindow",
@@ -334,7 +338,7 @@ def _attention() -> Iterator[Case]:
             kind="fused",
             name="attention",
             comment=comments.get(variant, ""),
-            flags=tuple(dict.fromkeys(flags[part] for part in variant.split("-") if part in flags)),
+            flags=tuple(dict.fromkeys(" ".join(flags.get(part, "") for part in variant.split("-")).split())),
             config={"tokens": tokens, "window": window, "scale": scale},
             spec="arXiv:1706.03762; masks: golden/README.md",
             inputs=inputs | {"g": np.float32(g)},
@@ -385,6 +389,30 @@ def _cross_entropy() -> Iterator[Case]:
             "targets": np.int32(targets),
         }
         yield _case("linear_cross_entropy", variant, inputs, head_loss, "hidden", denominator=denominator, **shared)
+    yield from _weighted_cross_entropy()
+
+
+def _weighted_cross_entropy() -> Iterator[Case]:
+    targets, weights = np.int32([3, -100, 6, 3, 0]), np.float32([0.5, 2.0, 4.0, 0.0, 1.0])
+
+    def loss(logits, targets, weights):
+        losses = functional.cross_entropy(logits, targets.long(), ignore_index=-100, reduction="none")
+        return (weights * losses).sum() / 5.5
+
+    def head_loss(hidden, weight, targets, weights):
+        return loss(hidden @ weight.mT, targets, weights)
+
+    shared = {
+        "spec": "sum of -weights[row] log softmax(logits)[target] over rows with target >= 0, divided by denominator",
+        "comment": "every row counts by a weight of its own; the denominator is given, here their sum",
+        "flags": ("ClassWeights", "IgnoredTargets"),
+        "denominator": 5.5,
+    }
+    draw = Draw("cross_entropy-weighted")
+    inputs = {"logits": draw.normal(5, 7), "targets": targets, "weights": weights}
+    yield _case("cross_entropy", "weighted", inputs, loss, "logits", **shared)
+    inputs = {"hidden": draw.normal(5, 4), "weight": draw.normal(7, 4), "targets": targets, "weights": weights}
+    yield _case("linear_cross_entropy", "weighted", inputs, head_loss, "hidden", **shared)
 
 
 def _dropout() -> Iterator[Case]:

@@ -229,7 +229,7 @@ def vera() -> Iterator[Case]:
         peft=lambda config, targets: peft.VeraConfig(r=config["r"], target_modules=targets),
         names={"d": "vera_lambda_d.default", "b": "vera_lambda_b.default"},
         peft_constants={"A": "vera_A.default", "B": "vera_B.default"},
-        flags="VeraShared",
+        flags="VeraShared VeraVectors",
     )
     wide = Variant("wide", config | {"r": 7}, comment="r is above both sides of the weight")
     yield from cases_of(equation, *shapes_of(config), wide, dropout_of(config), models=config)

@@ -39,6 +39,7 @@ def site_case(
 
     `penalty` is a term of the objective; there are its gradients by `wrt` without x, too.
     """
+    flags += " MergedWeight" * bool(merged) + " PenaltyWeight" * bool(penalty)
     case_id = f"{method}-{at}-{variant}"
     y = forward(**{n: torch.from_numpy(a) for n, a in inputs.items()})
     gradients = with_gradients(forward, tuple(wrt.split()))

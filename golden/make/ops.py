@@ -279,7 +279,7 @@ def _algebra() -> Iterator[Case]:
         draw = Draw(f"spectral_linear-{variant}")
         places = draw.generator.permutation(shape[0] * shape[1])[:7].astype(np.int32)
         inputs = {"x": draw.normal(*rows, shape[1]), "c": draw.normal(7), "places": places}
-        yield _case(variant, inputs, name="spectral_linear", shape=shape)
+        yield _case(variant, inputs, name="spectral_linear", flags=("FourierScale",), shape=shape)
     for variant, rows in (("plain", (4,)), ("3d", (2, 3))):
         draw = Draw(f"hard_concrete-{variant}")
         u = draw.uniform(5, 4)

@@ -217,7 +217,7 @@ def schedules() -> Iterator[Case]:
                 id=f"schedule-{name}-warmup-{warmup}",
                 kind="schedule",
                 name=name,
-                flags=("WarmUpStart",) if warmup else (),
+                flags=("WarmUpStart",) * bool(warmup) + ("DecayStart",) * (name != "constant"),
                 comment="the first step of a warm-up has rate 0" if warmup else "",
                 config={"warmup": warmup, "steps": steps},
                 inputs={},

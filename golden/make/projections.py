@@ -74,7 +74,7 @@ def at_a_linear_layer() -> Iterator[Case]:
             " ".join(("x", "shared.theta", *scales)),
             config=config,
             merged=merged,
-            flags="FastfoodOrder FastfoodLength" + " TransposedWeight" * conv1d,
+            flags="FastfoodOrder FastfoodLength" + " TransposedWeight" * conv1d + " SaidScale" * bool(scales),
             comment="names of the streams: site.weight and site.bias",
         )
 
@@ -116,7 +116,7 @@ def on_a_model(family: str, sites: dict[str, tuple[int, ...]]) -> methods.Adapte
         options | {"targets": [*shapes, *tied[1:]]},
         {"shared.theta": (20,)} | scales,
         advice,
-        flags="FastfoodOrder FastfoodLength" + " FastfoodShort" * (family == "gpt2"),
+        flags="FastfoodOrder FastfoodLength SaidScale" + " FastfoodShort" * (family == "gpt2"),
         peft=False,
         comment="theta is longer than a norm, which it still moves as a whole; a tied head moves with the embedding"
         if family == "gpt2"

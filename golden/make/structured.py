@@ -171,7 +171,7 @@ def hra() -> Iterator[Case]:
         merged=lambda weight, t, config: weight @ reflections(t),
         peft=lambda config, targets: peft.HRAConfig(r=config["r"], target_modules=targets),
         names={"U": "hra_u.default"},
-        flags="OftSide ReflectionOrder",
+        flags="OftSide ReflectionOrder Householder",
     )
     yield from cases_of(
         equation,
