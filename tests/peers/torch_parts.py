@@ -104,3 +104,21 @@ def trained(t: Tensors, slots: dict[str, Slot], logits: Callable[[], torch.Tenso
         optimizer.step()
         losses.append(loss.detach())
     return {"losses": torch.stack(losses)} | {f"after.{n}": slot.value(t[n]).clone() for n, slot in slots.items()}
+
+
+def path(t: Tensors, config: dict, optimizer_of: Callable[[list[torch.Tensor]], torch.optim.Optimizer]) -> Tensors:
+    """The parameters after each step of an optimizer on given gradients, and the norms where torch clips these."""
+    params = [t["p0"].clone().requires_grad_(), t["p1"].clone().requires_grad_()]
+    optimizer, norms = optimizer_of(params), []
+    after: dict[str, list[torch.Tensor]] = {"path.p0": [], "path.p1": []}
+    for step, lr in enumerate(config["lr"]):
+        for i, p in enumerate(params):
+            p.grad = t[f"g{i}"][step].clone()
+        if config.get("clip"):
+            norms.append(nn.utils.clip_grad_norm_(params, config["clip"]))
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.step()
+        for values, p in zip(after.values(), params, strict=True):
+            values.append(p.detach().clone())
+    found = {name: torch.stack(values) for name, values in after.items()}
+    return found | ({"norms": torch.stack(norms)} if norms else {})
