@@ -11,7 +11,8 @@ from refpeft.conformance.compare import compare
 from refpeft.conformance.drivers import Refpeft
 from refpeft.conformance.vectors import Case, cases
 
-ON_THE_HOST = [case for case in cases() if case.kind == "schedule" or (case.kind, case.name) == ("loss", "targets")]
+HOST_ONLY = [("schedule", None), ("template", None), ("loss", "targets")]
+ON_THE_HOST = [case for case in cases() if {(case.kind, None), (case.kind, case.name)} & set(HOST_ONLY)]
 ELSEWHERE = [case for case in cases() if case not in ON_THE_HOST]
 ONE_OF_EACH = list({(case.kind, case.at): case for case in ELSEWHERE}.values())
 
