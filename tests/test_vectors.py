@@ -68,7 +68,7 @@ def test_inputs_are_float32_or_integers_and_outputs_finite():
 
 def test_the_vectors_stay_small():
     """Some 90 kB for each method, of about eighty, and half a megabyte for each of models, quantizers, optimizers."""
-    assert sum(p.stat().st_size for p in (vectors.root() / "v1").rglob("*")) < 10 * 2**20
+    assert sum(p.stat().st_size for p in (vectors.root() / "v1").rglob("*")) < 12 * 2**20
 
 
 def test_the_readme_names_every_kind_and_name():

@@ -6,6 +6,8 @@ witness is PEFT's own layer, with the same tensors, where PEFT has the method.
 
 from __future__ import annotations
 
+import collections
+import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -56,6 +58,18 @@ class Equation:
     flags: str = ""
 
 
+EQUATIONS: dict[str, Equation] = {}
+"""Those that cases were made of, by method: see `known`."""
+
+
+def known(method: str) -> Equation:
+    """The equation of a method at linear layers, from the script that makes its cases."""
+    for script in ("low_rank", "decompositions", "structured", "selective"):
+        if method not in EQUATIONS:
+            collections.deque(importlib.import_module(script).cases(), maxlen=0)
+    return EQUATIONS[method]
+
+
 @dataclass(frozen=True)
 class Variant:
     """One configuration of a method at one layer of `out` x `inp`."""
@@ -98,6 +112,7 @@ def dropout_of(config: dict, **more: Any) -> Variant:
 def cases_of(equation: Equation, *variants: Variant, models: dict | None = None) -> Iterator[Case]:
     """Cases of every variant at one layer and, with the config `models`, on a tiny Llama and GPT-2."""
     equations.PAPERS[equation.method] = equation.source
+    EQUATIONS.setdefault(equation.method, equation)
     for variant in variants:
         yield _at_one_layer(equation, variant)
     if models is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from types import ModuleType
 
@@ -17,16 +18,17 @@ from refpeft.tensor import parameter
 
 from ..vectors import Arrays, Case
 from .drawn import as_drawn
+from .files import run_load
 from .models import as_in_file, batch_of, frozen, gradients_of, logits_of, model_of
 from .operations import placed
 from .places import attached, run_place
+from .together import run_combined, run_restored, run_two
 
 
 def run_method(case: Case, given: Arrays, dtype: str, xp: ModuleType) -> Arrays:
     if case.name not in manager.find():
         raise NotImplementedError(f"refpeft has no method {case.name!r}")
-    elsewhere = {"model": _run_in_model, "train": _train, "steps": _run_steps, "objective": _run_objective}
-    return elsewhere.get(case.at, run_place)(case, given, dtype, xp)
+    return _ELSEWHERE.get(case.at, run_place)(case, given, dtype, xp)
 
 
 def _in_model(case: Case, given: Arrays, dtype: str, xp: ModuleType) -> tuple[Model, Adapter]:
@@ -107,3 +109,16 @@ def _run_steps(case: Case, given: Arrays, dtype: str, xp: ModuleType) -> Arrays:
             trace[f"E.{site}"].append(adapter.params[f"{site}.E"].data.copy())
     after = {f"after.{name}": tensor.data for name, tensor in adapter.params.items()}
     return {name: xp.stack(values) for name, values in trace.items()} | after
+
+
+_ELSEWHERE: dict[str, Callable[[Case, Arrays, str, ModuleType], Arrays]] = {
+    "model": _run_in_model,
+    "train": _train,
+    "steps": _run_steps,
+    "objective": _run_objective,
+    "two": run_two,
+    "restored": run_restored,
+    "combined": run_combined,
+    "load": run_load,
+}
+"""Where a method acts, by the case's `at`, if not at a single place."""
