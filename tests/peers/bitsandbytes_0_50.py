@@ -67,6 +67,8 @@ def encode_4bit(case: Case, t: Tensors) -> Tensors:
 
 
 def decode_4bit(case: Case, t: Tensors) -> Tensors:
+    if case.config["shape"][-1] % case.config["block"] and torch.backends.cpu.get_cpu_capability() != "AVX512":
+        raise NotImplementedError("what its kernel for AVX-512 does, and this processor has none")
     return {"weight": bnb.dequantize_4bit(t["packed"][:, None], state_of(case, t)).float()}
 
 
