@@ -39,8 +39,10 @@ class Peft:
         if case.kind != "method":
             raise NotImplementedError("PEFT has methods alone")
         runner = RUNNERS.get(case.at)
-        if runner is None or case.name not in METHODS | NETWORKS.keys():
-            raise NotImplementedError(MISSING.get(case.name, f"not in PEFT at {case.at}"))
+        if case.name not in METHODS | NETWORKS.keys():
+            raise NotImplementedError(MISSING.get(case.name, "not in PEFT"))
+        if runner is None:
+            raise NotImplementedError("PEFT has no function of this alone")
         if case.at in ("model", "train") and dtype == "float64":
             raise NotImplementedError("transformers computes norms and the loss in float32")
         t = {name: torch.from_numpy(array.copy()) for name, array in given.items()}
@@ -63,7 +65,7 @@ def refused() -> Iterator[None]:
         yield
     except (TypeError, ValueError) as error:
         if any(word in str(error) for word in ("not supported", "Unsupported", "Please initialize")):
-            said = re.sub(r"\(n.=.*?\)", "", str(error))  # sizes of the layer
+            said = re.sub(r"\(n.=.*?\)|<class '.*\.|'>", "", str(error))  # sizes of the layer, modules
             raise NotImplementedError(f"refused: {said.split('.')[0]}") from error
         raise
 

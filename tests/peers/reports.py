@@ -1,4 +1,4 @@
-"""Other implementations under test: which there are, and golden/reports/, made by `python tests/peers/reports.py [NAME ...]`.
+"""Other implementations under test, and golden/reports/, made by `python tests/peers/reports.py [NAME ...]`.
 
 A peer is one file beside this one, NAME.py, with a class that `refpeft conform` takes, and NAME.toml: what it fails,
 and why. What a reason begins with says whose cause it is: "defect: ", "choice: " (the paper leaves it open, or two
@@ -7,11 +7,28 @@ definitions are common), or "precision: " (it computes in another dtype than it 
 
 from __future__ import annotations
 
+import importlib
+import json
+import math
+import platform
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parents[1])]
+
+from refpeft.conformance import Report, Verdict, cases, conform, expected_failures  # noqa: E402
+from refpeft.conformance.compare import EPS  # noqa: E402
+from refpeft.conformance.report import rows, summary  # noqa: E402
+from refpeft.conformance.runner import NOT_IMPLEMENTED, PASSED  # noqa: E402
+from refpeft.conformance.vectors import notes, root  # noqa: E402
+
+REPORTS = HERE.parents[1] / "golden" / "reports"
 
 
 @dataclass(frozen=True)
@@ -24,12 +41,9 @@ class Peer:
     needs: dict[str, str]
 
     @property
-    def path(self) -> Path:
-        return HERE / f"{self.file}.py"
-
-    @property
-    def expected_failures(self) -> Path:
-        return HERE / f"{self.file}.toml"
+    def expected_failures(self) -> dict[str, str]:
+        path = HERE / f"{self.file}.toml"
+        return expected_failures.read(path) if path.exists() else {}
 
     @property
     def installed(self) -> bool:
@@ -39,8 +53,147 @@ class Peer:
         except metadata.PackageNotFoundError:
             return False
 
+    def report(self) -> Report:
+        """What the whole suite gives."""
+        made = getattr(importlib.import_module(self.file), self.implementation)()
+        return conform(made, cases(), expected=self.expected_failures)
+
 
 PEERS = (
     Peer("peft-0.21.2", "peft_0_21", "Peft", {"peft": "0.21.", "torch": "2.", "transformers": "5."}),
+    Peer("bitsandbytes-0.50.2", "bitsandbytes_0_50", "Bitsandbytes", {"bitsandbytes": "0.50.", "torch": "2."}),
+    Peer("torch-2.13.0", "torch_optimizers", "Torch", {"torch": "2."}),
+    Peer("transformers-5.23.0", "transformers_5", "Transformers", {"transformers": "5.", "torch": "2."}),
     # a line for each peer; its report is golden/reports/<name>.md
 )
+
+CAUSES = {
+    "defect": "It is not what the paper, its own documentation or another path through it says.",
+    "choice": "The paper leaves it open, or two definitions are common.",
+    "precision": "It computes in another dtype than it was asked for.",
+}
+
+
+# ---- a report --------------------------------------------------------------------------------------------------------
+
+
+def markdown(peer: Peer, report: Report) -> str:
+    """The report of a peer: the same in every run of the same versions."""
+    suite = json.loads((root() / "MANIFEST.json").read_text("utf-8"))["suite"]
+    versions = {name: metadata.version(name) for name in (*peer.needs, "numpy")} | {"Python": platform.python_version()}
+    said = ", ".join(f"{name} {version.partition('+')[0]}" for name, version in versions.items())
+    lines = [f"# {peer.name.replace('-', ' ')}", ""]
+    lines += [f"Vectors {suite}. {said}. Made by `python tests/peers/reports.py {peer.name}`.", ""]
+    lines += [f"{summary(report)}. A run is one case in one dtype.", ""]
+    lines += [*table(report), *failures(report), *not_implemented(report)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def table(report: Report) -> Iterator[str]:
+    """A row for each method, quantizer, optimizer or kind of which there is anything."""
+    yield "| | kind | passed | failed | not implemented | causes |"
+    yield "|---|---|---|---|---|---|"
+    for row in rows(report):
+        counts = sum(row["places"].values(), Counter())
+        verdicts = [v for v in report.verdicts if v.wrong and row["name"] in (v.case.name, v.case.kind)]
+        verdicts = [v for v in verdicts if v.case.kind == row["kind"]]
+        causes = ", ".join(dict.fromkeys(cause(v.expected) for v in verdicts))
+        cells = (counts[PASSED], len(verdicts), counts[NOT_IMPLEMENTED])
+        if counts[NOT_IMPLEMENTED] < counts.total():
+            yield f"| `{row['name']}` | {row['kind']} | {' | '.join(str(n or '') for n in cells)} | {causes} |"
+    yield ""
+
+
+def cause(reason: str | None) -> str:
+    return "unknown" if reason is None else reason.partition(":")[0]
+
+
+def failures(report: Report) -> Iterator[str]:
+    """Every group of failures of one cause."""
+    groups: dict[str, list[Verdict]] = {}
+    for verdict in report.verdicts:
+        if verdict.wrong:
+            groups.setdefault(verdict.expected or "unknown: nobody has found out yet", []).append(verdict)
+    for kind in dict.fromkeys([*CAUSES, *map(cause, groups)]):
+        of_kind = {reason: verdicts for reason, verdicts in groups.items() if cause(reason) == kind}
+        if of_kind:
+            yield from (f"## {kind.capitalize()}", "", CAUSES.get(kind, ""), "")
+        for number, (reason, verdicts) in enumerate(of_kind.items(), 1):
+            yield from group(report, number, reason, verdicts)
+
+
+def group(report: Report, number: int, reason: str, verdicts: list[Verdict]) -> Iterator[str]:
+    """A cause: its cases, the largest error, and the flag that says best what is wrong."""
+    yield from (f"{number}. {reason.partition(':')[2].strip()}.", "")
+    yield f"   - {', '.join(said(report, verdicts))}"
+    yield f"   - {largest_error(verdicts)}"
+    if cause(reason) != "precision":
+        yield from (f"   - {line}" for line in likeliest_flag(report, verdicts))
+    yield ""
+
+
+def said(report: Report, verdicts: list[Verdict]) -> list[str]:
+    """`id` where the case fails in every dtype that it was run in, else `id@dtype`."""
+    passing = {verdict.case.id for verdict in report.verdicts if verdict.status == PASSED}
+    return list(dict.fromkeys(f"`{v.key if v.case.id in passing else v.case.id}`" for v in verdicts))
+
+
+def largest_error(verdicts: list[Verdict]) -> str:
+    """The output that is farthest from what it should be, and the first of its elements that is wrong."""
+    found = [
+        (result.error * (1 if result.limit == 0 else EPS[verdict.dtype]), verdict, result)
+        for verdict in verdicts
+        for result in verdict.results
+        if result.problem and math.isfinite(result.error)
+    ]
+    if not found:
+        return f"`{verdicts[0].key}`: {verdicts[0].problems[0]}"
+    error, verdict, result = max(found, key=lambda one: one[0])
+    first = rounded(result.problem.partition(", first ")[2])
+    return f"`{verdict.key}`: {result.output} is wrong by {error:.2g} of its largest entry, first {first}"
+
+
+def rounded(line: str) -> str:
+    """Numbers to two digits, of which the last may differ with the machine."""
+    return re.sub(r"-?\d+\.\d+(e[+-]?\d+)?|-?\d+e[+-]?\d+", lambda m: f"{float(m[0]):.2g}", line)
+
+
+def likeliest_flag(report: Report, verdicts: list[Verdict]) -> Iterator[str]:
+    """The one of the cases' flags that all runs say is likeliest, explained."""
+    for flag, (failed, run) in list(report.flags(verdicts).items())[:1]:
+        note = notes().get(flag, {})
+        yield f"{flag} ({failed} of {run} runs fail): {note.get('mistake', '')} {note.get('mend', '')}".rstrip()
+
+
+def not_implemented(report: Report) -> Iterator[str]:
+    """Why, and of what."""
+    reasons: dict[str, dict[str, dict[str, None]]] = {}
+    for verdict in report.verdicts:
+        if verdict.status == NOT_IMPLEMENTED:
+            case = verdict.case
+            name = case.name if case.kind in ("method", "quantizer", "optimizer") else case.kind
+            reasons.setdefault(verdict.reason, {}).setdefault(name, {})[case.at] = None
+    yield from ("## Not implemented", "")
+    for reason, names in sorted(reasons.items()):
+        places = {name: ", ".join(at for at in found if at) for name, found in sorted(names.items())}
+        yield f"- {reason}: {', '.join(f'{name} ({at})' if at else name for name, at in places.items())}"
+
+
+def main(names: list[str]) -> None:
+    unknown = set(names) - {peer.name for peer in PEERS}
+    if unknown:
+        sys.exit(f"there is no peer {', '.join(unknown)}: expected {', '.join(peer.name for peer in PEERS)}")
+    REPORTS.mkdir(exist_ok=True)
+    for peer in PEERS:
+        if names and peer.name not in names:
+            continue
+        if not peer.installed:
+            print(f"{peer.name}: not installed ({', '.join(f'{n} {v}' for n, v in peer.needs.items())})")
+            continue
+        report = peer.report()
+        (REPORTS / f"{peer.name}.md").write_text(markdown(peer, report), "utf-8")
+        print(f"{peer.name}: {summary(report)}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

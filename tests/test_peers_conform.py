@@ -1,0 +1,30 @@
+"""Other implementations give what is known of them: every failure is on their list, and nothing on it passes."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from refpeft.conformance import report
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "peers"))
+import reports
+
+pytestmark = [pytest.mark.real, pytest.mark.filterwarnings("ignore")]
+
+
+@pytest.mark.parametrize("peer", reports.PEERS, ids=lambda peer: peer.name)
+def test_the_failures_of_a_peer_are_those_on_its_list(peer):
+    if not peer.installed:
+        pytest.skip(f"needs {peer.needs}")
+    found = peer.report()
+    assert found.ok, report.text(found)
+    causes = {reason.partition(":")[0] for reason in peer.expected_failures.values()}
+    assert causes <= reports.CAUSES.keys()
+
+
+def test_numbers_in_reports_have_two_digits():
+    line = "y: 7.83e+15 of 16 eps, first of 36 at [0, 1]: got -0.567441943, expected 12"
+    assert reports.rounded(line) == "y: 7.8e+15 of 16 eps, first of 36 at [0, 1]: got -0.57, expected 12"
