@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import torch
 from common import Case, Compute, Draw, Tensors
 from equations import lora_scale
 from linear_methods import Equation, Variant, cases_of, shapes_of
 from loftq import quantized
+from method_sites import linear_inputs, site_case
 from nf4 import BLOCK
+from torch.nn import functional
 
 CONFIG = {"r": 2, "alpha": 6.0, "rslora": False, "dropout": 0.0}
 
@@ -55,6 +58,7 @@ def of(method: str, source: str, start: Callable, flags: str) -> Iterator[Case]:
     )
     rslora = Variant("rslora", CONFIG | {"rslora": True, "r": 3}, flags="RsLoraScale")
     yield from cases_of(equation, *shapes_of(CONFIG), rslora, models=CONFIG)
+    yield with_dropout(method, start, merged)
     for variant, quantizer in (("first", None), ("quantized", "nf4")):
         draw = Draw(f"{method}-linear-{variant}")
         yield Case(
@@ -69,6 +73,31 @@ def of(method: str, source: str, start: Callable, flags: str) -> Iterator[Case]:
             inputs={"x": draw.normal(2, 16), "weight": draw.normal(12, 16, scale=0.02)},
             compute=first_values(start, quantizer),
         )
+
+
+def with_dropout(method: str, start: Callable, merged: Callable) -> Case:
+    """The frozen weight, which is without s B0 A0, reads all of x."""
+    draw, inputs = linear_inputs(f"{method}-linear-dropout", bias=True)
+    config = CONFIG | {"dropout": 0.25}
+    inputs |= {"A": draw.normal(config["r"], 5, scale=0.5), "B": draw.normal(6, config["r"], scale=0.5)}
+    inputs["keep"] = (draw.generator.random(inputs["x"].shape) >= config["dropout"]).astype(np.float32)
+
+    def forward(x, weight, A, B, bias, keep) -> torch.Tensor:
+        y = functional.linear(x, weight - start(weight.detach(), config), bias)
+        return y + lora_scale(config) * (x * keep / (1 - config["dropout"])) @ A.mT @ B.mT
+
+    return site_case(
+        method,
+        "linear",
+        "dropout",
+        inputs,
+        forward,
+        "x A B",
+        config=config,
+        merged=lambda t: {"merged.weight": merged(t["weight"], t, config)},
+        comment="in training: the mask `keep` is given; only what A reads is dropped",
+        flags="DropoutPlace DropoutScale",
+    )
 
 
 def first_values(start: Callable, quantizer: str | None) -> Compute:

@@ -114,6 +114,20 @@ def adalora() -> Iterator[Case]:
     yield from cases_of(equation, *shapes_of(config), square, dropout_of(config), models=config)
     comment = "two of three triplets are left: the scale is that of the first rank, init_r"
     yield from cases_of(left, Variant("pruned", config | {"rank_pattern": {"site": 2}}, comment=comment))
+    for orth, comment in (
+        ("official", "the mean of both distances, as the authors' code"),
+        ("paper", "the sum of the squares of both distances"),
+    ):
+        weighted = config | {"gamma": 0.3, "orth": orth}
+        penalised = replace(equation, penalty=adalora_penalty, peft=None)
+        yield from cases_of(penalised, Variant(f"penalty-{orth}", weighted, comment=f"the penalty is {comment}"))
+
+
+def adalora_penalty(weight: torch.Tensor, t, config: dict) -> torch.Tensor:
+    """Of the only target."""
+    one = torch.eye(config["init_r"], dtype=weight.dtype)
+    distances = torch.stack([torch.linalg.norm(gram - one) for gram in (t["P"].mT @ t["P"], t["Q"] @ t["Q"].mT)])
+    return config["gamma"] * (distances.mean() if config["orth"] == "official" else distances.square().sum())
 
 
 def adalora_steps(compat: str) -> Case:
