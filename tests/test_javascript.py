@@ -17,7 +17,8 @@ from refpeft.conformance.vectors import cases
 pytestmark = pytest.mark.skipif(not shutil.which("node"), reason="Node is not installed")
 
 HARNESS = Path(__file__).parent / "peers" / "javascript" / "harness.mjs"
-PLACES = ("linear", "conv1d", "embedding", "encode", "decode", "file")
+METHODS = {"lora", "dora", "ia3"}
+PLACES = ("linear", "conv1d", "embedding", "two", "restored", "combined", "encode", "decode", "file")
 
 
 @pytest.fixture(scope="module")
@@ -27,18 +28,18 @@ def program():
 
 
 def test_it_passes_lora_dora_ia3_and_nf4_at_one_layer_and_says_of_all_else_that_it_has_it_not(program):
-    report = conform(
-        program, [case for case in cases() if case.name in ("lora", "dora", "ia3", "nf4", "op", "adalora")]
-    )
+    report = conform(program, [case for case in cases() if case.name in (*METHODS, "nf4", "op", "adalora")])
     assert report.ok
     for verdict in report.verdicts:
-        mine = verdict.case.name in ("lora", "dora", "ia3", "nf4") and verdict.case.at in PLACES
-        assert verdict.status == (PASSED if mine else NOT_IMPLEMENTED), verdict.key
+        has = verdict.case.name in (*METHODS, "nf4") and verdict.case.at in PLACES
+        if verdict.case.at == "two":
+            has = all(verdict.case.config[each]["method"] in METHODS for each in ("first", "second"))
+        assert verdict.status == (PASSED if has else NOT_IMPLEMENTED), verdict.key
 
 
 def test_a_quarter_of_each_limit_is_enough_for_it(program):
     """It rounds its sums at every step, one element after the other: limits must leave an honest port room."""
-    report = conform(program, [case for case in cases() if case.name in ("lora", "dora", "ia3")])
+    report = conform(program, [case for case in cases() if case.name in METHODS])
     assert max(verdict.share for verdict in report.verdicts) < 0.25
 
 

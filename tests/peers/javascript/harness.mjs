@@ -2,36 +2,33 @@
 
 import { readFileSync } from "node:fs";
 import { createInterface } from "node:readline";
-import { dora } from "./dora.mjs";
-import { ia3 } from "./ia3.mjs";
-import { lora, loraEmbedding } from "./lora.mjs";
-import { asRows, transpose } from "./matrices.mjs";
+import { asRows } from "./matrices.mjs";
 import * as nf4 from "./nf4.mjs";
+import { NotImplemented, places } from "./places.mjs";
 import { readTensors, sizeOf, writeTensors } from "./safetensors.mjs";
-
-class NotImplemented extends Error {}
 
 // ---- what is implemented -------------------------------------------------------------------------------------------
 
-const PLACES = { lora: { linear: lora, conv1d: lora, embedding: loraEmbedding } };
-PLACES.dora = { linear: dora, conv1d: dora };
-PLACES.ia3 = { linear: ia3, conv1d: ia3 };
-
-function outputsOf({ kind, name, at, config }, given) {
-  if (kind === "method" && PLACES[name]?.[at]) return atOneLayer(PLACES[name][at], at === "conv1d", given, config);
+function outputsOf(vector, given) {
+  const { kind, name, at, config } = vector;
+  if (kind === "method" && places[at]) return ofMethod(vector, given);
   if (kind === "quantizer" && name === "nf4" && nf4[at]) return nf4[at](given, config);
   throw new NotImplemented(`no ${kind} ${name}${at ? ` at ${at}` : ""}`);
 }
 
-/** A method on matrices. Outputs have the shapes of the inputs that they belong to; a conv1d's weight is (in, out). */
-function atOneLayer(method, transposed, given, config) {
-  const matrices = {};
-  for (const [name, tensor] of Object.entries(given)) matrices[name] = name === "ids" ? tensor : asRows(tensor);
-  if (transposed) matrices.weight = transpose(matrices.weight);
-  const outputs = method(matrices, config);
-  if (transposed) outputs["merged.weight"] = transpose(outputs["merged.weight"]);
-  for (const [name, tensor] of Object.entries(outputs)) {
-    tensor.shape = given[name === "y" ? "g" : name.replace(/^(grad|merged)\./, "")].shape;
+/** The outputs that a case asks for. Methods compute with matrices; outputs have the shapes of what they belong to. */
+function ofMethod(vector, given) {
+  const t = {};
+  for (const [name, tensor] of Object.entries(given)) t[name] = name === "ids" ? tensor : asRows(tensor);
+  const found = places[vector.at](vector, t);
+  const tokens = given.ids?.shape ?? given.x.shape.slice(0, -1);
+  const outputs = {};
+  for (const output of Object.keys(vector.checks)) {
+    const [what, ...rest] = output.split(".");
+    const of = rest.join(".");
+    const { data } = what === "grad" ? t[of].grad : of ? found[what][of] : found[what];
+    const perToken = what === "y" || what === "alone";
+    outputs[output] = { shape: perToken ? [...tokens, data.length / sizeOf(tokens)] : given[of].shape, data };
   }
   return outputs;
 }

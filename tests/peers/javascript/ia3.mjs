@@ -1,27 +1,35 @@
 // IA³ (arXiv:2205.05638): gain f(x), or f(gain x) at layers of the feed-forward part.
 
-import { frozen } from "./lora.mjs";
-import { matmul, multiply, sumOfRows, transpose } from "./matrices.mjs";
+import { multiply, sumOfRows, transpose } from "./matrices.mjs";
 
-export const ia3 = (given, { feedforward }) => (feedforward ? atInputs(given) : atOutputs(given));
+export const ia3 = ({ gain }, { feedforward }) => (feedforward ? ofInputs(gain) : ofOutputs(gain));
 
-function atOutputs({ x, weight, bias, gain, g }) {
-  const h = frozen(x, weight, bias);
-  return {
-    y: multiply(h, gain),
-    "grad.x": matmul(multiply(g, gain), weight),
-    "grad.gain": sumOfRows(multiply(g, h)),
-    "merged.weight": multiply(weight, transpose(gain)),
-    ...(bias && { "merged.bias": multiply(bias, gain) }),
+function ofOutputs(gain) {
+  const around = (f) => (x) => {
+    const inner = f(x);
+    const backward = (g) => {
+      gain.grad = sumOfRows(multiply(g, inner.y));
+      return inner.backward(multiply(g, gain));
+    };
+    return { y: multiply(inner.y, gain), backward };
   };
+  const merged = ({ weight, bias }) => ({
+    weight: multiply(weight, transpose(gain)),
+    bias: bias && multiply(bias, gain),
+  });
+  return { around, merged };
 }
 
-function atInputs({ x, weight, bias, gain, g }) {
-  const gx = matmul(g, weight);
-  return {
-    y: frozen(multiply(x, gain), weight, bias),
-    "grad.x": multiply(gx, gain),
-    "grad.gain": sumOfRows(multiply(gx, x)),
-    "merged.weight": multiply(weight, gain),
+function ofInputs(gain) {
+  const around = (f) => (x) => {
+    const inner = f(multiply(x, gain));
+    const backward = (g) => {
+      const gx = inner.backward(g);
+      gain.grad = sumOfRows(multiply(gx, x));
+      return multiply(gx, gain);
+    };
+    return { y: inner.y, backward };
   };
+  const merged = ({ weight, bias }) => ({ weight: multiply(weight, gain), bias });
+  return { around, merged };
 }
