@@ -5,7 +5,8 @@ feed-forward matrix reads is scaling the inner activation (behind the gate, wher
 PEFT. T5, the paper's model, has gains in cross-attention too. In GPT-2, queries, keys and values come from one layer
 and are all scaled, as in PEFT.
 
-First values: ones, so the model is unchanged. Trained: out numbers a target, in for `feedforward` ones.
+First values: ones, so the model is unchanged. Trained: a number for each output of a target, for each input of
+`feedforward` ones.
 """
 
 from dataclasses import dataclass

@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from refpeft import __version__
-from refpeft.commands import conform, generate, inspect, plan, predict, quantize, train, use
+from refpeft.commands import check, conform, generate, inspect, plan, predict, quantize, train, use
 from refpeft.errors import RefpeftError, RefpeftWarning, nearest
 
 
@@ -89,5 +89,6 @@ for verb in (
     inspect.sites,
     inspect.methods,
     inspect.quantizers,
+    check.check,
 ):
     main.add_command(verb)

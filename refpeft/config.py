@@ -89,7 +89,7 @@ def resolve(
     Raises RefpeftError with one line for every mistake."""
     problems = Problems()
     files = [read_layer(file)] if file else []
-    above = {key: Value(value, flag) for flag, key, value in flags} | _read_sets(sets, problems)
+    above = {key: Value(value, flag) for flag, key, value in flags} | read_sets(sets, problems)
     if all(_layered([*files, above]).get(key, _UNSET).value in (EMBEDDED, None) for key in ("model", "data.file")):
         files.insert(0, read_layer(EMBEDDED_RUN, "embedded/run.toml"))
     given = _layered([*files, above])
@@ -171,7 +171,7 @@ def _layered(layers: Iterable[Layer]) -> Layer:
     return {key: value for layer in layers for key, value in layer.items()}
 
 
-def _read_sets(sets: Iterable[str], problems: Problems) -> Layer:
+def read_sets(sets: Iterable[str], problems: Problems) -> Layer:
     """The values of `--set key=value`."""
     layer = {}
     for text in sets:

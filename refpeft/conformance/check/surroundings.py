@@ -1,0 +1,234 @@
+"""A method beside others: around and inside of LoRA, on quantized weights, in float32, on a device, in files."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+
+from refpeft import adapters, backend, learning, manager, sites, survey
+from refpeft.backend import to_host
+from refpeft.batches import Batches
+from refpeft.config import Train
+from refpeft.conformance import device
+from refpeft.conformance.check import subjects
+from refpeft.conformance.check.computing import EPS, ROUNDING, check_causality, check_gradients
+from refpeft.conformance.check.findings import Failed, NotApplicable
+from refpeft.conformance.check.subjects import Method
+from refpeft.errors import RefpeftError
+from refpeft.examples import Example
+from refpeft.optim import AdamW, Flat
+from refpeft.peft_formats import FORMATS
+from refpeft.quant import Dense
+from refpeft.sites import Adapter
+
+FLOAT32 = 2**12
+"""eps(float32), of the largest expected number, that outputs and gradients in float32 may differ by from float64's."""
+
+_LORA = {"r": 3, "targets": "all-linear"}
+
+
+# ---- other methods ---------------------------------------------------------------------------------------------------
+
+
+def inside_of_lora(method: Method) -> str:
+    return _with_lora(method, ("method", "lora"))
+
+
+def around_lora(method: Method) -> str:
+    return _with_lora(method, ("lora", "method"))
+
+
+def _with_lora(method: Method, order: tuple[str, str]) -> str:
+    """Both act, the gradients of both are right, and a decoder stays causal."""
+    family = method.first
+    built, attached = method.bare(family), {}
+    for one in order:
+        try:
+            which = (method.plugin, method.cfg) if one == "method" else ("lora", _LORA)
+            attached[one] = sites.attach(built, *which)
+            subjects.outputs(built)
+        except RefpeftError as error:
+            raise NotApplicable(f"refused: {error}") from None
+        subjects.move(attached[one])
+    found = subjects.gradients(built)
+    if not any(found[name].any() for name in _names(attached["lora"], built)):
+        raise Failed("LoRA below gets no gradient: the hook must call base(x), which is all that is attached below")
+    check_gradients(built, method)
+    if family != "bert":
+        check_causality(built, family)
+    return f"gradients of both are right{', and nothing sees later tokens' if family != 'bert' else ''} ({family})"
+
+
+def _names(adapter: Adapter, built: subjects.Model) -> list[str]:
+    ours = {id(tensor) for tensor in adapter.params.values()}
+    return [name for name, tensor in built.trained() if id(tensor) in ours]
+
+
+# ---- quantized weights -----------------------------------------------------------------------------------------------
+
+
+def dense_base(method: Method) -> str:
+    if method.quantizer is not None and method.families:
+        raise NotApplicable(f"it is for quantized weights: on nf4 it is attached to {', '.join(method.families)}")
+    return f"tried on {method.first} and all that follows"
+
+
+def quantized_base(method: Method) -> str:
+    """On nf4 it computes what it does on the numbers that nf4 stands for."""
+    family = method.first
+    if method.quantizer is not None:
+        return f"nf4, which it needs ({family})"
+    try:
+        packed, adapter = method.attached(family, quantizer=subjects.nf4())
+    except RefpeftError as error:
+        raise NotApplicable(f"refused on nf4: {error}") from None
+    dense, other = method.attached(family)
+    for name, site in dense.sites.items():
+        if isinstance(site.weight, Dense) and site.kind == "linear":
+            site.weight.array = packed.sites[name].weight()
+    subjects.copy(adapter, other)  # some are made of the weights
+    pairs = [(subjects.outputs(packed), subjects.outputs(dense))]
+    ours, theirs = subjects.gradients(packed), subjects.gradients(dense)
+    pairs += [(ours[name], theirs[name]) for name in theirs]
+    worst = max(_share(got, expected) for got, expected in pairs)
+    if not worst <= ROUNDING * EPS:
+        raise Failed(
+            f"on nf4 it differs by {worst:.1g} from what it is on the same numbers, dense: ask base.weight, "
+            "base.frozen(x) or site.weight() for the frozen weight at every call, and keep no copy of it"
+        )
+    return f"on nf4 what it is on the same numbers, dense ({family})"
+
+
+def _share(got: np.ndarray, expected: np.ndarray) -> float:
+    """The largest difference, as a share of the largest expected number."""
+    largest, off = float(abs(expected).max(initial=0)), float(abs(got - expected).max(initial=0))
+    return off / largest if largest else off
+
+
+# ---- dtypes and devices ----------------------------------------------------------------------------------------------
+
+
+def float32_and_float64(method: Method) -> str:
+    worst = 0.0
+    for family in method.families or [method.first]:
+        single, adapter = method.attached(family, "float32")
+        double, other = method.attached(family)
+        subjects.copy(adapter, other)
+        worst = max(worst, _share(subjects.outputs(single), subjects.outputs(double)))
+        ours, theirs = subjects.gradients(single), subjects.gradients(double)
+        most = max(float(abs(g).max(initial=0)) for g in theirs.values())
+        worst = max(worst, *(float(abs(ours[name] - theirs[name]).max(initial=0)) / most for name in theirs))
+    eps = worst / float(np.finfo("f4").eps)
+    if not eps <= FLOAT32:
+        raise Failed(
+            f"float32 differs from float64 by {eps:,.0f} eps of the largest number, more than {FLOAT32:,}: look for "
+            "differences of numbers that are nearly equal, or numbers that are cast"
+        )
+    return f"agree to {eps:,.0f} eps of float32, of {FLOAT32:,} allowed"
+
+
+def no_host_read(method: Method) -> str:
+    """A training step on a stand-in for CuPy, whose arrays the host cannot read; NumPy's results, to the bit."""
+    for family in method.decoders or [method.first]:
+        with device.installed() as stand_in:
+            there = _step(method, family, stand_in)
+        here = _step(method, family, np)
+        off = [name for name, array in here.items() if not np.array_equal(there[name], array, equal_nan=True)]
+        if off:
+            raise Failed(f"{off[0]} is another on a device: take array functions of backend.xp_of(array)")
+    return f"a training step reads nothing on the host ({', '.join(method.decoders or method.families)})"
+
+
+def _step(method: Method, family: str, xp: ModuleType) -> dict[str, np.ndarray]:
+    """The loss and the trained values after a step of training in float32."""
+    built, _ = method.attached(family, "float32", xp=xp)
+    if method.has("peft_survey"):
+        given = subjects.batch()
+        examples = [Example(ids, np.arange(len(ids)) > 2, line=n) for n, ids in enumerate(given.ids, 1)]
+        survey.settle(built, Batches(examples, 2, 16), Train(batch=2), 0)
+    built.mode.training = True
+    flat = Flat(built.trained(), learning.rates(built))
+    learning.states(built)
+    optimizer = AdamW(flat, weight_decay=0.1)
+    try:
+        with device.capture():
+            loss = subjects.value(built)
+            loss.backward()
+            flat.clip(0.1)
+            learning.step(built, lambda: optimizer.step(1e-2), 0, 1)
+    except device.HostRead as error:
+        raise Failed(f"{error}: keep it an array, also where it is one number") from error
+    return {"loss": to_host(loss.data)} | {name: to_host(tensor.data) for name, tensor in built.trained()}
+
+
+def gpu(method: Method) -> str:
+    try:
+        xp = backend.module("cuda")
+    except RefpeftError as error:
+        raise NotApplicable(f"no device here ({error})") from None
+    worst = 0.0
+    for family in method.families or [method.first]:
+        here, adapter = method.attached(family, "float32")
+        there, other = method.attached(family, "float32", xp=xp)
+        for name, tensor in (other.params | other.constants).items():
+            tensor.data[...] = xp.asarray((adapter.params | adapter.constants)[name].data)
+        worst = max(worst, _share(subjects.outputs(there), subjects.outputs(here)))
+        ours, theirs = subjects.gradients(there), subjects.gradients(here)
+        most = max(float(abs(g).max(initial=0)) for g in theirs.values())
+        worst = max(worst, *(float(abs(ours[name] - theirs[name]).max(initial=0)) / most for name in theirs))
+    eps = worst / float(np.finfo("f4").eps)
+    if not eps <= FLOAT32:
+        raise Failed(f"CuPy differs from NumPy by {eps:,.0f} eps of the largest number, more than {FLOAT32:,}")
+    return f"CuPy agrees with NumPy to {eps:,.0f} eps of float32, of {FLOAT32:,} allowed"
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def saving_and_loading(method: Method) -> str:
+    """An adapter that was made with one seed computes the same after loading, where first values are another seed's."""
+    for family in method.families or [method.first]:
+        built, adapter = method.attached(family, "float32", seed=7)
+        before = subjects.outputs(built)
+        with tempfile.TemporaryDirectory() as folder:
+            adapters.save(folder, built, adapter)
+            again = method.bare(family, "float32")
+            adapters.load(again, folder)
+        eps = _share(subjects.outputs(again), before) / float(np.finfo("f4").eps)
+        if not eps <= 64:
+            raise Failed(
+                f"{family}: loaded, it computes something else ({eps:,.0f} eps): what is drawn or made of weights and "
+                "not trained must be in the file, so give it in peft_params or peft_shared as a Tensor"
+            )
+    return f"loaded under another seed it is the same ({', '.join(method.families)})"
+
+
+def peft_file(method: Method) -> str:
+    form = FORMATS.get(method.name)
+    if form is None or not Path(method.path).is_relative_to(manager.shipped()):
+        raise NotApplicable("PEFT has no form for it: its files are refpeft's own")
+    built, adapter = method.attached(method.first, "float32")
+    with tempfile.TemporaryDirectory() as folder:
+        adapters.save(folder, built, adapter)
+        config = json.loads((Path(folder) / adapters.CONFIG).read_text("utf-8"))
+        tensors = adapters.read_safetensors(Path(folder) / adapters.TENSORS)
+    if config["peft_type"] == adapters.OWN:
+        raise NotApplicable("these options have no form in PEFT: the file is refpeft's own")
+    return f"{config['peft_type']}, {len(tensors)} tensors such as {min(tensors)}"
+
+
+PROPERTIES = (
+    inside_of_lora,
+    around_lora,
+    dense_base,
+    quantized_base,
+    float32_and_float64,
+    no_host_read,
+    gpu,
+    saving_and_loading,
+    peft_file,
+)
