@@ -37,6 +37,7 @@ SCRIPTS = (
         "optimizers",
         "eight_bits",
         "chat_templates",
+        "losses",
     ),
     *("nf4", "codebooks", "files", "decoding", "bitsandbytes_rules", "integers", "small_floats", "gguf_formats"),
 )

@@ -31,7 +31,7 @@ from models import (
 
 def cases() -> Iterator[Case]:
     yield from _blocks()
-    yield from _accumulation()
+    yield _ragged()
     yield from _targets()
 
 
@@ -128,38 +128,43 @@ def _by_reference_layer(config: dict) -> Compute:
 # ---- losses ----------------------------------------------------------------------------------------------------------
 
 
-def _accumulation() -> Iterator[Case]:
-    """Rows with different numbers of targets, in parts: each part's loss is a sum over the whole batch's count."""
+def accumulation(
+    case_id: str,
+    draw: Draw,
+    inputs: dict[str, np.ndarray],
+    parts: list[list[int]],
+    flags: tuple[str, ...],
+    comment: str,
+) -> Case:
+    """A batch of a tiny Llama, whose weights are drawn, in parts: each one's loss is a sum over the batch's count."""
     family, settings = (
         "llama",
         LLAMA | {"vocab_size": 16, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1},
     )
-    case_id, parts = "accumulation-ragged", [[0], [1, 2]]
-    draw = Draw(case_id)
-    inputs = tokens(draw, 16, batch=3)
-    inputs["targets"][1, 2:] = -100  # 4, 2 and 6 targets: a mean of means is wrong
 
     def in_parts(t: Tensors) -> Tensors:
         weights = {n: w.clone().requires_grad_() for n, w in t.items() if n not in NOT_WEIGHTS}
         count, total = (t["targets"] >= 0).sum(), torch.zeros(())
         for rows in parts:
-            logits = reference.model(config, weights)(t["ids"][rows])
             own = (t["targets"][rows] >= 0).sum()
-            loss = reference.mean_loss(logits, t["targets"][rows]) * own / count
-            loss.backward()
-            total = total + loss.detach()
+            if own:
+                more = [t[name][rows] if name in t else None for name in ("positions", "segments")]
+                logits = reference.model(config, weights)(t["ids"][rows], *more)
+                loss = reference.mean_loss(logits, t["targets"][rows]) * own / count
+                loss.backward()
+                total = total + loss.detach()
         return {"loss": total, **{f"grad.{n}": w.grad for n, w in weights.items()}}
 
     def whole(t: Tensors) -> Tensors:
         return {name: out for name, out in by_transformers(family, settings)(t).items() if name != "logits"}
 
     config = config_of(family, settings)
-    yield Case(
+    return Case(
         id=case_id,
         kind="loss",
         name="accumulation",
-        comment="the batch in parts gives the loss and the gradients of the whole",
-        flags=("AccumulationMean",),
+        comment=comment,
+        flags=flags,
         config={"parts": parts, "model": config},
         inputs=inputs | draw_weights(draw, weight_shapes(family, settings)),
         compute=whole,
@@ -169,18 +174,32 @@ def _accumulation() -> Iterator[Case]:
     )
 
 
-def _targets() -> Iterator[Case]:
+def _ragged() -> Case:
+    draw = Draw("accumulation-ragged")
+    inputs = tokens(draw, 16, batch=3)
+    inputs["targets"][1, 2:] = -100  # 4, 2 and 6 targets: a mean of means is wrong
+    return accumulation(
+        "accumulation-ragged",
+        draw,
+        inputs,
+        parts=[[0], [1, 2]],
+        flags=("AccumulationMean",),
+        comment="the batch in parts gives the loss and the gradients of the whole",
+    )
+
+
+def targets_of(t: Tensors) -> Tensors:
     """What each position must predict, from which tokens are learned and which belong together."""
+    ids, learned, segments = (t[name].tolist() for name in ("ids", "learned", "segments"))
+    targets = [[-100] * len(row) for row in ids]
+    for row in range(len(ids)):
+        for at in range(len(ids[row]) - 1):
+            if learned[row][at + 1] and segments[row][at] == segments[row][at + 1] >= 0:
+                targets[row][at] = ids[row][at + 1]
+    return {"targets": torch.tensor(targets, dtype=torch.int32)}
 
-    def compute(t: Tensors) -> Tensors:
-        ids, learned, segments = (t[name].tolist() for name in ("ids", "learned", "segments"))
-        targets = [[-100] * len(row) for row in ids]
-        for row in range(len(ids)):
-            for at in range(len(ids[row]) - 1):
-                if learned[row][at + 1] and segments[row][at] == segments[row][at + 1] >= 0:
-                    targets[row][at] = ids[row][at + 1]
-        return {"targets": torch.tensor(targets, dtype=torch.int32)}
 
+def _targets() -> Iterator[Case]:
     rows = [
         (
             "prompt",
@@ -199,7 +218,7 @@ def _targets() -> Iterator[Case]:
             comment=comment,
             flags=("LabelShift",),
             inputs={"ids": ids, "learned": np.int32(learned), "segments": np.int32(segments)},
-            compute=compute,
+            compute=targets_of,
             oracle="scalar Python",
             spec="targets[t] = ids[t + 1] where token t + 1 is learned and of the same document, else -100",
         )

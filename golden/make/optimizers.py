@@ -40,6 +40,11 @@ def adamw(config: dict) -> Compute:
     return trace(config, lambda params: torch.optim.AdamW(params, lr=1.0, foreach=False, **options))
 
 
+def adam(config: dict) -> Compute:
+    options = {name: config[name] for name in ("betas", "eps")}
+    return trace(config, lambda params: torch.optim.Adam(params, lr=1.0, foreach=False, **options))
+
+
 def sgd(config: dict) -> Compute:
     options = {name: config[name] for name in ("momentum", "weight_decay")}
     return trace(config, lambda params: torch.optim.SGD(params, lr=1.0, foreach=False, **options))
@@ -126,11 +131,17 @@ def cases() -> Iterator[Case]:
 
 
 def other_cases() -> Iterator[Case]:
-    """SGD, Lion and Adafactor."""
+    """Adam, SGD, Lion and Adafactor."""
+    moments = {"betas": [0.9, 0.999], "eps": 1e-8}
     momentum, betas = {"momentum": 0.9, "weight_decay": 0.0}, {"betas": [0.9, 0.99], "weight_decay": 0.0}
     factored = {"relative_step": False, "weight_decay": 0.0}
     falling = [0.02 * (1 - i / STEPS) for i in range(STEPS)]
     rows = [  # name, variant, maker, config, size of the parameters, of the gradients, flags, comment
+        ("adam", "plain", adam, moments | {"clip": 0.0}, 1.0, 1.0, "AdamBiasCorrection", ""),
+        (
+            "adam", "schedule", adam, moments | {"lr": falling, "clip": 2.0}, 1.0, 1.0, "ClipNorm AdamEpsPlacement",
+            "the rate falls; some steps are below the limit of the norm",
+        ),
         ("sgd", "momentum", sgd, momentum, 1.0, 1.0, "MomentumAverage", ""),
         ("sgd", "plain", sgd, momentum | {"momentum": 0.0}, 1.0, 1.0, "", "without momentum"),
         (
@@ -189,6 +200,7 @@ def other_cases() -> Iterator[Case]:
 
 
 SPECS = {
+    "adam": "golden/README.md, Optimizers; arXiv:1412.6980, algorithm 1; torch.optim.Adam",
     "sgd": "golden/README.md, Optimizers; torch.optim.SGD",
     "lion": "golden/README.md, Optimizers; arXiv:2302.06675, algorithm 2",
     "adafactor": "golden/README.md, Optimizers; arXiv:1804.04235, algorithms 4 and 5; torch.optim.Adafactor",

@@ -22,6 +22,7 @@ from refpeft.models.config import from_hf
 from refpeft.models.encoder_config import PREFIX
 from refpeft.quant import Dense
 from refpeft.sites import Adapter, attach
+from refpeft.tensor import parameter
 
 from ..vectors import Arrays, Case
 
@@ -176,10 +177,12 @@ def run_block(case: Case, given: Arrays, dtype: str, xp: ModuleType) -> Arrays:
 
 
 def run_loss(case: Case, given: Arrays, dtype: str, xp: ModuleType) -> Arrays:
-    if case.name == "targets":
+    if case.name in ("targets", "positions"):
         if xp is not np:
             raise NotImplementedError("batches are made on the host, also of training on a GPU")
-        return {"targets": _targets(given)}
+        return {case.name: _packed(given)[case.name]}
+    if case.name == "classes":
+        return _classes(given, xp)
     if case.name != "accumulation":
         raise NotImplementedError(f"refpeft knows no loss {case.name!r}")
     model = model_of(case.config["model"], given, dtype, xp)
@@ -192,13 +195,26 @@ def run_loss(case: Case, given: Arrays, dtype: str, xp: ModuleType) -> Arrays:
     return {"loss": total, **gradients_of(adapter, model)}
 
 
-def _targets(given: Arrays) -> np.ndarray:
-    """The targets of packed rows, made of the documents that are in them."""
+def _packed(given: Arrays) -> Arrays:
+    """Targets and positions of packed rows, made of the documents that are in them."""
+    segments = given["segments"]
+    ids, learned = (given.get(name, np.zeros_like(segments)) for name in ("ids", "learned"))
     rows = []
-    for ids, learned, segments in zip(given["ids"], given["learned"], given["segments"], strict=True):
-        documents = [segments == number for number in np.unique(segments[segments >= 0])]
-        rows.append([Example(ids[here], learned[here].astype(bool), line=1) for here in documents])
-    targets = np.full(given["ids"].shape, IGNORE, np.int32)
-    made = Example.collate(rows, packed=True).targets
-    targets[:, : made.shape[1]] = made
-    return targets
+    for row, numbers in enumerate(segments):
+        documents = [numbers == number for number in np.unique(numbers[numbers >= 0])]
+        rows.append([Example(ids[row, here], learned[row, here].astype(bool), line=1) for here in documents])
+    made = Example.collate(rows, packed=True)
+    answer = {"targets": np.full(segments.shape, IGNORE, np.int32), "positions": np.zeros(segments.shape, np.int32)}
+    for name, array in answer.items():
+        array[:, : made.ids.shape[1]] = getattr(made, name)  # it ends where the longest row does
+    return answer
+
+
+def _classes(given: Arrays, xp: ModuleType) -> Arrays:
+    """Labels of rows, which count by the weights of the labels."""
+    logits, targets = parameter(xp.asarray(given["logits"])), given["targets"]
+    weights = given["weights"][np.where(targets >= 0, targets, 0)]
+    total = Batch(targets[:, None], targets[:, None], weights=weights[:, None]).denominator
+    loss = fused.cross_entropy(logits, targets=xp.asarray(targets), denominator=total, weights=xp.asarray(weights))
+    loss.backward()
+    return {"loss": loss.data, "grad.logits": logits.grad}

@@ -12,7 +12,7 @@ from refpeft.tensor import Tensor, parameter
 from ..vectors import Arrays, Case
 
 _OF_OPS = ("condition", "indices", "places", "signs", "order", "gauss", "u")
-_OF_FUSED = ("weight", "segments", "targets", "ids", "cos", "sin", "rows", "columns")
+_OF_FUSED = ("weight", "segments", "targets", "weights", "ids", "cos", "sin", "rows", "columns")
 """Inputs without a gradient."""
 
 

@@ -18,12 +18,13 @@ _NOT_OPTIONS = ("lr", "clip", "block")
 
 
 def run_optimizer(case: Case, given: Arrays, dtype: str, xp: ModuleType) -> Arrays:
-    if case.name not in OPTIMIZERS:
-        raise NotImplementedError(f"refpeft has no optimizer {case.name!r}")
+    name = "adamw" if case.name == "adam" else case.name  # the same without decay
+    if name not in OPTIMIZERS:
+        raise NotImplementedError(f"refpeft has no optimizer {name!r}")
     config, arrays = case.config, placed(given, xp)
     flat = Flat((name, parameter(arrays[name])) for name in ("p0", "p1"))
-    options = {name: value for name, value in config.items() if name not in _NOT_OPTIONS}
-    optimizer = OPTIMIZERS[case.name](flat, **options)
+    options = {option: value for option, value in config.items() if option not in _NOT_OPTIONS}
+    optimizer = OPTIMIZERS[name](flat, **options)
     path: dict[str, list] = {"path.p0": [], "path.p1": []}
     norms = []
     for step, lr in enumerate(config["lr"]):
