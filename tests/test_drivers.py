@@ -11,7 +11,7 @@ from refpeft.conformance.compare import compare
 from refpeft.conformance.drivers import Refpeft
 from refpeft.conformance.vectors import Case, cases
 
-HOST_ONLY = [("schedule", None), ("template", None), ("loss", "targets")]
+HOST_ONLY = [("schedule", None), ("template", None), ("loss", "targets"), ("loss", "positions")]
 ON_THE_HOST = [case for case in cases() if {(case.kind, None), (case.kind, case.name)} & set(HOST_ONLY)]
 ELSEWHERE = [case for case in cases() if case not in ON_THE_HOST]
 ONE_OF_EACH = list({(case.kind, case.at): case for case in ELSEWHERE}.values())
