@@ -28,7 +28,7 @@ class Bitsandbytes:
             raise NotImplementedError("bitsandbytes has quantizers and optimizers alone")
         answer = steps if case.name in OPTIMIZERS else QUANTIZERS.get((case.name, case.at))
         if answer is None:
-            raise NotImplementedError(f"not in bitsandbytes: {case.name}{f' at {case.at}' if case.at else ''}")
+            raise NotImplementedError("bitsandbytes has them not")
         if case.config.get("compat") == "bnb-cuda":
             raise NotImplementedError("what it does on CUDA, and this is a CPU")
         t = {name: torch.from_numpy(array.copy()) for name, array in given.items()}
@@ -179,6 +179,10 @@ def steps(case: Case, t: Tensors) -> Tensors:
 Params = list[torch.Tensor]
 
 
+def adam(params: Params, config: dict) -> optim.Adam:
+    return optim.Adam(params, betas=config["betas"], eps=config["eps"])
+
+
 def adamw(params: Params, config: dict) -> optim.AdamW:
     return optim.AdamW(params, betas=config["betas"], eps=config["eps"], weight_decay=config["weight_decay"])
 
@@ -197,4 +201,4 @@ def lion(params: Params, config: dict) -> optim.Lion:
     return optim.Lion(params, betas=config["betas"], weight_decay=config["weight_decay"])
 
 
-OPTIMIZERS = {"adamw": adamw, "adamw8bit": adamw8bit, "sgd": sgd, "lion": lion}
+OPTIMIZERS = {"adam": adam, "adamw": adamw, "adamw8bit": adamw8bit, "sgd": sgd, "lion": lion}

@@ -64,13 +64,17 @@ PEERS = (
     Peer("bitsandbytes-0.50.2", "bitsandbytes_0_50", "Bitsandbytes", {"bitsandbytes": "0.50.", "torch": "2."}),
     Peer("torch-2.13.0", "torch_optimizers", "Torch", {"torch": "2."}),
     Peer("transformers-5.23.0", "transformers_5", "Transformers", {"transformers": "5.", "torch": "2."}),
+    Peer(
+        "adapters-1.3.0", "adapterhub_1_3", "AdapterHub", {"adapters": "1.3.", "transformers": "4.57.", "torch": "2."}
+    ),
+    Peer("loralib-0.1.2", "loralib_0_1", "Loralib", {"loralib": "0.1.", "transformers": "5.", "torch": "2."}),
     # a line for each peer; its report is golden/reports/<name>.md
 )
 
 CAUSES = {
     "defect": "It is not what the paper, its own documentation or another path through it says.",
     "choice": "The paper leaves it open, or two definitions are common.",
-    "precision": "It computes in another dtype than it was asked for.",
+    "precision": "It computes in another dtype than it was asked for, or does not give back every bit.",
 }
 
 
@@ -167,16 +171,38 @@ def likeliest_flag(report: Report, verdicts: list[Verdict]) -> Iterator[str]:
 
 def not_implemented(report: Report) -> Iterator[str]:
     """Why, and of what."""
-    reasons: dict[str, dict[str, dict[str, None]]] = {}
+    reasons: dict[str, list[Verdict]] = {}
     for verdict in report.verdicts:
         if verdict.status == NOT_IMPLEMENTED:
-            case = verdict.case
-            name = case.name if case.kind in ("method", "quantizer", "optimizer") else case.kind
-            reasons.setdefault(verdict.reason, {}).setdefault(name, {})[case.at] = None
+            reasons.setdefault(verdict.reason, []).append(verdict)
     yield from ("## Not implemented", "")
-    for reason, names in sorted(reasons.items()):
-        places = {name: ", ".join(at for at in found if at) for name, found in sorted(names.items())}
-        yield f"- {reason}: {', '.join(f'{name} ({at})' if at else name for name, at in places.items())}"
+    for reason, verdicts in sorted(reasons.items()):
+        yield f"- {reason}: {', '.join(names(report, verdicts))}"
+
+
+def names(report: Report, verdicts: list[Verdict]) -> list[str]:
+    """The kinds, methods and places of these verdicts: kinds and methods as a whole where it is all of them."""
+    kinds, methods = (Counter(key(v) for v in report.verdicts) for key in (kind_of, method_of))
+    these_kinds, these_methods = (Counter(key(v) for v in verdicts) for key in (kind_of, method_of))
+    found: dict[str, dict[str, None]] = {}
+    whole: dict[str, None] = {}
+    for v in verdicts:
+        if these_kinds[kind_of(v)] == kinds[kind_of(v)]:
+            whole[f"`{v.case.kind}`"] = None
+        elif these_methods[method_of(v)] == methods[method_of(v)] or not v.case.at:
+            found[v.case.name] = {}
+        else:
+            found.setdefault(v.case.name, {})[v.case.at] = None
+    parts = [f"{name} ({', '.join(places)})" if places else name for name, places in sorted(found.items())]
+    return [*parts, *([f"all of the kinds {', '.join(sorted(whole))}"] if whole else [])]
+
+
+def kind_of(verdict: Verdict) -> str:
+    return verdict.case.kind
+
+
+def method_of(verdict: Verdict) -> tuple[str, str]:
+    return verdict.case.kind, verdict.case.name
 
 
 def main(names: list[str]) -> None:

@@ -18,7 +18,7 @@ class Torch:
     def run(self, case: Case, given: Arrays, dtype: str) -> Arrays:
         make = OPTIMIZERS.get(case.name)
         if case.kind != "optimizer" or make is None:
-            raise NotImplementedError("of torch its optimizers are under test: AdamW, SGD and Adafactor")
+            raise NotImplementedError("of torch its optimizers are under test: Adam, AdamW, SGD and Adafactor")
         return arrays(path(tensors(given), case.config, lambda params: make(params, case.config)))
 
 
@@ -28,6 +28,10 @@ Params = list[torch.Tensor]
 def adamw(params: Params, config: dict) -> torch.optim.AdamW:
     options = {name: config[name] for name in ("betas", "eps", "weight_decay")}
     return torch.optim.AdamW(params, **options, fused=True)
+
+
+def adam(params: Params, config: dict) -> torch.optim.Adam:
+    return torch.optim.Adam(params, betas=config["betas"], eps=config["eps"], fused=True)
 
 
 def sgd(params: Params, config: dict) -> torch.optim.SGD:
@@ -40,4 +44,4 @@ def adafactor(params: Params, config: dict) -> torch.optim.Adafactor:
     return torch.optim.Adafactor(params, weight_decay=config["weight_decay"])
 
 
-OPTIMIZERS = {"adamw": adamw, "sgd": sgd, "adafactor": adafactor}
+OPTIMIZERS = {"adam": adam, "adamw": adamw, "sgd": sgd, "adafactor": adafactor}
