@@ -43,7 +43,14 @@ NOT_WEIGHTS_OF_BLOCK = ("x", "g", "positions", "segments")
 def _blocks() -> Iterator[Case]:
     one = {"num_hidden_layers": 1}
     rows = [
-        ("llama-block", "llama", LLAMA | one, None, "GroupedQuery", "everything between two residuals, twice"),
+        (
+            "llama-block",
+            "llama",
+            LLAMA | one,
+            None,
+            "GroupedQuery GateAndUp",
+            "everything between two residuals, twice",
+        ),
         ("llama-block-packed", "llama", LLAMA | one, PACKED, "PackedDocuments", ""),
         ("mistral-block-window", "mistral", LLAMA | one | {"sliding_window": 2}, None, "SlidingWindow", ""),
         ("qwen3-block", "qwen3", LLAMA | one, None, "QueryKeyNorm", "q and k are normed head by head"),
@@ -52,7 +59,7 @@ def _blocks() -> Iterator[Case]:
             "gpt2",
             GPT2 | {"n_layer": 1},
             None,
-            "TransposedWeight GeluVariant",
+            "TransposedWeight GeluVariant FusedQueryKeyValue",
             "x already has its positions",
         ),
         ("gpt2-block-packed", "gpt2", GPT2 | {"n_layer": 1}, PACKED, "PackedDocuments TransposedWeight", ""),

@@ -23,7 +23,7 @@ HYPER = PHM | {"rank": 1}
 
 
 def cases() -> Iterator[Case]:
-    yield from block_cases(PFEIFFER, ("plain", SMALL, "BottleneckSkip"))
+    yield from block_cases(PFEIFFER, ("plain", SMALL, "BottleneckSkip BottleneckBias"))
     yield from block_cases(
         PARALLEL,
         ("plain", SMALL | {"scale": 4.0}, "ParallelInput ParallelScale"),
@@ -32,7 +32,7 @@ def cases() -> Iterator[Case]:
         ("series", SMALL | {"scale": 0.5, "activation": "tanh", "placement": "series"}, "ParallelScale"),
     )
     yield from parallel_at_linear()
-    yield from block_cases(LIN, ("plain", SMALL | {"eps": 1e-5}, "BottleneckSkip NormEps"))
+    yield from block_cases(LIN, ("plain", SMALL | {"eps": 1e-5}, "BottleneckSkip BottleneckBias NormEps AdapterNorm"))
     yield from block_cases(COMPACTER, ("plain", HYPER, ""), ("rank", HYPER | {"rank": 2}, ""))
     yield from block_cases(COMPACTER_PP, ("plain", HYPER, ""))
     yield from block_cases(PHM_ADAPTER, ("plain", PHM, ""))
@@ -42,6 +42,15 @@ def cases() -> Iterator[Case]:
         ("large", PRUNED | {"size": 12, "sparsity": 0.75, "activation": "gelu_tanh"}, "GeluVariant"),
     )
     yield from model_cases(DROP, SMALL | {"robust": False, "drop": 1}, layers=(1,))
+    places = ["model.layers.1.block_out", "model.layers.2.block_out"]
+    three = replace(
+        on_model(DROP, SMALL | {"robust": False, "drop": 1}, places),
+        settings={"num_hidden_layers": 3},
+        label="three-",
+        comment="the first of three layers goes without",
+    )
+    found = methods.model_cases("llama", methods.SMALL_LLAMA, iter([three]))
+    yield from (case for case in found if case.at == "model")
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,8 @@ def far_from_middles(variant: str, shape: tuple[int, int], config: dict) -> dict
         if variant == "blocks":
             inputs["g0"][:, 8:] *= 1000
             inputs["g1"][...] = 0
+        if variant == "short":
+            inputs["g1"] *= 1000
         try:
             run(adamw8bit(config), inputs)
         except TooNear:
@@ -102,6 +104,10 @@ def cases() -> Iterator[Case]:
         (
             "blocks", {}, (10, 32), "EightBitBlocks CoarseTable",
             "p0 is a block of 256 and one of 64, whose gradients are 1000 times as large; p1 has none",
+        ),
+        (
+            "short", {}, (2, 16), "EightBitBlocks CoarseTable",
+            "p0 is a short block, and does not share one with p1, whose gradients are 1000 times as large",
         ),
     ]  # fmt: skip
     for variant, changes, shape, flags, comment in rows:

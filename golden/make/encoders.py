@@ -160,8 +160,8 @@ def inputs_of(draw: Draw, config: dict, segments: list[list[int]] | None, types:
 
 def cases() -> Iterator[Case]:
     rows: list[tuple] = [  # id, model type, settings, segments, types, flags, comment
-        ("bert-plain", "bert", BERT, None, True, "TextTypes", "a pair of texts in the first row"),
-        ("bert-padded", "bert", BERT | {"hidden_act": "gelu_new"}, PADDED, True, "Padding GeluVariant", ""),
+        ("bert-plain", "bert", BERT, None, True, "TextTypes NormPlace", "a pair of texts in the first row"),
+        ("bert-padded", "bert", BERT | {"hidden_act": "gelu_new"}, PADDED, True, "Padding GeluVariant NormPlace", ""),
         (
             "roberta-padded",
             "roberta",
@@ -196,7 +196,7 @@ def cases() -> Iterator[Case]:
             DEBERTA,
             PADDED,
             False,
-            "Padding RelativeBuckets",
+            "Padding RelativeBuckets DisentangledScale",
             "positions through the layers' own q and k, in buckets",
         ),
         (
@@ -205,7 +205,7 @@ def cases() -> Iterator[Case]:
             DEBERTA_V2,
             PADDED,
             False,
-            "Padding RelativeBuckets",
+            "Padding RelativeBuckets DisentangledScale",
             "positions with projections of their own, beyond 4 the same; a convolution beside the first layer",
         ),
         (

@@ -23,10 +23,10 @@ TOKENS, HIDDEN = prompts.TOKENS, prompts.HIDDEN
 class Family:
     """Names and sizes of a tiny model's places."""
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, layers: int = 2):
         llama = name == "llama"
-        self.name, self.settings = name, SMALL_LLAMA if llama else SMALL_GPT2
-        self.layers = [f"{'model.layers' if llama else 'transformer.h'}.{i}" for i in range(2)]
+        self.name, self.settings = name, SMALL_LLAMA | {"num_hidden_layers": layers} if llama else SMALL_GPT2
+        self.layers = [f"{'model.layers' if llama else 'transformer.h'}.{i}" for i in range(layers)]
         self.attention = "self_attn" if llama else "attn"
         self.kv = (1, 4) if llama else (2, 4)
         parts = {"q_proj": 8, "v_proj": 4} if llama else {"c_attn": 24}
@@ -51,6 +51,9 @@ def cases() -> Iterator[Case]:
         family = Family(name)
         for hybrid in (mam, lora_bitfit, s4, unipelt):
             yield from methods.model_cases(name, family.settings, iter([hybrid(family)]))
+    three = Family("llama", layers=3)
+    found = methods.model_cases("llama", three.settings, iter([s4(three)]))
+    yield from (case for case in found if case.at == "model")
 
 
 # ---- parts -----------------------------------------------------------------------------------------------------
@@ -129,10 +132,11 @@ def lora_bitfit(family: Family) -> Adapted:
 
 
 def s4(family: Family) -> Adapted:
-    """Two groups of one layer each: adapters, LoRA and prefixes; then biases, prefixes and LoRA."""
+    """Two groups, the first of one layer: adapters, LoRA and prefixes; then biases, prefixes and LoRA."""
     equations.PAPERS["s4"] = "arXiv:2301.01821"
-    options = {"strategies": ["ALP", "BPL"], "groups": [1, 1], "size": 3, "r": 2, "alpha": 6.0, "tokens": TOKENS}
-    first, last = family.layers
+    first, *others = family.layers
+    groups = [1, len(others)]
+    options = {"strategies": ["ALP", "BPL"], "groups": groups, "size": 3, "r": 2, "alpha": 6.0, "tokens": TOKENS}
     adapters = [f"{first}.{place}" for place in ("attn_out", "mlp_out")]
     prefixes = [f"{layer}.{family.attention}.attend" for layer in family.layers]
     sites = {f"{layer}.{part}": out for layer in family.layers for part, out in family.low_rank.items()}
@@ -151,16 +155,20 @@ def s4(family: Family) -> Adapted:
         low_rank = {s: lambda f, x, s=s: lora(f, x, t[f"{s}.A"], t[f"{s}.B"], 3.0) for s in sites}
         return low_rank | {place: behind(place) for place in adapters} | {place: attend(place) for place in prefixes}
 
+    for layer in others:
+        trained |= family.biases(layer)
     return Adapted(
         "s4",
         options,
-        trained | family.biases(last),
+        trained,
         advice,
         first_position=TOKENS,
         flags="LayerGroups PrefixPositions",
         peft=False,
         settings=family.with_biases(),
-        comment="the first layer has adapters, LoRA and a prefix, the second biases, a prefix and LoRA",
+        comment="the first layer has adapters, LoRA and a prefix, the "
+        + ("second biases, a prefix and LoRA" if groups == [1, 1] else "others biases, prefixes and LoRA"),
+        label="" if groups == [1, 1] else "groups-",
     )
 
 

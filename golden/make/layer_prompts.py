@@ -31,6 +31,11 @@ def cases() -> Iterator[Case]:
     for family, settings in (("mistral", window), ("qwen3", SMALL_LLAMA)):
         found = methods.model_cases(family, settings, gated_on(family, settings))
         yield from (case for case in found if case.at == "model")
+    grouped = SMALL_LLAMA | {"head_dim": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
+    comment = "heads 0 and 1 read key head 0, heads 2 and 3 key head 1, of the prompt as well"
+    flags = "AdaptionSoftmax AdaptionGate PrefixGroupedQuery"
+    one = _gated("llama", grouped, {"tokens": TOKENS}, [0, 1], flags=flags, comment=comment, label="grouped-")
+    yield from (case for case in methods.model_cases("llama", grouped, iter([one])) if case.at == "model")
 
 
 # ---- LLaMA-Adapter ---------------------------------------------------------------------------------------------
@@ -41,6 +46,7 @@ def gated_on(family: str, settings: dict) -> Iterator[Adapted]:
     if family == "qwen3":
         comment += "; its keys are normalized as the layer's are"
     flags = "AdaptionSoftmax AdaptionGate" + " PrefixGroupedQuery" * (family != "gpt2")
+    flags += " QueryKeyNorm" * (family == "qwen3")
     both = [0, 1]
     yield _gated(family, settings, {"tokens": TOKENS}, both, flags=flags, comment=comment, virtual=family == "llama")
     if family in ("llama", "mistral"):

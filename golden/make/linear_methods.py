@@ -116,8 +116,8 @@ def cases_of(equation: Equation, *variants: Variant, models: dict | None = None)
     for variant in variants:
         yield _at_one_layer(equation, variant)
     if models is not None:
-        yield from methods.model_cases("llama", methods.SMALL_LLAMA, _on(equation, models, LLAMA_SITES))
-        yield from methods.model_cases("gpt2", methods.SMALL_GPT2, _on(equation, models, GPT2_SITES))
+        yield from methods.model_cases("llama", methods.SMALL_LLAMA, on_layers(equation, models, LLAMA_SITES))
+        yield from methods.model_cases("gpt2", methods.SMALL_GPT2, on_layers(equation, models, GPT2_SITES))
 
 
 def _letters(equation: Equation, draw: Draw, config: dict, weight: np.ndarray) -> tuple[Arrays, Arrays]:
@@ -197,7 +197,7 @@ LLAMA_SITES = {
 GPT2_SITES = {f"transformer.h.{layer}.attn.c_attn": (24, 8) for layer in range(2)}
 
 
-def _on(equation: Equation, config: dict, sites: Shapes) -> Iterator[methods.Adapted]:
+def on_layers(equation: Equation, config: dict, sites: Shapes) -> Iterator[methods.Adapted]:
     """The method on some layers of a model. Starts are not for here."""
     shapes = {
         f"{site}.{letter}": shape

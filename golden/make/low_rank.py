@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
+import methods
 import numpy as np
 import peft
 import peft_witness
 import torch
 from common import Case, Draw
 from equations import lora_scale
-from linear_methods import Equation, Variant, cases_of, dropout_of, shapes_of
+from linear_methods import LLAMA_SITES, Equation, Variant, cases_of, dropout_of, on_layers, shapes_of
 from method_sites import site_case
 
 LORA_NAMES = {"A": "lora_A.default.weight", "B": "lora_B.default.weight"}
@@ -247,6 +248,11 @@ def vera() -> Iterator[Case]:
     )
     wide = Variant("wide", config | {"r": 7}, comment="r is above both sides of the weight")
     yield from cases_of(equation, *shapes_of(config), wide, dropout_of(config), models=config)
+    sites = LLAMA_SITES | {f"model.layers.{i}.mlp.down_proj": (8, 12) for i in range(2)}
+    comment = "inputs of two widths: the narrower ones take the first columns of A"
+    (found,) = on_layers(equation, config, sites)
+    sides = methods.model_cases("llama", methods.SMALL_LLAMA, iter([replace(found, label="sides-", comment=comment)]))
+    yield from (case for case in sides if case.at == "model")
 
 
 def loha_delta(t, config) -> torch.Tensor:

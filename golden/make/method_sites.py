@@ -270,7 +270,7 @@ def other_sites() -> Iterator[Case]:
             adapted,
             "x down down_bias up up_bias",
             config={"size": 3, "activation": activation, "norms": False},
-            flags="BottleneckSkip" + " GeluVariant" * activation.startswith("gelu"),
+            flags="BottleneckSkip BottleneckBias" + " GeluVariant" * activation.startswith("gelu"),
             comment="the sub-layer that it stands behind is x @ weight.T",
         )
     draw = Draw("prompt_tuning-embedding-plain")
@@ -308,6 +308,6 @@ def other_sites() -> Iterator[Case]:
             forward,
             "q k v keys values",
             config={"tokens": 3},
-            flags="PrefixVisible" + " PrefixGroupedQuery" * (variant == "gqa"),
+            flags="PrefixVisible PrefixKeysValues" + " PrefixGroupedQuery" * (variant == "gqa"),
             comment="every query sees the prefix; among the tokens attention is causal",
         )

@@ -199,7 +199,7 @@ def cases() -> Iterator[Case]:
     yarn = {"rope_type": "yarn", **rope, "factor": 4.0, "original_max_position_embeddings": 64}
     tied = {"tie_word_embeddings": True}
     rows: list[tuple] = [  # id, model type, settings, time, segments, flags, comment
-        ("llama-plain", "llama", LLAMA, 7, None, "GroupedQuery RopePairs", "grouped queries, untied head"),
+        ("llama-plain", "llama", LLAMA, 7, None, "GroupedQuery RopePairs GateAndUp", "grouped queries, untied head"),
         (
             "llama-tied",
             "llama",
@@ -324,7 +324,7 @@ def cases() -> Iterator[Case]:
             GPT2,
             7,
             None,
-            "TransposedWeight TiedEmbedding GeluVariant",
+            "TransposedWeight TiedEmbedding GeluVariant FusedQueryKeyValue",
             "Conv1D weights are (in, out)",
         ),
         ("gpt2-untied", "gpt2", GPT2 | {"tie_word_embeddings": False}, 7, None, "TransposedWeight", ""),

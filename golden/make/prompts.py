@@ -196,7 +196,12 @@ def prefixes_at_attention() -> Iterator[Case]:
             k, v = torch.cat((pair[:, 0], k), dim=2), torch.cat((pair[:, 1], v), dim=2)
             return reference.attend(q, k, v, seen, None)
 
-        flags = {"PrefixVisible": True, "PrefixNetwork": hidden, "PrefixGroupedQuery": heads > kv_heads}
+        flags = {
+            "PrefixVisible": True,
+            "PrefixKeysValues": True,
+            "PrefixNetwork": hidden,
+            "PrefixGroupedQuery": heads > kv_heads,
+        }
         remarks = {
             "every query sees the prefix; among the tokens attention is causal": True,
             "a network gives keys and values": hidden,

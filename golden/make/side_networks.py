@@ -29,6 +29,9 @@ def cases() -> Iterator[Case]:
                 family, settings, iter([ladder(family, {"r": 2, "temperature": 1.0} | options)])
             )
             yield from (case for case in found if not options or case.at == "model")
+    wide = ladder("llama", {"r": 2, "temperature": 1.0}, head=8)
+    found = methods.model_cases("llama", WIDE | {"head_dim": 8}, iter([wide]))
+    yield from (case for case in found if case.id.endswith("-model"))
     for family, settings, options in (
         ("llama", SMALL_LLAMA, {}),
         ("llama", SMALL_LLAMA, {"output": "add"}),
@@ -40,9 +43,9 @@ def cases() -> Iterator[Case]:
 # ---- ladder side-tuning ----------------------------------------------------------------------------------------
 
 
-def ladder(family: str, options: dict) -> Adapted:
+def ladder(family: str, options: dict, head: int = 4) -> Adapted:
     gpt2 = family == "gpt2"
-    dim, ff, heads, kv, head = (8, 12, 2, 2, 4) if gpt2 else (12, 12, 4, 2, 4)
+    dim, ff, heads, kv = (8, 12, 2, 2) if gpt2 else (12, 12, 4, 2)
     width, inner, head = dim // 2, ff // 2, head // 2
     places = [f"{'transformer.h' if gpt2 else 'model.layers'}.{i}.block_out" for i in range(2)]
     shapes = {f"{places[0]}.first": (width, dim)}
@@ -77,7 +80,8 @@ def ladder(family: str, options: dict) -> Adapted:
 
         return {place: advise(place) for place in places}
 
-    added = options.get("output") == "add"
+    added, wide = options.get("output") == "add", head > 2
+    comment = "; every second of the model's frequencies is not its first half" if wide else ""
     return Adapted(
         "ladder_side",
         options,
@@ -85,8 +89,9 @@ def ladder(family: str, options: dict) -> Adapted:
         advice,
         flags="LadderGate LadderOutput SideRotary",
         peft=False,
-        comment="what the side network gives is added to the last layer's" if added else "the head hears it alone",
-        label="add-" if added else "",
+        comment=("what the side network gives is added to the last layer's" if added else "the head hears it alone")
+        + comment,
+        label="add-" if added else "wide-" if wide else "",
         virtual=not gpt2 and not added,
     )
 
