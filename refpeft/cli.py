@@ -90,5 +90,6 @@ for verb in (
     inspect.methods,
     inspect.quantizers,
     check.check,
+    check.new_method,
 ):
     main.add_command(verb)

@@ -1,4 +1,4 @@
-"""The verbs for authors of plugins."""
+"""The verbs for authors of plugins: check, new-method."""
 
 from __future__ import annotations
 
@@ -30,3 +30,14 @@ def check(ctx: click.Context, plugin: str, sets: tuple[str, ...], as_json: bool)
     else:
         click.echo(report.text(), nl=False)
     ctx.exit(1 if report.having("FAILED") else 0)
+
+
+@click.command("new-method")
+@click.argument("name")
+@click.option("--dir", "directory", metavar="DIR", default=".", help="Where to write. Default: here.")
+def new_method(name: str, directory: str) -> None:
+    """Writes NAME.py, a small working method to start from, with a test and a make script beside it."""
+    from refpeft.conformance import new_method as template
+
+    for path in template.write(name, directory):
+        click.echo(path)
