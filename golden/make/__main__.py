@@ -34,6 +34,8 @@ SCRIPTS = (
         "compositions",
         "restores",
         "combined",
+        "adapter_files",
+        "saved_files",
         "optimizers",
         "eight_bits",
         "chat_templates",

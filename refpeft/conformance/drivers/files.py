@@ -10,7 +10,7 @@ import numpy as np
 
 from refpeft import adapters
 from refpeft.api import class_of
-from refpeft.files import write_json, write_safetensors
+from refpeft.files import read_safetensors, write_json, write_safetensors
 from refpeft.models import heads
 from refpeft.models.base import Model
 from refpeft.models.checkpoint import expected_tensors
@@ -18,21 +18,39 @@ from refpeft.models.config import from_hf
 
 from ..vectors import Arrays, Case
 from .models import at_tokens, frozen
+from .places import attached, set_values
 
 _FILE = "file."
 """What stands before the names of a file's tensors in a case."""
+
+_OF_THE_CASE = ("model", "adapter_name")
+"""Members of its config that are no options of the method; adapters have no names in refpeft."""
 
 
 def run_load(case: Case, given: Arrays, dtype: str, xp: ModuleType) -> Arrays:
     model, segments = _model(case.config["model"], given, dtype, xp), given.get("segments")
     tensors = {name.removeprefix(_FILE): array for name, array in given.items() if name.startswith(_FILE)}
     stored = {name: array.astype("f4") if array.dtype.kind == "f" else array for name, array in tensors.items()}
+    config = case.config["adapter_config"]
+    if "task" in case.config:  # which PEFT is told in each call
+        config = config | {"refpeft_task": case.config["task"]}
     with tempfile.TemporaryDirectory() as folder:
         write_safetensors(Path(folder) / adapters.TENSORS, stored, {"format": "pt"})
-        write_json(Path(folder) / adapters.CONFIG, case.config["adapter_config"])
+        write_json(Path(folder) / adapters.CONFIG, config)
         adapters.load(model, folder)
     logits = model(given["ids"], segments=segments).data
     return {"logits": at_tokens(logits, segments) if logits.ndim == 3 else logits}
+
+
+def run_save(case: Case, given: Arrays, dtype: str, xp: ModuleType) -> Arrays:
+    """What is written does not depend on the model's weights, of which a case has none."""
+    options = {name: value for name, value in case.config.items() if name not in _OF_THE_CASE}
+    model = _model(case.config["model"], given, dtype, xp)
+    set_values(attached(model, case.name, options), model, given)
+    with tempfile.TemporaryDirectory() as folder:
+        adapters.save(folder, model)
+        tensors = read_safetensors(Path(folder) / adapters.TENSORS)
+    return {f"{_FILE}{name}": array for name, array in tensors.items()} | {"count": np.array(len(tensors))}
 
 
 def _model(config: dict, given: Arrays, dtype: str, xp: ModuleType) -> Model:

@@ -18,10 +18,10 @@ from refpeft.tensor import parameter
 
 from ..vectors import Arrays, Case
 from .drawn import as_drawn
-from .files import run_load
+from .files import run_load, run_save
 from .models import as_in_file, batch_of, frozen, gradients_of, logits_of, model_of
 from .operations import placed
-from .places import attached, run_place
+from .places import attached, run_place, set_values
 from .together import run_combined, run_restored, run_two
 
 
@@ -37,15 +37,8 @@ def _in_model(case: Case, given: Arrays, dtype: str, xp: ModuleType) -> tuple[Mo
     options.pop("optimizer", None)
     model = model_of(options.pop("model"), given, dtype, xp)
     adapter = attached(model, case.name, options)
-    _set_values(adapter, model, given)
+    set_values(adapter, model, given)
     return model, adapter
-
-
-def _set_values(adapter: Adapter, model: Model, given: Arrays) -> None:
-    """What stands in for a weight of a file has the file's layout there."""
-    for name, tensor in (adapter.params | adapter.constants).items():
-        if name in given:
-            tensor.data[...] = model.place(as_in_file(model, name, given[name]), tensor.dtype)
 
 
 def _run_in_model(case: Case, given: Arrays, dtype: str, xp: ModuleType) -> Arrays:
@@ -97,7 +90,7 @@ def _run_steps(case: Case, given: Arrays, dtype: str, xp: ModuleType) -> Arrays:
     for site in shapes:
         model.linear(site, "q", bias=False)
     adapter = attached(model, case.name, options | {"targets": ("a", "b")})
-    _set_values(adapter, model, given)
+    set_values(adapter, model, given)
     learning.states(model)
     optimizer = SGD(Flat(adapter.params.items()), momentum=0.0)
     trace = {f"E.{site}": [] for site in shapes}
@@ -120,5 +113,6 @@ _ELSEWHERE: dict[str, Callable[[Case, Arrays, str, ModuleType], Arrays]] = {
     "restored": run_restored,
     "combined": run_combined,
     "load": run_load,
+    "save": run_save,
 }
 """Where a method acts, by the case's `at`, if not at a single place."""

@@ -21,7 +21,7 @@ from refpeft.tensor import Tensor, parameter
 
 from ..vectors import Arrays, Case
 from .drawn import as_drawn
-from .models import frozen
+from .models import as_in_file, frozen
 from .operations import gradients, placed
 
 _OF_NORMS = ("norm", "eps")
@@ -36,6 +36,13 @@ def attached(model: Model, method: str, options: dict[str, Any]) -> Adapter:
     adapter = prepare(model, method, options, fit="adapters" not in options)
     put_on(model, adapter)
     return adapter
+
+
+def set_values(adapter: Adapter, model: Model, given: Arrays) -> None:
+    """Values as the case gives them; what stands in for a weight of a file has the file's layout there."""
+    for name, tensor in (adapter.params | adapter.constants).items():
+        if name in given:
+            tensor.data[...] = model.place(as_in_file(model, name, given[name]), tensor.dtype)
 
 
 def run_place(case: Case, given: Arrays, dtype: str, xp: ModuleType) -> Arrays:
