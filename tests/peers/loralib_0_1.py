@@ -27,12 +27,12 @@ class Loralib:
         if case.kind != "method" or case.name != "lora":
             raise NotImplementedError("loralib has LoRA alone")
         config = case.config
+        if case.at not in PLACES:
+            raise NotImplementedError(f"nothing of loralib is meant for {case.at}")
         if config["rslora"]:
             raise NotImplementedError("its scale is lora_alpha / r")
         if config.get("freeze_A") or config.get("lr_ratio"):
             raise NotImplementedError("it has neither LoRA-FA nor LoRA+")
-        if case.at not in PLACES:
-            raise NotImplementedError(f"nothing of loralib stands at {case.at}")
         if "model" in config and dtype == "float64":
             raise NotImplementedError("transformers computes norms in float32")
         return arrays(PLACES[case.at](case, tensors(given)))
@@ -58,13 +58,22 @@ def site(case: Case, t: Tensors) -> Tensors:
     if case.at == "embedding":
         here = embedding(t["weight"], case.config)
     else:
-        here = linear(t["weight"], t.get("bias"), case.config, case.at == "conv1d")
+        here = linear(t["weight"], t.get("bias"), case.config, case.at == "conv1d" or case.config.get("conv1d", False))
     slots = fill(here, t)
     if "keep" in t:
         here.lora_dropout = Kept(t["keep"], case.config["dropout"])
-    found = at_one_place(t, slots, "ids" if "ids" in t else "x", here)
+    found = {} if case.at == "restored" else at_one_place(t, slots, "ids" if "ids" in t else "x", here)
     here.eval()  # which merges
-    return found | {f"merged.{name}": here.get_parameter(name) for name in ("weight", "bias") if name in t}
+    found |= parts("merged", here, t)
+    if case.at == "restored":
+        here.train()  # which takes it off again
+        found |= parts("restored", here, t) | {"y": here(t["x"])}
+    return found
+
+
+def parts(kind: str, here: nn.Module, t: Tensors) -> Tensors:
+    """The weight and the bias as they are now."""
+    return {f"{kind}.{name}": here.get_parameter(name).clone() for name in ("weight", "bias") if name in t}
 
 
 def fill(here: nn.Module, t: Tensors, before: str = "") -> dict[str, Slot]:
@@ -98,4 +107,5 @@ def whole_model(case: Case, t: Tensors) -> Tensors:
     return trained(t, slots, logits, case.config["optimizer"])
 
 
-PLACES = {"linear": site, "conv1d": site, "embedding": site, "model": whole_model, "train": whole_model}
+PLACES = dict.fromkeys(("linear", "conv1d", "embedding", "restored"), site)
+PLACES |= dict.fromkeys(("model", "train"), whole_model)
