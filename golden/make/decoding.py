@@ -84,7 +84,7 @@ def cases() -> Iterator[Case]:
     )
     yield nf4("double-decode-cuda_zeros", parts, [4, 64], "ZeroBlock", comment, level="interop")
     yield dynamic8_old_map()
-    yield linear(parts_of(narrow))
+    yield from layers(narrow)
 
 
 def nf4(
@@ -123,26 +123,48 @@ def nf4(
     )
 
 
-def linear(parts: dict[str, np.ndarray]) -> Case:
-    """A layer whose file says float16, on float32 inputs."""
-    draw, shape = Draw("nf4-linear-float16"), [4, 64]
+def layers(narrow: np.ndarray) -> Iterator[Case]:
+    """Layers that are trained through, and layers that are used and then saved."""
+    draw = Draw("nf4-linear-float16")
+    inputs = {"x": draw.normal(3, 64), **parts_of(narrow), "codebook": CODEBOOK, "g": draw.normal(3, 4)}
+    comment = "the file says float16, x has another dtype: the backward pass has the forward pass' weight"
+    yield linear("float16", inputs, narrow.shape, "float16", "RoundedTwice", comment)
+    for variant, shape, flags, comment in (
+        (
+            "used",
+            (64, 128),
+            "RoundedFactors UsedWeight",
+            "inference leaves the weight as it was, in memory and in files",
+        ),
+        ("sizes", (6, 96), "LayerSizes BlocksOverRows", "6 outputs of 96 inputs, one and a half blocks"),
+    ):
+        draw = Draw(f"nf4-linear-{variant}")
+        weight = draw.normal(*shape, scale=0.02) * np.exp(draw.normal(shape[0], 1))
+        inputs = {"x": draw.normal(3, shape[1]), **parts_of(weight), "codebook": CODEBOOK}
+        yield linear(variant, inputs, shape, "float32", flags, comment)
+
+
+def linear(variant: str, inputs: dict, shape: tuple[int, ...], dtype: str, flags: str, comment: str) -> Case:
+    """With g a step of training, without it inference."""
 
     def compute(t: Tensors) -> Tensors:
-        weight = decode(t, shape)["weight"].to(t["x"].dtype)
-        return {"y": t["x"] @ weight.T, "grad.x": t["g"] @ weight}
+        weight = decode(t, list(shape))["weight"].to(t["x"].dtype)
+        y = t["x"] @ weight.T
+        return {"y": y, "grad.x": t["g"] @ weight} if "g" in t else {"y": y, "weight": weight}
 
     return Case(
-        id="nf4-linear-float16",
+        id=f"nf4-linear-{variant}",
         kind="quantizer",
         name="nf4",
         at="linear",
-        flags=("RoundedTwice",),
-        comment="the file says float16, x has another dtype: the backward pass has the forward pass' weight",
+        flags=tuple(flags.split()),
+        comment=comment,
         spec="golden/README.md, NF4, FP4 and the 8-bit map",
-        config={"block": BLOCK, "double_quant": False, "shape": shape, "dtype": "float16"},
-        inputs={"x": draw.normal(3, 64), **parts, "codebook": CODEBOOK, "g": draw.normal(3, 4)},
+        config={"block": BLOCK, "double_quant": False, "shape": list(shape), "dtype": dtype},
+        inputs=inputs,
         compute=compute,
         oracle="float32 weights; products in float64",
+        exact=("weight",),
     )
 
 

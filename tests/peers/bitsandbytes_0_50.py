@@ -84,10 +84,18 @@ def layer_4bit(case: Case, t: Tensors) -> Linear4bit:
 
 
 def linear_4bit(case: Case, t: Tensors) -> Tensors:
-    layer, x = layer_4bit(case, t), t["x"].requires_grad_()
-    y = layer(x)
-    y.backward(t["g"])
-    return {"y": y, "grad.x": x.grad}
+    layer, x = layer_4bit(case, t), t["x"]
+    if "g" in t:
+        y = layer(x.requires_grad_())
+        y.backward(t["g"])
+        return {"y": y, "grad.x": x.grad}
+    if not bnb.has_avx512bf16():
+        raise NotImplementedError("what its kernel for AVX-512 BF16 does, and this processor has none")
+    with torch.no_grad():
+        y = layer.eval()(x)
+    file = layer.state_dict()
+    loaded = Params4bit.from_prequantized(file.pop("weight"), file, device="cpu")
+    return {"y": y, "weight": bnb.dequantize_4bit(loaded, loaded.quant_state).float()}
 
 
 def state_of(case: Case, t: Tensors) -> bnb.QuantState:

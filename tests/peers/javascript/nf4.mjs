@@ -1,7 +1,7 @@
 // NF4 and double quantization (QLoRA, arXiv:2305.14314), and what bitsandbytes 0.50 does otherwise (config.compat).
 // All arithmetic is float32: Math.fround rounds the result of every operation.
 
-import { asRows, matmul, transpose } from "./matrices.mjs";
+import { matmul, transpose } from "./matrices.mjs";
 
 const f32 = Math.fround;
 const CPU = "bnb-cpu";
@@ -87,11 +87,11 @@ export function decode(given, { block, nested_block: nestedBlock, double_quant: 
   return { weight: { shape, data: dtype ? weight.map((v) => rounded(v, dtype)) : weight } };
 }
 
-/** A frozen layer: y = x weightᵀ and the gradient of x. */
+/** A frozen layer: y = x weightᵀ; the gradient of x, where there is one that comes in. */
 export function linear({ x, g, ...parts }, { block, shape }) {
-  const weight = asRows(decode(parts, { block, shape }).weight);
-  const y = matmul(asRows(x), transpose(weight));
-  return { y: { ...y, shape: g.shape }, "grad.x": { ...matmul(asRows(g), weight), shape: x.shape } };
+  const { weight } = decode(parts, { block, shape });
+  const y = matmul(x, transpose(weight));
+  return g ? { y, "grad.x": matmul(g, weight) } : { y, weight };
 }
 
 function decodeConstants({ offset, nested_codes: codes, nested_absmax: outer, nested_map: levels }, block) {
