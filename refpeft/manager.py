@@ -9,6 +9,7 @@ plain functions, so that pluggy is in no inner loop.
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -88,7 +89,7 @@ def find() -> dict[str, Path]:
     """Every known plugin file by name, which is the file's stem."""
     named: dict[str, Path] = {}
     from_environment = [source for source in os.environ.get("REFPEFT_PLUGINS", "").split(os.pathsep) if source]
-    for path in [*_files(shipped()), *_added, *(path for source in from_environment for path in _files(source))]:
+    for path in [*_shipped_files(), *_added, *(path for source in from_environment for path in _files(source))]:
         first = named.setdefault(path.stem, path)
         if first != path:
             raise RefpeftError(f"two plugins are named {path.stem!r}: {first} and {path}; rename one of the files")
@@ -174,6 +175,11 @@ def read(path: Path) -> Listing:
         options=options,
         path=str(path),
     )
+
+
+@functools.cache
+def _shipped_files() -> tuple[Path, ...]:
+    return tuple(_files(shipped()))
 
 
 def _files(source: str | Path) -> dict[Path, str | None]:
