@@ -66,6 +66,14 @@ def test_inputs_are_float32_or_integers_and_outputs_finite():
             assert np.isfinite(array).all(), case.id
 
 
+def test_in_bfloat16_a_case_has_limits_that_say_something_or_none():
+    for case in vectors.cases():
+        limits = {name: limit.get("bfloat16") for name, limit in case.checks.items() if limit != "exact"}
+        assert set(limits.values()) == {None} or set(limits.values()) <= {4, 8, 16, 32, 64}, case.id
+        if case.kind in ("optimizer", "schedule", "quantizer", "random") or case.at in ("train", "steps"):
+            assert "bfloat16" not in case.dtypes, case.id
+
+
 def test_the_vectors_stay_small():
     """Some 90 kB for each method, of about eighty, and half a megabyte for each of models, quantizers, optimizers."""
     assert sum(p.stat().st_size for p in (vectors.root() / "v1").rglob("*")) < 12 * 2**20
@@ -105,6 +113,12 @@ def test_an_error_is_counted_in_eps_of_the_largest_value():
 
 def test_eps_is_that_of_every_dtype():
     assert {name: float(ml_dtypes.finfo(name).eps) for name in vectors.DTYPES} == EPS
+
+
+def test_answers_may_be_arrays_of_bfloat16():
+    answer = {name: array.astype(ml_dtypes.bfloat16) for name, array in answer_of(CASE).items()}
+    assert problems(CASE, answer, "bfloat16") == []
+    assert any("eps" in problem for problem in problems(CASE, answer, "float32"))
 
 
 def test_the_first_differing_element_is_named():

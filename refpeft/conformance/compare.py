@@ -53,6 +53,8 @@ def compare_output(name: str, got: np.ndarray | None, expected: np.ndarray, limi
     if got is None:
         return failed("not in the answer")
     got = np.asarray(got)
+    if got.dtype.name == "bfloat16":  # of ml_dtypes; to NumPy it is no number
+        got = got.astype(np.float32)
     if got.shape != expected.shape:
         return failed(f"shape {got.shape}, expected {expected.shape}")
     if got.dtype.kind not in "fiub":
