@@ -53,8 +53,13 @@ def found(properties: Iterable[Callable[[Any], str]], subject: Any, path: str) -
     return [_found(one, subject, path) for one in properties]
 
 
+def named(check: Callable[[Any], str]) -> str:
+    """What a property is called."""
+    return check.__name__.replace("_", " ")
+
+
 def _found(check: Callable[[Any], str], subject: Any, path: str) -> Finding:
-    name = check.__name__.replace("_", " ").strip()
+    name = named(check)
     try:
         return Finding(name, PASSED, check(subject))
     except NotApplicable as reason:

@@ -1,0 +1,287 @@
+"""`refpeft check`: every shipped plugin passes, and a plugin with a mistake is caught by the line that is for it."""
+
+import json
+from dataclasses import make_dataclass
+from types import SimpleNamespace
+
+import pytest
+import sources
+from click.testing import CliRunner
+from test_no_host_read import METHODS, QUANTIZERS
+
+from refpeft import manager
+from refpeft.cli import main
+from refpeft.conformance.check import check
+from refpeft.conformance.check.formula import evaluated, stated
+from refpeft.conformance.new_method import METHOD
+
+OPTIONS = {
+    "adapterfusion": {"adapters": sources.bottlenecks(2, dim=64), "size": 5},
+    "c3a": {"block_size": 32},
+    "intrinsic_said": {"d": 60},
+    "ipt": {"tokens": 3, "d": 5, "hidden": 7},
+    "mam": {"tokens": 3, "hidden": 5, "size": 5},
+    "s4": {"groups": [1, 1], "strategies": ["AL", "PBL"], "create": True},
+    "spot": {"tokens": 3, "sources": sources.prompts(1, dim=64)},
+    "trainable_tokens": {"token_indices": [5, 2]},
+    "unipelt": {"hidden": 5},
+    "vblora": {"vector_length": 32},
+}
+"""Options of methods that do not fit the tiny models by themselves, or take long."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS + QUANTIZERS)
+def test_every_shipped_plugin_passes(name):
+    report = check(name, OPTIONS.get(name))
+    assert not report.having("FAILED"), report.text()
+    assert len(report.having("passed")) >= 11
+
+
+def test_two_shipped_plugins_pass():
+    for name, count in (("lora", 24), ("nf4", 13)):
+        report = check(name)
+        assert not report.having("FAILED"), report.text()
+        assert len(report.findings) == count
+
+
+# ---- mistakes in a method ----
+
+HOOK = "def peft_linear(x, base, p, cfg):"
+LINEAR = "base(x) + ops.linear(ops.linear(x, p.A), p.B) * (cfg.alpha / cfg.r)"
+MERGED = "weight + (cfg.alpha / cfg.r) * (p.B @ p.A)"
+FIRST = '{"A": rng.uniform(-bound, bound, (cfg.r, width)), "B": np.zeros((out, cfg.r))}'
+
+MISTAKES = {
+    "a misspelled hook": ("peft_linear", "peft_lineer", "hooks", "there is no hook 'peft_lineer'; did you mean"),
+    "an argument that no hook has": ("base, p, cfg)", "base, p, config)", "hooks", "peft_linear has no argument 'conf"),
+    "a missing decorator": ("@hookimpl\n" + HOOK, HOOK, "hooks", "peft_linear lacks its decorator"),
+    "no Python": ("FAMILY = ", "FAMILY == = ", "hooks", "invalid syntax"),
+    "no docstring": ('"""NAME: y', "_ = " + '"""NAME: y', "docstring", "there is none"),
+    "no source": ("arXiv:2106.09685", "a paper", "docstring", "it names no source"),
+    "no such family": ('"reparametrisation"', '"reparametrization"', "family", "expected one of 'additive'"),
+    "a Config that changes": ("(frozen=True)", "", "config", "@dataclass(frozen=True)"),
+    "a Config without targets": ('    targets: tuple[str, ...] | str = ("@q", "@v")', "    #", "config", "targets"),
+    "a field without default": ("    r: int = 8\n", "    r: int\n", "config", "Config.r has no default"),
+    "a Config that refuses itself": (
+        "if self.r < 1:", "if not isinstance(self.targets, tuple) or len(self.targets) > 1:", "config", "",
+    ),
+    "too large for any model": ("self.r < 1", "self.r > 1", "attaches", "--set KEY=VALUE"),
+    "random numbers of its own": (
+        "rng.uniform(-bound", "np.random.default_rng().uniform(-bound", "first values", "the argument `rng`",
+    ),
+    "a claim that is not so": ('"B": np.zeros((out, cfg.r))', '"B": np.ones((out, cfg.r))', "identity at start", "1"),
+    "a gradient that is lost": (
+        "ops.linear(ops.linear(x, p.A), p.B)", "ops.linear(ops.linear(Tensor(x.data), p.A), p.B)",
+        "gradients", "compute with refpeft.ops",
+    ),
+    "a Tensor anew": (
+        "ops.linear(ops.linear(x, p.A), p.B)", "ops.linear(ops.linear(Tensor(x.data), p.A), p.B)",
+        "operations", "line 55: no gradient passes through `Tensor(x.data)`",
+    ),
+    "NumPy on activations": (
+        LINEAR, "base(x) + ops.linear(Tensor(np.tanh(x.data) @ p.A.data.T), p.B)", "operations", "for np.tanh",
+    ),
+    "a read on the host": (
+        LINEAR, LINEAR + " * float(1 + 0 * p.B.data.sum())", "no host read", "the host reads a value",
+    ),
+    "a host array": (LINEAR, LINEAR + " + Tensor(np.zeros(len(p.B.data), p.B.dtype))", "no host read", "host array"),
+    "later tokens": (LINEAR, LINEAR + " + ops.mean(x, axis=1, keepdims=True)[..., :1]", "causality", "with token 5"),
+    "other rows": (LINEAR, LINEAR + " + ops.mean(x, axis=0)[..., :1]", "independence of rows", "in a batch"),
+    "padding": (
+        LINEAR, LINEAR + " + ops.mean(x, axis=1, keepdims=True)[..., :1]", "independence of rows", "with its padding",
+    ),
+    "base twice": (LINEAR, LINEAR + " + base(x) * 0.1", "base called once", "calls base 2 times"),
+    "base never": ("base(x) +", "base.frozen(x) +", "base called once", "never calls base"),
+    "what is below is lost": ("base(x) +", "base.frozen(x) +", "around lora", "gets no gradient"),
+    "a transposed merge": ("(p.B @ p.A)", "(p.A.T @ p.B.T)", "merging", ""),
+    "another scale in the merge": ("weight + (cfg.alpha / cfg.r)", "weight + cfg.alpha", "merging", "differ from the"),
+    "a merge in place": ("return " + MERGED, "weight += (p.B @ p.A) * (cfg.alpha / cfg.r)\n    return weight",
+                         "merging", "must not write"),
+    "a step in place": (LINEAR, LINEAR + " + shrunk(base)", "detaching", "change arrays in place"),
+    "another count": ("r (in + out) numbers", "r (in + out) + out numbers", "number of parameters", "1,024 numbers"),
+    "a dense weight that is kept": (LINEAR, "base(x) + ops.linear(x, Tensor(site.weight.array), None) * 0 + "
+                                    + LINEAR.removeprefix("base(x) + "), "quantized base", "'array'"),
+    "rounding": (LINEAR, LINEAR.replace("ops.linear(x, p.A)", "(ops.linear(x, p.A) + 1e5 - 1e5)"), 
+                 "float32 and float64", "nearly equal"),
+}  # fmt: skip
+IMPORT = "from refpeft import hookimpl, ops\n"
+HELPERS = """from refpeft import Tensor
+
+
+def shrunk(base):
+    base.weight.data[...] *= 0.5
+    return 0.0
+"""
+
+
+@pytest.fixture(autouse=True)
+def nothing_added(monkeypatch):
+    """Plugins of other tests are not known."""
+    monkeypatch.setattr(manager, "_added", {})
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_in_a_method_is_caught_by_its_line(mistake, tmp_path):
+    right, wrong, line, text = MISTAKES[mistake]
+    assert right in METHOD
+    source = METHOD.replace(right, wrong, 1)
+    if "site." in wrong:
+        source = source.replace(HOOK, "def peft_linear(x, base, p, cfg, site):")
+    source = source.replace(IMPORT, IMPORT + HELPERS, 1)
+    (tmp_path / "mistaken.py").write_text(source.replace("NAME", "mistaken"))
+    (finding,) = check(tmp_path / "mistaken.py", only=[line]).findings
+    assert finding.outcome == "FAILED" and text in finding.text, finding
+
+
+def test_a_number_that_is_drawn_and_in_no_file_is_caught(tmp_path):
+    source = METHOD.replace("    bound = ", "    KEPT[0] = float(rng.uniform(1, 2))\n    bound = ")
+    source = source.replace(LINEAR, f"{LINEAR} * KEPT[0]").replace(IMPORT, f"{IMPORT}\nKEPT = {{}}\n")
+    (tmp_path / "mistaken.py").write_text(source.replace("NAME", "mistaken"))
+    (finding,) = check(tmp_path / "mistaken.py", only=["saving and loading"]).findings
+    assert finding.outcome == "FAILED" and "must be in the file" in finding.text, finding
+
+
+def test_the_method_without_a_mistake_passes(tmp_path):
+    (tmp_path / "right.py").write_text(METHOD.replace("NAME", "right"))
+    report = check(tmp_path / "right.py")
+    assert not report.having("FAILED"), report.text()
+
+
+def test_properties_are_asked_of_every_kind_of_site_that_there_is_a_hook_for():
+    (finding,) = check("lora", only=["gradients"]).findings
+    assert "linear" in finding.text and "embedding" in finding.text
+
+
+def test_gradients_are_not_taken_for_wrong_where_a_constant_is_meant():
+    assert check("dora", only=["gradients"]).findings[0].outcome == "passed"
+
+
+def test_a_claim_is_asked_for_only_where_the_docstring_makes_it():
+    (finding,) = check("prefix_tuning", only=["identity at start"]).findings
+    assert finding.outcome == "not applicable" and "the docstring does not say" in finding.text
+
+
+def test_a_method_for_quantized_weights_is_tried_on_these():
+    report = check("qdora", only=["attaches", "dense base", "gradients", "quantized base"])
+    outcomes = {finding.property: finding.outcome for finding in report.findings}
+    assert outcomes == {
+        "attaches": "passed",
+        "dense base": "not applicable",
+        "gradients": "passed",
+        "quantized base": "passed",
+    }
+
+
+@pytest.mark.parametrize(
+    ("doc", "formula"),
+    [
+        ("Trained: A (r, in), B (out, r): r (in + out) numbers a target, r out with A frozen.", "r (in + out)"),
+        ("Trained: down, down_bias: 2 size dim + size + dim numbers\na place.", "2 size dim + size + dim"),
+        ("P (out, r), E (r,) and Q (r, in), r (in + out + 1) numbers a target", "r (in + out + 1)"),
+        ("nothing is said of numbers", None),
+    ],
+)
+def test_a_formula_is_found_in_a_docstring(doc, formula):
+    assert stated(doc) == formula
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("r (in + out)", 80), ("2 in - out / 4", 22), ("r^2 (1 + 2 r)", 144), ("in out r", 384)],
+)
+def test_a_formula_of_options_and_sizes_is_evaluated(text, number):
+    site = SimpleNamespace(kind="linear", shape=(8, 12))
+    sized = make_dataclass("Config", [("r", int), ("targets", tuple)])(4, ())
+    assert evaluated(text, sized, SimpleNamespace(site=site)) == number
+
+
+# ---- mistakes in a quantizer ----
+
+QUANTIZER = '''"""Thirds: 4 bits a weight, a code -7 ... 7 times a scale for each row.
+
+https://example.org/thirds
+"""
+
+import numpy as np
+
+from refpeft import hookimpl
+from refpeft.backend import xp_of
+
+
+@hookimpl
+def quant_pack(weight):
+    xp, rows = xp_of(weight), weight.reshape(-1, weight.shape[-1])
+    scale = xp.maximum(xp.abs(rows).max(axis=1), np.float32(1e-37)) / 7
+    codes = xp.rint(rows / scale[:, None]).astype("i1")
+    return {"codes": codes, "scale": scale}
+
+
+@hookimpl
+def quant_unpack(parts, shape, dtype):
+    values = parts["codes"].astype("f4") * parts["scale"][:, None]
+    return values.reshape(shape).astype(dtype)
+'''
+QUANTIZER_MISTAKES = {
+    "another order": ("reshape(shape)", "reshape(shape[::-1]).T.copy()", "both ways", "do both hooks mean the same"),
+    "another shape": (".reshape(shape)", "", "odd shapes", "comes back as"),
+    "division by zero": ("xp.maximum(xp.abs(rows).max(axis=1), np.float32(1e-37))", "xp.abs(rows).max(axis=1)",
+                         "zeros", "divide by no scale of 0"),
+    "squares": ("xp.abs(rows).max(axis=1)", "xp.sqrt((rows * rows).max(axis=1))", "any finite number", "NaN"),
+    "another dtype": (".astype(dtype)", "", "dtypes", "where float64 is asked for"),
+    "random codes": ("xp.rint(rows / scale[:, None])",
+                     "xp.floor(rows / scale[:, None] + np.random.default_rng().uniform(size=rows.shape))",
+                     "same bits again", "no random numbers"),
+    "a weight that is written to": ("    scale =", "    rows *= 0.5\n    scale =", "same bits again", "writes into"),
+    "levels without codes": ('.astype("f4") *', '.astype("f4") * 2 *', "packing what was unpacked", "its own code"),
+    "arrays of the host": ("xp.rint(rows", "xp.rint(np.zeros(rows.shape) + rows", "on a device", "a host array"),
+    "a read on the host": ("    values =", "    if parts[\"scale\"].max() > 0: pass\n    values =", "on a device",
+                           "the host reads"),
+}  # fmt: skip
+
+
+def test_a_quantizer_without_a_mistake_passes(tmp_path):
+    (tmp_path / "thirds.py").write_text(QUANTIZER)
+    report = check(tmp_path / "thirds.py")
+    assert not report.having("FAILED"), report.text()
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("mistake", QUANTIZER_MISTAKES)
+def test_a_mistake_in_a_quantizer_is_caught_by_its_line(mistake, tmp_path):
+    right, wrong, line, text = QUANTIZER_MISTAKES[mistake]
+    assert right in QUANTIZER
+    (tmp_path / "thirds.py").write_text(QUANTIZER.replace(right, wrong, 1))
+    (finding,) = check(tmp_path / "thirds.py", only=[line]).findings
+    assert finding.outcome == "FAILED" and text in finding.text, finding
+
+
+# ---- the command ----
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, ["check", *map(str, arguments)])
+
+
+def test_the_command_prints_a_line_for_each_property_and_exits_with_1_where_one_failed(tmp_path):
+    (tmp_path / "mistaken.py").write_text(METHOD.replace("(frozen=True)", "").replace("NAME", "mistaken"))
+    failed = run(tmp_path / "mistaken.py", "--set", "r=2")
+    assert failed.exit_code == 1
+    assert "FAILED          config " in failed.output and "1 failed" in failed.output
+    passed = run("nf4", "--json")
+    assert passed.exit_code == 0
+    assert {finding["outcome"] for finding in json.loads(passed.output)["findings"]} == {"passed", "not applicable"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere.py"], "plugin nowhere.py does not exist"),
+        (["lroa"], "no plugin is named 'lroa'; did you mean 'lora'?"),
+        (["lora", "--set", "r"], "--set r: expected key=value"),
+        (["lora", "--set", "q=3"], "q"),
+    ],
+)
+def test_a_wrong_use_of_the_command_is_a_line_and_exit_code_2(arguments, message):
+    done = run(*arguments)
+    assert done.exit_code == 2 and message in done.output and len(done.output.splitlines()) == 1
