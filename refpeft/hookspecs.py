@@ -14,6 +14,15 @@ refused, where `cayley` is not "neumann".
 
 A recipe has no forward hook, and so no targets: it brings other methods along (`peft_companions`).
 
+What every method promises, and `refpeft check FILE` tries on tiny models: the gradients of all that it trains are right
+(hooks compute with refpeft.ops on Tensors, and what counts as a constant goes through ops.detach); in a decoder a token
+changes nothing before it, and a row nothing in another; what is attached below acts; merged is unmerged; on quantized
+weights it is what it is on the same numbers, dense; all random numbers are drawn from `rng`; what is drawn or made of
+weights and not trained is a constant among its values, so that files have it; nothing is read by the host in a training
+step; no array is changed in place. Two things are asked if the docstring says them: that first values "leave the model
+as it is" (or that "the model is unchanged"), and a formula, "r (in + out) numbers a target" (or a place, a layer), of
+options and of the sizes of a site: out and in, vocab and dim, kv_heads and head_dim.
+
 The arguments:
     site    refpeft.sites.Site: .name, .kind, .shape, .roles, .index, .tied, .quantized
     sites   the list of those that were chosen (a recipe is given all of the model's)
@@ -25,7 +34,8 @@ The arguments:
     bias    the frozen bias (out,), or None
     tokenizer  the model's refpeft.tokenizer.Tokenizer, or None where it has none
     x       Tensor (batch, time, in); ids: integer array (batch, time)
-    base    the layer below, to be called once: base(x). Keywords stand in for its frozen parts: base(x, bias=p.bias).
+    base    the layer below, to be called once (a norm's may be again): base(x). Keywords stand in for its frozen parts:
+            base(x, bias=p.bias).
             base.weight and base.bias are those parts as constants; base.frozen(x) is x times the weight alone;
             base.attention(q, k, v), in a block's hook, is attention such as the layer's own for a sub-network, and
             base.cross_attention(q, source) in T5's decoder attention to the keys and values that source() gives;
