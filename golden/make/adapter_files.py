@@ -27,6 +27,7 @@ from methods import SMALL_GPT2, SMALL_LLAMA
 from models import PADDED, draw_weights, precision, real_only, transformers_model
 from safetensors.numpy import load_file, save_file
 
+TASKS = {None: "CAUSAL_LM", heads.SEQUENCE: "SEQ_CLS", heads.TOKENS: "TOKEN_CLS", heads.MASKED: None}
 ONE = {"vocab_size": 12, "num_hidden_layers": 1}
 SETTINGS = {
     "llama": SMALL_LLAMA | ONE,
@@ -221,6 +222,16 @@ def files() -> Iterator[File]:
         flags="KeyNames TokensReplace TokensOfHead",
         comment="the head, which is tied, has the rows as well",
     )
+    yield File(
+        "trainable_tokens",
+        "masked",
+        peft.TrainableTokensConfig(token_indices=[7, 3], target_modules=["word_embeddings"]),
+        "bert",
+        flags="KeyNames TokensReplace TokensOfHead",
+        comment="the tied head has a bias, too; PEFT 0.21 leaves it out",
+        head=heads.MASKED,
+        agrees=False,
+    )
     yield File("prompt_tuning", "plain", peft.PromptTuningConfig(num_virtual_tokens=3), flags="KeyNames PromptFirst")
     yield File(
         "multitask_prompt",
@@ -385,7 +396,7 @@ def loaded(file: File) -> Case:
 def written(file: File, base: torch.nn.Module, draw: Draw) -> tuple[dict, dict[str, np.ndarray], Tensors]:
     """(adapter_config.json, the file with drawn values, the matrices that it leaves to a seed, by letter)."""
     torch.manual_seed(0)
-    file.config.task_type = {heads.SEQUENCE: "SEQ_CLS", heads.TOKENS: "TOKEN_CLS"}.get(file.head, "CAUSAL_LM")
+    file.config.task_type = TASKS[file.head]
     adapted = peft.get_peft_model(base, file.config)
     if file.variant == "pruned":  # as after training
         adapted.peft_config["default"].rank_pattern = file.left

@@ -192,8 +192,9 @@ def by_equation(method: str, model: dict, c: dict, drawn: Tensors | None = None,
     def folded(weights: Tensors, file: Tensors) -> torch.Tensor:
         """Of LoRA in an encoder: the weights that it makes, under what its head says."""
         for site in {name.removesuffix(".weight") for name in weights if name.endswith(".weight")}:
-            letters, options = letters_at(method, file, site), options_of(method, c, site)
+            letters = letters_at(method, file, site) if method in LETTERS else {}
             if letters:
+                options = options_of(method, c, site)
                 delta = options["alpha"] / options["r"] * letters["B"] @ letters["A"]
                 weights[f"{site}.weight"] = weights[f"{site}.weight"] + delta
         logits = heads._logits(head, model, weights, weights)

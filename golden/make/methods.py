@@ -66,6 +66,7 @@ def on_llama() -> Iterator[Adapted]:
     layers = [f"model.layers.{i}" for i in range(2)]
     yield full("llama", SMALL_LLAMA, tie_word_embeddings=True)
     yield from _lora([(f"{here}.self_attn.{p}_proj", out) for here in layers for p, out in (("q", 8), ("v", 4))])
+    yield _lora_at_both_ends()
     gains = {f"{here}.self_attn.{p}_proj.gain": (4,) for here in layers for p in "kv"}
     yield _ia3(gains | {f"{here}.mlp.down_proj.gain": (12,) for here in layers}, "down_proj")
     biased = {"attention_bias": True, "mlp_bias": True}
@@ -130,6 +131,32 @@ def _lora(sites: list[tuple[str, int]]) -> Iterator[Adapted]:
         flags="FrozenFactor",
         peft=False,
         comment="A is given, and not trained",
+    )
+
+
+def _lora_at_both_ends() -> Adapted:
+    """At an embedding and at the head that shares its table: each has factors of its own, of what is frozen once."""
+    config = {"r": 2, "alpha": 6.0, "rslora": False, "dropout": 0.0}
+    embed, head, vocab = "model.embed_tokens", "lm_head", SMALL["vocab_size"]
+    shapes = {f"{embed}.A": (2, vocab), f"{embed}.B": (8, 2), f"{head}.A": (2, 8), f"{head}.B": (vocab, 2)}
+
+    def advice(t: Tensors) -> reference.Advice:
+        change = lora_scale(config) * (t[f"{embed}.B"] @ t[f"{embed}.A"]).mT
+        return {
+            embed: lambda f, ids: f(ids) + change[ids],
+            head: lambda f, x: lora(f, x, t[f"{head}.A"], t[f"{head}.B"], lora_scale(config)),
+        }
+
+    return Adapted(
+        "lora",
+        config | {"targets": [embed, head]},
+        shapes,
+        advice,
+        flags="Scaling TiedEmbedding",
+        peft=False,
+        settings={"tie_word_embeddings": True},
+        label="tied-",
+        comment="the head is tied to the embedding; each of the two has its own factors, which the other does not read",
     )
 
 
