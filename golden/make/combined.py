@@ -51,19 +51,22 @@ ROWS: tuple[tuple, ...] = (  # method, variant, adapters, weights, PEFT's type, 
     ),
     ("parallel", "average", (BESIDE, BESIDE), (0.5, 0.5), None, "CombinedAverage", "the mean of what the two add"),
     ("parallel", "unequal", (BESIDE, BESIDE | {"size": 2}), (0.25, 0.75), None, "CombinedAverage", "a weighted mean"),
+    ("lora", "same", (LORA_2, LORA_2), (0.7, 0.6), "cat", "", "of equal ranks and scales, still not factor by factor"),
+    ("parallel", "square", (BESIDE, BESIDE), (0.5, 0.5), None, "CombinedAverage", "a mean, at a square layer"),
 )
 
 
 def cases() -> Iterator[Case]:
     for method, variant, adapters, weights, kind, flags, comment in ROWS:
-        draw = Draw(f"{method}-combined-{variant}")
-        inputs = {"x": draw.normal(2, 3, 5), "weight": draw.normal(6, 5, scale=5**-0.5), "bias": draw.normal(6)}
+        draw, (out, inp) = Draw(f"{method}-combined-{variant}"), (6, 6 if variant == "square" else 5)
+        inputs = {"x": draw.normal(2, 3, inp), "weight": draw.normal(out, inp, scale=inp**-0.5)}
+        inputs["bias"] = draw.normal(out)
         config = dict(zip(PLACES, adapters, strict=False)) | {"weights": list(weights)}
         for place, own in zip(PLACES, adapters, strict=False):
             if method == "parallel":
-                letters = {n: draw.normal(*s, scale=0.5) for n, s in bottlenecks.letters(own, 5, 6).items()}
+                letters = {n: draw.normal(*s, scale=0.5) for n, s in bottlenecks.letters(own, inp, out).items()}
             else:
-                shapes = equation(method).trained(own, 6, 5)
+                shapes = equation(method).trained(own, out, inp)
                 drawn = {letter: draw.normal(*shape, scale=0.5) for letter, shape in shapes.items()}
                 letters = equation(method).start(drawn, inputs["weight"], own)
             inputs |= {f"{place}.{letter}": array for letter, array in letters.items()}

@@ -83,6 +83,7 @@ DELORA = of("delora", r=2, dropout=0.0)
 
 ROWS: tuple[tuple, ...] = (  # variant, first, second, sides (out, in), bias, PEFT agrees, flags, comment
     ("lora", LORA_2, LORA_3, (6, 8), True, True, "Scaling RsLoraScale", "other ranks and scales; both are added"),
+    ("plain", LORA_2, LORA_2 | {"alpha": 3.0}, (8, 8), True, True, "Scaling InputOverwritten", "both read x"),
     ("dora", DORA, DORA_3, (6, 8), True, False, "AdapterOrder BaseBias", "both V are of the frozen weight"),
     ("dora", LORA_2, DORA, (6, 8), True, False, "AdapterOrder", "V is of the frozen weight, without the first"),
     ("lora", DORA, LORA_2, (6, 8), True, True, "AdapterOrder", "DoRA's norms are without what follows"),
