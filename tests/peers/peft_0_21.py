@@ -10,6 +10,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import SimpleNamespace
 from unittest import mock
 
 import bitsandbytes
@@ -17,7 +18,9 @@ import peft
 import torch
 from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
 from peft.utils.integrations import dequantize_module_weight
+from peft_files import loaded, saved
 from peft_methods import LORA_EMBEDDING, METHODS, NETWORKS, Tensors
+from peft_together import OneLayer, combined, restored, two
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel, logging
 from transformers.modeling_outputs import CausalLMOutput
@@ -43,7 +46,7 @@ class Peft:
             raise NotImplementedError(MISSING.get(case.name, "not in PEFT"))
         if runner is None:
             raise NotImplementedError("PEFT has no function of this alone")
-        if case.at in ("model", "train") and dtype == "float64":
+        if case.at in ("model", "train", "load") and dtype == "float64":
             raise NotImplementedError("transformers computes norms and the loss in float32")
         t = {name: torch.from_numpy(array.copy()) for name, array in given.items()}
         with warnings.catch_warnings(), refused():
@@ -64,7 +67,7 @@ def refused() -> Iterator[None]:
     try:
         yield
     except (TypeError, ValueError) as error:
-        if any(word in str(error) for word in ("not supported", "Unsupported", "Please initialize")):
+        if any(word in str(error) for word in ("not supported", "Unsupported", "not compatible", "Please initialize")):
             said = re.sub(r"\(n.=.*?\)|<class '.*\.|'>", "", str(error))  # sizes of the layer, modules
             raise NotImplementedError(f"refused: {said.split('.')[0]}") from error
         raise
@@ -139,17 +142,6 @@ def with_layers(case: Case, base: nn.Module, t: Tensors) -> tuple[peft.PeftModel
 # ---- at one layer ----------------------------------------------------------------------------------------------------
 
 
-class OneLayer(nn.Module):
-    """A model of one layer, called `site`."""
-
-    def __init__(self, site: nn.Module):
-        super().__init__()
-        self.site = site
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.site(x)
-
-
 def layer(case: Case, t: Tensors) -> nn.Module:
     """The frozen layer, as torch and transformers have it."""
     weight, bias = t["weight"], t.get("bias")
@@ -190,11 +182,26 @@ def at_layer(case: Case, t: Tensors) -> Tensors:
         for name, gradient in one.unpacked(one.parameter.grad, given).items():
             letter = name.removeprefix("site.")
             answer[f"grad.{letter if letter in t else f'shared.{letter}'}"] = gradient
+    if "penalty" in case.checks:
+        answer |= penalty(adapted, trained)
     if "merged.weight" in case.checks:
         merged = adapted.merge_and_unload().site
         answer |= {"merged.weight": merged.weight}
         answer |= {} if getattr(merged, "bias", None) is None else {"merged.bias": merged.bias}
     return answer
+
+
+def penalty(adapted: peft.PeftModel, trained: list[Trained]) -> Tensors:
+    """AdaLoRA's, which PEFT adds to the loss of any model that gives one: here to 0."""
+    adapted.zero_grad()
+    site = adapted.base_model.model
+    with mock.patch.object(
+        site, "forward", lambda: SimpleNamespace(loss=torch.zeros((), dtype=site.site.weight.dtype))
+    ):
+        term = adapted.base_model().loss
+    term.backward()
+    found = {one.names[0].removeprefix("site."): one.parameter.grad for one in trained}
+    return {"penalty": term} | {f"penalty.grad.{name}": grad for name, grad in found.items() if grad is not None}
 
 
 @contextlib.contextmanager
@@ -378,4 +385,9 @@ RUNNERS: dict[str, Callable[[Case, Tensors], Tensors]] = {
     "model": on_model,
     "train": on_model,
     "steps": allocations,
+    "two": two,
+    "restored": restored,
+    "combined": combined,
+    "load": loaded,
+    "save": saved,
 }

@@ -37,8 +37,11 @@ def lora(**more) -> Callable[[dict, list[str], Tensors], peft.PeftConfig]:
             lora_alpha=c["alpha"],
             use_rslora=c.get("rslora", False),
             lora_dropout=c.get("dropout", 0.0),
+            rank_pattern=c.get("rank_pattern", {}),
+            alpha_pattern=c.get("alpha_pattern", {}),
             target_modules=targets,
-            **more,
+            modules_to_save=c.get("modules_to_save"),
+            **{"bias": c.get("bias", "none")} | more,
         )
 
     return config
@@ -51,6 +54,7 @@ def adalora(c: dict, targets: list[str], t: Tensors) -> peft.AdaLoraConfig:
         lora_alpha=c["alpha"],
         lora_dropout=c.get("dropout", 0.0),
         total_step=9,
+        orth_reg_weight=c.get("gamma", 0.5),
         target_modules=targets,
     )
 
@@ -68,10 +72,12 @@ def llama_adapter(c: dict, targets: list[str], t: Tensors) -> peft.AdaptionPromp
 
 
 def shira(c: dict, targets: list[str], t: Tensors) -> peft.ShiraConfig:
+    (indices,) = (tensor.long() for name, tensor in t.items() if name.endswith(".indices"))
+
     def mask(layer: nn.Linear, r: int, **_) -> torch.Tensor:
-        return torch.zeros_like(layer.weight).index_put_(
-            tuple(t["site.indices"].long()), torch.ones_like(layer.weight)[0, 0]
-        )
+        chosen = torch.zeros_like(layer.weight)
+        chosen[tuple(indices)] = 1
+        return chosen
 
     config = peft.ShiraConfig(r=c["r"], target_modules=targets)
     config.mask_fn = mask
@@ -93,20 +99,26 @@ METHODS: dict[str, Method] = {
     ),
     "adalora": Method(adalora, {"P": "lora_B.default", "E": "lora_E.default", "Q": "lora_A.default"}),
     "vera": Method(
-        lambda c, targets, t: peft.VeraConfig(r=c["r"], vera_dropout=c["dropout"], target_modules=targets),
+        lambda c, targets, t: peft.VeraConfig(r=c["r"], vera_dropout=c.get("dropout", 0.0), target_modules=targets),
         {"d": "vera_lambda_d.default", "b": "vera_lambda_b.default"},
         {"A": "base_model.vera_A.default", "B": "base_model.vera_B.default"},
     ),
     "loha": Method(
-        lambda c, targets, t: peft.LoHaConfig(r=c["r"], alpha=c["alpha"], target_modules=targets),
+        lambda c, targets, t: peft.LoHaConfig(
+            r=c["r"],
+            alpha=c["alpha"],
+            rank_pattern=c.get("rank_pattern", {}),
+            alpha_pattern=c.get("alpha_pattern", {}),
+            target_modules=targets,
+        ),
         {f"{letter}{i}": f"hada_w{i}_{letter.lower()}.default" for i in "12" for letter in "AB"},
     ),
     "lokr": Method(
         lambda c, targets, t: peft.LoKrConfig(
             r=c["r"],
             alpha=c["alpha"],
-            decompose_both=c["decompose_both"],
-            decompose_factor=c["factor"],
+            decompose_both=c.get("decompose_both", False),
+            decompose_factor=c.get("factor", -1),
             target_modules=targets,
         ),
         {
@@ -116,12 +128,13 @@ METHODS: dict[str, Method] = {
         },
     ),
     "hira": Method(
-        lambda c, targets, t: peft.HiraConfig(r=c["r"], hira_dropout=c["dropout"], target_modules=targets),
+        lambda c, targets, t: peft.HiraConfig(r=c["r"], hira_dropout=c.get("dropout", 0.0), target_modules=targets),
         {"A": "hira_A.default", "B": "hira_B.default"},
     ),
     "delora": Method(
-        lambda c, targets, t: peft.DeloraConfig(r=c["r"], module_dropout=c["dropout"], target_modules=targets),
+        lambda c, targets, t: peft.DeloraConfig(r=c["r"], module_dropout=c.get("dropout", 0.0), target_modules=targets),
         {"A": "delora_A.default", "B": "delora_B.default", "strength": "delora_lambda.default"},
+        {"w": "delora_w_norm.default"},
     ),
     "oft": Method(
         lambda c, targets, t: peft.OFTConfig(
@@ -155,6 +168,7 @@ METHODS: dict[str, Method] = {
             n_frequency=c["frequencies"],
             scaling=c["scaling"],
             random_loc_seed=c["places_seed"],
+            n_frequency_pattern=c.get("frequencies_pattern", {}),
             target_modules=targets,
         ),
         {"c": "fourierft_spectrum.default"},

@@ -1,0 +1,97 @@
+"""Adapters' files, read and written by PEFT itself."""
+
+from __future__ import annotations
+
+import copy
+import json
+import tempfile
+import warnings
+from pathlib import Path
+
+import peft
+import torch
+import transformers
+from peft_methods import METHODS, NETWORKS, Tensors
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+TASKS = {"LM": "CAUSAL_LM", "ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS"}
+"""By a part of the name of a model's class."""
+
+
+def base_model(config: dict, t: Tensors) -> transformers.PreTrainedModel:
+    """transformers' model of a config.json, with the weights that the case has."""
+    settings = dict(config)
+    (architecture,) = settings["architectures"]
+    made = transformers.AutoConfig.for_model(settings.pop("model_type"), **settings)
+    base = getattr(transformers, architecture)(made).eval()
+    base.load_state_dict({n: t[n] for n, _ in base.named_parameters() if n in t}, strict=False)
+    return base
+
+
+def loaded(case, t: Tensors) -> Tensors:
+    files = {name.removeprefix("file."): tensor for name, tensor in t.items() if name.startswith("file.")}
+    base = base_model(case.config["model"], t)
+    with tempfile.TemporaryDirectory() as folder:
+        save_file(files, Path(folder) / "adapter_model.safetensors", {"format": "pt"})
+        (Path(folder) / "adapter_config.json").write_text(json.dumps(case.config["adapter_config"]))
+        warnings.filterwarnings("error", message=".*(missing|unexpected|Unexpected) .*keys.*")
+        adapted = peft.PeftModel.from_pretrained(base, folder).eval()
+    ids, more = t["ids"].long(), {}
+    if "segments" in t:
+        more["attention_mask"] = (t["segments"] >= 0).long()
+    if "task" in case.config:
+        more["task_ids"] = torch.full((len(ids),), case.config["task"])
+    logits = adapted(input_ids=ids, **more).logits
+    if logits.ndim == 3:
+        logits = logits[:, -ids.shape[1] :]
+        logits = logits * (t["segments"] >= 0)[..., None] if "segments" in t else logits
+    return {"logits": logits}
+
+
+def saved(case, t: Tensors) -> Tensors:
+    base = base_model(case.config["model"], t)
+    name = case.config.get("adapter_name", "default")
+    if case.name in NETWORKS:
+        config, packs = NETWORKS[case.name](case.config, t)
+    else:
+        targets = case.config.get("targets", [])
+        if case.name == "trainable_tokens":  # PEFT finds the tied head itself
+            targets = [target for target in targets if f"{target}.tokens" in t]
+        config, packs = METHODS[case.name].config(case.config, targets, t), {}
+    config.task_type = next(task for word, task in TASKS.items() if word in type(base).__name__)
+    adapted = peft.get_peft_model(base, config, adapter_name=name)
+    if "beside" in case.config:
+        adapted.add_adapter(case.config["beside"], copy.deepcopy(config))
+    with torch.no_grad():
+        for inner, (names, pack) in packs.items():
+            value = pack([t[n] for n in names])
+            dict(adapted.prompt_encoder[name].named_parameters())[inner].copy_(value)
+        if not packs:
+            fill(adapted, case, t, name)
+    with tempfile.TemporaryDirectory() as folder:
+        adapted.save_pretrained(folder, selected_adapters=[name])
+        (path,) = Path(folder).rglob("adapter_model.safetensors")
+        files = load_file(path)
+    return {f"file.{key}": tensor for key, tensor in files.items()} | {"count": torch.tensor(len(files))}
+
+
+def fill(adapted: nn.Module, case, t: Tensors, adapter: str) -> None:
+    """The case's values into PEFT's layers, whole layers that it copies, and biases."""
+    method = METHODS[case.name]
+    there = dict(adapted.named_parameters(remove_duplicate=False)) | dict(adapted.named_buffers(remove_duplicate=False))
+    for name, tensor in t.items():
+        where, _, letter = name.rpartition(".")
+        inner = (method.names | method.constants).get(letter, letter).replace("default", adapter)
+        where = where.removesuffix(".attend")
+        begin = f"base_model.model.{where}"
+        ways = [inner, f"{begin}.{inner}", f"{begin}.modules_to_save.{adapter}.{letter}"]
+        ways += [f"{begin}.base_layer.{letter}", f"{begin}.{letter}"]
+        found = next((there[way] for way in ways if way in there), None)
+        if found is not None:
+            if found.numel() != tensor.numel():
+                shapes = f"{tuple(found.shape)}, that of the case {tuple(tensor.shape)}"
+                raise ValueError(f"PEFT's tensor has the shape {shapes}: {name}")
+            found.copy_(tensor.reshape(found.shape))
+        elif letter != "indices":  # SHiRA's are in its config
+            raise ValueError(f"PEFT has no tensor for {name}")
