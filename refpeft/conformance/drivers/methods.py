@@ -35,7 +35,7 @@ def _in_model(case: Case, given: Arrays, dtype: str, xp: ModuleType) -> tuple[Mo
     """The case's model with the method on it, and its values as the case gives them."""
     options = {name: tuple(value) if isinstance(value, list) else value for name, value in case.config.items()}
     options.pop("optimizer", None)
-    model = model_of(options.pop("model"), given, dtype, xp)
+    model = model_of(options.pop("model"), given, dtype, xp, options)
     adapter = attached(model, case.name, options)
     set_values(adapter, model, given)
     return model, adapter

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 
@@ -16,11 +17,11 @@ from refpeft.backend import Array, xp_of
 from refpeft.batches import IGNORE, Batch
 from refpeft.examples import Example
 from refpeft.models import heads
-from refpeft.models.base import Model
+from refpeft.models.base import Frozen, Model
 from refpeft.models.checkpoint import expected_tensors
 from refpeft.models.config import from_hf
 from refpeft.models.encoder_config import PREFIX
-from refpeft.quant import Dense
+from refpeft.quant import Dense, make_quantizer
 from refpeft.sites import Adapter, attach
 from refpeft.tensor import parameter
 
@@ -41,12 +42,30 @@ def frozen(
     return weights
 
 
-def model_of(config: dict, given: Arrays, dtype: str, xp: ModuleType) -> Model:
-    """The model of a config.json; tensors that the case has not, as none of its outputs reads them, are zeros."""
+def kept(weights: Callable[..., Dense], options: dict[str, Any], dtype: str) -> Callable[..., Frozen]:
+    """The same, but a method's targets in the format of its case's `quantizer`, which leaves the options."""
+    if "quantizer" not in options:
+        return weights
+    quantizer = make_quantizer(options.pop("quantizer"), {"block": options.pop("block")})
+    names = {f"{target}.weight" for target in options["targets"]}
+
+    def as_kept(name: str, linear: bool = False, transposed: bool = False) -> Frozen:
+        array = weights(name, linear, transposed)
+        return quantizer(array(), np.dtype(dtype)) if linear and name in names else array
+
+    return as_kept
+
+
+def model_of(config: dict, given: Arrays, dtype: str, xp: ModuleType, options: dict[str, Any] | None = None) -> Model:
+    """The model of a config.json; tensors that the case has not, as none of its outputs reads them, are zeros.
+
+    `options` are those of the method that will be on it: see `kept`.
+    """
     shape = from_hf(config)
     prefix = PREFIX.get(shape.family, "")  # cases of encoders are of models without a head, whose names lack it
     arrays = {prefix + name: array for name, array in given.items()}
-    return class_of(shape)(shape, frozen(arrays, dtype, xp, expected_tensors(shape)), np.dtype(dtype), xp)
+    weights = kept(frozen(arrays, dtype, xp, expected_tensors(shape)), options or {}, dtype)
+    return class_of(shape)(shape, weights, np.dtype(dtype), xp)
 
 
 def as_in_file(model: Model, name: str, array: Array) -> Array:

@@ -15,13 +15,12 @@ from refpeft.adapters import CONFIG, TENSORS
 from refpeft.backend import Array
 from refpeft.files import write_json, write_safetensors
 from refpeft.models.base import Frozen, Model
-from refpeft.quant import make_quantizer
 from refpeft.sites import Adapter, Site, attach, merge, prepare, put_on
 from refpeft.tensor import Tensor, parameter
 
 from ..vectors import Arrays, Case
 from .drawn import as_drawn
-from .models import as_in_file, frozen
+from .models import as_in_file, frozen, kept
 from .operations import gradients, placed
 
 _OF_NORMS = ("norm", "eps")
@@ -32,8 +31,8 @@ _INPUTS = ("x", "q", "k", "v")
 
 
 def attached(model: Model, method: str, options: dict[str, Any]) -> Adapter:
-    """The method on the model; of adapters that it takes from directories the case has the values."""
-    adapter = prepare(model, method, options, fit="adapters" not in options)
+    """The method on the model; a case has what comes from directories, and the base that LoftQ's values are for."""
+    adapter = prepare(model, method, options, fit="adapters" not in options and method != "loftq")
     put_on(model, adapter)
     return adapter
 
@@ -51,9 +50,10 @@ def run_place(case: Case, given: Arrays, dtype: str, xp: ModuleType) -> Arrays:
         options = {name: value for name, value in options.items() if name not in _OF_NORMS}
     if case.name == "ia3":
         options["feedforward"] = ("site",) if options["feedforward"] else ()
+    weights = kept(frozen(_weights(given), dtype, xp), options, dtype)
     if "base" in case.checks:
-        return _first_values(case, options, given, dtype, xp)
-    model = Model(None, frozen(_weights(given), dtype, xp), np.dtype(dtype), xp)
+        return _first_values(case, options, weights, given, dtype, xp)
+    model = Model(None, weights, np.dtype(dtype), xp)
     site, arrays = _site(case, model, given), placed(given, xp)
     if "sources" in given:
         return _prompt_of_others(case, options, model, given)
@@ -111,15 +111,10 @@ def _penalty(model: Model, values: dict[str, Tensor]) -> dict[str, Array]:
     return {"penalty": penalty.data} | {f"penalty.grad.{name}": tensor.grad for name, tensor in values.items()}
 
 
-def _first_values(case: Case, options: dict[str, Any], given: Arrays, dtype: str, xp: ModuleType) -> Arrays:
+def _first_values(
+    case: Case, options: dict[str, Any], weights: Callable[..., Frozen], given: Arrays, dtype: str, xp: ModuleType
+) -> Arrays:
     """The frozen weight and the update of first values, and what they compute together."""
-    dense, name = frozen(_weights(given), dtype, xp), options.pop("quantizer", None)
-    quantizer = make_quantizer(name, {"block": options.pop("block")}) if name else None
-
-    def weights(name: str, linear: bool = False, transposed: bool = False) -> Frozen:
-        array = dense(name, linear, transposed)
-        return quantizer(array(), np.dtype(dtype)) if linear and quantizer else array
-
     model = Model(None, weights, np.dtype(dtype), xp)
     site = model.linear("site", "q")
     (layer,) = attach(model, case.name, options).layers
