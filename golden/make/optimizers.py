@@ -57,6 +57,12 @@ def adafactor(config: dict) -> Compute:
     return trace(config, lambda params: torch.optim.Adafactor(params, lr=1.0, foreach=False, **options))
 
 
+def paper_adafactor(config: dict) -> Compute:
+    """transformers' has the paper's eps; its rate is a factor, and here below 1 / sqrt(t)."""
+    options = {"scale_parameter": True, "relative_step": False, "weight_decay": config["weight_decay"]}
+    return trace(config, lambda params: transformers.Adafactor(params, lr=1.0, **options))
+
+
 class Lion(torch.optim.Optimizer):
     """arXiv:2302.06675, algorithm 2."""
 
@@ -174,6 +180,10 @@ def other_cases() -> Iterator[Case]:
             "gradients 30 times as large in step 10: the update is scaled down to RMS 1",
         ),
         ("adafactor", "small", adafactor, factored, 0.2, 1e-6, "AdafactorFactors", "gradients of 1e-6"),
+        (
+            "adafactor", "tiny", paper_adafactor, factored | {"relative_step": True}, 1.0, 1e-8, "AdafactorEps",
+            "gradients of 1e-8: their squares are far above the paper's eps, 1e-30, and far below float32's",
+        ),
     ]  # fmt: skip
     for name, variant, maker, changes, size, slope, flags, comment in rows:
         draw = Draw(f"{name}-{variant}")
@@ -195,10 +205,11 @@ def other_cases() -> Iterator[Case]:
             inputs=inputs,
             compute=maker(config),
             spec=SPECS[name],
-            **({"oracle": "float64, from the paper"} if name == "lion" else {}),
+            **({"oracle": ORACLES[maker]} if maker in ORACLES else {}),
         )
 
 
+ORACLES = {lion: "float64, from the paper", paper_adafactor: f"transformers {transformers.__version__} float64"}
 SPECS = {
     "adam": "golden/README.md, Optimizers; arXiv:1412.6980, algorithm 1; torch.optim.Adam",
     "sgd": "golden/README.md, Optimizers; torch.optim.SGD",
