@@ -7,6 +7,7 @@ that several adapters nest on one site and detaching restores the base exactly.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -150,7 +151,8 @@ def prepare(model: Any, method: str | ModuleType, config: Any = None, *, seed: i
             f"plugin '{part.name}' needs a dataclass Config with a field 'targets', the sites it acts on"
         )
     taken = {adapter.name for adapter in model.adapters}
-    name = next(n for n in (part.name, *(f"{part.name}{i}" for i in range(2, 1000))) if n not in taken)
+    numbered = (f"{part.name}{number}" for number in itertools.count(2))
+    name = part.name if part.name not in taken else next(other for other in numbered if other not in taken)
     adapter = Adapter(name)
     waiting = [part]
     while waiting:
