@@ -64,7 +64,7 @@ def refuse(case: Case, config: dict) -> None:
         raise NotImplementedError("it has no LoRA at embeddings")
     if case.name == "prompt_tuning" and case.at != "embedding":
         raise NotImplementedError("it has no prompt tuning for Llama and GPT-2")
-    if case.name == "parallel" and case.at in ("linear", "combined"):
+    if case.name == "parallel" and case.at == "linear":
         raise NotImplementedError("its adapters stand at blocks as wide as the model, not at single layers")
 
 
@@ -249,11 +249,13 @@ def several(case: Case, t: Tensors, layer: LoRALinear) -> dict[str, Slot]:
 
 
 def combined(case: Case, t: Tensors) -> Tensors:
-    """Of (IA)3 one new adapter. LoRA can be averaged so where ranks and scales are equal; here what it gives is."""
+    """One new adapter, where their configs are equal; else the average of what they give."""
+    if case.name == "parallel":
+        return combined_beside(case, t)
     model, layer = at_a_layer(case, t, False, together(case))
     several(case, t, layer)
     names, weights = list(together(case)), case.config["weights"]
-    if case.name == "lora":
+    if any(own != case.config["first"] for own in together(case).values()):
         model.set_active_adapters(Average(*names, weights=weights, normalize_weights=False))
         return {"y": within(model, layer)(t["x"])}
     model.average_adapter("sum", names, weights=weights, normalize_weights=False, set_active=True)
@@ -261,6 +263,27 @@ def combined(case: Case, t: Tensors) -> Tensors:
     y = within(model, layer)(t["x"])
     model.merge_adapter("sum")
     return {"y": y} | parts("merged", layer, t)
+
+
+def combined_beside(case: Case, t: Tensors) -> Tensors:
+    weight, bias = t["weight"], t["bias"]
+    model = tiny(square(weight))
+    adapters.init(model)
+    options = {"original_ln_after": False}
+    adapted(model, {n: CONFIGS["parallel"](own, len(weight), **options) for n, own in together(case).items()}, t)
+    around = model.transformer.h[0].output_adapters
+    for name in (name for name in t if name.partition(".")[0] in together(case)):
+        adapter, _, letter = name.partition(".")
+        bottleneck_slot(model, around, letter, adapter).fill(t[name])
+    model.set_active_adapters(Average(*together(case), weights=case.config["weights"], normalize_weights=False))
+    forward = within(model, lambda x: around(x @ weight.T + bias, x, None))
+    return {"y": forward(t["x"])}
+
+
+def square(weight: torch.Tensor) -> int:
+    if weight.shape[0] != weight.shape[1]:
+        raise NotImplementedError("its adapters stand at blocks as wide as the model, not at single layers")
+    return len(weight)
 
 
 def restored(case: Case, t: Tensors) -> Tensors:
