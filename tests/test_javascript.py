@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(not shutil.which("node"), reason="Node is not in
 
 HARNESS = Path(__file__).parent / "peers" / "javascript" / "harness.mjs"
 METHODS = {"lora", "dora", "ia3"}
-PLACES = ("linear", "conv1d", "embedding", "two", "restored", "combined", "encode", "decode", "file")
+PLACES = ("linear", "conv1d", "embedding", "two", "restored", "combined", "save", "encode", "decode", "file")
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import { readFileSync } from "node:fs";
 import { createInterface } from "node:readline";
+import { save } from "./files.mjs";
 import { asRows } from "./matrices.mjs";
 import * as nf4 from "./nf4.mjs";
 import { NotImplemented, places } from "./places.mjs";
@@ -12,6 +13,7 @@ import { readTensors, sizeOf, writeTensors } from "./safetensors.mjs";
 function outputsOf(vector, given) {
   const { kind, name, at, config } = vector;
   if (kind === "method" && places[at]) return ofMethod(vector, given);
+  if (["lora", "dora", "ia3"].includes(name) && at === "save") return save(given, config);
   if (kind === "quantizer" && name === "nf4" && nf4[at]) return nf4[at](given, config);
   throw new NotImplemented(`no ${kind} ${name}${at ? ` at ${at}` : ""}`);
 }
