@@ -95,7 +95,10 @@ def whole_model(case: Case, t: Tensors) -> Tensors:
     slots = {}
     for target in case.config["targets"]:
         old = model.get_submodule(target)
-        new = linear(old.weight.detach(), old.bias, case.config, conv=not isinstance(old, nn.Linear))
+        if isinstance(old, nn.Embedding):
+            new = embedding(old.weight.detach(), case.config)
+        else:
+            new = linear(old.weight.detach(), old.bias, case.config, conv=not isinstance(old, nn.Linear))
         model.set_submodule(target, new)
         slots |= fill(new, t, f"{target}.")
 
