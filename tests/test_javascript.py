@@ -37,10 +37,10 @@ def test_it_passes_lora_dora_ia3_and_nf4_at_one_layer_and_says_of_all_else_that_
         assert verdict.status == (PASSED if has else NOT_IMPLEMENTED), verdict.key
 
 
-def test_a_quarter_of_each_limit_is_enough_for_it(program):
+def test_half_of_each_limit_is_enough_for_it(program):
     """It rounds its sums at every step, one element after the other: limits must leave an honest port room."""
     report = conform(program, [case for case in cases() if case.name in METHODS])
-    assert max(verdict.share for verdict in report.verdicts) < 0.25
+    assert max(verdict.share for verdict in report.verdicts) < 0.5
 
 
 def saved(path, **tensors):
@@ -72,9 +72,14 @@ def test_an_input_that_is_not_in_the_file_is_named(program, tmp_path):
         ask(program, tmp_path)
 
 
-def ask(program, folder):
+def test_a_case_with_a_member_that_it_does_not_know_is_refused(program, tmp_path):
+    with pytest.raises(ProgramError, match=r"case.json: precision is no member of a case of this format$"):
+        ask(program, tmp_path, precision="high")
+
+
+def ask(program, folder, **members):
     """Its answer to a case of LoRA whose input x is in case.safetensors of the folder."""
     first = next(case for case in cases() if case.id == "lora-linear-plain")
-    document = json.loads(first.path.read_text()) | {"inputs": ["x"], "tensors": "case.safetensors"}
+    document = json.loads(first.path.read_text()) | {"inputs": ["x"], "tensors": "case.safetensors"} | members
     (folder / "case.json").write_text(json.dumps(document))
     return program.run(replace(first, path=folder / "case.json"), {}, "float32")

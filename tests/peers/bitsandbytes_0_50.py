@@ -28,7 +28,7 @@ class Bitsandbytes:
             raise NotImplementedError("bitsandbytes has quantizers and optimizers alone")
         answer = steps if case.name in OPTIMIZERS else QUANTIZERS.get((case.name, case.at))
         if answer is None:
-            raise NotImplementedError("bitsandbytes has them not")
+            raise NotImplementedError("not in bitsandbytes")
         if case.config.get("compat") == "bnb-cuda":
             raise NotImplementedError("what it does on CUDA, and this is a CPU")
         t = {name: torch.from_numpy(array.copy()) for name, array in given.items()}

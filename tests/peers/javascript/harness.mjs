@@ -37,8 +37,12 @@ function ofMethod(vector, given) {
 
 // ---- the protocol --------------------------------------------------------------------------------------------------
 
+const MEMBERS = "id kind name at level comment flags spec config inputs checks tensors source".split(" ");
+
 function run({ case: path, dtype, out }) {
   const vector = JSON.parse(readFileSync(path, "utf-8"));
+  const unknown = Object.keys(vector).find((member) => !MEMBERS.includes(member));
+  if (unknown) throw new Error(`${path}: ${unknown} is no member of a case of this format`);
   const tensors = readTensors(path.replace(/[^/\\]*$/, vector.tensors));
   const given = {};
   for (const name of vector.inputs) {
