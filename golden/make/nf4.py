@@ -153,7 +153,7 @@ def weights() -> Iterator[tuple[str, np.ndarray, str, str]]:
     ulp = [np.nextafter(BOUNDARIES, f32(-2)), BOUNDARIES, np.nextafter(BOUNDARIES, f32(2))]
     midpoints = np.concatenate([*ulp, f32([1.0]), np.zeros(18, f32)]).reshape(2, 32)
     comment = "every boundary and its two neighbours, absmax 1: a value on a boundary takes the lower code"
-    yield "midpoints", midpoints, "Nf4Midpoint", comment
+    yield "midpoints", midpoints, "Nf4Midpoint Nf4Literals", comment
     book = np.concatenate([CODEBOOK, -CODEBOOK, CODEBOOK * f32(0.3), CODEBOOK * f32(0.999)]).reshape(1, 64)
     yield "codebook", book, "Nf4Codebook", "the codes' own values come back"
     negative = Draw("nf4-negative").normal(2, 64)
