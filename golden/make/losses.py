@@ -140,8 +140,9 @@ def _classes() -> Iterator[Case]:
 
     rows = [  # variant, targets, weights, flags, comment
         ("weighted", [2, 0, 1, 2, 2], [0.5, 4.0, 1.0], "", "divided by the sum of the weights of the rows' labels"),
-        ("ignored", [2, -100, 1, -100, 0], [0.25, 3.0, 1.5], " IgnoredTargets", "an ignored row adds to neither sum"),
+        ("ignored", [2, -100, 1, -100, 0], [0.25, 3.0, 1.5], "IgnoredTargets", "an ignored row adds to neither sum"),
         ("zero", [0, 1, 1, 2], [0.0, 1.0, 2.0], "", "a label of weight 0 is as if it were ignored"),
+        ("parts", [0, 2, 1, -100, 1], [0.5, 4.0, 1.0], "AccumulationMean", "parts add up to the loss of the whole"),
     ]
     for variant, targets, weights, more, comment in rows:
         draw = Draw(f"classes-{variant}")
@@ -151,7 +152,8 @@ def _classes() -> Iterator[Case]:
             kind="loss",
             name="classes",
             comment=comment,
-            flags=tuple(("ClassWeights" + more).split()),
+            flags=("ClassWeights", *more.split()),
+            config={"parts": [[0, 1], [2, 3, 4]]} if variant == "parts" else {},
             inputs=inputs,
             compute=partial(_answer, loss),
             witnesses={"the two sums, in torch": partial(_answer, by_hand)},

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from refpeft import fused
+from refpeft import fused, ops
 from refpeft.api import class_of
 from refpeft.backend import Array, xp_of
 from refpeft.batches import IGNORE, Batch
@@ -201,7 +201,7 @@ def run_loss(case: Case, given: Arrays, dtype: str, xp: ModuleType) -> Arrays:
             raise NotImplementedError("batches are made on the host, also of training on a GPU")
         return {case.name: _packed(given)[case.name]}
     if case.name == "classes":
-        return _classes(given, xp)
+        return _classes(case, given, xp)
     if case.name != "accumulation":
         raise NotImplementedError(f"refpeft knows no loss {case.name!r}")
     model = model_of(case.config["model"], given, dtype, xp)
@@ -229,11 +229,15 @@ def _packed(given: Arrays) -> Arrays:
     return answer
 
 
-def _classes(given: Arrays, xp: ModuleType) -> Arrays:
+def _classes(case: Case, given: Arrays, xp: ModuleType) -> Arrays:
     """Labels of rows, which count by the weights of the labels."""
-    logits, targets = parameter(xp.asarray(given["logits"])), given["targets"]
+    targets = given["targets"]
     weights = given["weights"][np.where(targets >= 0, targets, 0)]
     total = Batch(targets[:, None], targets[:, None], weights=weights[:, None]).denominator
-    loss = fused.cross_entropy(logits, targets=xp.asarray(targets), denominator=total, weights=xp.asarray(weights))
-    loss.backward()
-    return {"loss": loss.data, "grad.logits": logits.grad}
+    logits, loss = parameter(xp.asarray(given["logits"])), 0.0
+    for rows in case.config.get("parts", [list(range(len(targets)))]):
+        counted = {"targets": xp.asarray(targets[rows]), "weights": xp.asarray(weights[rows])}
+        part = fused.cross_entropy(ops.take(logits, indices=xp.asarray(rows)), denominator=total, **counted)
+        part.backward()
+        loss += part.data
+    return {"loss": loss, "grad.logits": logits.grad}
