@@ -1,4 +1,4 @@
-"""The README stays true: its file tree, its table of methods, its plugin and its Python."""
+"""The README stays true: its file tree, its table of methods and its Python."""
 
 import re
 from pathlib import Path
@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from variants import has_constants
 
-import refpeft
-from refpeft import adapters, manager, overview
+from refpeft import manager, overview
 from refpeft.quant import make_quantizer
 
 ROOT = Path(__file__).parents[1]
@@ -85,20 +84,6 @@ def test_the_table_of_quantizers_is_that_of_the_plugins_and_its_numbers_are_thei
         measured = [bits, doubly, error]
         written = [float("nan" if number == "-" else number) for number in numbers]
         assert measured == pytest.approx(written, rel=0.01, nan_ok=True), name
-
-
-def test_the_plugin_of_the_readme_trains_and_its_adapter_loads(tmp_path):
-    (tmp_path / "readme_gains.py").write_text(python_with("hookimpl"))
-    model = refpeft.load("embedded")
-    adapter = refpeft.attach(model, str(tmp_path / "readme_gains.py"), {"first": 0.5})
-    assert adapter.size == 2 * model.config.layers
-    ids = [model.tokenizer.encode("Record of the element iron: symbol\n")]
-    logits = model(ids)
-    logits.sum().backward()
-    assert all(tensor.grad.any() for tensor in adapter.params.values())
-    adapters.save(tmp_path / "saved", model)
-    again = refpeft.load("embedded", tmp_path / "saved")
-    assert again(ids).data == pytest.approx(logits.data)
 
 
 def test_the_python_of_the_readme_runs():
