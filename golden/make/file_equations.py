@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
+import encoder_reference
 import heads
 import layer_prompts
 import reference
@@ -197,6 +198,8 @@ def by_equation(method: str, model: dict, c: dict, drawn: Tensors | None = None,
                 options = options_of(method, c, site)
                 delta = options["alpha"] / options["r"] * letters["B"] @ letters["A"]
                 weights[f"{site}.weight"] = weights[f"{site}.weight"] + delta
+        if "said" in weights:
+            return encoder_reference.model(model, weights)(weights["ids"], weights["said"])
         logits = heads._logits(head, model, weights, weights)
         return logits if logits.ndim == 2 else real_only(logits, weights["segments"])
 

@@ -248,6 +248,19 @@ def other_sites() -> Iterator[Case]:
             trained = {"bitfit": "bias", "ln_tuning": "weight bias" if norm == "layer" else "weight"}[method]
             config = {"norm": f"{norm}_norm", "eps": 1e-5}
             yield site_case(method, "norm", norm, inputs, forward, f"x {trained}", config=config, flags="NormEps")
+    draw = Draw("ln_tuning-norm-merged")
+    yield site_case(
+        "ln_tuning",
+        "norm",
+        "merged",
+        {"x": draw.normal(2, 3, 6), "weight": draw.normal(6), "bias": draw.normal(6)},
+        _layer_norm,
+        "x weight bias",
+        config={"norm": "layer_norm", "eps": 1e-5},
+        merged=lambda t: {"merged.weight": t["weight"], "merged.bias": t["bias"]},
+        flags="NormEps",
+        comment="the norm as it is then",
+    )
     for activation in ACTIVATIONS:
         draw = Draw(f"houlsby-block-{activation}")
         inputs = {

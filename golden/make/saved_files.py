@@ -7,9 +7,10 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from adapter_files import File, files, given_model, written
+from adapter_files import files
 from common import Case, Compute, Draw, Tensors
 from file_equations import FLAT, LETTERS, SHARED, START
+from peft_files import File, given_model, written
 
 LORA = {"r": 2, "alpha": 6.0}
 OFT = {"block_size": 4, "block_share": False, "terms": 5}
@@ -25,6 +26,8 @@ OPTIONS: dict[str, dict] = {
     "lora-load-saved": LORA | {"modules_to_save": ["lm_head", "input_layernorm", "post_attention_layernorm", "norm"]},
     "lora-load-gpt2": LORA,
     "lora-load-tags": LORA,
+    "lora-load-roberta": LORA,
+    "lora-load-t5": LORA,
     "dora-load-plain": LORA,
     "adalora-load-plain": {"init_r": 4, "target_r": 2, "alpha": 6.0},
     "vera-load-plain": {"r": 3},
@@ -39,6 +42,8 @@ OPTIONS: dict[str, dict] = {
     "shira-load-plain": {"r": 1},
     "trainable_tokens-load-tied": {"token_indices": [7, 3], "targets": ["model.embed_tokens", "lm_head"]},
     "prompt_tuning-load-plain": {"tokens": 3},
+    "multitask_prompt-load-task": {"tokens": 3, "tasks": 3, "ranks": 2, "task": 0},
+    "p_tuning-load-plain": {"tokens": 3, "encoder": "none"},
     "prefix_tuning-load-plain": {"tokens": 3},
     "llama_adapter-load-plain": {"tokens": 3, "count": 1, "compat": "peft"},
     "oft-load-series": OFT | {"cayley": "neumann"},
@@ -59,7 +64,7 @@ OPTIONS: dict[str, dict] = {
 }
 """By the case that reads such a file: the method's options beside its targets."""
 
-NO_TARGETS = ("prompt_tuning", "prefix_tuning", "llama_adapter")
+NO_TARGETS = ("prompt_tuning", "multitask_prompt", "p_tuning", "prefix_tuning", "llama_adapter")
 
 
 def cases() -> Iterator[Case]:
@@ -69,6 +74,8 @@ def cases() -> Iterator[Case]:
             yield saved(file, file.variant, {})
         if file.id == "lora-load-layers":
             yield saved(file, "digits", {"adapter_name": "0"})
+        if file.id == "lora-load-plain":
+            yield saved(file, "zero", {"adapter_name": "0"})  # here the layer's number is the adapter's name, too
 
 
 def saved(file: File, variant: str, more: dict) -> Case:
@@ -138,6 +145,10 @@ def ours(file: File, model: dict, name: str) -> list[str]:
     if name == "prompt_embeddings" and file.method == "prefix_tuning":
         places = [f"model.layers.{i}.self_attn.attend" for i in range(model["num_hidden_layers"])]
         return [f"{place}.{letter}" for place in places for letter in ("keys", "values")]
+    if name == "prompt_embeddings" and file.method == "p_tuning":
+        return [f"{embed}.rows"]
+    if name.startswith("prefix_task_"):  # a row for each task
+        return [f"{embed}.{name.removeprefix('prefix_task_')}"]
     if name == "prompt_embeddings":
         return [f"{embed}.prompt"]
     if ".adaption_" in name:
@@ -152,6 +163,8 @@ def taken_apart(file: File, model: dict, name: str, array: np.ndarray) -> dict[s
         heads = model["num_key_value_heads"]
         pairs = array.reshape(len(array), len(names), heads, -1).transpose(1, 2, 0, 3)
         return {name: np.ascontiguousarray(part) for name, part in zip(names, pairs, strict=True)}
+    if name.startswith("prefix_task"):
+        return {f"{names[0]}{number}": part for number, part in enumerate(array)}
     (own,) = names
     if own.rpartition(".")[2] in FLAT:
         array = array.reshape(-1)
@@ -165,7 +178,10 @@ def put_together(file: File, model: dict, shapes: dict[str, tuple[int, ...]]) ->
     negated = file.method == "oft" and not file.config.use_cayley_neumann
 
     def tensor(t: Tensors, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        parts = [t[own] for own in ours(file, model, name)]
+        names = ours(file, model, name)
+        if name.startswith("prefix_task_"):
+            return torch.stack([t[f"{names[0]}{task}"] for task in range(shape[0])])
+        parts = [t[own] for own in names]
         if len(parts) > 1:
             return torch.stack(parts).permute(2, 0, 1, 3).reshape(shape)
         return (-parts[0] if negated else parts[0]).reshape(shape)

@@ -110,7 +110,7 @@ def shira() -> Iterator[Case]:
         flags="SparseIndices",
     )
     square = Variant("square", config, out=5, inp=5, comment="indices are rows, then columns")
-    yield from cases_of(equation, *shapes_of(config), square)
+    yield from cases_of(equation, *shapes_of(config), square, models=config)
 
 
 def mean_change(weight: torch.Tensor, t: Tensors, config: dict) -> torch.Tensor:

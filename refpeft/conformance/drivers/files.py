@@ -38,6 +38,8 @@ def run_load(case: Case, given: Arrays, dtype: str, xp: ModuleType) -> Arrays:
         write_safetensors(Path(folder) / adapters.TENSORS, stored, {"format": "pt"})
         write_json(Path(folder) / adapters.CONFIG, config)
         adapters.load(model, folder)
+    if "said" in given:
+        return {"logits": model(given["ids"], given["said"]).data}
     logits = model(given["ids"], segments=segments).data
     return {"logits": at_tokens(logits, segments) if logits.ndim == 3 else logits}
 
