@@ -136,7 +136,7 @@ def layers(narrow: np.ndarray) -> Iterator[Case]:
             "RoundedFactors UsedWeight",
             "inference leaves the weight as it was, in memory and in files",
         ),
-        ("sizes", (6, 96), "LayerSizes BlocksOverRows", "6 outputs of 96 inputs, one and a half blocks"),
+        ("sizes", (6, 96), "LayerSizes", "6 outputs of 96 inputs, one and a half blocks"),
     ):
         draw = Draw(f"nf4-linear-{variant}")
         weight = draw.normal(*shape, scale=0.02) * np.exp(draw.normal(shape[0], 1))

@@ -154,7 +154,8 @@ def largest_error(verdicts: list[Verdict]) -> str:
         return f"`{verdicts[0].key}`: {verdicts[0].problems[0]}"
     error, verdict, result = max(found, key=lambda one: one[0])
     first = rounded(result.problem.partition(", first ")[2])
-    return f"`{verdict.key}`: {result.output} is wrong by {error:.2g} of its largest entry, first {first}"
+    of = "" if result.limit == 0 else " of its largest entry"  # what must be equal is not scaled
+    return f"`{verdict.key}`: {result.output} is wrong by {error:.2g}{of}, first {first}"
 
 
 def rounded(line: str) -> str:
