@@ -7,6 +7,7 @@ pip install adapters==1.3.0 torch pytest, and this package.
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ import tiny
 
 from refpeft import adapterhub, learning, sites
 from refpeft import adapters as files
+from refpeft.conformance import conform
+from refpeft.conformance.vectors import cases
 from refpeft.models import gpt2
 from refpeft.tensor import Tensor
 
@@ -246,3 +249,18 @@ def test_gates_of_lora_are_unipelts_where_a_row_has_one_token_and_alpha_has_no_e
     several = tiny.ids()
     averaged = model(input_ids=torch.from_numpy(several).long()).logits.detach().numpy()
     assert abs(ours(several).data - averaged).max() > 1e-3
+
+
+# ---- what the vectors say ------------------------------------------------------------------------------------------
+
+
+def test_its_prefixes_are_right_in_eager_attention(monkeypatch):
+    """In SDPA, the default, all of these fail: golden/reports/adapters-1.3.0.md."""
+    monkeypatch.undo()  # all is computed in float32, as it comes
+    monkeypatch.syspath_prepend(Path(__file__).parent / "peers")
+    import adapterhub_1_3
+
+    prefixes = [c for c in cases() if c.name in ("prefix_tuning", "p_tuning_v2") and c.at in ("model", "train")]
+    assert len(prefixes) >= 24
+    monkeypatch.setattr(adapterhub_1_3, "ATTENTION", "eager")
+    assert conform(adapterhub_1_3.AdapterHub(), prefixes, ["float32"]).ok

@@ -28,6 +28,8 @@ from refpeft.conformance.vectors import Arrays, Case
 transformers.logging.set_verbosity_error()
 logging.getLogger("adapters").setLevel(logging.ERROR)
 
+ATTENTION = "sdpa"  # what transformers takes, too, where nothing is asked for
+
 
 class AdapterHub:
     name = "adapters"
@@ -306,7 +308,7 @@ def whole_model(case: Case, t: Tensors) -> Tensors:
         "gpt2": (transformers.GPT2LMHeadModel, transformers.GPT2Config),
         "llama": (transformers.LlamaForCausalLM, transformers.LlamaConfig),
     }[family]
-    model = kind(settings(**sizes))
+    model = kind(settings(**sizes, attn_implementation=ATTENTION))
     model.load_state_dict({name: t[name] for name, _ in model.named_parameters() if name in t}, strict=False)
     adapters.init(model)
     adapted(model, dict.fromkeys(names_of(case), CONFIGS[case.name](case.config, model.config.hidden_size)), t)
