@@ -32,6 +32,7 @@ def cases() -> Iterator[Case]:
         ("series", SMALL | {"scale": 0.5, "activation": "tanh", "placement": "series"}, "ParallelScale"),
     )
     yield from parallel_at_linear()
+    yield behind_the_last_norm()
     yield from block_cases(LIN, ("plain", SMALL | {"eps": 1e-5}, "BottleneckSkip BottleneckBias NormEps AdapterNorm"))
     yield from block_cases(COMPACTER, ("plain", HYPER, ""), ("rank", HYPER | {"rank": 2}, ""))
     yield from block_cases(COMPACTER_PP, ("plain", HYPER, ""))
@@ -86,13 +87,14 @@ def block_cases(block: Block, *variants: tuple[str, dict, str]) -> Iterator[Case
 
 def _at_one_place(block: Block, name: str, config: dict, flags: str, at: str, out: int) -> Case:
     draw = Draw(f"{block.method}-{at}-{name}")
-    inputs = {"x": draw.normal(2, 3, 6), "weight": draw.normal(out, 6, scale=0.4)}
+    inputs = {"x": draw.normal(2, 3, 6)}
+    inputs["weight"] = draw.normal(*((6, out) if at == "conv1d" else (out, 6)), scale=0.4)
     trained = block.shapes(config, 6, out) | block.shared(config)
     inputs |= {letter: draw.normal(*shape, scale=0.5) for letter, shape in trained.items()}
     inputs |= block.constants(draw, config, 6, out)
 
     def forward(x, weight, **letters):
-        return block.value(lambda x: x @ weight.mT, x, letters, config)
+        return block.value(lambda x: x @ (weight if at == "conv1d" else weight.mT), x, letters, config)
 
     return site_case(
         block.method,
@@ -103,7 +105,7 @@ def _at_one_place(block: Block, name: str, config: dict, flags: str, at: str, ou
         " ".join(("x", *trained)),
         config=config,
         flags=f"{block.flags} {flags}",
-        comment="what it stands at is x @ weight.T",
+        comment="what it stands at is x @ weight" + ".T" * (at != "conv1d"),
         penalty=(lambda t: block.penalty(t, config)) if block.penalty else None,
     )
 
@@ -161,6 +163,31 @@ def pfeiffer_value(f, x, t, config) -> torch.Tensor:
     return h + bottleneck(h, t, config)
 
 
+def behind_the_last_norm() -> Case:
+    """Where a layer ends with a norm, as BERT's: the adapter reads what that gives, and is added to what that reads."""
+    draw = Draw("pfeiffer-norm-layer")
+    inputs = {"x": draw.normal(2, 3, 6), "weight": draw.normal(6, scale=0.3) + np.float32(1), "bias": draw.normal(6)}
+    inputs |= {letter: draw.normal(*shape, scale=0.5) for letter, shape in letters(SMALL, 6, 6).items()}
+
+    def forward(x, weight, bias, **t):
+        def norm(x):
+            return functional.layer_norm(x, x.shape[-1:], weight, bias, 1e-5)
+
+        return norm(x + bottleneck(norm(x), t, SMALL))
+
+    return site_case(
+        "pfeiffer",
+        "norm",
+        "layer",
+        inputs,
+        forward,
+        " ".join(("x", *letters(SMALL, 6, 6))),
+        config=SMALL | {"norm": "layer_norm", "eps": 1e-5},
+        flags="AdapterBeforeNorm BottleneckBias NormEps",
+        comment="a norm that ends its layer, as BERT's",
+    )
+
+
 def parallel_letters(config: dict, inp: int, out: int) -> Shapes:
     series = config.get("placement") == "series"
     return letters(config, out if series else inp, out) | ({"scale": (1,)} if config.get("learn_scale") else {})
@@ -186,6 +213,7 @@ def parallel_at_linear() -> Iterator[Case]:
     beside = SMALL | {"scale": 1.0, "activation": "tanh"}
     yield _at_one_place(PARALLEL, "plain", beside, "ParallelInput", "linear", 5)
     yield _at_one_place(PARALLEL, "series", beside | {"placement": "series"}, "", "linear", 5)
+    yield _at_one_place(PARALLEL, "plain", beside, "ParallelInput TransposedWeight", "conv1d", 5)
 
 
 def phm(rule: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:

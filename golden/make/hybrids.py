@@ -208,13 +208,20 @@ def gated_sites() -> Iterator[Case]:
     letters = {"gate": (1, 6), "gate_bias": (1,)}
     low_rank = letters | {"A": (2, 6), "B": (5, 2)}
     adapter = letters | {"down": (3, 6), "down_bias": (3,), "up": (6, 3), "up_bias": (6,)}
-    for at, out, trained, value in (("linear", 5, low_rank, gated_lora), ("block", 6, adapter, gated_adapter)):
+    for at, out, trained, value in (
+        ("linear", 5, low_rank, gated_lora),
+        ("conv1d", 5, low_rank, gated_lora),
+        ("block", 6, adapter, gated_adapter),
+    ):
         draw = Draw(f"unipelt-{at}-plain")
-        inputs = {"x": draw.normal(2, 3, 6), "weight": draw.normal(out, 6, scale=0.4)}
+        inputs = {
+            "x": draw.normal(2, 3, 6),
+            "weight": draw.normal(*((6, out) if at == "conv1d" else (out, 6)), scale=0.4),
+        }
         inputs |= {letter: draw.normal(*shape, scale=0.5) for letter, shape in trained.items()}
 
-        def forward(x, weight, value=value, **letters):
-            return value(lambda x: x @ weight.mT, x, letters)
+        def forward(x, weight, value=value, at=at, **letters):
+            return value(lambda x: x @ (weight if at == "conv1d" else weight.mT), x, letters)
 
         yield site_case(
             "unipelt",
@@ -224,8 +231,8 @@ def gated_sites() -> Iterator[Case]:
             forward,
             " ".join(("x", *trained)),
             config=UNIPELT,
-            flags="GateInput GatePerToken",
-            comment="its gate reads x" if at == "linear" else "its gate reads what x @ weight.T gives",
+            flags="GateInput GatePerToken" + " TransposedWeight" * (at == "conv1d"),
+            comment="its gate reads what x @ weight.T gives" if at == "block" else "its gate reads x",
         )
 
 

@@ -17,6 +17,7 @@ from torch.nn import functional
 def cases() -> Iterator[Case]:
     yield from lora_sites()
     yield from ia3_sites()
+    yield from ia3_at_conv1d()
     yield from other_sites()
 
 
@@ -218,6 +219,34 @@ def ia3_sites() -> Iterator[Case]:
         )
 
 
+def ia3_at_conv1d() -> Iterator[Case]:
+    for variant, feedforward in (("output", False), ("input", True)):
+        draw = Draw(f"ia3-conv1d-{variant}")
+        inputs = {"x": draw.normal(2, 3, 5), "weight": draw.normal(5, 6, scale=0.4), "bias": draw.normal(6)}
+        inputs["gain"] = draw.normal(5 if feedforward else 6, scale=0.4) + np.float32(1)
+        config = {"feedforward": feedforward}
+
+        def merged(t, feedforward=feedforward):
+            side = t["gain"][:, None] if feedforward else t["gain"]
+            return {"merged.weight": t["weight"] * side, "merged.bias": t["bias"] * (1 if feedforward else t["gain"])}
+
+        yield site_case(
+            "ia3",
+            "conv1d",
+            variant,
+            inputs,
+            lambda x, weight, bias, gain, feedforward=feedforward: ia3(
+                lambda x: x @ weight + bias, x, gain, feedforward
+            ),
+            "x gain",
+            config=config,
+            merged=merged,
+            comment="GPT-2's layer: weight is stored (in, out)",
+            flags="Ia3InputSide BaseBias TransposedWeight",
+            witness=peft_witness.ia3(config, conv1d=True),
+        )
+
+
 def _rms_norm(x, weight, bias=None):
     return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight
 
@@ -236,6 +265,17 @@ def other_sites() -> Iterator[Case]:
         functional.linear,
         "x bias",
         comment="the bias is trained, the weight is not: there is no grad.weight",
+    )
+    draw = Draw("bitfit-conv1d-plain")
+    yield site_case(
+        "bitfit",
+        "conv1d",
+        "plain",
+        {"x": draw.normal(2, 3, 5), "weight": draw.normal(5, 6, scale=0.4), "bias": draw.normal(6)},
+        lambda x, weight, bias: x @ weight + bias,
+        "x bias",
+        merged=lambda t: {"merged.weight": t["weight"], "merged.bias": t["bias"]},
+        comment="GPT-2's layer: weight is stored (in, out)",
     )
     for norm, forward in (("rms", _rms_norm), ("layer", _layer_norm)):
         for method in ("bitfit", "ln_tuning"):

@@ -91,9 +91,9 @@ def lora(config: dict, conv1d: bool = False) -> Compute:
     return compute
 
 
-def ia3(config: dict) -> Compute:
+def ia3(config: dict, conv1d: bool = False) -> Compute:
     settings = peft.IA3Config(target_modules=["site"], feedforward_modules=["site"] if config["feedforward"] else [])
-    return site(settings, lambda _: "ia3_l.default", "gain")
+    return site(settings, lambda _: "ia3_l.default", "gain", conv1d)
 
 
 # ---- whole models ----------------------------------------------------------------------------------------------

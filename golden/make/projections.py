@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 import equations
 import methods
+import numpy as np
 import torch
 from common import Case, Draw, Tensors
 from method_sites import site_case
@@ -20,6 +21,7 @@ METHOD, SEED = "intrinsic_said", 3
 def cases() -> Iterator[Case]:
     equations.PAPERS[METHOD] = "arXiv:2012.13255, section 3; the projection: the authors' code"
     yield from at_a_linear_layer()
+    yield from at_other_places()
     for family, settings, sites in (
         ("llama", methods.SMALL_LLAMA, {"self_attn.q_proj": (8, 8), "self_attn.v_proj": (4, 8)}),
         ("gpt2", methods.SMALL_GPT2, {"attn.c_attn": (24, 8), "ln_1": (8,)}),
@@ -76,6 +78,39 @@ def at_a_linear_layer() -> Iterator[Case]:
             merged=merged,
             flags="FastfoodOrder FastfoodLength" + " TransposedWeight" * conv1d + " SaidScale" * bool(scales),
             comment="names of the streams: site.weight and site.bias",
+        )
+
+
+def at_other_places() -> Iterator[Case]:
+    """An embedding, and a norm with a bias: each weight is as theta moves it."""
+    for at, variant, shape, f in (
+        ("embedding", "plain", (7, 5), lambda ids, weight: weight[ids.long()]),
+        ("norm", "layer", (8,), lambda x, weight, bias: functional.layer_norm(x, (8,), weight, bias, 1e-5)),
+    ):
+        draw = Draw(f"{METHOD}-{at}-{variant}")
+        config = {"d": 6, "said": True, "projection_seed": SEED}
+        reads = {"ids": np.int32([[3, 0, 3], [6, 1, 2]])} if at == "embedding" else {"x": draw.normal(2, 3, 8)}
+        weights = {"weight": draw.normal(*shape)} | ({} if at == "embedding" else {"bias": draw.normal(*shape)})
+        scales = [f"{part}_scale" for part in weights]
+        inputs = {"shared.theta": draw.normal(config["d"] - len(scales))} | {name: draw.normal(1) for name in scales}
+
+        def moved(t: Tensors, weights=weights) -> Tensors:
+            return {
+                part: t[part] + t[f"{part}_scale"] * projected(t["shared.theta"], f"site.{part}", t[part].shape)
+                for part in weights
+            }
+
+        yield site_case(
+            METHOD,
+            at,
+            variant,
+            reads | weights | inputs,
+            lambda f=f, moved=moved, reads=reads, **t: f(*(t[name] for name in reads), **moved(t)),
+            " ".join([name for name in reads if name == "x"] + list(inputs)),
+            config=config | ({"norm": "layer_norm", "eps": 1e-5} if at == "norm" else {}),
+            merged=lambda t, moved=moved: {f"merged.{part}": value for part, value in moved(t).items()},
+            flags="FastfoodOrder FastfoodLength SaidScale" + " RepeatedRows" * (at == "embedding"),
+            comment="names of the streams: " + " and ".join(f"site.{part}" for part in weights),
         )
 
 

@@ -26,6 +26,7 @@ def cases() -> Iterator[Case]:
         "trainable_tokens": "as PEFT: rows in place of frozen ones",
     }
     yield from parts_of_models()
+    yield from full_at_places()
     yield from rows()
     yield from shira()
     yield from chosen_by_data("fish_mask", "arXiv:2111.09839", {"share": 0.25})
@@ -61,6 +62,41 @@ def parts_of_models() -> Iterator[Case]:
 
 def _trained(method: str, options: dict, shapes: dict, comment: str) -> methods.Adapted:
     return methods.Adapted(method, options, shapes, lambda t: {}, peft=False, comment=comment)
+
+
+def full_at_places() -> Iterator[Case]:
+    """What is trained has the names that it has in models; weight and bias are the frozen ones, for the penalty."""
+    config = {"l1": 0.3}
+    places: dict[str, tuple[tuple[int, ...], Callable]] = {
+        "linear": ((6, 4), functional.linear),
+        "norm": ((4,), lambda x, weight, bias: functional.layer_norm(x, (4,), weight, bias, 1e-5)),
+        "embedding": ((7, 4), lambda ids, weight, bias: weight[ids.long()]),
+    }
+    for at, (shape, f) in places.items():
+        draw = Draw(f"full-{at}-penalty")
+        reads = {"ids": np.int32([[3, 0, 3], [6, 1, 2]])} if at == "embedding" else {"x": draw.normal(2, 3, 4)}
+        weights = {"weight": draw.normal(*shape)} | ({} if at == "embedding" else {"bias": draw.normal(shape[0])})
+        trained = {f"site.{name}": array + draw.normal(*array.shape, scale=0.3) for name, array in weights.items()}
+
+        def forward(weight, bias=None, f=f, **t):
+            x = t["ids"] if "ids" in t else t["x"]
+            return f(x, t["site.weight"], t.get("site.bias"))
+
+        yield site_case(
+            "full",
+            at,
+            "penalty",
+            reads | weights | trained,
+            forward,
+            " ".join(("x",) * ("x" in reads) + tuple(trained)),
+            config=config | ({"norm": "layer_norm", "eps": 1e-5} if at == "norm" else {}),
+            merged=lambda t: {
+                f"merged.{name}": t[f"site.{name}"] for name in ("weight", "bias") if f"site.{name}" in t
+            },
+            penalty=lambda t: config["l1"] * (t["site.weight"] - t["weight"]).abs().mean(),
+            flags="PenaltyOfChange",
+            comment="site.weight stands in for weight, and the penalty is of what it differs by",
+        )
 
 
 # ---- numbers of a weight ---------------------------------------------------------------------------------------

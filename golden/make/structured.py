@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import peft
@@ -25,6 +26,9 @@ def cases() -> Iterator[Case]:
 
 
 # ---- OFT ---------------------------------------------------------------------------------------------------------
+
+
+FAR = "S has numbers around 1, for which the series is no rotation: R R^T is up to 42 away from I"
 
 
 def skew(above: torch.Tensor, n: int) -> torch.Tensor:
@@ -82,6 +86,10 @@ def oft() -> Iterator[Case]:
         ),
         Variant("neumann-terms", neumann | {"block_size": 4, "terms": 6}, bias=True, flags="OftSeries BaseBias"),
         models=config | {"block_size": 4},
+    )
+    yield from cases_of(
+        replace(equation, start=lambda letters, weight, config: {"S": 3 * letters["S"]}),
+        Variant("far", neumann | {"block_size": 3}, inp=6, comment=FAR, flags="OftSeries"),
     )
 
 

@@ -30,6 +30,7 @@ def cases() -> Iterator[Case]:
     ):
         yield from methods.model_cases(family, settings, of_tasks_on_model(family, settings, embed))
         yield from methods.model_cases(family, settings, decoded_on_model(embed))
+    yield from methods.model_cases("llama", SMALL_LLAMA, iter([started_on_model("model.embed_tokens")]))
 
 
 # ---- prompts of other tasks (SPoT) -----------------------------------------------------------------------------
@@ -73,6 +74,21 @@ def prompts_to_start_from() -> Iterator[Case]:
             compute=compute,
             spec=equations.PAPERS["spot"],
         )
+
+
+def started_on_model(embed: str) -> Adapted:
+    def advice(t: Tensors) -> Advice:
+        return {embed: lambda f, ids: equations.prompt(f, ids, t[f"{embed}.prompt"])}
+
+    return Adapted(
+        "spot",
+        {"tokens": TOKENS, "sources": ["a"]},
+        {f"{embed}.prompt": (TOKENS, 8)},
+        advice,
+        flags="PromptFirst PromptMaskedLoss",
+        peft=False,
+        comment="the prompt is given as it is; sources are not read",
+    )
 
 
 # ---- prompts of several tasks ----------------------------------------------------------------------------------

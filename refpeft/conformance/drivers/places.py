@@ -26,13 +26,16 @@ from .operations import gradients, placed
 _OF_NORMS = ("norm", "eps")
 """Members of a norm's config that are the place's, not the method's."""
 
+_OF_DIRECTORIES = {"adapters", "sources"}
+"""Options that name directories with values of other adapters."""
+
 _INPUTS = ("x", "q", "k", "v")
 """Inputs of a place that have a gradient."""
 
 
 def attached(model: Model, method: str, options: dict[str, Any]) -> Adapter:
     """The method on the model; a case has what comes from directories, and the base that LoftQ's values are for."""
-    adapter = prepare(model, method, options, fit="adapters" not in options and method != "loftq")
+    adapter = prepare(model, method, options, fit=not _OF_DIRECTORIES & options.keys() and method != "loftq")
     put_on(model, adapter)
     return adapter
 
@@ -58,7 +61,7 @@ def run_place(case: Case, given: Arrays, dtype: str, xp: ModuleType) -> Arrays:
     if "sources" in given:
         return _prompt_of_others(case, options, model, given)
     adapter = attached(model, case.name, options)
-    values = {name.removeprefix("site."): tensor for name, tensor in adapter.params.items()}
+    values = {name if name in given else name.removeprefix("site."): t for name, t in adapter.params.items()}
     constants = {name.removeprefix("site.").removeprefix("shared."): t for name, t in adapter.constants.items()}
     for name, tensor in (constants | values).items():
         if name in values or name in given:  # other constants are made of the weight
