@@ -246,7 +246,6 @@ def test_a_quantizer_without_a_mistake_passes(tmp_path):
     assert not report.having("FAILED"), report.text()
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("mistake", QUANTIZER_MISTAKES)
 def test_a_mistake_in_a_quantizer_is_caught_by_its_line(mistake, tmp_path):
     right, wrong, line, text = QUANTIZER_MISTAKES[mistake]

@@ -41,6 +41,7 @@ def check(plugin: str | Path, options: Mapping[str, Any] | None = None, only: Co
     path = path.resolve()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RefpeftWarning)
+        warnings.simplefilter("ignore", RuntimeWarning)  # of NumPy: what comes of it is a finding
         try:
             listing, module = manager.read(path), manager.load(path)
         except RefpeftError as error:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from refpeft.errors import RefpeftError
+
 PASSED, FAILED, NOT_APPLICABLE = "passed", "FAILED", "not applicable"
 
 
@@ -74,5 +76,7 @@ def said(error: BaseException, path: str) -> str:
     """An exception in one line, with its innermost place in the plugin's file."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
     place = f" (line {lines[-1]})" if lines else ""
-    kind = "" if type(error).__name__ == "RefpeftError" else f"{type(error).__name__}: "
-    return f"{kind}{' '.join(str(error).split())}{place}"
+    text = " ".join(str(error).split())
+    if isinstance(error, RefpeftError):
+        return f"{text}{place}"
+    return f"{type(error).__name__}: {text}{place}; refpeft/hookspecs.py says what hooks are given and give"
