@@ -54,8 +54,10 @@ def together(case: Case) -> dict[str, dict]:
 
 def refuse(case: Case, config: dict) -> None:
     """What its options cannot say."""
-    if case.at not in PLACES or config.get("method", case.name) not in CONFIGS:
+    if config.get("method", case.name) not in CONFIGS:
         raise NotImplementedError("not a method of adapters")
+    if case.at not in PLACES:
+        raise NotImplementedError("its files have a format of its own")
     if config.get("rslora"):
         raise NotImplementedError("it has no rsLoRA")
     if config.get("freeze_A") or config.get("lr_ratio"):
@@ -66,7 +68,7 @@ def refuse(case: Case, config: dict) -> None:
         raise NotImplementedError("it has no LoRA at embeddings")
     if case.name == "prompt_tuning" and case.at != "embedding":
         raise NotImplementedError("it has no prompt tuning for Llama and GPT-2")
-    if case.name == "parallel" and case.at == "linear":
+    if case.name == "parallel" and case.at in ("linear", "conv1d"):
         raise NotImplementedError("its adapters stand at blocks as wide as the model, not at single layers")
 
 
