@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from refpeft import manager
 from refpeft.conformance import vectors
 from refpeft.conformance.compare import EPS, compare, compare_output
 from refpeft.errors import RefpeftError
@@ -92,6 +93,45 @@ def test_the_code_in_the_readme_runs_and_passes(capsys, monkeypatch):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) > 4
     assert all(line.endswith(" pass") for line in lines)
+
+
+PLACES = {
+    "peft_linear": {"linear", "conv1d"},
+    "peft_embedding": {"embedding"},
+    "peft_norm": {"norm"},
+    "peft_attention": {"attention"},
+    "peft_block": {"block"},
+}
+"""Where a method acts that has this hook."""
+
+IN_MODELS_ALONE = {
+    "adapterdrop": "pfeiffer, in layers of some numbers",
+    "adapterfusion": "at a norm as pfeiffer",
+    "attention_fusion": "of all layers",
+    "by_type": "full, in layers of some types",
+    "full": "at a Conv1D: GPT-2",
+    "ladder_side": "of all layers",
+    "llama_adapter": "its keys and values are made by the layer's own matrices",
+    "pre_layer": "of all layers",
+    "top_layers": "full, in layers of some numbers",
+    "trainable_tokens": "at a head, which may be tied",
+    "unipelt": "the prefix's gate reads what the attention part reads",
+}
+"""Methods that have no case by themselves at some of their places, and why."""
+
+
+@pytest.mark.parametrize(
+    "method", [one for one in manager.catalogue().values() if one.kind == "method"], ids=lambda one: one.name
+)
+def test_every_method_has_cases_of_its_places_of_gradients_of_merging_and_of_training(method):
+    cases = [case for case in vectors.cases() if (case.kind, case.name) == ("method", method.name)]
+    places, outputs = {case.at for case in cases}, {name for case in cases for name in case.checks}
+    assert {"model", "train"} <= places
+    assert any(name.startswith("grad.") for name in outputs)
+    missing = {place for hook in method.hooks for place in PLACES.get(hook, ())} - places
+    assert bool(missing) == (method.name in IN_MODELS_ALONE), missing
+    if "peft_merge" in method.hooks and "linear" not in missing:
+        assert any(name.startswith("merged.") for name in outputs)
 
 
 # ---- comparing -------------------------------------------------------------------------------------------------------
