@@ -80,7 +80,8 @@ MISTAKES = {
         "operations", "line 55: no gradient passes through `Tensor(x.data)`",
     ),
     "NumPy on activations": (
-        LINEAR, "base(x) + ops.linear(Tensor(np.tanh(x.data) @ p.A.data.T), p.B)", "operations", "for np.tanh",
+        LINEAR, "base(x) + ops.linear(Tensor(np.tanh(x.data) @ p.A.data.T), p.B)",
+        "operations", "`np.tanh(x.data)`: compute with refpeft.ops",
     ),
     "a read on the host": (
         LINEAR, LINEAR + " * float(1 + 0 * p.B.data.sum())", "no host read", "the host reads a value",

@@ -74,9 +74,15 @@ def _found(check: Callable[[Any], str], subject: Any, path: str) -> Finding:
 
 def said(error: BaseException, path: str) -> str:
     """An exception in one line, with its innermost place in the plugin's file."""
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
-    place = f" (line {lines[-1]})" if lines else ""
     text = " ".join(str(error).split())
     if isinstance(error, RefpeftError):
-        return f"{text}{place}"
-    return f"{type(error).__name__}: {text}{place}; refpeft/hookspecs.py says what hooks are given and give"
+        return f"{text}{place(error, path)}"
+    return (
+        f"{type(error).__name__}: {text}{place(error, path)}; refpeft/hookspecs.py says what hooks are given and give"
+    )
+
+
+def place(error: BaseException, path: str) -> str:
+    """ " (line 12)", the innermost one of the plugin's file where an exception was raised; "" outside of it."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+    return f" (line {lines[-1]})" if lines else ""

@@ -40,7 +40,7 @@ def number_of_parameters(method: Method) -> str:
             'target." of options and of out, in, vocab, dim, kv_heads, head_dim'
         )
     counted = 0
-    for family in method.families:
+    for family in method.families or [method.first]:
         _, adapter = method.attached(family, moved=False)
         for layer in own(adapter):
             formula, found = evaluated(said, method.cfg, layer), _trained(adapter.params, layer)

@@ -14,7 +14,7 @@ from refpeft.backend import Array, to_host
 from refpeft.config import plugin_options
 from refpeft.conformance import device
 from refpeft.conformance.check import subjects
-from refpeft.conformance.check.findings import Failed, NotApplicable
+from refpeft.conformance.check.findings import Failed, NotApplicable, place
 from refpeft.errors import RefpeftError
 from refpeft.manager import Listing
 from refpeft.quant import Quantizer
@@ -84,8 +84,12 @@ def odd_shapes(subject: Subject) -> str:
         except RefpeftError as error:
             refused.append(" ".join(str(error).split()))
             continue
-        if back.shape != shape or not np.isfinite(back).all():
-            raise Failed(f"a weight {shape} comes back as {back.shape}, with {np.sum(~np.isfinite(back))} no numbers")
+        if back.shape != shape:
+            raise Failed(
+                f"a weight {shape} comes back as {back.shape}: give quant_unpack's result the shape it is told"
+            )
+        if not np.isfinite(back).all():
+            raise Failed(f"a weight {shape} comes back with NaN: fill up a block that is not full with zeros")
     if refused:
         return f"refused where they do not fit: {refused[0]}"
     return "any shape, blocks that are not full too"
@@ -167,7 +171,7 @@ def on_a_device(subject: Subject) -> str:
             with device.capture():
                 back = subject.quantizer.dense(parts, weight.shape, _FLOAT)
         except device.HostRead as error:
-            raise Failed(f"quant_unpack: {error}: keep it an array") from error
+            raise Failed(f"quant_unpack: {error}{place(error, subject.path)}: keep it an array") from error
         there = {name: to_host(part) for name, part in parts.items()} | {"weight": to_host(back)}
     here = subject.quantizer.pack(weight) | {"weight": subject.dense(weight)}
     off = [name for name, array in here.items() if not np.array_equal(there[name], array)]

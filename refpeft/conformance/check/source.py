@@ -106,8 +106,10 @@ def _raw(function: ast.FunctionDef) -> Iterator[tuple[ast.expr, str]]:
                 yield node, f"`{ast.unparse(user)}` is computed with arrays, and no gradient passes: leave .data out"
             elif isinstance(user, ast.Call):
                 name = ast.unparse(user.func)
-                instead = "ops.detach where a constant is meant" if name == "Tensor" else f"refpeft.ops for {name}"
-                yield node, f"no gradient passes through `{ast.unparse(user)}`: take {instead}"
+                instead = (
+                    "hand the Tensor on, or ops.detach() of it" if name == "Tensor" else "compute with refpeft.ops"
+                )
+                yield node, f"no gradient passes through `{ast.unparse(user)}`: {instead}"
     for node in ast.walk(function):
         if _is_read(node):
             inside = [n for n in ast.walk(node) if isinstance(n, ast.Attribute) and n.attr == "data"]

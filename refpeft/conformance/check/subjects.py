@@ -16,7 +16,7 @@ from refpeft.api import class_of
 from refpeft.backend import to_host, xp_of
 from refpeft.batches import IGNORE, Batch
 from refpeft.config import plugin_options
-from refpeft.conformance.check.findings import Failed
+from refpeft.conformance.check.findings import NotApplicable
 from refpeft.errors import RefpeftError
 from refpeft.layers import INPUTS, Layer
 from refpeft.manager import Listing
@@ -165,9 +165,9 @@ class Method:
 
     @property
     def first(self) -> str:
-        """The model that properties are asked of where one will do. Raises Failed where there is none."""
+        """The model that properties are asked of where one will do. Raises NotApplicable where there is none."""
         if not self.families:
-            raise Failed("not tried: it could be attached to no model (see `attaches`)")
+            raise NotApplicable("it could be attached to no model: see `attaches`")
         return self.families[0]
 
     @property

@@ -16,7 +16,7 @@ from refpeft.config import Train
 from refpeft.conformance import device
 from refpeft.conformance.check import subjects
 from refpeft.conformance.check.computing import EPS, ROUNDING, check_causality, check_gradients, nothing_detached
-from refpeft.conformance.check.findings import Failed, NotApplicable
+from refpeft.conformance.check.findings import Failed, NotApplicable, place
 from refpeft.conformance.check.subjects import Method
 from refpeft.errors import RefpeftError
 from refpeft.examples import Example
@@ -166,7 +166,8 @@ def _step(method: Method, family: str, xp: ModuleType) -> dict[str, np.ndarray]:
             flat.clip(0.1)
             learning.step(built, lambda: optimizer.step(1e-2), 0, 1)
     except device.HostRead as error:
-        raise Failed(f"{error}: keep it an array, also where it is one number") from error
+        what = f"{error}{place(error, method.path)}"
+        raise Failed(f"{what}: keep it an array, also where it is one number") from error
     return {name: to_host(array) for name, array in found.items()}
 
 
