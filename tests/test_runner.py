@@ -66,6 +66,14 @@ def test_a_mistake_is_told_by_the_flag_whose_cases_fail():
     assert shares == sorted(shares, reverse=True)
 
 
+def test_runs_of_other_methods_do_not_count_for_what_a_flag_says():
+    others = [case for case in vectors.cases() if "BaseBias" in case.flags]
+    done = runner.Report("mine", "0", [runner.Verdict(case, "float32", runner.FAILED) for case in others])
+    wrong = [verdict for verdict in done.verdicts if verdict.case.name == "lora"]
+    assert done.flags(wrong)["BaseBias"] == (len(wrong), len(wrong))
+    assert done.flags(done.verdicts)["BaseBias"] == (len(others), len(others))
+
+
 @pytest.mark.parametrize(
     ("answer", "status", "problem"),
     [

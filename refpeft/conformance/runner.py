@@ -93,14 +93,17 @@ class Report:
         return sum(verdict.status == status for verdict in self.verdicts)
 
     def flags(self, verdicts: Iterable[Verdict]) -> dict[str, tuple[int, int]]:
-        """The flags of these cases: (failures, runs) of all runs with the flag, the likeliest mistake first.
+        """The flags of these cases: (failures, runs) of the runs with the flag, the likeliest mistake first.
 
-        A mistake fails all cases of its flag, so the flags whose cases fail most often say best what is wrong, and say
-        it the better the more cases there are.
+        Runs of the same methods, quantizers, operations count. A mistake fails all cases of its flag, so the flags whose
+        cases fail most often say best what is wrong, and say it the better the more cases there are.
         """
-        run = Counter(f for v in self.verdicts if v.status != NOT_IMPLEMENTED for f in v.case.flags)
-        failed = Counter(f for v in self.verdicts if v.wrong for f in v.case.flags)
+        verdicts = list(verdicts)
         asked = {flag for verdict in verdicts for flag in verdict.case.flags}
+        names = {verdict.case.name for verdict in verdicts}
+        near = [v for v in self.verdicts if v.case.name in names and v.status != NOT_IMPLEMENTED]
+        run = Counter(flag for verdict in near for flag in verdict.case.flags)
+        failed = Counter(flag for verdict in near if verdict.wrong for flag in verdict.case.flags)
         likely = sorted(asked, key=lambda flag: (-failed[flag] / (run[flag] + 2), flag))
         return {flag: (failed[flag], run[flag]) for flag in likely}
 
