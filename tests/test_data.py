@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from tiny_tokenizers import CHATML, byte_level, chatml, llama, plain, save
 
 from refpeft import RefpeftError
+from refpeft.batches import IGNORE, Batches
 from refpeft.data import Data, load_data, runs, view
 from refpeft.examples import Example
 from refpeft.formats import ALPACA, ALPACA_WITH_INPUT
@@ -149,6 +150,21 @@ def test_eos_is_put_where_a_template_has_no_end_of_turn(write):
     )
     (example,) = load_data(write([{"messages": TALK}]), PLAIN, template=template).examples
     assert learned(example, PLAIN) == ["yes\n<|endoftext|>"]
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_eos_is_learned_and_padding_of_the_same_token_is_not(write, pack):
+    assert PLAIN.pad_id == PLAIN.eos_id == 0  # which is what batches are filled up with
+    rows = [{"prompt": "hello", "completion": answer} for answer in (" yes", " no no no no", " yes no")]
+    examples = load_data(write(rows), PLAIN).examples
+    assert [int(example.ids[-1]) for example in examples] == [PLAIN.eos_id] * 3
+    batch = Batches(examples, 3, 9, pack=pack).at(0)
+    padding = batch.segments < 0
+    assert padding.any() and (batch.ids[padding] == PLAIN.eos_id).all() and (batch.targets[padding] == IGNORE).all()
+    assert (batch.targets == PLAIN.eos_id).sum() == 3  # one for each row, at the last token of its answer
+    for row, time in zip(*np.nonzero(batch.targets == PLAIN.eos_id), strict=True):
+        assert batch.ids[row, time] != PLAIN.eos_id == batch.ids[row, time + 1]
+        assert batch.segments[row, time] == batch.segments[row, time + 1] >= 0
 
 
 def test_eos_behind_a_generation_tag_is_learned(write):
