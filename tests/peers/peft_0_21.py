@@ -19,7 +19,7 @@ import torch
 from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
 from peft.utils.integrations import dequantize_module_weight
 from peft_files import loaded, saved
-from peft_methods import LORA_EMBEDDING, METHODS, NETWORKS, Tensors
+from peft_methods import LORA, LORA_EMBEDDING, METHODS, NETWORKS, Tensors
 from peft_together import OneLayer, combined, restored, two
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel, logging
@@ -113,6 +113,8 @@ def with_layers(case: Case, base: nn.Module, t: Tensors) -> tuple[peft.PeftModel
     method, targets = METHODS[case.name], places(case, t) or ["site"]
     config = method.config(case.config, targets, t)
     config.task_type = "CAUSAL_LM" if isinstance(base, PreTrainedModel) else None
+    if any(isinstance(module, bitsandbytes.nn.Linear4bit) for module in base.modules()):
+        base.is_loaded_in_4bit = True  # as transformers says of what it loads; PEFT looks for it
     if case.at == "train" and case.name == "adalora":
         config.orth_reg_weight = 0.0  # the cases are without the penalty
     adapted = peft.get_peft_model(base, config).eval()
@@ -120,18 +122,17 @@ def with_layers(case: Case, base: nn.Module, t: Tensors) -> tuple[peft.PeftModel
         kept = {f"{n}.lora_E": [i < r for i in range(config.init_r)] for n, r in case.config["rank_pattern"].items()}
         adapted.base_model.resize_modules_by_rank_pattern(kept, "default")
     adapted.to(next(tensor.dtype for tensor in t.values() if tensor.is_floating_point()))
-    names = LORA_EMBEDDING if case.at == "embedding" and case.name == "lora" else method.names
     parameters, trained = dict(adapted.named_parameters(remove_duplicate=False)), []
     for name, tensor in t.items():
         where, _, letter = name.rpartition(".")
         if letter in method.constants and (where == "shared" or where in targets):
             with torch.no_grad():
                 adapted.get_buffer(method.constants[letter]).copy_(tensor)
-        elif letter in names and (where == "shared" or where in targets or letter == "bias"):
-            inner = names[letter]
-            full = inner if inner.startswith("base_model.") else f"base_model.model.{where}.{inner}"
-            full = full.replace(".attend.", ".")
-            parameter = parameters.get(full, parameters.get(f"base_model.model.{name}"))
+        elif letter in method.names and (where == "shared" or where in targets or letter == "bias"):
+            here = f"base_model.model.{where.removesuffix('.attend')}"
+            ways = [f"{here}.{method.names[letter]}", method.names[letter], f"{here}.{letter}"]
+            ways += [f"{here}.{LORA_EMBEDDING[letter]}"] if method.names is LORA else []
+            parameter = next((parameters[way] for way in ways if way in parameters), None)
             if parameter is not None:
                 trained.append(Trained(parameter, (name,), lambda t, name=name: t[name]))
     for one in trained:
@@ -155,15 +156,27 @@ def layer(case: Case, t: Tensors) -> nn.Module:
     else:
         made = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
     made.to(weight.dtype).load_state_dict({"weight": weight} | ({} if bias is None else {"bias": bias}))
-    if case.config.get("quantizer") and case.name != "loftq":  # LoftQ takes the weight, and quantizes it
-        if weight.dtype == torch.float64:
-            raise NotImplementedError("bitsandbytes has no float64")
-        quantized = bitsandbytes.nn.Linear4bit(
-            *weight.shape[::-1], bias=False, compute_dtype=weight.dtype, compress_statistics=False, quant_type="nf4"
-        )
-        quantized.load_state_dict({"weight": weight})
-        return quantized.to("cpu")
+    if "quantizer" in case.config and "iterations" not in case.config:  # LoftQ's rounds begin with the weight itself
+        return in_nf4(case, made)
     return made
+
+
+def in_nf4(case: Case, linear: nn.Module) -> bitsandbytes.nn.Linear4bit:
+    """A frozen layer as transformers makes it of a checkpoint's with bitsandbytes."""
+    if not isinstance(linear, nn.Linear):
+        raise NotImplementedError("bitsandbytes has no Conv1D")
+    if linear.weight.dtype == torch.float64:
+        raise NotImplementedError("bitsandbytes has no float64")
+    if case.name not in ("olora", "pissa") and linear.in_features % case.config["block"] and has_avx512():
+        raise NotImplementedError("with AVX-512 bitsandbytes decodes rows of less than a block wrongly")
+    bias, settings = linear.bias is not None, {"compute_dtype": linear.weight.dtype, "compress_statistics": False}
+    made = bitsandbytes.nn.Linear4bit(linear.in_features, linear.out_features, bias, quant_type="nf4", **settings)
+    made.load_state_dict(linear.state_dict())
+    return made.to("cpu")  # which quantizes
+
+
+def has_avx512() -> bool:
+    return torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def at_layer(case: Case, t: Tensors) -> Tensors:
@@ -186,7 +199,7 @@ def at_layer(case: Case, t: Tensors) -> Tensors:
         answer |= penalty(adapted, trained)
     if "merged.weight" in case.checks:
         merged = adapted.merge_and_unload().site
-        answer |= {"merged.weight": merged.weight}
+        answer |= {"merged.weight": dequantize_module_weight(merged)}
         answer |= {} if getattr(merged, "bias", None) is None else {"merged.bias": merged.bias}
     return answer
 
@@ -238,7 +251,12 @@ def on_model(case: Case, t: Tensors) -> Tensors:
     config = dict(case.config["model"])
     base = AutoModelForCausalLM.from_config(AutoConfig.for_model(config.pop("model_type"), **config))
     base.load_state_dict({name: t[name] for name, _ in base.named_parameters()}, strict=False)
+    if "quantizer" in case.config:
+        for target in case.config["targets"]:
+            base.set_submodule(target, in_nf4(case, base.get_submodule(target)))
     adapted, trained = (with_network if case.name in NETWORKS else with_layers)(case, base, t)
+    if "quantizer" in case.config:
+        adapted.train()  # bitsandbytes computes in bfloat16 where nothing is trained
     if "optimizer" in case.config:
         return trained_for_steps(case, adapted, trained, t)
     outputs = outputs_of(case, adapted, t)

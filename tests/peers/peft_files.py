@@ -15,7 +15,13 @@ from peft_methods import METHODS, NETWORKS, Tensors
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-TASKS = {"LM": "CAUSAL_LM", "ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS"}
+TASKS = {
+    "LMHead": "CAUSAL_LM",
+    "ForCausalLM": "CAUSAL_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+}
 """By a part of the name of a model's class."""
 
 
@@ -42,10 +48,13 @@ def loaded(case, t: Tensors) -> Tensors:
         more["attention_mask"] = (t["segments"] >= 0).long()
     if "task" in case.config:
         more["task_ids"] = torch.full((len(ids),), case.config["task"])
+    if "said" in t:
+        more["decoder_input_ids"] = t["said"].long()
     logits = adapted(input_ids=ids, **more).logits
     if logits.ndim == 3:
-        logits = logits[:, -ids.shape[1] :]
-        logits = logits * (t["segments"] >= 0)[..., None] if "segments" in t else logits
+        read = t.get("said", t["ids"])
+        logits = logits[:, -read.shape[1] :]
+        logits = logits * (t["segments"] >= 0)[..., None] if "segments" in t and "said" not in t else logits
     return {"logits": logits}
 
 
@@ -85,8 +94,7 @@ def fill(adapted: nn.Module, case, t: Tensors, adapter: str) -> None:
         inner = (method.names | method.constants).get(letter, letter).replace("default", adapter)
         where = where.removesuffix(".attend")
         begin = f"base_model.model.{where}"
-        ways = [inner, f"{begin}.{inner}", f"{begin}.modules_to_save.{adapter}.{letter}"]
-        ways += [f"{begin}.base_layer.{letter}", f"{begin}.{letter}"]
+        ways = [inner, f"{begin}.{inner}", f"{begin}.base_layer.{letter}", *copies(name, adapter), f"{begin}.{letter}"]
         found = next((there[way] for way in ways if way in there), None)
         if found is not None:
             if found.numel() != tensor.numel():
@@ -95,3 +103,11 @@ def fill(adapted: nn.Module, case, t: Tensors, adapter: str) -> None:
             found.copy_(tensor.reshape(found.shape))
         elif letter != "indices":  # SHiRA's are in its config
             raise ValueError(f"PEFT has no tensor for {name}")
+
+
+def copies(name: str, adapter: str) -> list[str]:
+    """Where PEFT has a tensor of a layer that it trains as a whole: behind this layer or one that it is a part of."""
+    parts = name.split(".")
+    return [
+        ".".join(["base_model.model", *parts[:i], "modules_to_save", adapter, *parts[i:]]) for i in range(1, len(parts))
+    ]

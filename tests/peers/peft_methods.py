@@ -47,6 +47,13 @@ def lora(**more) -> Callable[[dict, list[str], Tensors], peft.PeftConfig]:
     return config
 
 
+def loftq(c: dict, targets: list[str], t: Tensors) -> peft.LoraConfig:
+    """First values, or LoRA on a base that is quantized already."""
+    if "iterations" not in c:
+        return lora()(c, targets, t)
+    return lora(init_lora_weights="loftq", loftq_config=peft.LoftQConfig(loftq_iter=c["iterations"]))(c, targets, t)
+
+
 def adalora(c: dict, targets: list[str], t: Tensors) -> peft.AdaLoraConfig:
     return peft.AdaLoraConfig(
         init_r=c["init_r"],
@@ -72,11 +79,12 @@ def llama_adapter(c: dict, targets: list[str], t: Tensors) -> peft.AdaptionPromp
 
 
 def shira(c: dict, targets: list[str], t: Tensors) -> peft.ShiraConfig:
-    (indices,) = (tensor.long() for name, tensor in t.items() if name.endswith(".indices"))
+    """Its places are those of a mask, for which PEFT asks layer by layer in the order of the model."""
+    places = iter([tensor.long() for name, tensor in t.items() if name.endswith(".indices")])
 
     def mask(layer: nn.Linear, r: int, **_) -> torch.Tensor:
         chosen = torch.zeros_like(layer.weight)
-        chosen[tuple(indices)] = 1
+        chosen[tuple(next(places))] = 1
         return chosen
 
     config = peft.ShiraConfig(r=c["r"], target_modules=targets)
@@ -91,12 +99,8 @@ METHODS: dict[str, Method] = {
     "pissa": Method(lora(init_lora_weights="pissa"), LORA),
     "olora": Method(lora(init_lora_weights="olora"), LORA),
     "dora": Method(lora(use_dora=True), LORA | {"m": "lora_magnitude_vector.default.weight"}),
-    "loftq": Method(
-        lambda c, targets, t: lora(
-            init_lora_weights="loftq", loftq_config=peft.LoftQConfig(loftq_iter=c["iterations"])
-        )(c, targets, t),
-        LORA,
-    ),
+    "qdora": Method(lora(use_dora=True), LORA | {"m": "lora_magnitude_vector.default.weight"}),
+    "loftq": Method(loftq, LORA),
     "adalora": Method(adalora, {"P": "lora_B.default", "E": "lora_E.default", "Q": "lora_A.default"}),
     "vera": Method(
         lambda c, targets, t: peft.VeraConfig(r=c["r"], vera_dropout=c.get("dropout", 0.0), target_modules=targets),
