@@ -92,7 +92,6 @@ def saved(file: File, variant: str, more: dict) -> Case:
     if not wrapped:  # tensors of the model's own
         wrapped = [name.rpartition(".")[0] for name in letters]
     targets = {} if file.method in NO_TARGETS or "targets" in options else {"targets": list(dict.fromkeys(wrapped))}
-    digits = "adapter_name" in more
     return Case(
         id=case_id,
         kind="method",
