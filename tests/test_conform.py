@@ -168,7 +168,7 @@ def test_what_is_no_python_is_a_command_line():
 # ---- pytest ----------------------------------------------------------------------------------------------------------
 
 
-@parametrize_with_vectors(Lora(), methods=["lora"], kinds=["method"])
+@parametrize_with_vectors(Lora(), methods=["lora"], flags=["RsLoraScale"])
 def test_vectors_are_tests(check):
     check()
 

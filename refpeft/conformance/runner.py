@@ -95,8 +95,8 @@ class Report:
     def flags(self, verdicts: Iterable[Verdict]) -> dict[str, tuple[int, int]]:
         """The flags of these cases: (failures, runs) of the runs with the flag, the likeliest mistake first.
 
-        Runs of the same methods, quantizers, operations count. A mistake fails all cases of its flag, so the flags whose
-        cases fail most often say best what is wrong, and say it the better the more cases there are.
+        Runs of the same methods, quantizers, operations count. A mistake fails all cases of its flag, so the flags
+        whose cases fail most often say best what is wrong, and say it the better the more cases there are.
         """
         verdicts = list(verdicts)
         asked = {flag for verdict in verdicts for flag in verdict.case.flags}
