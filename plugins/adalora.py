@@ -7,7 +7,7 @@ at first, target_r at last (eq. 12). The objective has gamma times the mean of a
 authors' code, or, with `orth = "paper"`, the sum of their squares (eq. 4), of which far less is enough.
 
 First values, which leave the model as it is: P and Q normal of deviation 0.02, E zero.
-Trained: P (out, r), E (r,) and Q (r, in), r (in + out + 1) numbers a target, r = init_r.
+Trained: P (out, r), E (r,) and Q (r, in), with r = init_r: init_r (in + out + 1) numbers a target.
 """
 
 from dataclasses import dataclass, field

@@ -6,7 +6,7 @@ factors connect 2^(m-1) block_size inputs. With one factor it is OFT with gains 
 whatever its config says, where it cannot compile its CUDA extension.
 
 First values: A zero, s one, so the model is unchanged. Trained: A (m, in / block_size, block_size, block_size) and s
-(out,), m in block_size + out numbers a target; of A the symmetric half does nothing.
+(out,): butterfly_factors in block_size + out numbers a target; of A the symmetric half does nothing.
 """
 
 from dataclasses import dataclass

@@ -7,7 +7,7 @@ authors' code trains the normalizations too (`norms`), and has f = gelu in its t
 First values, as there: A normal of deviation 1e-4, s and t uniform in +-sqrt(12 / (rows + columns)) (Glorot's, gain
 sqrt(2); in AdapterHub normal), d and u zero: nearly the identity. Trained: rule (n, n, n), the A_i, once; at each place
 down_s (n, size / n, rank), down_t (n, rank, dim / n), down_bias, up_s, up_t, up_bias: 2 rank (size + dim) + size + dim
-numbers.
+numbers a place.
 """
 
 from dataclasses import dataclass

@@ -6,7 +6,7 @@ residual included: targets = ["@block_out"].
 
 First values: A normal of deviation 1e-4, s and t uniform in +-sqrt(12 / (rows + columns)), d and u zero: nearly the
 identity. Trained: rule (n, n, n), the A_i, once; in each layer down_s (n, size / n, rank), down_t (n, rank, dim / n),
-down_bias, up_s, up_t, up_bias: 2 rank (size + dim) + size + dim numbers.
+down_bias, up_s, up_t, up_bias: 2 rank (size + dim) + size + dim numbers a layer.
 """
 
 from dataclasses import dataclass

@@ -5,7 +5,7 @@ shape. As in PEFT, which writes only the numbers, places are the first of torch'
 the transform is divided by its size, in out. F is made for each product and never kept.
 
 First values: standard normal, as in the paper; they change the model. `init = "zeros"` does not. Trained: c
-(frequencies,), so many numbers a target.
+(frequencies,), frequencies numbers a target.
 """
 
 from dataclasses import dataclass, field

@@ -7,7 +7,7 @@ own losses, for which their data would be needed); of as many tasks as can be ha
 
 First values, which change the model: z normal of deviation 0.02, as in the authors' code; W1, b1, W2, b2 (and U, u
 before the fit) uniform in +-1 / sqrt(their inputs). The decoder is constant and kept with the adapter: (tokens dim)
-(hidden + 1) + hidden (d + 1) numbers. Trained: z (d,), d numbers.
+(hidden + 1) + hidden (d + 1) numbers. Trained: z (d,), d numbers in all.
 """
 
 from dataclasses import dataclass

@@ -7,9 +7,9 @@ code has dropout = 0.1. On T5 and DeBERTa as prefix_tuning. A file in PEFT's for
 prefix_tuning, as PEFT does.
 
 First values, with which the model is changed at the start: K and V, or P', D and U, normal of deviation 0.02, as BERT's
-own weights, d and u zero. Trained, w = kv_heads head_dim: keys and values (kv_heads, tokens, head_dim), 2 tokens w
-numbers a layer. With `hidden`: shared.rows (tokens, w), shared.inner (hidden, w) and shared.inner_bias, tokens w +
-hidden (w + 1) numbers, once; outer (2 w, hidden) and outer_bias, 2 w (hidden + 1) numbers, in each layer.
+own weights, d and u zero. Trained: keys and values (kv_heads, tokens, head_dim), 2 tokens kv_heads head_dim numbers a
+layer. With `hidden`, w = kv_heads head_dim: shared.rows (tokens, w), shared.inner (hidden, w) and shared.inner_bias,
+tokens w + hidden (w + 1) numbers, once; outer (2 w, hidden) and outer_bias, 2 w (hidden + 1) numbers, in each layer.
 """
 
 from dataclasses import dataclass

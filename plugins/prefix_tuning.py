@@ -9,8 +9,9 @@ relative positions there, nor DeBERTa. (PEFT gives T5's decoder alone one, which
 
 First values, with which the model is changed at the start: K and V, or P', normal, of deviation 1 as in PEFT (large
 beside a model's own keys: see `init_std`); D, d, U, u uniform in +-1 / sqrt(their inputs), as torch has them. Trained:
-keys and values (kv_heads, tokens, head_dim), 2 tokens w numbers a layer. With `hidden`: shared.rows, shared.inner and
-shared.inner_bias, tokens w + hidden (w + 1) numbers, once; outer and outer_bias, 2 w (hidden + 1), in each layer.
+keys and values (kv_heads, tokens, head_dim), 2 tokens kv_heads head_dim numbers a layer. With `hidden`: shared.rows,
+shared.inner and shared.inner_bias, tokens w + hidden (w + 1) numbers, once; outer and outer_bias, 2 w (hidden + 1), in
+each layer.
 """
 
 from dataclasses import dataclass

@@ -7,7 +7,8 @@ encoder makes of them. (PEFT's files for T5 have as many rows again, for the dec
 First values (`init`), with which the model is changed at the start: rows of the embedding table, of tokens drawn at
 random ("vocab"), as section 3.2 has it among the 5,000 most common (`common`: the first of the vocabulary, special ones
 left out; PEFT draws from all), or of a `text` ("text") or tokens that are given ("ids"), repeated or cut to the number
-of rows; or standard normal numbers ("random", PEFT's default). Trained: prompt (tokens, dim), tokens dim numbers.
+of rows; or standard normal numbers ("random", PEFT's default). Trained: prompt (tokens, dim): tokens dim numbers in
+all.
 """
 
 from dataclasses import dataclass

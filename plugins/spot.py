@@ -6,7 +6,7 @@ prompt of this task from a short run of prompt_tuning: by the cosine of the prom
 before the embeddings, in refpeft's form or PEFT's, such as PROMPT_TUNING; a file of this one is read as prompt_tuning.
 
 First values: P = the sum of s_i P_i over the sum of s_i, s_i the similarities of the `top` sources. They change the
-model. Trained: prompt (tokens, dim), tokens dim numbers.
+model. Trained: prompt (tokens, dim), tokens dim numbers in all.
 """
 
 from dataclasses import dataclass

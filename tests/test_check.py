@@ -177,9 +177,11 @@ def test_a_method_for_quantized_weights_is_tried_on_these():
 @pytest.mark.parametrize(
     ("doc", "formula"),
     [
-        ("Trained: A (r, in), B (out, r): r (in + out) numbers a target, r out with A frozen.", "r (in + out)"),
-        ("Trained: down, down_bias: 2 size dim + size + dim numbers\na place.", "2 size dim + size + dim"),
-        ("P (out, r), E (r,) and Q (r, in), r (in + out + 1) numbers a target", "r (in + out + 1)"),
+        ("Trained: A (r, in), B (out, r): r (in + out) numbers a target, r out with A frozen.", ("r (in + out)", True)),
+        ("Trained: down, down_bias: 2 size dim + size + dim numbers\na place.", ("2 size dim + size + dim", True)),
+        ("P (out, r), E (r,) and Q (r, in), r (in + out + 1) numbers a target", ("r (in + out + 1)", True)),
+        ("Trained: prompt (tokens, dim), tokens dim numbers in all.", ("tokens dim", False)),
+        ("Trained: r (in + out) + 1 numbers a target of LoRA", None),
         ("nothing is said of numbers", None),
     ],
 )

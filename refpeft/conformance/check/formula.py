@@ -1,4 +1,4 @@
-"""How many numbers a method trains, by the formula in its docstring: "r (in + out) numbers a target"."""
+"""How many numbers a method trains, by its docstring: "r (in + out) numbers a target", "tokens dim numbers in all"."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from typing import Any
 from refpeft.conformance.check.findings import Failed, NotApplicable
 from refpeft.conformance.check.subjects import Method, own
 from refpeft.layers import Layer
+from refpeft.sites import Adapter
 
 _SIZES = {
     "linear": ("out", "in"),
     "embedding": ("vocab", "dim"),
     "norm": ("dim",),
     "attention": ("kv_heads", "head_dim"),
-    "block": ("dim",),
+    "block": ("dim", "in", "out"),
 }
-_STATED = re.compile(r"([^,:;.]*?(?:\([^()]*\)[^,:;.()]*?)*?) numbers a (?:target|place|layer)\b")
+_STATED = re.compile(r"([^,:;.]*?(?:\([^()]*\)[^,:;.()]*?)*?) numbers (?:a (target|place|layer)\b(?! of)|in all)")
 _TOKEN = re.compile(r"\s*(?:(\d+(?:\.\d+)?)|([A-Za-z_]\w*)|(.))")
 _OPERATORS = {
     ast.Add: operator.add,
@@ -39,29 +40,32 @@ def number_of_parameters(method: Method) -> str:
             'the docstring has no formula: add one such as "Trained: A (r, in), B (out, r): r (in + out) numbers a '
             'target." of options and of out, in, vocab, dim, kv_heads, head_dim'
         )
+    text, each = said
     counted = 0
     for family in method.families or [method.first]:
         _, adapter = method.attached(family, moved=False)
-        for layer in own(adapter):
-            formula, found = evaluated(said, method.cfg, layer), _trained(adapter.params, layer)
+        for layer in list(own(adapter))[: None if each else 1]:
+            formula = evaluated(text, method.cfg, layer)
+            where, found = (layer.site.name, _trained(adapter, layer)) if each else (family, adapter.size)
+            if formula != found and method.options:
+                raise NotApplicable(f"`{text}` of the docstring is not that of these options")
             if formula != found:
-                raise Failed(
-                    f"{layer.site.name} has {found:,} numbers, and `{said}` of the docstring is {float(formula):,g}: "
-                    "mend one of them"
-                )
+                what = f"`{text}` of the docstring is {float(formula):,g}"
+                raise Failed(f"{where} has {found:,} numbers, and {what}: mend one of them")
             counted += 1
-    return f"`{said}` at {counted} sites"
+    return f"`{text}` at {counted} sites" if each else f"`{text}` in all"
 
 
-def stated(doc: str) -> str | None:
-    """The formula that a docstring states, as it is written there; None where there is none."""
-    match = _STATED.search(" ".join(doc.split()))
-    return match[1].strip() if match and match[1].strip() else None
+def stated(doc: str) -> tuple[str, bool] | None:
+    """(the formula that a docstring states, whether it is for each site and not for all together), or None."""
+    match = _STATED.search(" ".join(doc.replace("`", "").split()))
+    return (match[1].strip(), bool(match[2])) if match and match[1].strip() else None
 
 
 def evaluated(text: str, cfg: Any, layer: Layer) -> Fraction:
     """The formula's value at a site. Raises NotApplicable where it has names or signs that are not known."""
-    names = dict(zip(_SIZES[layer.site.kind], layer.site.shape, strict=True))
+    kind, shape = layer.site.kind, layer.site.shape
+    names = dict(zip(_SIZES[kind], shape * 3 if kind == "block" else shape, strict=True))
     options = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg)} if cfg is not None else {}
     names |= {name: number for name, number in options.items() if type(number) in (int, float)}
     parts: list[str] = []
@@ -88,6 +92,7 @@ def _value(node: ast.expr) -> Fraction:
     return Fraction(node.args[0].value)  # what `evaluated` wrote
 
 
-def _trained(params: dict[str, Any], layer: Layer) -> int:
+def _trained(adapter: Adapter, layer: Layer) -> int:
+    """How many numbers the site trains itself, without those that it shares."""
     names = {f"{layer.site.name}.{key}": value for key, value in layer.values.items()}
-    return sum(value.data.size for name, value in names.items() if params.get(name) is value)
+    return sum(value.data.size for name, value in names.items() if adapter.params.get(name) is value)
