@@ -353,7 +353,8 @@ def hira() -> Iterator[Case]:
 
 
 def delora_delta(weight, t, config) -> torch.Tensor:
-    inner = (t["B"].square().sum(0) * t["A"].square().sum(1)).sqrt()
+    columns, rows = (torch.linalg.vector_norm(v, dim=axis).clamp(min=1e-4) for v, axis in ((t["B"], 0), (t["A"], 1)))
+    inner = columns * rows
     of_inputs = weight.square().sum(0).sqrt()
     return t["B"] @ torch.diag(t["strength"] / (config["r"] * inner)) @ t["A"] * of_inputs
 
@@ -372,6 +373,14 @@ def delora() -> Iterator[Case]:
         flags="DeloraNorms",
     )
     yield from cases_of(equation, *without_conv1d(shapes_of(config)), dropout_of(config), models=config)
+    comment = "a column of B is 0, as all are at the start, and a row of A is shorter than 1e-4"
+    yield from cases_of(replace(equation, start=delora_start), Variant("small-norms", config, comment=comment))
+
+
+def delora_start(letters: dict[str, np.ndarray], weight: np.ndarray, config: dict) -> dict[str, np.ndarray]:
+    letters["B"][:, 0] = 0
+    letters["A"][1] *= np.float32(1e-5)
+    return letters | {"strength": np.float32([2.5])}
 
 
 KRONA = {"scale": 3.0, "a_out": 2, "a_in": 2}
