@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from adapter_files import files
+from adapter_files import files, lora
 from common import Case, Compute, Draw, Tensors
 from file_equations import FLAT, LETTERS, SHARED, START
 from peft_files import File, given_model, written
@@ -17,6 +17,7 @@ OFT = {"block_size": 4, "block_share": False, "terms": 5}
 OPTIONS: dict[str, dict] = {
     "lora-load-plain": LORA,
     "lora-load-layers": LORA,
+    "lora-load-beside": LORA,
     "lora-load-patterns": LORA
     | {
         "rank_pattern": {r"mlp\..*": 3, "0.self_attn.k_proj": 1},
@@ -76,6 +77,12 @@ def cases() -> Iterator[Case]:
             yield saved(file, "digits", {"adapter_name": "0"})
         if file.id == "lora-load-plain":
             yield saved(file, "zero", {"adapter_name": "0"})  # here the layer's number is the adapter's name, too
+    both = lora("beside", "", BESIDE, settings={"num_hidden_layers": 2})
+    yield saved(both, "beside", {"adapter_name": "0", "beside": "1"})
+
+
+NAMED = "the adapter's name, a digit, is in no tensor's name"
+BESIDE = "the names of both adapters are numbers of layers; PEFT 0.21 leaves the layer of the other's out"
 
 
 def saved(file: File, variant: str, more: dict) -> Case:
@@ -98,8 +105,8 @@ def saved(file: File, variant: str, more: dict) -> Case:
         name=file.method,
         at="save",
         level="interop",
-        comment="the adapter's name, a digit, is in no tensor's name" if digits else file.comment,
-        flags=("AdapterNames",) if digits else tuple(flag for flag in file.flags.split() if flag in OF_NAMES),
+        comment=NAMED if more.keys() == {"adapter_name"} else file.comment,
+        flags=("AdapterNames",) if more else tuple(flag for flag in file.flags.split() if flag in OF_NAMES),
         spec="files: PEFT 0.21.2; golden/README.md, Methods",
         config={"model": model, **options, **targets, **more},
         inputs=letters,

@@ -23,7 +23,7 @@ from .places import attached, set_values
 _FILE = "file."
 """What stands before the names of a file's tensors in a case."""
 
-_OF_THE_CASE = ("model", "adapter_name")
+_OF_THE_CASE = ("model", "adapter_name", "beside")
 """Members of its config that are no options of the method; adapters have no names in refpeft."""
 
 
@@ -48,9 +48,12 @@ def run_save(case: Case, given: Arrays, dtype: str, xp: ModuleType) -> Arrays:
     """What is written does not depend on the model's weights, of which a case has none."""
     options = {name: value for name, value in case.config.items() if name not in _OF_THE_CASE}
     model = _model(case.config["model"], given, dtype, xp)
-    set_values(attached(model, case.name, options), model, given)
+    adapter = attached(model, case.name, options)
+    set_values(adapter, model, given)
+    if "beside" in case.config:
+        attached(model, case.name, options)
     with tempfile.TemporaryDirectory() as folder:
-        adapters.save(folder, model)
+        adapters.save(folder, model, adapter)
         tensors = read_safetensors(Path(folder) / adapters.TENSORS)
     return {f"{_FILE}{name}": array for name, array in tensors.items()} | {"count": np.array(len(tensors))}
 
