@@ -106,7 +106,6 @@ PLACES = {
 
 IN_MODELS_ALONE = {
     "adapterdrop": "pfeiffer, in layers of some numbers",
-    "adapterfusion": "at a norm as pfeiffer",
     "attention_fusion": "of all layers",
     "by_type": "full, in layers of some types",
     "full": "at a Conv1D: GPT-2",
