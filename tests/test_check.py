@@ -67,6 +67,8 @@ MISTAKES = {
         "if self.r < 1:", "if not isinstance(self.targets, tuple) or len(self.targets) > 1:", "config", "",
     ),
     "too large for any model": ("self.r < 1", "self.r > 1", "attaches", "--set KEY=VALUE"),
+    "an exception at import": ("FAMILY = ", "1 / 0\nFAMILY = ", "hooks", "ZeroDivisionError: division by zero"),
+    "an exception in a hook": ("bound = width**-0.5", "bound = wide**-0.5", "attaches", "not defined (line 4"),
     "random numbers of its own": (
         "rng.uniform(-bound", "np.random.default_rng().uniform(-bound", "first values", "the argument `rng`",
     ),

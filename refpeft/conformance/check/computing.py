@@ -29,6 +29,8 @@ ROUNDING = 2**20  # eps(float64) that results may differ by where they are added
 
 
 def attaches(method: Method) -> str:
+    if method.broken:
+        raise Failed(method.broken)
     if not method.families:
         family, reason = next(iter(method.refused.items()))
         raise Failed(f"no model takes it; {family}: {reason} (options that fit are given by --set KEY=VALUE)")

@@ -16,7 +16,7 @@ from refpeft.api import class_of
 from refpeft.backend import to_host, xp_of
 from refpeft.batches import IGNORE, Batch
 from refpeft.config import plugin_options
-from refpeft.conformance.check.findings import NotApplicable
+from refpeft.conformance.check.findings import NotApplicable, said
 from refpeft.errors import RefpeftError
 from refpeft.layers import INPUTS, Layer
 from refpeft.manager import Listing
@@ -137,6 +137,7 @@ class Method:
     """A method with its options, and the models that it can be attached to.
 
     families   those of CONFIGS that take it; `refused` has what the others say
+    broken     what it raises on one of them that is no refusal
     quantizer  nf4 where it takes only quantized weights
     """
 
@@ -145,6 +146,7 @@ class Method:
     options: dict[str, Any]
     families: tuple[str, ...] = ()
     refused: dict[str, str] = field(default_factory=dict)
+    broken: str = ""
     quantizer: Quantizer | None = None
 
     @cached_property
@@ -203,6 +205,8 @@ class Method:
                     fitting.append(family)
                 except RefpeftError as error:
                     self.refused[family] = " ".join(str(error).split())
+                except Exception as error:  # whatever a plugin does
+                    self.broken = f"{family}: {said(error, self.path)}"
             self.families = tuple(fitting)
             if fitting:
                 return
