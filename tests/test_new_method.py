@@ -81,6 +81,7 @@ def python(*arguments, cwd) -> str:
         ("lora", "a plugin is named 'lora' already"),
         ("Lora-XS", "'Lora-XS' is no name for a method: expected small letters, digits and _, such as 'lora_xs'"),
         ("class", "'class' is no name for a method"),
+        ("json", "'json' is a module, which json.py would stand in for"),
         ("3", "'3' is no name for a method"),
         ("../mine", "'../mine' is no name for a method"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from importlib.util import find_spec
 from keyword import iskeyword
 from pathlib import Path
 
@@ -208,19 +209,22 @@ _FILES = {"{}.py": METHOD, "test_{}.py": TEST, "make_{}.py": MAKE}
 def write(name: str, directory: str | Path = ".") -> list[Path]:
     """Writes NAME.py, test_NAME.py and make_NAME.py into `directory`, which is made where there is none; their paths.
 
-    Raises RefpeftError for a name that is none for a module or that a plugin has, and where a file is there already.
+    Raises RefpeftError for a name that is none for a module or that a plugin or a module has, and where a file is there
+    already.
     """
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or iskeyword(name):
         close = re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_0123456789")
         hint = f", such as {close!r}" if close and not iskeyword(close) else ""
         raise RefpeftError(f"{name!r} is no name for a method: expected small letters, digits and _{hint}")
-    known = manager.find()
-    if name in known:
-        raise RefpeftError(f"a plugin is named {name!r} already, {known[name]}: choose another name")
     files = {Path(directory) / pattern.format(name): text.replace("NAME", name) for pattern, text in _FILES.items()}
     there = [path for path in files if path.exists()]
     if there:
         raise RefpeftError(f"{there[0]} exists: choose another name or --dir")
+    known = manager.find()
+    if name in known:
+        raise RefpeftError(f"a plugin is named {name!r} already, {known[name]}: choose another name")
+    if find_spec(name):
+        raise RefpeftError(f"{name!r} is a module, which {name}.py would stand in for: choose another name")
     Path(directory).mkdir(parents=True, exist_ok=True)
     for path, text in files.items():
         write_text(path, text)
