@@ -232,6 +232,13 @@ def int8_encode(weight: np.ndarray) -> Parts:
     return {"codes": np.int8(codes).reshape(weight.shape), "scale": scale.reshape(weight.shape[:-1])}
 
 
+def int8_on_cpu(weight: np.ndarray) -> Parts:
+    """What bitsandbytes makes on a CPU of weights that float16 holds: the factor is 127 * (1 / scale)."""
+    scale = np.abs(weight).max(axis=1)
+    codes = np.rint(weight * (f32(127) * (f32(1) / scale))[:, None])
+    return {"codes": codes.astype(np.int8), "scale": scale}
+
+
 def int8_from_float16(weight: np.ndarray) -> Parts:
     return int8_encode(weight.astype(np.float16).astype(f32))
 
@@ -249,6 +256,27 @@ def bnb_int8_encode(weight: np.ndarray) -> Parts:
 
 def bnb_int8_decode(parts: Parts, shape: tuple[int, ...]) -> np.ndarray:
     return bnb.int8_vectorwise_dequant(torch.from_numpy(parts["codes"]), torch.from_numpy(parts["scale"])).numpy()
+
+
+def int8_reciprocals() -> Iterator[Case]:
+    """Ties by one division, of which 127 * (1 / scale) takes half to the odd code."""
+    scale = f32(15 * 127 / 1024)
+    weight = np.append(scale, (np.arange(39, dtype=f32) + f32(0.5)) * f32(15 / 1024)).reshape(1, -1)
+    weight[:, 1::2] *= -1
+    comment = "the factor is 127 / scale, divided once; 127 * (1 / scale) is the next float32 number"
+    for variant, config, encode, flags in (
+        ("reciprocal", {}, int8_encode, "Int8Reciprocal Int8Rows"),
+        ("reciprocal-cpu", {"compat": "bnb-cpu"}, int8_on_cpu, "Int8Reciprocal"),
+    ):
+        if config:
+            assert (int8_encode(weight)["codes"] != encode(weight)["codes"]).sum() > 9
+            comment = f"{VERSION}: the factor is 127 * (1 / scale), which is not 127 / scale; float16 holds the weights"
+        first, _ = pair(
+            "int8", variant, weight, config, encode, int8_decode, flags=flags, comment=comment, spec=INT8_SPEC,
+            agrees={VERSION: (bnb_int8_encode if config else None, None)},
+        )  # fmt: skip
+        first.level = "interop" if config else "must"
+        yield first
 
 
 def int8_cases() -> Iterator[Case]:
@@ -284,6 +312,7 @@ def int8_cases() -> Iterator[Case]:
         for case in cases:
             case.level = "interop" if config else "must"
             yield case
+    yield from int8_reciprocals()
     config = {"double_quant": True, "nested_block": NESTED_BLOCK}
     weight = draw.normal(20, 16) * np.exp(draw.normal(20, 1))
     twice, maps = doubled(int8_encode, int8_decode, "scale"), {"nested_map": NESTED_MAP}
