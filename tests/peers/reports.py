@@ -60,6 +60,8 @@ class Peer:
 
 
 PEERS = (
+    Peer("refpeft-numpy", "refpeft_itself", "on_numpy", {}),
+    Peer("refpeft-cupy", "refpeft_itself", "on_cupy", {"cupy-cuda13x": "14."}),
     Peer("peft-0.21.2", "peft_0_21", "Peft", {"peft": "0.21.", "torch": "2.", "transformers": "5."}),
     Peer("bitsandbytes-0.50.2", "bitsandbytes_0_50", "Bitsandbytes", {"bitsandbytes": "0.50.", "torch": "2."}),
     Peer("torch-2.13.0", "torch_optimizers", "Torch", {"torch": "2."}),
@@ -206,6 +208,31 @@ def method_of(verdict: Verdict) -> tuple[str, str]:
     return verdict.case.kind, verdict.case.name
 
 
+# ---- all of them -----------------------------------------------------------------------------------------------------
+
+
+def overview() -> str:
+    """A row for each report that is there, by what it says itself."""
+    head = (
+        "How other implementations do, and refpeft itself. Made by `python tests/peers/reports.py`, like each report."
+    )
+    lines = ["# Reports", "", head, "", "| | runs | causes of failures |", "|---|---|---|"]
+    for peer in PEERS:
+        path = REPORTS / f"{peer.name}.md"
+        if path.exists():
+            text = path.read_text("utf-8")
+            counts = text.split("\n\n")[2].partition(". A run")[0]
+            causes = {kind: len(re.findall(r"^\d+\. ", section(text, kind), re.M)) for kind in CAUSES}
+            found = ", ".join(f"{n} {kind}{'s' * (n > 1 and kind != 'precision')}" for kind, n in causes.items() if n)
+            lines.append(f"| [{peer.name.replace('-', ' ')}]({path.name}) | {counts} | {found} |")
+    return "\n".join(lines) + "\n"
+
+
+def section(text: str, kind: str) -> str:
+    """What a report says below the heading of a kind of causes."""
+    return text.partition(f"\n## {kind.capitalize()}\n")[2].partition("\n## ")[0]
+
+
 def main(names: list[str]) -> None:
     unknown = set(names) - {peer.name for peer in PEERS}
     if unknown:
@@ -220,6 +247,7 @@ def main(names: list[str]) -> None:
         report = peer.report()
         (REPORTS / f"{peer.name}.md").write_text(markdown(peer, report), "utf-8")
         print(f"{peer.name}: {summary(report)}")
+    (REPORTS / "README.md").write_text(overview(), "utf-8")
 
 
 if __name__ == "__main__":
