@@ -324,7 +324,7 @@ def cases() -> Iterator[Case]:
             GPT2,
             7,
             None,
-            "TransposedWeight TiedEmbedding GeluVariant FusedQueryKeyValue",
+            "TransposedWeight TiedEmbedding GeluVariant FusedQueryKeyValue PositionOffset",
             "Conv1D weights are (in, out)",
         ),
         ("gpt2-untied", "gpt2", GPT2 | {"tie_word_embeddings": False}, 7, None, "TransposedWeight", ""),
