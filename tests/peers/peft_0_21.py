@@ -14,12 +14,13 @@ from types import SimpleNamespace
 from unittest import mock
 
 import bitsandbytes
+import numpy as np
 import peft
 import torch
 from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
 from peft.utils.integrations import dequantize_module_weight
 from peft_files import loaded, saved
-from peft_methods import LORA, LORA_EMBEDDING, METHODS, NETWORKS, Tensors
+from peft_methods import LORA, LORA_EMBEDDING, METHODS, NETWORKS, Tensors, dtype_of
 from peft_together import OneLayer, combined, restored, two
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel, logging
@@ -36,7 +37,7 @@ class Peft:
 
     name = "peft"
     version = peft.__version__
-    dtypes = ("float64", "float32")
+    dtypes = ("float64", "float32", "bfloat16")
 
     def run(self, case: Case, given: Arrays, dtype: str) -> Arrays:
         if case.kind != "method":
@@ -47,12 +48,19 @@ class Peft:
         if runner is None:
             raise NotImplementedError("PEFT has no function of this alone")
         if case.at in ("model", "train", "load") and dtype == "float64":
-            raise NotImplementedError("transformers computes norms and the loss in float32")
+            raise NotImplementedError("transformers computes norms and the loss in float32 at most")
         t = {name: torch.from_numpy(array.copy()) for name, array in given.items()}
+        if dtype == "bfloat16":
+            t = {name: tensor.bfloat16() if tensor.is_floating_point() else tensor for name, tensor in t.items()}
         with warnings.catch_warnings(), refused():
             warnings.simplefilter("ignore")
             answer = runner(case, t)
-        return {name: tensor.detach().numpy() for name, tensor in answer.items()}
+        return {name: numbers(tensor.detach()) for name, tensor in answer.items()}
+
+
+def numbers(tensor: torch.Tensor) -> np.ndarray:
+    """As NumPy's, which has no bfloat16."""
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
 MISSING = {
@@ -121,7 +129,7 @@ def with_layers(case: Case, base: nn.Module, t: Tensors) -> tuple[peft.PeftModel
     if "rank_pattern" in case.config:  # AdaLoRA has left fewer triplets
         kept = {f"{n}.lora_E": [i < r for i in range(config.init_r)] for n, r in case.config["rank_pattern"].items()}
         adapted.base_model.resize_modules_by_rank_pattern(kept, "default")
-    adapted.to(next(tensor.dtype for tensor in t.values() if tensor.is_floating_point()))
+    adapted.to(dtype_of(t))
     parameters, trained = dict(adapted.named_parameters(remove_duplicate=False)), []
     for name, tensor in t.items():
         where, _, letter = name.rpartition(".")
@@ -249,7 +257,7 @@ def first_values(adapted: peft.PeftModel, t: Tensors) -> Tensors:
 def on_model(case: Case, t: Tensors) -> Tensors:
     """Logits, loss and gradients, or three steps of training, without dropout."""
     config = dict(case.config["model"])
-    base = AutoModelForCausalLM.from_config(AutoConfig.for_model(config.pop("model_type"), **config))
+    base = AutoModelForCausalLM.from_config(AutoConfig.for_model(config.pop("model_type"), **config)).to(dtype_of(t))
     base.load_state_dict({name: t[name] for name, _ in base.named_parameters()}, strict=False)
     if "quantizer" in case.config:
         for target in case.config["targets"]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import peft
 import torch
 import transformers
-from peft_methods import METHODS, NETWORKS, Tensors
+from peft_methods import METHODS, NETWORKS, Tensors, dtype_of
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -30,7 +30,7 @@ def base_model(config: dict, t: Tensors) -> transformers.PreTrainedModel:
     settings = dict(config)
     (architecture,) = settings["architectures"]
     made = transformers.AutoConfig.for_model(settings.pop("model_type"), **settings)
-    base = getattr(transformers, architecture)(made).eval()
+    base = getattr(transformers, architecture)(made).eval().to(dtype_of(t))
     base.load_state_dict({n: t[n] for n, _ in base.named_parameters() if n in t}, strict=False)
     return base
 

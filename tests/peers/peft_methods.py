@@ -11,6 +11,12 @@ from torch import nn
 
 Tensors = dict[str, torch.Tensor]
 
+
+def dtype_of(t: Tensors) -> torch.dtype:
+    """What a case is computed in."""
+    return next(tensor.dtype for tensor in t.values() if tensor.is_floating_point())
+
+
 # ---- methods at layers -----------------------------------------------------------------------------------------------
 
 
