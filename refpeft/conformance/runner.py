@@ -95,16 +95,22 @@ class Report:
     def flags(self, verdicts: Iterable[Verdict]) -> dict[str, tuple[int, int]]:
         """The flags of these cases: (failures, runs) of the runs with the flag, the likeliest mistake first.
 
-        Runs of the same methods, quantizers, operations count. A mistake fails all cases of its flag, so the flags
-        whose cases fail most often say best what is wrong, and say it the better the more cases there are.
+        Runs of the same methods, quantizers, operations count. A mistake fails the cases of its flag, so the flags
+        whose cases fail most often say best what is wrong: the better, the more cases there are, and the nearer to the
+        front of a case's flags they stand.
         """
         verdicts = list(verdicts)
         asked = {flag for verdict in verdicts for flag in verdict.case.flags}
         names = {verdict.case.name for verdict in verdicts}
-        near = [v for v in self.verdicts if v.case.name in names and v.status != NOT_IMPLEMENTED]
-        run = Counter(flag for verdict in near for flag in verdict.case.flags)
-        failed = Counter(flag for verdict in near if verdict.wrong for flag in verdict.case.flags)
-        likely = sorted(asked, key=lambda flag: (-failed[flag] / (run[flag] + 2), flag))
+        failed, run, weight_of_failed, weight = Counter(), Counter(), Counter(), Counter()
+        for verdict in self.verdicts:
+            if verdict.case.name in names and verdict.status != NOT_IMPLEMENTED:
+                for place, flag in enumerate(verdict.case.flags):
+                    run[flag] += 1
+                    failed[flag] += verdict.wrong
+                    weight[flag] += 1 / (1 + place)
+                    weight_of_failed[flag] += verdict.wrong / (1 + place)
+        likely = sorted(asked, key=lambda flag: (-weight_of_failed[flag] / (weight[flag] + 2), flag))
         return {flag: (failed[flag], run[flag]) for flag in likely}
 
 
