@@ -197,6 +197,7 @@ def cases() -> Iterator[Case]:
         "original_max_position_embeddings": 32,
     }
     yarn = {"rope_type": "yarn", **rope, "factor": 4.0, "original_max_position_embeddings": 64}
+    between = yarn | {"original_max_position_embeddings": 4096, "mscale": 0.8, "mscale_all_dim": 0.5}
     tied = {"tie_word_embeddings": True}
     rows: list[tuple] = [  # id, model type, settings, time, segments, flags, comment
         ("llama-plain", "llama", LLAMA, 7, None, "GroupedQuery RopePairs GateAndUp", "grouped queries, untied head"),
@@ -276,6 +277,24 @@ def cases() -> Iterator[Case]:
             None,
             "RopeScaling YarnAmplitude",
             "the amplitude and the betas are given",
+        ),
+        (
+            "llama-rope-yarn-between",
+            "llama",
+            WIDE | {"head_dim": 16, "rope_parameters": between, "max_position_embeddings": 16384},
+            7,
+            None,
+            "RopeScaling YarnRamp YarnAmplitude",
+            "waves 0 to 2 are kept, 6 and 7 slowed down, those between in part; the amplitude is of two mscales",
+        ),
+        (
+            "llama-rope-yarn-exact",
+            "llama",
+            WIDE | {"head_dim": 16, "rope_parameters": between | {"truncate": False}, "max_position_embeddings": 16384},
+            7,
+            None,
+            "RopeScaling YarnRamp",
+            "the ends of the ramp are not rounded to whole waves, as in gpt-oss",
         ),
         ("llama-padded", "llama", LLAMA, 7, PADDED, "Padding", "padding on the right; its logits are not compared"),
         (

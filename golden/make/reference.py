@@ -188,9 +188,15 @@ def rotary(config: dict, positions: torch.Tensor) -> tuple[torch.Tensor, torch.T
     elif kind == "yarn":  # arXiv:2309.00071, section 3.2 and the authors' code
         own, fast, slow = rope["original_max_position_embeddings"], rope.get("beta_fast", 32), rope.get("beta_slow", 1)
         low, high = (dim * math.log(own / (turns * 2 * math.pi)) / (2 * math.log(theta)) for turns in (fast, slow))
-        low, high = max(math.floor(low), 0), min(math.ceil(high), dim - 1)
+        if rope.get("truncate", True):
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, dim - 1)
         kept = [1 - min(max((j - low) / (high - low), 0.0), 1.0) for j in range(dim // 2)]
         frequencies = [k * f + (1 - k) * f / factor for k, f in zip(kept, frequencies, strict=True)]
-        amplitude = rope.get("attention_factor") or 0.1 * math.log(factor) + 1.0
+        above, below = (
+            0.1 * rope.get(name, absent) * math.log(factor) + 1.0
+            for name, absent in (("mscale", 1), ("mscale_all_dim", 0))
+        )
+        amplitude = rope.get("attention_factor") or above / below
     angle = positions[:, None, :, None] * torch.tensor(frequencies)
     return amplitude * angle.cos(), amplitude * angle.sin()
