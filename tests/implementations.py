@@ -48,7 +48,7 @@ class WrongScale(Lora):
 
 
 PROGRAM = """
-import json, os, sys, time
+import json, os, subprocess, sys, time
 sys.path[:0] = {paths!r}
 from implementations import Lora
 from refpeft.conformance import tensors, vectors

@@ -47,7 +47,12 @@ def test_a_program_says_who_it_is(tmp_path):
         ("answer.update(status='error', message='no memory')", "ProgramError: it says: no memory"),
         ("after = os.unlink", r"safetensors: cannot be read: No such file"),
         ("after = lambda out: open(out, 'r+b').truncate(50)", "safetensors: not a whole safetensors file: "),
+        ("after = lambda out: (os.unlink(out), os.mkfifo(out))", "safetensors file: it is no file"),
         ("os.close(1)\ntime.sleep(60)", "ProgramError: it closed its output"),
+        ("subprocess.Popen(['sleep', '5'])\nsys.exit(4)", "ProgramError: it ended with exit code 4"),
+        ("subprocess.Popen(['sleep', '5'], start_new_session=True)\nsys.exit(5)", "it ended with exit code 5"),
+        ("print('x\\n' * 100_000, flush=True)", "ProgramError: it answered 'x', expected one JSON object"),
+        ("answer.update(status='error', message='\\x1b[2J a\\nb')", "ProgramError: it says: ?[2J a"),
     ],
 )
 def test_whatever_it_does_that_case_is_an_error_and_the_next_is_run(tmp_path, does, problem):
@@ -96,6 +101,7 @@ def test_a_program_that_does_not_introduce_itself_is_refused(tmp_path, start, me
     [
         ("/nowhere/harness", "/nowhere/harness: it cannot be started: No such file"),
         ("", "it cannot be started: no program is named"),
+        ("node 'harness.mjs", "node 'harness.mjs: not a command line: No closing quotation"),
         ("true", "true: it ended with exit code 0"),
         ("cat", 'cat: it speaks protocol 1, expected|cat: its answer to "start" has no name'),
         ("sh -c 'echo lost >&2; exit 7'", "it ended with exit code 7: lost"),
@@ -104,6 +110,13 @@ def test_a_program_that_does_not_introduce_itself_is_refused(tmp_path, start, me
 def test_a_command_that_is_no_program_is_one_clear_line(command, message):
     with pytest.raises(RefpeftError, match=message):
         Program(command, timeout=20)
+
+
+def test_a_byte_order_mark_before_the_first_answer_does_not_matter(tmp_path):
+    command = program(tmp_path)
+    path = tmp_path / "program.py"
+    path.write_text("import sys\nsys.stdout.write('\\ufeff')\n" + path.read_text())
+    assert run(command)["plain"].status == runner.PASSED
 
 
 def test_nothing_of_it_is_left_running(tmp_path):

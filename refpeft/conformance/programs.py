@@ -23,6 +23,7 @@ import signal
 import subprocess
 import tempfile
 import threading
+import time
 from pathlib import Path
 from typing import IO, Any
 
@@ -32,6 +33,7 @@ from .vectors import DTYPES, Arrays, Case
 
 PROTOCOL = 1
 _LONGEST_LINE = 1 << 20  # characters of an answer
+_MOST_UNREAD = 10  # lines; one that nobody asked for is wrong already
 _MOST_LOST = 10
 _START = 60.0  # seconds
 
@@ -48,7 +50,10 @@ class Program:
     """
 
     def __init__(self, command: str, timeout: float = 60.0):
-        self.command, self.timeout = shlex.split(command), timeout
+        try:
+            self.command, self.timeout = shlex.split(command), timeout
+        except ValueError as error:
+            raise RefpeftError(f"{command}: not a command line: {error}") from None
         self._folder = tempfile.TemporaryDirectory(prefix="refpeft-conform-")
         self._process: _Process | None = None
         self._seq = self._lost = 0
@@ -142,7 +147,7 @@ class _Process:
     """One process of the program: a group of its own, so that what it starts ends with it."""
 
     def __init__(self, command: list[str]):
-        self.errors: IO[str] = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 - it lives as long
+        self.errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.errors}
         try:
             if not command:
@@ -157,8 +162,12 @@ class _Process:
         threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self) -> None:
-        with contextlib.suppress(ValueError, OSError):  # the pipe is closed under it when the process is ended
-            while line := self.process.stdout.readline(_LONGEST_LINE):
+        """Puts its lines into the queue, and None behind the last.
+
+        Nobody else closes the pipe: that would wait for a line, perhaps of a child that has left the group and lives on.
+        """
+        with self.process.stdout as pipe:
+            while (line := pipe.readline(_LONGEST_LINE)) and self.lines.qsize() < _MOST_UNREAD:
                 self.lines.put(line)
         self.lines.put(None)
 
@@ -169,19 +178,28 @@ class _Process:
 
     def ask(self, request: dict[str, Any], timeout: float) -> dict[str, Any]:
         self.say(request)
-        try:
-            line = self.lines.get(timeout=timeout)
-        except queue.Empty:
-            raise ProgramError(f"it gave no answer in {timeout:g} s") from None
+        line = self._line(timeout)
         if line is None:
             raise ProgramError(self._how_it_died())
         try:
-            answer = json.loads(line)
+            answer = json.loads(line.removeprefix("\ufeff"))  # some languages begin their output with this mark
         except (ValueError, RecursionError):
             answer = None
         if not isinstance(answer, dict):
             raise ProgramError(f"it answered {line.strip()[:80]!r}, expected one JSON object on one line")
         return answer
+
+    def _line(self, timeout: float) -> str | None:
+        """Its next line; None where it is over, also if what it started holds the pipe open."""
+        end = time.monotonic() + timeout
+        while (left := end - time.monotonic()) > 0:
+            over = self.process.poll() is not None
+            try:
+                return self.lines.get(timeout=min(left, 0.5))
+            except queue.Empty:
+                if over:
+                    return None
+        raise ProgramError(f"it gave no answer in {timeout:g} s")
 
     def _how_it_died(self) -> str:
         try:
@@ -189,8 +207,8 @@ class _Process:
         except subprocess.TimeoutExpired:
             return "it closed its output"
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        self.errors.seek(0)
-        said = self.errors.read()[-10_000:].strip().splitlines()
+        self.errors.seek(max(0, self.errors.seek(0, os.SEEK_END) - 10_000))
+        said = self.errors.read().decode(errors="replace").strip().splitlines()
         return f"it {how}" + (f": {said[-1].strip()[:300]}" if said else "")
 
     def end(self, wait: float) -> None:
@@ -201,5 +219,4 @@ class _Process:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
-        self.process.stdout.close()
         self.errors.close()

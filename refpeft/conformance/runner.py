@@ -149,7 +149,7 @@ def conform(
     ids = list(all_ids) if all_ids is not None else [case.id for case in cases]
     idle = expected_failures.idle(expected, keys, ids, DTYPES)
     idle = [f"{p!r} is among the expected failures, but names no case: take it off the list" for p in idle]
-    return Report(implementation.name, implementation.version, verdicts, [*problems, *idle])
+    return Report(_line(implementation.name), _line(implementation.version), verdicts, [*problems, *idle])
 
 
 def verdict(implementation: Implementation, case: Case, dtype: str, expected: str | None = None) -> Verdict:
@@ -165,12 +165,17 @@ def verdict(implementation: Implementation, case: Case, dtype: str, expected: st
             raise TypeError(f"the answer is of type {type(answer).__name__}, expected arrays by name of output")
         results = tuple(compare(case, answer, dtype))
     except NotImplementedError as error:
-        return Verdict(case, dtype, NOT_IMPLEMENTED, reason=str(error) or "no reason given", expected=expected)
+        return Verdict(case, dtype, NOT_IMPLEMENTED, reason=_line(error) or "no reason given", expected=expected)
     except Exception as error:
-        lines = str(error).strip().splitlines() or [""]
-        return Verdict(case, dtype, ERROR, reason=f"{type(error).__name__}: {lines[0]}"[:500], expected=expected)
+        return Verdict(case, dtype, ERROR, reason=f"{type(error).__name__}: {_line(error)}", expected=expected)
     failed = any(result.problem for result in results)
     return Verdict(case, dtype, FAILED if failed else PASSED, results, expected=expected)
+
+
+def _line(said: object) -> str:
+    """The first line of what an implementation says, without what would steer a terminal or break XML."""
+    lines = str(said).strip().splitlines() or [""]
+    return "".join(c if c.isprintable() else "?" for c in lines[0][:500])
 
 
 def _check(implementation: Implementation) -> None:

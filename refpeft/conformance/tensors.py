@@ -35,6 +35,8 @@ _NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items() if name != "B
 def read(path: str | Path) -> dict[str, np.ndarray]:
     """The tensors of a file by name, bfloat16 as float32. RefpeftError where it is no such file, or cannot be read."""
     try:
+        if Path(path).exists() and not Path(path).is_file():  # a pipe would be waited for, a device has no end
+            raise ValueError("it is no file")
         data = Path(path).read_bytes()
         start = 8 + int.from_bytes(data[:8], "little")
         if not 8 < start <= len(data):
