@@ -164,7 +164,7 @@ class _Process:
     def _read(self) -> None:
         """Puts its lines into the queue, and None behind the last.
 
-        Nobody else closes the pipe: that would wait for a line, perhaps of a child that has left the group and lives on.
+        Nobody else closes the pipe: that would wait for a line, perhaps of a child that left the group and lives on.
         """
         with self.process.stdout as pipe:
             while (line := pipe.readline(_LONGEST_LINE)) and self.lines.qsize() < _MOST_UNREAD:
