@@ -140,15 +140,11 @@ def conform(
     if not chosen:
         raise RefpeftError(f"{implementation.name} computes in {', '.join(declared)}, not in {', '.join(dtypes or ())}")
     cases, expected = list(cases), dict(expected or {})
-    runs = [(case, dtype) for case in cases for dtype in chosen if dtype in case.dtypes]
     verdicts = []
-    for case, dtype in runs:
+    for case, dtype in [(case, dtype) for case in cases for dtype in chosen if dtype in case.dtypes]:
         verdicts.append(verdict(implementation, case, dtype, expected_failures.reason(expected, case.id, dtype)))
         told(verdicts[-1])
-    keys = [(case.id, dtype) for case, dtype in runs]
-    ids = list(all_ids) if all_ids is not None else [case.id for case in cases]
-    idle = expected_failures.idle(expected, keys, ids, DTYPES)
-    idle = [f"{p!r} is among the expected failures, but names no case: take it off the list" for p in idle]
+    idle = expected_failures.idle(expected, [case.id for case in cases] if all_ids is None else all_ids)
     return Report(_line(implementation.name), _line(implementation.version), verdicts, [*problems, *idle])
 
 
