@@ -47,13 +47,30 @@ def set_values(adapter: Adapter, model: Model, given: Arrays) -> None:
             tensor.data[...] = model.place(as_in_file(model, name, given[name]), tensor.dtype)
 
 
+def at_site(method: str, options: dict[str, Any]) -> dict[str, Any]:
+    """A case's options of a method, at the only place, which is called `site`."""
+    options = options | {"targets": ("site",)}
+    if method == "ia3":
+        options["feedforward"] = ("site",) if options["feedforward"] else ()
+    return options
+
+
+def weights_of(given: Arrays) -> Arrays:
+    """The frozen tensors of the place by their names in the model."""
+    return {f"site.{name}": given[name] for name in ("weight", "bias") if name in given}
+
+
+def merged_at(site: Site) -> dict[str, Array]:
+    """The weight, as a file has it, and the bias of a place after merging."""
+    weight = site.weight()
+    return {"merged.weight": weight.T if site.transposed else weight, "merged.bias": site.bias}
+
+
 def run_place(case: Case, given: Arrays, dtype: str, xp: ModuleType) -> Arrays:
-    options = case.config | {"targets": ("site",)}
+    options = at_site(case.name, case.config)
     if case.at == "norm":
         options = {name: value for name, value in options.items() if name not in _OF_NORMS}
-    if case.name == "ia3":
-        options["feedforward"] = ("site",) if options["feedforward"] else ()
-    weights = kept(frozen(_weights(given), dtype, xp), options, dtype)
+    weights = kept(frozen(weights_of(given), dtype, xp), options, dtype)
     if "base" in case.checks:
         return _first_values(case, options, weights, given, dtype, xp)
     model = Model(None, weights, np.dtype(dtype), xp)
@@ -75,13 +92,8 @@ def run_place(case: Case, given: Arrays, dtype: str, xp: ModuleType) -> Arrays:
         answer |= _penalty(model, values)
     if any(name.startswith("merged.") for name in case.checks):
         merge(model)
-        weight = site.weight()
-        answer |= {"merged.weight": weight.T if site.transposed else weight, "merged.bias": site.bias}
+        answer |= merged_at(site)
     return answer
-
-
-def _weights(given: Arrays) -> Arrays:
-    return {f"site.{name}": given[name] for name in ("weight", "bias") if name in given}
 
 
 def _site(case: Case, model: Model, given: Arrays) -> Site:

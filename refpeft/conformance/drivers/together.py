@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from refpeft.backend import Array
 from refpeft.models.base import Model
 from refpeft.sites import Adapter, Site, detach, merge, put_on
 from refpeft.tensor import Tensor, parameter
@@ -15,7 +14,7 @@ from refpeft.tensor import Tensor, parameter
 from ..vectors import Arrays, Case
 from .models import frozen
 from .operations import gradients
-from .places import attached
+from .places import at_site, attached, merged_at, weights_of
 
 _PLACES = ("first", "second", "third")
 
@@ -28,7 +27,7 @@ def run_two(case: Case, given: Arrays, dtype: str, xp: ModuleType) -> Arrays:
     leaves |= {f"second.{letter}": tensor for letter, tensor in _values(second).items()}
     answer = gradients(site(leaves["x"]), xp.asarray(given["g"]), leaves)
     merging = merge(model)
-    answer |= _merged(site)
+    answer |= merged_at(site)
     merging.undo()
     x = Tensor(leaves["x"].data)
     detach(model, second)
@@ -44,7 +43,7 @@ def run_restored(case: Case, given: Arrays, dtype: str, xp: ModuleType) -> Array
     model, site = _layer(given, dtype, xp, transposed)
     adapter = _attached(model, options, given)
     merging = merge(model)
-    answer = _merged(site)
+    answer = merged_at(site)
     merging.undo()
     answer["y"] = site(Tensor(xp.asarray(given["x"]))).data
     detach(model, adapter)
@@ -68,22 +67,19 @@ def run_combined(case: Case, given: Arrays, dtype: str, xp: ModuleType) -> Array
     if "merged.weight" not in case.checks:
         return {"y": y}
     merge(model)
-    return {"y": y} | _merged(site)
+    return {"y": y} | merged_at(site)
 
 
 def _layer(given: Arrays, dtype: str, xp: ModuleType, transposed: bool = False) -> tuple[Model, Site]:
-    weights = {f"site.{name}": given[name] for name in ("weight", "bias") if name in given}
-    model = Model(None, frozen(weights, dtype, xp), np.dtype(dtype), xp)
+    model = Model(None, frozen(weights_of(given), dtype, xp), np.dtype(dtype), xp)
     return model, model.linear("site", "q", bias="bias" in given, transposed=transposed)
 
 
 def _attached(model: Model, options: dict[str, Any], given: Arrays, place: str = "") -> Adapter:
     """The method of `options` on the layer, with the values that the case has for `place`."""
-    options = options | {"targets": ("site",)}
-    method = options.pop("method")
-    if method == "ia3":
-        options["feedforward"] = ("site",) if options["feedforward"] else ()
-    adapter = attached(model, method, options)
+    method = options["method"]
+    options = {name: value for name, value in options.items() if name != "method"}
+    adapter = attached(model, method, at_site(method, options))
     for letter, tensor in _values(adapter).items():
         tensor.data[...] = model.place(given[f"{place}.{letter}" if place else letter])
     return adapter
@@ -91,8 +87,3 @@ def _attached(model: Model, options: dict[str, Any], given: Arrays, place: str =
 
 def _values(adapter: Adapter) -> dict[str, Tensor]:
     return {name.removeprefix("site."): tensor for name, tensor in adapter.params.items()}
-
-
-def _merged(site: Site) -> dict[str, Array]:
-    weight = site.weight()
-    return {"merged.weight": weight.T if site.transposed else weight, "merged.bias": site.bias}
