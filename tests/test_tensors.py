@@ -45,7 +45,7 @@ def test_other_dtypes_are_not_written(tmp_path):
     [
         (b"", "its header would end at byte 8 of 0"),
         (b"\xff" * 8, "its header would end at byte 18,446"),
-        (b"\x02" + b"\0" * 7 + b"[]", "not a whole safetensors file: 'list' object"),
+        (b"\x02" + b"\0" * 7 + b"[]", "file: its header is no JSON object of objects"),
         (b"\x02" + b"\0" * 7 + b"{]", "not a whole safetensors file: Expecting"),
         (b'{"x":3}', "not a whole safetensors file"),
         (

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from refpeft import manager
-from refpeft.conformance import vectors
+from refpeft.conformance import tensors, vectors
 from refpeft.conformance.compare import EPS, compare, compare_output
 from refpeft.errors import RefpeftError
 
@@ -235,6 +235,16 @@ def test_truncated_or_missing_tensors_are_one_clear_line(copied):
         case.given("float32")
 
 
+@pytest.mark.parametrize("number", [np.nan, np.inf])
+def test_expected_outputs_that_are_not_finite_are_refused_as_any_answer_would_pass(copied, number):
+    path = copied.with_suffix(".safetensors")
+    arrays = tensors.read(path)
+    arrays["out.y"][0] = number
+    tensors.write(path, arrays)
+    with pytest.raises(RefpeftError, match=r"lora-linear-plain.json: out.y in .* has values that are not finite"):
+        vectors.read(copied).expected()
+
+
 @pytest.mark.parametrize(
     ("member", "value", "message"),
     [
@@ -243,6 +253,14 @@ def test_truncated_or_missing_tensors_are_one_clear_line(copied):
         ("inputs", "x", "inputs is 'x', expected a JSON array"),
         ("id", 3, "id is 3, expected a string"),
         ("at", None, "at is None, expected a string"),
+        ("id", "../../elsewhere", "id is '../../elsewhere', expected letters, digits"),
+        ("tensors", "/etc/passwd", "tensors is '/etc/passwd', expected letters, digits"),
+        ("tensors", "..", "tensors is '..', expected letters, digits"),
+        ("inputs", ["x", 1], "inputs is ['x', 1], expected strings"),
+        ("flags", [{}], "flags is [{}], expected strings"),
+        ("checks", {}, "checks is empty, expected an output"),
+        ("checks", {"y": {"float8": 8}}, "the check of y is {'float8': 8}, expected"),
+        ("checks", {"y": {"float32": float("nan")}}, "the check of y is {'float32': nan}, expected"),
     ],
 )
 def test_a_member_of_another_type_is_one_clear_line(copied, member, value, message):

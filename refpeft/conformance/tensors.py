@@ -42,6 +42,8 @@ def read(path: str | Path) -> dict[str, np.ndarray]:
         if not 8 < start <= len(data):
             raise ValueError(f"its header would end at byte {start:,} of {len(data):,}")
         header = json.loads(data[8:start])
+        if not (isinstance(header, dict) and all(isinstance(entry, dict) for entry in header.values())):
+            raise ValueError("its header is no JSON object of objects")
         return {name: _tensor(name, e, data, start) for name, e in header.items() if name != "__metadata__"}
     except OSError as error:
         raise RefpeftError(f"{path}: cannot be read: {error.strerror}") from None
@@ -51,7 +53,7 @@ def read(path: str | Path) -> dict[str, np.ndarray]:
 
 def _tensor(name: str, entry: dict, data: bytes, start: int) -> np.ndarray:
     kind, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if kind not in _DTYPES:
+    if not isinstance(kind, str) or kind not in _DTYPES:
         raise ValueError(f"tensor {name!r} has dtype {kind!r}, expected one of {', '.join(_DTYPES)}")
     if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
         raise ValueError(f"the shape and place of tensor {name!r} are not whole numbers")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
@@ -80,6 +81,9 @@ class Case:
         missing = [name for name in self.checks if f"out.{name}" not in arrays]
         if missing:
             raise RefpeftError(f"{self.path}: {self.tensors} has no out.{missing[0]}")
+        for name in self.checks:
+            if not np.isfinite(arrays[f"out.{name}"]).all():  # no answer could be held against it
+                raise RefpeftError(f"{self.path}: out.{name} in {self.tensors} has values that are not finite")
         return {name.removeprefix("out."): a for name, a in arrays.items() if name.startswith("out.")}
 
 
@@ -119,14 +123,27 @@ def read(path: Path) -> Case:
     for name in ("id", "kind", "name", "level", "comment", "spec", "tensors", *({"at"} & document.keys())):
         if not isinstance(document[name], str):
             raise RefpeftError(f"{path}: {name} is {document[name]!r}, expected a string")
+    for name in ("flags", "inputs"):
+        if not all(isinstance(word, str) for word in document[name]):
+            raise RefpeftError(f"{path}: {name} is {document[name]!r}, expected strings")
+    for name in ("id", "tensors"):  # the one becomes part of file names, the other is one beside this file
+        if not _WORD.fullmatch(document[name]):
+            raise RefpeftError(f"{path}: {name} is {document[name]!r}, expected letters, digits, '.', '-' and '_'")
+    if not document["checks"]:
+        raise RefpeftError(f"{path}: checks is empty, expected an output")
     for name, limit in document["checks"].items():
-        numbers = limit.values() if isinstance(limit, dict) else ()
-        if limit != "exact" and not (numbers and all(isinstance(n, int | float) and n > 0 for n in numbers)):
+        limits = limit.items() if isinstance(limit, dict) else ()
+        if limit != "exact" and not (limits and all(d in DTYPES and _is_limit(n) for d, n in limits)):
             raise RefpeftError(f'{path}: the check of {name} is {limit!r}, expected "exact" or limits by dtype')
     return Case(**document, path=path.resolve())
 
 
 _JSON = {dict: "object", list: "array"}
+_WORD = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
+
+
+def _is_limit(number: Any) -> bool:
+    return type(number) in (int, float) and 0 < number < 2**53
 
 
 def collect(folder: Path | None = None) -> tuple[tuple[Case, ...], list[str]]:
