@@ -80,10 +80,10 @@ def identity_at_start(method: Method) -> str:
 
 def gradients(method: Method) -> str:
     """Against finite differences, for every trained value, at every kind of site that the plugin has a hook for."""
-    said: dict[str, float] = {}
+    worst: dict[str, float] = {}
     for family in method.families or [method.first]:
-        check_gradients(method.attached(family)[0], method, said)
-    left_out = [kind for kind in method.kinds if kind not in said]
+        worst = _larger(worst, check_gradients(method.attached(family)[0], method))
+    left_out = [kind for kind in method.kinds if kind not in worst]
     for kind in list(left_out):
         for family in method.families:
             names = [site.name for site in method.bare(family).sites.values() if site.kind == kind]
@@ -91,20 +91,26 @@ def gradients(method: Method) -> str:
                 built, _ = method.attached(family, targets=tuple(names))
             except RefpeftError:  # not what it is made for there
                 continue
-            check_gradients(built, method, said)
-            if kind in said:
+            worst = _larger(worst, check_gradients(built, method))
+            if kind in worst:
                 left_out.remove(kind)
                 break
-    text = ", ".join(f"{kind} {error:.0e}" for kind, error in said.items())
+    text = ", ".join(f"{kind} {error:.0e}" for kind, error in worst.items())
     return f"worst error {text}" + (f"; not tried, nothing to train there: {', '.join(left_out)}" if left_out else "")
 
 
-def check_gradients(built: Model, method: Method, said: dict[str, float] | None = None) -> None:
-    """Raises Failed where the gradient of a trained value is not what finite differences say.
+def _larger(one: dict[str, float], other: dict[str, float]) -> dict[str, float]:
+    """Of each member the larger number."""
+    return one | {name: max(number, one.get(name, 0.0)) for name, number in other.items()}
 
-    `said` gets the worst error by kind of site. Values that a method detaches are none here: the tape and the
-    differences are of the same function then.
+
+def check_gradients(built: Model, method: Method) -> dict[str, float]:
+    """The worst error by kind of site, "shared" for what is no site's own.
+
+    Values that a method detaches are none here: the tape and the differences are of the same function then. Raises
+    Failed where the gradient of a trained value is not what finite differences say.
     """
+    worst: dict[str, float] = {}
     with nothing_detached(method):
         found = subjects.gradients(built)
         largest = max(float(np.sqrt((g * g).sum())) for g in found.values())
@@ -127,8 +133,8 @@ def check_gradients(built: Model, method: Method, said: dict[str, float] | None 
                     "(see `operations`); what is meant as a constant goes through ops.detach"
                 )
             error = off / max(abs(slope), abs(difference), 0.01 * largest, 1e-12)
-            if said is not None:
-                said[kind or "shared"] = max(said.get(kind or "shared", 0.0), error)
+            worst[kind or "shared"] = max(worst.get(kind or "shared", 0.0), error)
+    return worst
 
 
 def _alike(built: Model) -> dict[tuple[str, str], dict[str, Tensor]]:

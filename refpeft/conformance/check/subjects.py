@@ -91,10 +91,10 @@ def move(adapter: Adapter) -> None:
 
 
 def copy(adapter: Adapter, other: Adapter) -> None:
-    """Gives `other` the values of `adapter`."""
-    theirs = other.params | other.constants
-    for name, tensor in (adapter.params | adapter.constants).items():
-        theirs[name].data[...] = tensor.data
+    """Gives `other`, of any dtype and on any device, the values of `adapter`, which is on the host."""
+    ours = adapter.params | adapter.constants
+    for name, tensor in (other.params | other.constants).items():
+        tensor.data[...] = xp_of(tensor.data).asarray(ours[name].data)
 
 
 def outputs(built: Model, rows: slice = slice(None), time: int = max(LENGTHS)) -> np.ndarray:
@@ -126,10 +126,6 @@ def gradients(built: Model) -> dict[str, np.ndarray]:
         tensor.node.grad = None
     value(built).backward()
     return {name: to_host(t.data * 0 if t.grad is None else t.grad) for name, t in tensors.items()}
-
-
-def nf4() -> Quantizer:
-    return make_quantizer("nf4")
 
 
 @dataclass
@@ -197,7 +193,7 @@ class Method:
 
     def fit(self) -> None:
         """Finds `families`: on dense weights, or where no model takes it so, on quantized ones."""
-        for quantizer in (None, nf4()):
+        for quantizer in (None, make_quantizer("nf4")):
             self.quantizer, self.refused, fitting = quantizer, {}, []
             for family in CONFIGS:
                 try:

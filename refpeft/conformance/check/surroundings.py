@@ -20,11 +20,14 @@ from refpeft.conformance.check.findings import Failed, NotApplicable, place
 from refpeft.conformance.check.subjects import Method
 from refpeft.errors import RefpeftError
 from refpeft.examples import Example
+from refpeft.files import read_safetensors
+from refpeft.models.base import Model
 from refpeft.optim import AdamW, Flat
 from refpeft.peft_formats import FORMATS
-from refpeft.quant import Dense
+from refpeft.quant import Dense, make_quantizer
 from refpeft.sites import Adapter
 
+EPS_OF_FLOAT32 = float(np.finfo("f4").eps)
 FLOAT32 = 2**12
 """eps(float32), of the largest expected number, that outputs and gradients in float32 may differ by from float64's."""
 
@@ -66,7 +69,7 @@ def _with_lora(method: Method, order: tuple[str, str]) -> str:
     return f"gradients of both are right{', and nothing sees later tokens' if family != 'bert' else ''} ({family})"
 
 
-def _names(adapter: Adapter, built: subjects.Model) -> list[str]:
+def _names(adapter: Adapter, built: Model) -> list[str]:
     ours = {id(tensor) for tensor in adapter.params.values()}
     return [name for name, tensor in built.trained() if id(tensor) in ours]
 
@@ -86,7 +89,7 @@ def quantized_base(method: Method) -> str:
     if method.quantizer is not None:
         return f"nf4, which it needs ({family})"
     try:
-        packed, adapter = method.attached(family, quantizer=subjects.nf4())
+        packed, adapter = method.attached(family, quantizer=make_quantizer("nf4"))
     except RefpeftError as error:
         raise NotApplicable(f"refused on nf4: {error}") from None
     dense, other = method.attached(family)
@@ -121,17 +124,22 @@ def float32_and_float64(method: Method) -> str:
         single, adapter = method.attached(family, "float32")
         double, other = method.attached(family)
         subjects.copy(adapter, other)
-        worst = max(worst, _share(subjects.outputs(single), subjects.outputs(double)))
-        ours, theirs = subjects.gradients(single), subjects.gradients(double)
-        most = max(float(abs(g).max(initial=0)) for g in theirs.values())
-        worst = max(worst, *(float(abs(ours[name] - theirs[name]).max(initial=0)) / most for name in theirs))
-    eps = worst / float(np.finfo("f4").eps)
+        worst = max(worst, _apart(single, double))
+    eps = worst / EPS_OF_FLOAT32
     if not eps <= FLOAT32:
         raise Failed(
             f"float32 differs from float64 by {eps:,.0f} eps of the largest number, more than {FLOAT32:,}: look for "
             "differences of numbers that are nearly equal, or numbers that are cast"
         )
     return f"agree to {eps:,.0f} eps of float32, of {FLOAT32:,} allowed"
+
+
+def _apart(built: Model, expected: Model) -> float:
+    """By how much two models' outputs and gradients differ, as a share of the largest output and gradient."""
+    got, want = subjects.gradients(built), subjects.gradients(expected)
+    largest = max(float(abs(gradient).max(initial=0)) for gradient in want.values())
+    of_gradients = max(float(abs(got[name] - want[name]).max(initial=0)) for name in want) / largest
+    return max(_share(subjects.outputs(built), subjects.outputs(expected)), of_gradients)
 
 
 def no_host_read(method: Method) -> str:
@@ -142,7 +150,7 @@ def no_host_read(method: Method) -> str:
         here = _step(method, family, np)
         largest = max(float(abs(array).max(initial=0)) for array in here.values())
         for name, array in here.items():
-            if not abs(there[name] - array).max(initial=0) <= 64 * np.finfo("f4").eps * largest:
+            if not abs(there[name] - array).max(initial=0) <= 64 * EPS_OF_FLOAT32 * largest:
                 raise Failed(f"{name} is another on a device: take array functions of backend.xp_of(array)")
     return f"a training step reads nothing on the host ({', '.join(method.decoders or method.families)})"
 
@@ -180,13 +188,9 @@ def gpu(method: Method) -> str:
     for family in method.families or [method.first]:
         here, adapter = method.attached(family, "float32")
         there, other = method.attached(family, "float32", xp=xp)
-        for name, tensor in (other.params | other.constants).items():
-            tensor.data[...] = xp.asarray((adapter.params | adapter.constants)[name].data)
-        worst = max(worst, _share(subjects.outputs(there), subjects.outputs(here)))
-        ours, theirs = subjects.gradients(there), subjects.gradients(here)
-        most = max(float(abs(g).max(initial=0)) for g in theirs.values())
-        worst = max(worst, *(float(abs(ours[name] - theirs[name]).max(initial=0)) / most for name in theirs))
-    eps = worst / float(np.finfo("f4").eps)
+        subjects.copy(adapter, other)
+        worst = max(worst, _apart(there, here))
+    eps = worst / EPS_OF_FLOAT32
     if not eps <= FLOAT32:
         raise Failed(f"CuPy differs from NumPy by {eps:,.0f} eps of the largest number, more than {FLOAT32:,}")
     return f"CuPy agrees with NumPy to {eps:,.0f} eps of float32, of {FLOAT32:,} allowed"
@@ -204,7 +208,7 @@ def saving_and_loading(method: Method) -> str:
             adapters.save(folder, built, adapter)
             again = method.bare(family, "float32")
             adapters.load(again, folder)
-        eps = _share(subjects.outputs(again), before) / float(np.finfo("f4").eps)
+        eps = _share(subjects.outputs(again), before) / EPS_OF_FLOAT32
         if not eps <= 64:
             raise Failed(
                 f"{family}: loaded, it computes something else ({eps:,.0f} eps): what is drawn or made of weights and "
@@ -221,7 +225,7 @@ def peft_file(method: Method) -> str:
     with tempfile.TemporaryDirectory() as folder:
         adapters.save(folder, built, adapter)
         config = json.loads((Path(folder) / adapters.CONFIG).read_text("utf-8"))
-        tensors = adapters.read_safetensors(Path(folder) / adapters.TENSORS)
+        tensors = read_safetensors(Path(folder) / adapters.TENSORS)
     if config["peft_type"] == adapters.OWN:
         raise NotApplicable("these options have no form in PEFT: the file is refpeft's own")
     return f"{config['peft_type']}, {len(tensors)} tensors such as {min(tensors)}"
