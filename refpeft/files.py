@@ -46,9 +46,13 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     """A temporary path beside `path`, for the body to write; it takes the name `path` once it is safely on the disk.
 
     A reader, or a run after a kill at any moment, sees the old file or the whole new one. If the body fails, nothing
-    stays.
+    stays. Devices and pipes are written as they are.
     """
     path = Path(path)
+    if _is_special(path):
+        with named(path):
+            yield path
+        return
     temporary = _sibling(path)
     try:
         with named(path, temporary):
@@ -58,6 +62,13 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
             _fsync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _is_special(path: Path) -> bool:
+    """Whether it is a device or a pipe, or /dev/stdout: a file that took its name would be its end, for all programs."""
+    if path.is_symlink() and os.readlink(path).startswith("/proc/self/fd/"):
+        return True
+    return path.exists() and not path.is_file() and not path.is_dir()
 
 
 @contextmanager

@@ -61,6 +61,21 @@ def test_atomic_write_leaves_the_old_file_and_no_temporary_one_when_the_body_fai
     assert os.listdir(tmp_path) == ["x"]
 
 
+def test_a_pipe_and_a_link_to_an_open_file_are_written_and_stay_what_they_are(tmp_path):
+    """As /dev/null and /dev/stdout, which root could replace."""
+    reading, writing = os.pipe()
+    (tmp_path / "stdout").symlink_to(f"/proc/self/fd/{writing}")
+    os.mkfifo(tmp_path / "fifo")
+    other = os.open(tmp_path / "fifo", os.O_RDONLY | os.O_NONBLOCK)
+    for name, end in {"stdout": reading, "fifo": other}.items():
+        files.write_text(tmp_path / name, "report")
+        assert os.read(end, 100) == b"report"
+    assert (tmp_path / "stdout").is_symlink()
+    assert (tmp_path / "fifo").is_fifo()
+    for descriptor in (reading, writing, other):
+        os.close(descriptor)
+
+
 def test_write_json_is_read_back_and_refuses_nan(tmp_path):
     files.write_json(tmp_path / "x.json", {"é": [1, None]})
     assert files.read_json(tmp_path / "x.json") == {"é": [1, None]}
