@@ -56,6 +56,7 @@ class Equation:
     names: dict[str, str] = field(default_factory=dict)
     peft_constants: dict[str, str] = field(default_factory=dict)  # the constants' names in PEFT's model, by letter
     flags: str = ""
+    flags_on_models: str = ""
 
 
 EQUATIONS: dict[str, Equation] = {}
@@ -230,6 +231,6 @@ def on_layers(equation: Equation, config: dict, sites: Shapes) -> Iterator[metho
         shapes,
         advice,
         constants=shared | constants,
-        flags=equation.flags,
+        flags=f"{equation.flags} {equation.flags_on_models}".strip(),
         peft=False,
     )

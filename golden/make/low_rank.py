@@ -108,6 +108,7 @@ def adalora() -> Iterator[Case]:
         ),
         names={"P": "lora_B.default", "E": "lora_E.default", "Q": "lora_A.default"},
         flags="AdaloraScale",
+        flags_on_models="PenaltyInEvaluation",
     )
     pruned = {"P": (6, 2), "E": (2,), "Q": (2, 4)}
     left = Equation(**vars(equation) | {"trained": lambda config, out, inp: pruned, "peft": None})
