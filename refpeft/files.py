@@ -65,7 +65,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 
 def _is_special(path: Path) -> bool:
-    """Whether it is a device or a pipe, or /dev/stdout: a file that took its name would be its end, for all programs."""
+    """Whether it is a device or a pipe, or /dev/stdout: a file in its place would be its end for all programs."""
     if path.is_symlink() and os.readlink(path).startswith("/proc/self/fd/"):
         return True
     return path.exists() and not path.is_file() and not path.is_dir()
