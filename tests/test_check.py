@@ -105,8 +105,10 @@ MISTAKES = {
     "another count": ("r (in + out) numbers", "r (in + out) + out numbers", "number of parameters", "1,024 numbers"),
     "a dense weight that is kept": (LINEAR, "base(x) + ops.linear(x, Tensor(site.weight.array), None) * 0 + "
                                     + LINEAR.removeprefix("base(x) + "), "quantized base", "'array'"),
-    "rounding": (LINEAR, LINEAR.replace("ops.linear(x, p.A)", "(ops.linear(x, p.A) + 1e5 - 1e5)"), 
+    "a merge that is no number": (MERGED, f"({MERGED}) * float('nan')", "merging", "by nan of the largest"),
+    "rounding": (LINEAR, LINEAR.replace("ops.linear(x, p.A)", "(ops.linear(x, p.A) + 1e5 - 1e5)"),
                  "float32 and float64", "nearly equal"),
+    "too large for float32": (LINEAR, LINEAR + " + x[..., :1] * 1e30 * 1e30 * 0", "float32 and float64", "by nan eps"),
 }  # fmt: skip
 IMPORT = "from refpeft import hookimpl, ops\n"
 HELPERS = """from refpeft import Tensor

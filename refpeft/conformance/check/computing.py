@@ -58,16 +58,17 @@ def first_values(method: Method) -> str:
 
 
 def identity_at_start(method: Method) -> str:
-    before, worst = {family: subjects.outputs(method.bare(family)) for family in method.families}, 0.0
+    changes = []
     for family in method.families or [method.first]:
-        change = abs(subjects.outputs(method.attached(family, moved=False)[0]) - before[family]).max()
-        worst = max(worst, float(change / abs(before[family]).max()))
+        before = subjects.outputs(method.bare(family))
+        changes.append(subjects.share(subjects.outputs(method.attached(family, moved=False)[0]), before))
+    worst = subjects.largest(changes)
     if not CLAIM.search(" ".join((method.plugin.__doc__ or "").split())):
         raise NotApplicable(
             f"first values change outputs by {worst:.1g} of the largest, and the docstring does not say that they "
             "leave the model as it is"
         )
-    if worst > ROUNDING * EPS:
+    if not worst <= ROUNDING * EPS:
         raise Failed(
             f"first values change outputs by {worst:.1g} of the largest, but the docstring says that they leave the "
             "model as it is: mend peft_params, or the docstring"
@@ -187,7 +188,7 @@ def check_causality(built: Model, family: str) -> None:
     ids[0, at] = (ids[0, at] + 1) % 48
     after = built(ids, segments=given.segments).data
     early = abs(after[0, :at] - before[0, :at]).max(axis=-1)
-    if early.max() > ROUNDING * EPS * abs(before).max():
+    if not early.max() <= ROUNDING * EPS * abs(before).max():
         raise Failed(
             f"{family}: logits at token {int(early.argmax())} change with token {at}, by {early.max():.1g}: what a "
             "hook gives at a token must come of that one and earlier ones (sums over time see them all)"
@@ -201,7 +202,7 @@ def independence_of_rows(method: Method) -> str:
         for row, length in enumerate(subjects.LENGTHS):
             alone = subjects.outputs(built, slice(row, row + 1), length)[0]
             off = abs(alone - whole[row, :length]).max()
-            if off > scale * abs(whole).max():
+            if not off <= scale * abs(whole).max():
                 padded = " with its padding" if length < max(subjects.LENGTHS) else ""
                 raise Failed(
                     f"{family}: a row that is computed alone differs by {off:.1g} from what it is in a batch{padded}: "
@@ -270,7 +271,7 @@ def _count(layer: Layer, calls: list[tuple[Layer, int]]) -> None:
 
 def merging(method: Method) -> str:
     """Merged is unmerged, and unmerging restores every bit."""
-    worst, merged = 0.0, []
+    shares, merged = [], []
     for family in method.families or [method.first]:
         built, _ = method.attached(family)
         before, frozen = subjects.outputs(built), _bits(built)
@@ -280,19 +281,19 @@ def merging(method: Method) -> str:
             if "cannot be merged" in str(error):
                 raise NotApplicable(str(error)) from None
             raise
-        after = subjects.outputs(built)
-        worst = max(worst, float(abs(after - before).max() / abs(before).max()))
-        if not worst <= ROUNDING * EPS:
+        shares.append(subjects.share(subjects.outputs(built), before))
+        if not shares[-1] <= ROUNDING * EPS:
             raise Failed(
-                f"{family}: merged outputs differ from the adapter's by {worst:.1g} of the largest: peft_merge must "
-                "give the weight (and bias) with which the layer alone computes what the hook does, (out, in)"
+                f"{family}: merged outputs differ from the adapter's by {shares[-1]:.1g} of the largest: peft_merge "
+                "must give the weight (and bias) with which the layer alone computes what the hook does, (out, in)"
             )
         undone.undo()
         changed = [name for name, array in _bits(built).items() if not np.array_equal(array, frozen[name])]
         if changed or not np.array_equal(subjects.outputs(built), before):
             raise Failed(f"{family}: after undo() {few(changed, 3) or 'outputs'} differ: peft_merge must not write")
         merged.append(family)
-    return f"merged is unmerged to {worst:.0e} of the largest output, undo() restores every bit ({', '.join(merged)})"
+    worst = f"{subjects.largest(shares):.0e} of the largest output"
+    return f"merged is unmerged to {worst}, undo() restores every bit ({', '.join(merged)})"
 
 
 def detaching(method: Method) -> str:

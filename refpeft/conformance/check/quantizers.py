@@ -154,7 +154,7 @@ def packing_what_was_unpacked(subject: Subject) -> str:
     off = float(abs(twice - once).max()) / largest
     if np.array_equal(once, twice):
         return "the same weight to the bit"
-    if off > 0.25:
+    if not off <= 0.25:
         raise Failed(f"another weight, by {off:.2g} of the largest: a level of the format does not get its own code")
     if off < 1e-6:
         return f"the same weight up to the rounding of its scales, {off:.1g} of the largest"
@@ -187,7 +187,7 @@ def gpu(subject: Subject) -> str:
         raise NotApplicable(f"no device here ({error})") from None
     weight = drawn(WHOLE)
     off = float(abs(to_host(subject.dense(xp.asarray(weight))) - subject.dense(weight)).max())
-    if off > 1e-6:
+    if not off <= 1e-6:
         raise Failed(f"on the GPU weights differ by {off:.1g}: take array functions of backend.xp_of(array)")
     return "the same weight" if not off else f"the same weight up to {off:.1g}"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import ModuleType
@@ -103,6 +103,17 @@ def outputs(built: Model, rows: slice = slice(None), time: int = max(LENGTHS)) -
     ids, segments = given.ids[rows, :time], given.segments[rows, :time]
     y = to_host(built(ids, segments=segments).data)
     return np.where(segments[..., None] < 0, 0, y)
+
+
+def share(got: np.ndarray, expected: np.ndarray) -> float:
+    """The largest difference, as a share of the largest expected number; NaN where there is one."""
+    most, off = float(abs(expected).max(initial=0)), float(abs(got - expected).max(initial=0))
+    return off / most if most else off
+
+
+def largest(numbers: Iterable[float]) -> float:
+    """NaN where one of them is, which Python's max may lose."""
+    return float(np.max(list(numbers)))
 
 
 def value(built: Model) -> Tensor:

@@ -100,7 +100,7 @@ def quantized_base(method: Method) -> str:
     pairs = [(subjects.outputs(packed), subjects.outputs(dense))]
     ours, theirs = subjects.gradients(packed), subjects.gradients(dense)
     pairs += [(ours[name], theirs[name]) for name in theirs]
-    worst = max(_share(got, expected) for got, expected in pairs)
+    worst = subjects.largest(subjects.share(got, expected) for got, expected in pairs)
     if not worst <= ROUNDING * EPS:
         raise Failed(
             f"on nf4 it differs by {worst:.1g} from what it is on the same numbers, dense: ask base.weight, "
@@ -109,23 +109,17 @@ def quantized_base(method: Method) -> str:
     return f"on nf4 what it is on the same numbers, dense ({family})"
 
 
-def _share(got: np.ndarray, expected: np.ndarray) -> float:
-    """The largest difference, as a share of the largest expected number."""
-    largest, off = float(abs(expected).max(initial=0)), float(abs(got - expected).max(initial=0))
-    return off / largest if largest else off
-
-
 # ---- dtypes and devices ----------------------------------------------------------------------------------------------
 
 
 def float32_and_float64(method: Method) -> str:
-    worst = 0.0
+    shares = []
     for family in method.families or [method.first]:
         single, adapter = method.attached(family, "float32")
         double, other = method.attached(family)
         subjects.copy(adapter, other)
-        worst = max(worst, _apart(single, double))
-    eps = worst / EPS_OF_FLOAT32
+        shares.append(_apart(single, double))
+    eps = subjects.largest(shares) / EPS_OF_FLOAT32
     if not eps <= FLOAT32:
         raise Failed(
             f"float32 differs from float64 by {eps:,.0f} eps of the largest number, more than {FLOAT32:,}: look for "
@@ -137,9 +131,9 @@ def float32_and_float64(method: Method) -> str:
 def _apart(built: Model, expected: Model) -> float:
     """By how much two models' outputs and gradients differ, as a share of the largest output and gradient."""
     got, want = subjects.gradients(built), subjects.gradients(expected)
-    largest = max(float(abs(gradient).max(initial=0)) for gradient in want.values())
-    of_gradients = max(float(abs(got[name] - want[name]).max(initial=0)) for name in want) / largest
-    return max(_share(subjects.outputs(built), subjects.outputs(expected)), of_gradients)
+    most = subjects.largest(abs(gradient).max(initial=0) for gradient in want.values())
+    of_gradients = [float(abs(got[name] - want[name]).max(initial=0)) / most for name in want]
+    return subjects.largest([subjects.share(subjects.outputs(built), subjects.outputs(expected)), *of_gradients])
 
 
 def no_host_read(method: Method) -> str:
@@ -184,13 +178,13 @@ def gpu(method: Method) -> str:
         xp = backend.module("cuda")
     except RefpeftError as error:
         raise NotApplicable(f"no device here ({error})") from None
-    worst = 0.0
+    shares = []
     for family in method.families or [method.first]:
         here, adapter = method.attached(family, "float32")
         there, other = method.attached(family, "float32", xp=xp)
         subjects.copy(adapter, other)
-        worst = max(worst, _apart(there, here))
-    eps = worst / EPS_OF_FLOAT32
+        shares.append(_apart(there, here))
+    eps = subjects.largest(shares) / EPS_OF_FLOAT32
     if not eps <= FLOAT32:
         raise Failed(f"CuPy differs from NumPy by {eps:,.0f} eps of the largest number, more than {FLOAT32:,}")
     return f"CuPy agrees with NumPy to {eps:,.0f} eps of float32, of {FLOAT32:,} allowed"
@@ -208,7 +202,7 @@ def saving_and_loading(method: Method) -> str:
             adapters.save(folder, built, adapter)
             again = method.bare(family, "float32")
             adapters.load(again, folder)
-        eps = _share(subjects.outputs(again), before) / EPS_OF_FLOAT32
+        eps = subjects.share(subjects.outputs(again), before) / EPS_OF_FLOAT32
         if not eps <= 64:
             raise Failed(
                 f"{family}: loaded, it computes something else ({eps:,.0f} eps): what is drawn or made of weights and "
