@@ -270,6 +270,7 @@ def c3a() -> Iterator[Case]:
         peft=lambda config, targets: peft.C3AConfig(block_size=config["block_size"], target_modules=targets),
         names={"kernel": "c3a_kernel.default"},
         flags="CirculantDirection CirculantScale",
+        flags_on_models="CirculantGradient",
     )
     yield from cases_of(
         equation,
