@@ -18,6 +18,7 @@ EOS = 2
 def cases() -> Iterator[Case]:
     yield from _targets()
     yield from _positions()
+    yield from _answers()
     yield from _accumulation()
     yield from _classes()
 
@@ -70,6 +71,39 @@ def _targets() -> Iterator[Case]:
             oracle="scalar Python",
             spec="targets[t] = ids[t + 1] where token t + 1 is learned and of the same document, else -100",
         )
+
+
+def _answers() -> Iterator[Case]:
+    for variant, start, lengths, comment in (
+        ("plain", 0, [5, 3, 1], "as T5's: the token of padding starts them"),
+        ("start", 3, [4, 2], "another token starts them, and 0 is a token like others"),
+    ):
+        case_id = f"answers-{variant}"
+        answers = Draw(case_id).integers(4, 30, len(lengths), max(lengths))
+        if variant == "start":
+            answers[0, 1] = 0
+        answers[np.arange(max(lengths)) >= np.array(lengths)[:, None]] = 0
+        yield Case(
+            id=case_id,
+            kind="loss",
+            name="answers",
+            comment=comment,
+            flags=("DecoderShift",),
+            config={"start": start},
+            inputs={"answers": answers, "lengths": np.int32(lengths)},
+            compute=partial(_shifted, start=start),
+            oracle="scalar Python",
+            spec="arXiv:1910.10683; said[0] = start, said[t] = answers[t - 1]; targets are the answers",
+        )
+
+
+def _shifted(t: Tensors, start: int) -> Tensors:
+    said, targets = torch.zeros_like(t["answers"]), torch.full_like(t["answers"], -100)
+    for row, length in enumerate(t["lengths"].tolist()):
+        for at in range(length):
+            said[row, at] = t["answers"][row, at - 1] if at else start
+            targets[row, at] = t["answers"][row, at]
+    return {"said": said, "targets": targets}
 
 
 def _positions() -> Iterator[Case]:

@@ -15,7 +15,7 @@ from refpeft import fused, ops
 from refpeft.api import class_of
 from refpeft.backend import Array, xp_of
 from refpeft.batches import IGNORE, Batch
-from refpeft.examples import Example
+from refpeft.examples import Answered, Example
 from refpeft.models import heads
 from refpeft.models.base import Frozen, Model
 from refpeft.models.checkpoint import expected_tensors
@@ -200,6 +200,8 @@ def run_loss(case: Case, given: Arrays, dtype: str, xp: ModuleType) -> Arrays:
         if xp is not np:
             raise NotImplementedError("batches are made on the host, also of training on a GPU")
         return {case.name: _packed(given)[case.name]}
+    if case.name == "answers":
+        return _answers(case, given)
     if case.name == "classes":
         return _classes(case, given, xp)
     if case.name != "accumulation":
@@ -212,6 +214,12 @@ def run_loss(case: Case, given: Arrays, dtype: str, xp: ModuleType) -> Arrays:
         loss.backward()
         total += loss.data
     return {"loss": total, **gradients_of(adapter, model)}
+
+
+def _answers(case: Case, given: Arrays) -> Arrays:
+    texts = [answer[:length] for answer, length in zip(given["answers"], given["lengths"], strict=True)]
+    batch = Answered.collate([[Answered(text, text, case.config["start"], line=1)] for text in texts])
+    return {"said": batch.said, "targets": batch.targets}
 
 
 def _packed(given: Arrays) -> Arrays:
