@@ -1,4 +1,6 @@
-"""Conformance: the golden vectors, and running any implementation through them. NumPy alone, but for `drivers`.
+"""Conformance: the golden vectors, and running any implementation through them, which needs NumPy alone.
+
+`drivers`, `check` and `new_method` are about refpeft itself, and import it.
 
 from refpeft.conformance import conform, cases, report
 print(report.text(conform(Mine(), cases())))
