@@ -58,6 +58,7 @@ def test_other_dtypes_are_not_written(tmp_path):
         ),
         (b'{"x":{"dtype":"U8","shape":[2],"data_offsets":[0,1]}}', r"of shape \(2,\) does not fit in bytes 0 to 1"),
         (b'{"x":{"dtype":"U8","shape":[-1],"data_offsets":[0,1]}}', "the shape and place of tensor 'x' are not whole"),
+        (b'{"x":{"dtype":"F32","shape":[2],"data_offsets":[-8,0]}}', "the shape and place of tensor 'x' are not whole"),
         (b'{"x":{"dtype":"U8","shape":[1]}}', "not a whole safetensors file: 'data_offsets'"),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from pathlib import Path
 
 import jsonschema
 import ml_dtypes
@@ -41,9 +42,9 @@ def test_no_file_differs_from_the_manifest():
     assert vectors.altered() == []
 
 
-def test_ids_are_unique_and_name_the_files():
+def test_ids_are_unique_sorted_and_name_the_files():
     ids = [case.id for case in vectors.cases()]
-    assert len(set(ids)) == len(ids)
+    assert ids == sorted(set(ids))
     assert all(case.path.stem == case.id and case.tensors == f"{case.id}.safetensors" for case in vectors.cases())
 
 
@@ -173,7 +174,13 @@ def test_the_first_differing_element_is_named():
         (lambda a: a.pop("y"), "y: not in the answer"),
         (lambda a: a.update(y=a["y"][0]), r"y: shape (3, 6), expected (2, 3, 6)"),
         (lambda a: a["y"].__setitem__((0, 1, 2), np.nan), "y: 1 of 36 values are not finite, first at [0, 1, 2]: nan"),
+        (lambda a: a.update(y=a["y"].reshape(3, 2, 6)), r"y: shape (3, 2, 6), expected (2, 3, 6)"),
+        (
+            lambda a: a["y"].__setitem__((1, 0, 0), -np.inf),
+            "y: 1 of 36 values are not finite, first at [1, 0, 0]: -inf",
+        ),
         (lambda a: a.update(y=np.full((2, 3, 6), "x")), "y: dtype <U1, expected numbers"),
+        (lambda a: a.update(y=a["y"] + 0j), "y: dtype complex128, expected numbers"),
     ],
 )
 def test_what_is_no_answer_at_all_is_said(change, message):
@@ -188,6 +195,14 @@ def test_where_zero_is_expected_only_zero_passes():
     assert "inf of 8 eps" in compare_output("y", zero + 1e-30, zero, {"float32": 8}, "float32").problem
 
 
+def test_an_output_without_numbers_passes_by_its_shape():
+    nothing = np.zeros((0, 3))
+    assert compare_output("y", nothing, nothing, {"float32": 8}, "float32").problem is None
+    assert (
+        compare_output("y", nothing.T, nothing, {"float32": 8}, "float32").problem == "y: shape (3, 0), expected (0, 3)"
+    )
+
+
 def test_a_dtype_without_limits_is_refused():
     with pytest.raises(RefpeftError, match="lora-linear-plain has no limit for y in float16, only in float32, float64"):
         compare(CASE, answer_of(CASE), "float16")
@@ -198,6 +213,8 @@ def test_exact_outputs_allow_nothing():
     assert compare_output("codes", codes, codes, "exact", "float32").problem is None
     other = compare_output("codes", codes + np.uint8(1), codes, "exact", "float32").problem
     assert other == "codes: differs, first of 2 at [0]: got 2, expected 1"
+    assert compare_output("codes", codes, codes + np.uint8(1), "exact", "float32").error == 1
+    assert compare_output("yes", np.array([True]), np.array([True]), "exact", "float32").problem is None
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
@@ -211,10 +228,27 @@ def copied(tmp_path):
     return tmp_path / CASE.path.name
 
 
-def test_a_case_that_is_no_json_is_one_clear_line(copied):
-    copied.write_text("{")
+@pytest.mark.parametrize("text", ["{", "[" * 100_000])
+def test_a_case_that_is_no_json_is_one_clear_line(copied, text):
+    copied.write_text(text)
     with pytest.raises(RefpeftError, match=r"lora-linear-plain.json: expected a case in JSON"):
         vectors.read(copied)
+
+
+def test_a_case_is_read_from_a_relative_path_and_knows_the_whole_one(copied, monkeypatch):
+    monkeypatch.chdir(copied.parent)
+    assert vectors.read(Path(copied.name)).path == copied.resolve()
+    with pytest.raises(RefpeftError, match=r"gone.json: expected a case in JSON: .* No such file"):
+        vectors.read(Path("gone.json"))
+
+
+def test_a_tensor_that_is_not_there_is_one_clear_line(copied):
+    tensors.write(copied.with_suffix(".safetensors"), {"in.x": np.zeros(3)})
+    case = vectors.read(copied)
+    with pytest.raises(RefpeftError, match=r"lora-linear-plain.json: lora-linear-plain.safetensors has no in.weight"):
+        case.given("float32")
+    with pytest.raises(RefpeftError, match=r"lora-linear-plain.json: lora-linear-plain.safetensors has no out.y"):
+        case.expected()
 
 
 def test_unknown_and_missing_members_are_refused(copied):
@@ -282,6 +316,28 @@ def test_files_that_are_no_cases_and_ids_that_stand_twice_are_told_and_the_other
         vectors.collect(copied.parent)
 
 
+def test_vectors_lie_in_the_package_or_beside_it_and_a_folder_without_a_manifest_is_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(vectors, "__file__", str(tmp_path / "refpeft" / "conformance" / "vectors.py"))
+    inside, beside = tmp_path / "refpeft" / "_golden", tmp_path / "golden"
+    inside.mkdir(parents=True)
+    beside.mkdir()
+    with pytest.raises(RefpeftError, match="no golden vectors beside"):
+        vectors.root()
+    for folder in (beside, inside):
+        (folder / "MANIFEST.json").write_text("{}")
+        assert vectors.root() == folder
+
+
+def test_a_broken_file_among_the_projects_own_is_said(copied, monkeypatch):
+    folder = copied.parent / "v1"
+    folder.mkdir()
+    (folder / "broken.json").write_text("[")
+    copied.rename(folder / copied.name)
+    monkeypatch.setattr(vectors, "root", lambda: copied.parent)
+    with pytest.raises(RefpeftError, match=r"broken.json: expected a case in JSON"):
+        vectors.cases.__wrapped__()
+
+
 def test_bfloat16_inputs_are_the_nearest_with_ties_to_even():
     values = np.concatenate([np.float32([1.00390625, 1.01171875, -0.0, 3e38]), np.arange(-4, 4, 0.0173, "f4")])
     values = np.concatenate([values, np.random.default_rng(0).standard_normal(1000).astype("f4")])
@@ -304,11 +360,11 @@ def test_an_altered_file_an_unknown_one_and_a_missing_one_are_found(tmp_path):
     listed["files"] = {name: sha for name, sha in listed["files"].items() if "/random/" in name}
     (tmp_path / "MANIFEST.json").write_text(json.dumps(listed))
     assert vectors.altered(tmp_path) == []
-    (tmp_path / "v1/random/philox-pi.json").write_text("{}")
-    (tmp_path / "v1/random/philox-ones.json").unlink()
+    (tmp_path / "v1/random/philox-ones.json").write_text("{}")
+    (tmp_path / "v1/random/philox-pi.json").unlink()
     (tmp_path / "v1/random/new.json").write_text("{}")
     assert vectors.altered(tmp_path) == [
         "v1/random/new.json: not in MANIFEST.json",
-        "v1/random/philox-ones.json: missing",
-        "v1/random/philox-pi.json: its sha256 is not the one in MANIFEST.json",
+        "v1/random/philox-ones.json: its sha256 is not the one in MANIFEST.json",
+        "v1/random/philox-pi.json: missing",
     ]
