@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -27,6 +28,15 @@ def of(answer) -> Lora:
             return answer(super().run(case, given, dtype))
 
     return Other()
+
+
+class Unprintable(Exception):
+    def __str__(self):
+        raise RuntimeError("no text")
+
+
+def raises(error: Exception):
+    raise error
 
 
 def only(implementation, case=PLAIN, dtype="float32", **options):
@@ -70,6 +80,14 @@ def test_of_mistakes_that_fail_as_often_the_one_that_cases_name_first_is_likelie
     assert said == ["Scaling", "TransposedFactor"]
 
 
+def test_a_flag_whose_cases_all_fail_is_likelier_than_one_whose_cases_pass_too():
+    failed, passed = runner.FAILED, runner.PASSED
+    runs = [(["Alpha", "Omega"], failed), (["Alpha"], passed), (["Omega"], failed)]
+    verdicts = [runner.Verdict(dataclasses.replace(PLAIN, flags=flags), "float32", came) for flags, came in runs]
+    done = runner.Report("mine", "0", verdicts)
+    assert list(done.flags(done.unexpected).items()) == [("Omega", (2, 2)), ("Alpha", (1, 2))]
+
+
 def test_runs_of_other_methods_do_not_count_for_what_a_flag_says():
     others = [case for case in vectors.cases() if "BaseBias" in case.flags]
     done = runner.Report("mine", "0", [runner.Verdict(case, "float32", runner.FAILED) for case in others])
@@ -93,6 +111,9 @@ def test_runs_of_other_methods_do_not_count_for_what_a_flag_says():
         (lambda a: None, "error", "TypeError: the answer is of type NoneType, expected arrays by name of output"),
         (lambda a: {}["gone"], "error", "KeyError: 'gone'"),
         (lambda a: 1 / 0, "error", "ZeroDivisionError: division by zero"),
+        (lambda a: sys.exit("no device\nat all"), "error", "SystemExit: no device"),
+        (lambda a: raises(Unprintable()), "error", "Unprintable: it cannot be printed"),
+        (lambda a: raises(ValueError("\x1b[2J")), "error", "ValueError: ?[2J"),
     ],
 )
 def test_no_answer_at_all_is_one_clear_line_and_the_run_goes_on(answer, status, problem):
@@ -109,8 +130,26 @@ def test_an_implementation_without_its_members_or_of_unknown_dtypes_is_refused()
     strange.dtypes = ("float8",)
     with pytest.raises(RefpeftError, match="there is no dtype 'float8': expected float64, float32, bfloat16, float16"):
         conform(strange, [PLAIN])
+    for dtypes in (None, "float32", ()):
+        strange.dtypes = dtypes
+        with pytest.raises(
+            RefpeftError, match=re.escape(f"the dtypes of Lora are {dtypes!r}, expected some of float64")
+        ):
+            conform(strange, [PLAIN])
     with pytest.raises(RefpeftError, match="mine computes in float64, float32, not in float16"):
         conform(Lora(), [PLAIN], ["float16"])
+
+
+def test_what_an_implementation_changes_in_a_case_is_its_own():
+    class Careless(Lora):
+        def run(self, case, given, dtype):
+            case.config.clear()
+            case.checks.clear()
+            return {name: array * 0 for name, array in given.items()}
+
+    done = conform(Careless(), [PLAIN])
+    assert [verdict.status for verdict in done.verdicts] == [runner.FAILED] * 2
+    assert PLAIN.config
 
 
 def test_cases_whose_files_are_damaged_are_errors_and_the_others_run(tmp_path):
@@ -136,6 +175,7 @@ def test_a_listed_failure_is_expected(pattern):
     assert done.verdicts[0].expected == "issue 12"
     assert report.summary(done) == "0 passed, 0 failed, 1 failed as expected; 1 cases"
     assert "      1  issue 12" in report.text(done)
+    assert conform(WrongScale(), [PLAIN], ["float32"], {pattern: ""}).ok
 
 
 def test_a_listed_case_that_passes_is_wrong():
@@ -166,6 +206,8 @@ def test_a_list_that_is_written_makes_the_same_run_as_expected_and_keeps_reasons
     assert entries.items() >= {"lora-linear-bias": "issue 9", "*-plain@float64": "rounding"}.items()
     assert "lora-linear-plain@float32" in entries
     assert "lora-linear-square" not in entries
+    assert "dora-*" in report.starter(done, patterns | {"dora-*": "not run"}, ["dora-linear-plain"])
+    assert "dora-*" not in report.starter(done, patterns | {"dora-*": "names nothing"}, ["lora-linear-plain"])
     (tmp_path / "list.toml").write_text(text(entries))
     assert read(tmp_path / "list.toml") == entries
     assert conform(WrongScale(), LORA, expected=entries).ok
@@ -178,6 +220,7 @@ def test_a_list_that_is_written_makes_the_same_run_as_expected_and_keeps_reasons
         ('"a" = " "\n', 'expected lines of "glob over ids" = "reason", found a = '),
         ("[a]\nb = 1\n", 'expected lines of "glob over ids" = "reason", found a = '),
         ("a = \n", "not valid TOML: "),
+        ("\ufeffa = 3\n", 'expected lines of "glob over ids" = "reason", found a = 3'),
     ],
 )
 def test_a_list_that_is_none_is_one_clear_line(tmp_path, written, message):

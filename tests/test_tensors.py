@@ -27,6 +27,12 @@ def test_what_is_written_the_library_reads_and_what_it_writes_is_read(tmp_path):
         assert all(got[name].shape == array.shape for name, array in ARRAYS.items())
 
 
+def test_arrays_are_written_row_by_row_however_they_lie_in_memory(tmp_path):
+    tensors.write(tmp_path / "file", {"turned": ARRAYS["a"].T, "reversed": ARRAYS["a"][:, ::-1]})
+    got = tensors.read(tmp_path / "file")
+    assert np.array_equal(got["turned"], ARRAYS["a"].T) and np.array_equal(got["reversed"], ARRAYS["a"][:, ::-1])
+
+
 def test_bfloat16_is_read_as_float32(tmp_path):
     array = np.linspace(-3, 3, 11, dtype="f4").astype(ml_dtypes.bfloat16)
     save_file({"x": array}, tmp_path / "file")
@@ -47,6 +53,7 @@ def test_other_dtypes_are_not_written(tmp_path):
         (b"\xff" * 8, "its header would end at byte 18,446"),
         (b"\x02" + b"\0" * 7 + b"[]", "file: its header is no JSON object of objects"),
         (b"\x02" + b"\0" * 7 + b"{]", "not a whole safetensors file: Expecting"),
+        (b'{"x":' + b"[" * 100_000, "not a whole safetensors file: maximum recursion"),
         (b'{"x":3}', "not a whole safetensors file"),
         (
             b'{"x":{"dtype":"F8","shape":[],"data_offsets":[0,1]}}',

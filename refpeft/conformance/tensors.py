@@ -55,7 +55,7 @@ def _tensor(name: str, entry: dict, data: bytes, start: int) -> np.ndarray:
     kind, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(kind, str) or kind not in _DTYPES:
         raise ValueError(f"tensor {name!r} has dtype {kind!r}, expected one of {', '.join(_DTYPES)}")
-    if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
+    if not all(type(n) is int and 0 <= n < 2**63 for n in (*shape, begin, end)) or len(shape) > 64:
         raise ValueError(f"the shape and place of tensor {name!r} are not whole numbers")
     dtype = np.dtype(_DTYPES[kind])
     if end - begin != math.prod(shape) * dtype.itemsize or start + end > len(data):
@@ -67,7 +67,7 @@ def _tensor(name: str, entry: dict, data: bytes, start: int) -> np.ndarray:
 def write(path: str | Path, tensors: dict[str, np.ndarray]) -> None:
     """Writes arrays of NumPy's own dtypes. RefpeftError for any other."""
     header, end = {}, 0
-    arrays = {name: np.asarray(array, order="C") for name, array in tensors.items()}
+    arrays = {name: np.asarray(array) for name, array in tensors.items()}
     for name, array in arrays.items():
         if array.dtype not in _NAMES:
             raise RefpeftError(
