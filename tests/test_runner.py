@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import MappingProxyType, SimpleNamespace
 from xml.etree import ElementTree
 
 import numpy as np
@@ -123,9 +124,41 @@ def test_no_answer_at_all_is_one_clear_line_and_the_run_goes_on(answer, status, 
     assert second.status == runner.NOT_IMPLEMENTED
 
 
+def test_what_an_implementation_says_is_one_short_line_that_steers_no_terminal():
+    def fails(answer):
+        raise ValueError("\n \x1b[2J" + "x" * 600 + "\nmore")
+
+    mine = of(fails)
+    mine.name, mine.version = "mine\x1b[2J", "1\n2"
+    done = conform(mine, [PLAIN], ["float32"])
+    assert (done.name, done.version) == ("mine?[2J", "1")
+    assert done.verdicts[0].reason == "ValueError: ?[2J" + "x" * 496
+
+
+@pytest.mark.parametrize(("error", "reason"), [(NotImplementedError, "no reason given"), (ValueError, "ValueError: ")])
+def test_an_exception_may_say_nothing(error, reason):
+    def fails(answer):
+        raise error
+
+    assert only(of(fails)).reason == reason
+
+
+def test_each_verdict_is_told_as_it_comes():
+    told = []
+    done = conform(Lora(), [PLAIN, DROPOUT], ["float32"], told=lambda verdict: told.append(verdict))
+    assert told == done.verdicts
+
+
+def test_an_answer_may_be_any_mapping():
+    assert only(of(MappingProxyType)).status == runner.PASSED
+
+
 def test_an_implementation_without_its_members_or_of_unknown_dtypes_is_refused():
-    with pytest.raises(RefpeftError, match=r"an implementation has name, version, dtypes and run\(\): int has no name"):
-        conform(3, [PLAIN])
+    members = {"name": "mine", "version": "1", "dtypes": ("float32",), "run": None}
+    for member in members:
+        others = SimpleNamespace(**{name: value for name, value in members.items() if name != member})
+        with pytest.raises(RefpeftError, match=rf"has name, version, .* and run\(\): SimpleNamespace has no {member}"):
+            conform(others, [PLAIN])
     strange = Lora()
     strange.dtypes = ("float8",)
     with pytest.raises(RefpeftError, match="there is no dtype 'float8': expected float64, float32, bfloat16, float16"):
@@ -178,6 +211,12 @@ def test_a_listed_failure_is_expected(pattern):
     assert conform(WrongScale(), [PLAIN], ["float32"], {pattern: ""}).ok
 
 
+def test_a_listed_error_is_expected():
+    done = conform(of(lambda a: 1 / 0), [PLAIN], ["float32"], {"lora-*": "issue 12"})
+    assert done.ok
+    assert report.summary(done) == "0 passed, 0 failed, 1 failed as expected; 1 cases"
+
+
 def test_a_listed_case_that_passes_is_wrong():
     done = conform(Lora(), [PLAIN], ["float32"], {"lora-*": "issue 12"})
     assert not done.ok
@@ -196,7 +235,9 @@ def test_a_pattern_that_names_nothing_is_wrong_unless_it_names_a_case_that_was_n
 
 
 def test_what_is_listed_and_not_implemented_is_neither():
-    assert conform(Lora(), [DROPOUT], ["float32"], {"lora-*": "x"}).ok
+    done = conform(Lora(), [DROPOUT], ["float32"], {"lora-*": "x"})
+    assert done.ok
+    assert report.as_json(done)["runs"][0]["expected_failure"] == "x"
 
 
 def test_a_list_that_is_written_makes_the_same_run_as_expected_and_keeps_reasons_that_hold(tmp_path):
