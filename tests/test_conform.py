@@ -70,6 +70,14 @@ def test_reports_are_written(tmp_path):
     assert (tmp_path / "r").read_text().startswith("<!doctype html>")
 
 
+def test_what_an_implementation_prints_is_not_in_the_report(tmp_path):
+    text = "from implementations import Lora\nclass Mine(Lora):\n    def __init__(self):\n        print('loading')\n"
+    (tmp_path / "mine.py").write_text(text)
+    run = conform(f"{tmp_path / 'mine.py'}:Mine", "--methods", "lora", "--json", "-")
+    assert json.loads(run.stdout)["ok"]
+    assert run.stderr == "loading\n"
+
+
 def test_a_list_of_expected_failures_is_started_and_then_holds(tmp_path):
     listed = tmp_path / "xfails.toml"
     assert conform(WRONG, "--methods", "lora", "--write-xfails", listed).exit_code == 1
@@ -137,7 +145,8 @@ def test_damaged_vectors_are_a_line_each_and_the_run_completes(damaged):
         (["node", "harness.mjs"], "'harness.mjs' is one word too many: a command line is one, in quotation marks"),
         (["copy"], "`refpeft conform copy` needs a folder"),
         (["compare", "gone"], "gone is not a folder: expected one of <id>.<dtype>.safetensors"),
-        (["refpeft", "--methods", "lora", "--json", "/nowhere/r.json"], "/nowhere/r.json"),
+        (["refpeft", "--json", "/nowhere/r.json"], "/nowhere/r.json: cannot be written: expected a file in a folder"),
+        (["refpeft", "--html", "."], ".: cannot be written: expected a file in a folder that is there and writable"),
     ],
 )
 def test_wrong_use_is_one_clear_line(words, message, monkeypatch, tmp_path):
@@ -153,6 +162,9 @@ def test_a_module_that_fails_while_it_is_loaded_is_one_clear_line(tmp_path):
     (tmp_path / "other.py").write_text("class Mine:\n    def __init__(self):\n        self.a.b\n")
     run = conform(f"{tmp_path / 'mine.py'}:Mine")
     assert "mine.py:Mine: ModuleNotFoundError: No module named 'gone_away'" in run.output
+    (tmp_path / "exits.py").write_text("import sys\nsys.exit()\n")
+    run = conform(f"{tmp_path / 'exits.py'}:Mine")
+    assert (run.exit_code, "exits.py:Mine: SystemExit" in run.output) == (2, True)
     run = conform(f"{tmp_path / 'other.py'}:Mine")
     assert "other.py:Mine: AttributeError: 'Mine' object has no attribute 'a'" in run.output
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -66,10 +67,14 @@ def conform(
     if implementation == "copy":
         click.echo(f"{len(collect()[0]):,} cases in {results.copy(folder)}; README.md there says how to use them")
         return
+    for path in (as_json, junit, html, write_xfails):  # said before the run, which may take long
+        if path and path != "-" and (Path(path).is_dir() or not os.access(Path(path).parent, os.W_OK)):
+            raise RefpeftError(f"{path}: cannot be written: expected a file in a folder that is there and writable")
     whole, problems = collect(Path(vectors) if vectors else None)
     cases = selection.chosen(whole, names=names, kinds=kinds, flags=flags, ids=ids)
     patterns = expected_failures.read(xfails) if xfails else {}
     with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.redirect_stdout(sys.stderr))  # what an implementation prints is no report
         mine = _implementation(implementation, folder, timeout, device, stack)
         if isinstance(mine, results.Results):
             problems = [*problems, *mine.strangers({case.id for case in whole})]
@@ -90,7 +95,7 @@ def conform(
         if path:
             write_text(path, made(done))
     if write_xfails:
-        write_text(write_xfails, expected_failures.text(report.starter(done, patterns)))
+        write_text(write_xfails, expected_failures.text(report.starter(done, patterns, every)))
     ctx.exit(0 if done.ok else 1)
 
 

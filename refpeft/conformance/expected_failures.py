@@ -19,7 +19,7 @@ from .vectors import DTYPES
 def read(path: str | Path) -> dict[str, str]:
     """{pattern: reason} of a file. RefpeftError where it is not one."""
     try:
-        entries = tomllib.loads(Path(path).read_text("utf-8"))
+        entries = tomllib.loads(Path(path).read_text("utf-8-sig"))
     except OSError as error:
         raise RefpeftError(f"{path}: cannot be read: {error.strerror}") from None
     except ValueError as error:

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 from xml.etree import ElementTree
 
-from .expected_failures import names
+from .expected_failures import idle, names
 from .runner import ERROR, FAILED, NOT_IMPLEMENTED, PASSED, Report, Verdict
 from .vectors import notes
 
@@ -243,18 +243,21 @@ def as_html(report: Report) -> str:
 # ---- expected failures -----------------------------------------------------------------------------------------------
 
 
-def starter(report: Report, patterns: dict[str, str]) -> dict[str, str]:
+def starter(report: Report, patterns: dict[str, str], all_ids: Iterable[str] = ()) -> dict[str, str]:
     """Expected failures that make this run as it should be: what of `patterns` still holds, and every other failure.
 
-    A case that fails in all dtypes that it was run in is named once.
+    A case that fails in all dtypes that it was run in is named once. Patterns that name other cases of `all_ids`, of
+    the whole suite, alone stay as they are: this run says nothing about them.
     """
-    passing = {v.key for v in report.verdicts if v.status == PASSED}
-    kept = {
-        pattern: why
-        for pattern, why in patterns.items()
-        if any(names(pattern, v.case.id, v.dtype) for v in report.verdicts if v.wrong)
-        and not any(names(pattern, *key.rsplit("@", 1)) for key in passing)
-    }
+    all_ids = list(all_ids)
+
+    def holds(pattern: str) -> bool:
+        named = [v for v in report.verdicts if names(pattern, v.case.id, v.dtype)]
+        if not named:
+            return not idle([pattern], all_ids)
+        return any(v.wrong for v in named) and not any(v.status == PASSED for v in named)
+
+    kept = {pattern: why for pattern, why in patterns.items() if holds(pattern)}
     by_id: dict[str, list[Verdict]] = {}
     for verdict in report.verdicts:
         if verdict.status != NOT_IMPLEMENTED:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -156,13 +157,13 @@ def verdict(implementation: Implementation, case: Case, dtype: str, expected: st
     except RefpeftError as error:
         return Verdict(case, dtype, ERROR, reason=str(error), expected=expected)
     try:
-        answer = implementation.run(case, given, dtype)
+        answer = implementation.run(copy.deepcopy(case), given, dtype)  # what it changes is its own
         if not isinstance(answer, Mapping):
             raise TypeError(f"the answer is of type {type(answer).__name__}, expected arrays by name of output")
         results = tuple(compare(case, answer, dtype))
     except NotImplementedError as error:
         return Verdict(case, dtype, NOT_IMPLEMENTED, reason=_line(error) or "no reason given", expected=expected)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         return Verdict(case, dtype, ERROR, reason=f"{type(error).__name__}: {_line(error)}", expected=expected)
     failed = any(result.problem for result in results)
     return Verdict(case, dtype, FAILED if failed else PASSED, results, expected=expected)
@@ -170,12 +171,17 @@ def verdict(implementation: Implementation, case: Case, dtype: str, expected: st
 
 def _line(said: object) -> str:
     """The first line of what an implementation says, without what would steer a terminal or break XML."""
-    lines = str(said).strip().splitlines() or [""]
+    try:
+        lines = str(said).strip().splitlines() or [""]
+    except Exception:
+        lines = ["it cannot be printed"]
     return "".join(c if c.isprintable() else "?" for c in lines[0][:500])
 
 
 def _check(implementation: Implementation) -> None:
+    what = type(implementation).__name__
     for member in ("name", "version", "dtypes", "run"):
         if not hasattr(implementation, member):
-            what = type(implementation).__name__
             raise RefpeftError(f"an implementation has name, version, dtypes and run(): {what} has no {member}")
+    if not isinstance(implementation.dtypes, tuple | list) or not implementation.dtypes:
+        raise RefpeftError(f"the dtypes of {what} are {implementation.dtypes!r}, expected some of {', '.join(DTYPES)}")

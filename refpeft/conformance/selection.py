@@ -71,7 +71,7 @@ def in_python(text: str) -> Any | None:
         if str(error).endswith(f"has no attribute {name!r}"):
             raise RefpeftError(f"{home} has no {name}{nearest(name, vars(module))}") from None
         raise RefpeftError(f"{text}: AttributeError: {error}") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise RefpeftError(f"{text}: {type(error).__name__}: {error}") from error
 
 
