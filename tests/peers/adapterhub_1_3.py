@@ -20,7 +20,7 @@ from adapters.context import ForwardContext
 from adapters.methods.lora import LoRALinear
 from adapters.methods.prompt_tuning import PromptTuning
 from torch import nn
-from torch_parts import Kept, Slot, Tensors, arrays, at_one_place, on_model, tensors, trained
+from torch_parts import Kept, Slot, Tensors, arrays, at_one_place, dtype_of, on_model, parts, tensors, trained
 from transformers.pytorch_utils import Conv1D
 
 from refpeft.conformance.vectors import Arrays, Case
@@ -72,7 +72,7 @@ def refuse(case: Case, config: dict) -> None:
         raise NotImplementedError("its adapters stand at blocks as wide as the model, not at single layers")
 
 
-# ---- one place -------------------------------------------------------------------------------------------------
+# ---- one place -------------------------------------------------------------------------------------------------------
 
 
 def tiny(width: int) -> nn.Module:
@@ -86,7 +86,7 @@ def adapted(model: nn.Module, configs: dict[str, adapters.AdapterConfig], t: Ten
     for name, config in configs.items():
         model.add_adapter(name, config=config)
     model.train_adapter(Stack(*configs))
-    model.to(next(tensor.dtype for tensor in t.values() if tensor.is_floating_point())).eval()
+    model.to(dtype_of(t)).eval()
 
 
 def fused(model: nn.Module, names: list[str]) -> None:
@@ -138,11 +138,6 @@ def at_a_layer(case: Case, t: Tensors, conv: bool, configs: dict[str, dict]) -> 
 def trained_in(case: Case) -> list[str]:
     """What the case asks gradients of, and what is trained."""
     return [name.partition(".")[2] for name in case.checks if name.startswith(("grad.", "after."))]
-
-
-def parts(kind: str, layer: nn.Module, t: Tensors) -> Tensors:
-    """The weight and the bias as they are now."""
-    return {f"{kind}.{name}": layer.get_parameter(name).clone() for name in ("weight", "bias") if name in t}
 
 
 def base_layer(t: Tensors, conv: bool) -> nn.Module:
@@ -231,7 +226,7 @@ def fill_fused(case: Case, t: Tensors, around: nn.Module, before: str = "") -> N
             bottleneck_slot(None, around, letter, name).fill(t[before + letter][number])
 
 
-# ---- several adapters on a layer -------------------------------------------------------------------------------
+# ---- several adapters on a layer -------------------------------------------------------------------------------------
 
 
 def two(case: Case, t: Tensors) -> Tensors:
@@ -300,7 +295,7 @@ def restored(case: Case, t: Tensors) -> Tensors:
     return found | parts("restored", layer, t) | {"y": within(model, layer)(t["x"])}
 
 
-# ---- whole models ----------------------------------------------------------------------------------------------
+# ---- whole models ----------------------------------------------------------------------------------------------------
 
 
 def whole_model(case: Case, t: Tensors) -> Tensors:

@@ -13,7 +13,7 @@ ACTIVATIONS = {"gelu_tanh": "gelu_pytorch_tanh"}
 NAME = "a"
 
 
-# ---- its configs -----------------------------------------------------------------------------------------------
+# ---- its configs -----------------------------------------------------------------------------------------------------
 
 
 def bottleneck(kind: type, config: dict, width: int, **more) -> adapters.BnConfig:
@@ -110,7 +110,7 @@ CONFIGS: dict[str, Callable[[dict, int], adapters.AdapterConfig]] = {
 }
 
 
-# ---- where tensors lie -----------------------------------------------------------------------------------------
+# ---- where tensors lie -----------------------------------------------------------------------------------------------
 
 
 def fill(t: Tensors, slots: dict[str, Slot]) -> None:

@@ -11,7 +11,7 @@ import torch
 from bitsandbytes import functional as bnb
 from bitsandbytes import optim
 from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
-from torch_parts import Tensors, arrays, path
+from torch_parts import Tensors, arrays, has_avx512, path
 
 from refpeft.conformance.vectors import Arrays, Case
 
@@ -67,7 +67,7 @@ def encode_4bit(case: Case, t: Tensors) -> Tensors:
 
 
 def decode_4bit(case: Case, t: Tensors) -> Tensors:
-    if case.config["shape"][-1] % case.config["block"] and torch.backends.cpu.get_cpu_capability() != "AVX512":
+    if case.config["shape"][-1] % case.config["block"] and not has_avx512():
         raise NotImplementedError("what its kernel for AVX-512 does, and this processor has none")
     return {"weight": bnb.dequantize_4bit(t["packed"][:, None], state_of(case, t)).float()}
 

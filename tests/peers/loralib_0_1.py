@@ -11,7 +11,7 @@ import loralib
 import torch
 import transformers
 from torch import nn
-from torch_parts import Kept, Slot, Tensors, arrays, at_one_place, on_model, tensors, trained
+from torch_parts import Kept, Slot, Tensors, arrays, at_one_place, on_model, parts, tensors, trained
 
 from refpeft.conformance.vectors import Arrays, Case
 
@@ -69,11 +69,6 @@ def site(case: Case, t: Tensors) -> Tensors:
         here.train()  # which takes it off again
         found |= parts("restored", here, t) | {"y": here(t["x"])}
     return found
-
-
-def parts(kind: str, here: nn.Module, t: Tensors) -> Tensors:
-    """The weight and the bias as they are now."""
-    return {f"{kind}.{name}": here.get_parameter(name).clone() for name in ("weight", "bias") if name in t}
 
 
 def fill(here: nn.Module, t: Tensors, before: str = "") -> dict[str, Slot]:

@@ -20,12 +20,12 @@ import torch
 from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
 from peft.utils.integrations import dequantize_module_weight
 from peft_files import loaded, saved
-from peft_methods import LORA, LORA_EMBEDDING, METHODS, NETWORKS, Tensors, dtype_of
-from peft_together import OneLayer, combined, restored, two
+from peft_methods import LORA, LORA_EMBEDDING, METHODS, NETWORKS, put
+from peft_together import OneLayer, combined, linear, restored, two
 from torch import nn
+from torch_parts import Tensors, dtype_of, has_avx512
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel, logging
 from transformers.modeling_outputs import CausalLMOutput
-from transformers.pytorch_utils import Conv1D
 
 from refpeft.conformance.vectors import Arrays, Case
 
@@ -90,12 +90,7 @@ class Trained:
     pack: Callable[[Tensors], torch.Tensor]
 
     def set(self, t: Tensors) -> None:
-        value = self.pack(t)
-        if value.numel() != self.parameter.numel():
-            there, given = tuple(self.parameter.shape), tuple(value.shape)
-            raise ValueError(f"PEFT's tensor has the shape {there}, that of the case {given}: {', '.join(self.names)}")
-        with torch.no_grad():
-            self.parameter.copy_(value.reshape(self.parameter.shape))
+        put(self.parameter, self.pack(t), ", ".join(self.names))
 
     def unpacked(self, value: torch.Tensor, t: Tensors) -> Tensors:
         """A value or gradient of the parameter, by the names of the case. `pack` moves numbers, and changes none."""
@@ -153,38 +148,32 @@ def with_layers(case: Case, base: nn.Module, t: Tensors) -> tuple[peft.PeftModel
 
 def layer(case: Case, t: Tensors) -> nn.Module:
     """The frozen layer, as torch and transformers have it."""
-    weight, bias = t["weight"], t.get("bias")
+    weight = t["weight"]
     if case.at == "embedding":
-        made = nn.Embedding(*weight.shape)
-    elif case.at == "norm":
+        return nn.Embedding.from_pretrained(weight.clone())
+    if case.at == "norm":
         kind = nn.LayerNorm if case.config["norm"] == "layer_norm" else nn.RMSNorm
-        made = kind(weight.shape[0], eps=case.config["eps"])
-    elif case.at == "conv1d":
-        made = Conv1D(weight.shape[1], weight.shape[0])
-    else:
-        made = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
-    made.to(weight.dtype).load_state_dict({"weight": weight} | ({} if bias is None else {"bias": bias}))
+        made = kind(weight.shape[0], eps=case.config["eps"]).to(weight.dtype)
+        made.load_state_dict({name: t[name] for name in ("weight", "bias") if name in t})
+        return made
+    made = linear(t, case.at == "conv1d")
     if "quantizer" in case.config and "iterations" not in case.config:  # LoftQ's rounds begin with the weight itself
         return in_nf4(case, made)
     return made
 
 
-def in_nf4(case: Case, linear: nn.Module) -> bitsandbytes.nn.Linear4bit:
+def in_nf4(case: Case, dense: nn.Module) -> bitsandbytes.nn.Linear4bit:
     """A frozen layer as transformers makes it of a checkpoint's with bitsandbytes."""
-    if not isinstance(linear, nn.Linear):
+    if not isinstance(dense, nn.Linear):
         raise NotImplementedError("bitsandbytes has no Conv1D")
-    if linear.weight.dtype == torch.float64:
+    if dense.weight.dtype == torch.float64:
         raise NotImplementedError("bitsandbytes has no float64")
-    if case.name not in ("olora", "pissa") and linear.in_features % case.config["block"] and has_avx512():
+    if case.name not in ("olora", "pissa") and dense.in_features % case.config["block"] and has_avx512():
         raise NotImplementedError("with AVX-512 bitsandbytes decodes rows of less than a block wrongly")
-    bias, settings = linear.bias is not None, {"compute_dtype": linear.weight.dtype, "compress_statistics": False}
-    made = bitsandbytes.nn.Linear4bit(linear.in_features, linear.out_features, bias, quant_type="nf4", **settings)
-    made.load_state_dict(linear.state_dict())
+    bias, settings = dense.bias is not None, {"compute_dtype": dense.weight.dtype, "compress_statistics": False}
+    made = bitsandbytes.nn.Linear4bit(dense.in_features, dense.out_features, bias, quant_type="nf4", **settings)
+    made.load_state_dict(dense.state_dict())
     return made.to("cpu")  # which quantizes
-
-
-def has_avx512() -> bool:
-    return torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def at_layer(case: Case, t: Tensors) -> Tensors:

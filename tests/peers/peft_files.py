@@ -11,9 +11,12 @@ from pathlib import Path
 import peft
 import torch
 import transformers
-from peft_methods import METHODS, NETWORKS, Tensors, dtype_of
+from peft_methods import METHODS, NETWORKS, put
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch_parts import Tensors, dtype_of
+
+from refpeft.conformance.vectors import Case
 
 TASKS = {
     "LMHead": "CAUSAL_LM",
@@ -35,7 +38,7 @@ def base_model(config: dict, t: Tensors) -> transformers.PreTrainedModel:
     return base
 
 
-def loaded(case, t: Tensors) -> Tensors:
+def loaded(case: Case, t: Tensors) -> Tensors:
     files = {name.removeprefix("file."): tensor for name, tensor in t.items() if name.startswith("file.")}
     base = base_model(case.config["model"], t)
     with tempfile.TemporaryDirectory() as folder:
@@ -58,7 +61,7 @@ def loaded(case, t: Tensors) -> Tensors:
     return {"logits": logits}
 
 
-def saved(case, t: Tensors) -> Tensors:
+def saved(case: Case, t: Tensors) -> Tensors:
     base = base_model(case.config["model"], t)
     name = case.config.get("adapter_name", "default")
     if case.name in NETWORKS:
@@ -72,12 +75,10 @@ def saved(case, t: Tensors) -> Tensors:
     adapted = peft.get_peft_model(base, config, adapter_name=name)
     if "beside" in case.config:
         adapted.add_adapter(case.config["beside"], copy.deepcopy(config))
-    with torch.no_grad():
-        for inner, (names, pack) in packs.items():
-            value = pack([t[n] for n in names])
-            dict(adapted.prompt_encoder[name].named_parameters())[inner].copy_(value)
-        if not packs:
-            fill(adapted, case, t, name)
+    for inner, (names, pack) in packs.items():
+        put(adapted.prompt_encoder[name].get_parameter(inner), pack([t[n] for n in names]), inner)
+    if not packs:
+        fill(adapted, case, t, name)
     with tempfile.TemporaryDirectory() as folder:
         adapted.save_pretrained(folder, selected_adapters=[name])
         (path,) = Path(folder).rglob("adapter_model.safetensors")
@@ -85,7 +86,7 @@ def saved(case, t: Tensors) -> Tensors:
     return {f"file.{key}": tensor for key, tensor in files.items()} | {"count": torch.tensor(len(files))}
 
 
-def fill(adapted: nn.Module, case, t: Tensors, adapter: str) -> None:
+def fill(adapted: nn.Module, case: Case, t: Tensors, adapter: str) -> None:
     """The case's values into PEFT's layers, whole layers that it copies, and biases."""
     method = METHODS[case.name]
     there = dict(adapted.named_parameters(remove_duplicate=False)) | dict(adapted.named_buffers(remove_duplicate=False))
@@ -97,10 +98,7 @@ def fill(adapted: nn.Module, case, t: Tensors, adapter: str) -> None:
         ways = [inner, f"{begin}.{inner}", f"{begin}.base_layer.{letter}", *copies(name, adapter), f"{begin}.{letter}"]
         found = next((there[way] for way in ways if way in there), None)
         if found is not None:
-            if found.numel() != tensor.numel():
-                shapes = f"{tuple(found.shape)}, that of the case {tuple(tensor.shape)}"
-                raise ValueError(f"PEFT's tensor has the shape {shapes}: {name}")
-            found.copy_(tensor.reshape(found.shape))
+            put(found, tensor, name)
         elif letter != "indices":  # SHiRA's are in its config
             raise ValueError(f"PEFT has no tensor for {name}")
 

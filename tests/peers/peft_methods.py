@@ -8,13 +8,16 @@ from dataclasses import dataclass, field
 import peft
 import torch
 from torch import nn
+from torch_parts import Tensors
 
-Tensors = dict[str, torch.Tensor]
 
-
-def dtype_of(t: Tensors) -> torch.dtype:
-    """What a case is computed in."""
-    return next(tensor.dtype for tensor in t.values() if tensor.is_floating_point())
+def put(parameter: torch.Tensor, value: torch.Tensor, name: str) -> None:
+    """Fills PEFT's tensor with the case's numbers, in its own shape. Raises ValueError for more or fewer of them."""
+    if parameter.numel() != value.numel():
+        shapes = f"{tuple(parameter.shape)}, that of the case {tuple(value.shape)}"
+        raise ValueError(f"PEFT's tensor has the shape {shapes}: {name}")
+    with torch.no_grad():
+        parameter.copy_(value.reshape(parameter.shape))
 
 
 # ---- methods at layers -----------------------------------------------------------------------------------------------

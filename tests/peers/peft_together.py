@@ -6,9 +6,12 @@ from typing import Any
 
 import peft
 import torch
-from peft_methods import METHODS, Tensors
+from peft_methods import METHODS, put
 from torch import nn
+from torch_parts import Tensors, parts
 from transformers.pytorch_utils import Conv1D
+
+from refpeft.conformance.vectors import Case
 
 PLACES = ("first", "second", "third")
 
@@ -24,14 +27,15 @@ class OneLayer(nn.Module):
         return self.site(x)
 
 
-def base(t: Tensors, conv1d: bool = False) -> OneLayer:
+def linear(t: Tensors, conv1d: bool = False) -> nn.Module:
+    """The frozen layer, as torch and transformers have it."""
     weight, bias = t["weight"], t.get("bias")
     if conv1d:
         layer = Conv1D(weight.shape[1], weight.shape[0])
     else:
         layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
     layer.to(weight.dtype).load_state_dict({"weight": weight} | ({} if bias is None else {"bias": bias}))
-    return OneLayer(layer)
+    return layer
 
 
 def config_of(options: dict[str, Any], t: Tensors) -> peft.PeftConfig:
@@ -50,22 +54,18 @@ def filled(adapted: nn.Module, options: dict[str, Any], t: Tensors, place: str, 
             continue
         end = f".{name.replace('default', adapter)}"
         (there,) = {id(p): p for n, p in parameters.items() if n.endswith(end)}.values()
-        given = t[f"{prefix}{letter}"]
-        if there.numel() != given.numel():
-            shapes = f"{tuple(there.shape)}, that of the case {tuple(given.shape)}"
-            raise ValueError(f"PEFT's tensor has the shape {shapes}: {prefix}{letter}")
-        there.data.copy_(given.reshape(there.shape))
+        put(there, t[f"{prefix}{letter}"], f"{prefix}{letter}")
         there.requires_grad_(True)
         found[f"{prefix}{letter}"] = there
     return found
 
 
-def two(case, t: Tensors) -> Tensors:
+def two(case: Case, t: Tensors) -> Tensors:
     """The second adapter is added to the first's model: of one type as another adapter, else by PEFT's mixed model."""
     options = [case.config[place] for place in PLACES[:2]]
     configs = [config_of(one, t) for one in options]
     mixed = configs[0].peft_type != configs[1].peft_type
-    adapted = peft.get_peft_model(base(t), configs[0], adapter_name="first", mixed=mixed)
+    adapted = peft.get_peft_model(OneLayer(linear(t)), configs[0], adapter_name="first", mixed=mixed)
     adapted.add_adapter("second", configs[1])
     adapted.to(t["x"].dtype).eval()
     active = adapted if mixed else adapted.base_model
@@ -80,33 +80,29 @@ def two(case, t: Tensors) -> Tensors:
         active.set_adapter(place)
         answer[f"alone.{place}"] = adapted(t["x"])
     active.set_adapter(["first", "second"])
-    return answer | merged(adapted.merge_and_unload().site)
+    return answer | parts("merged", adapted.merge_and_unload().site, t)
 
 
-def merged(site: nn.Module, name: str = "merged") -> Tensors:
-    bias = getattr(site, "bias", None)
-    return {f"{name}.weight": site.weight.clone()} | ({} if bias is None else {f"{name}.bias": bias.clone()})
-
-
-def restored(case, t: Tensors) -> Tensors:
+def restored(case: Case, t: Tensors) -> Tensors:
     options = case.config | {"method": case.name}
-    adapted = peft.get_peft_model(base(t, options["conv1d"]), config_of(options, t)).to(t["x"].dtype).eval()
+    adapted = peft.get_peft_model(OneLayer(linear(t, options["conv1d"])), config_of(options, t))
+    adapted.to(t["x"].dtype).eval()
     filled(adapted, options, t, "", "default")
     adapted.merge_adapter()
-    answer = merged(adapted.base_model.model.site.get_base_layer())
+    answer = parts("merged", adapted.base_model.model.site.get_base_layer(), t)
     adapted.unmerge_adapter()
     answer["y"] = adapted(t["x"])
-    return answer | merged(adapted.unload().site, "restored")
+    return answer | parts("restored", adapted.unload().site, t)
 
 
-def combined(case, t: Tensors) -> Tensors:
+def combined(case: Case, t: Tensors) -> Tensors:
     """By add_weighted_adapter; of LoRA with "cat", the exact one of its ways."""
     chosen = {place: case.config[place] for place in PLACES if place in case.config}
     adapted = None
     for place, options in chosen.items():
         config = config_of(options, t)
         if adapted is None:
-            adapted = peft.get_peft_model(base(t), config, adapter_name=place)
+            adapted = peft.get_peft_model(OneLayer(linear(t)), config, adapter_name=place)
         else:
             adapted.add_adapter(place, config)
     adapted.to(t["x"].dtype).eval()
@@ -115,4 +111,4 @@ def combined(case, t: Tensors) -> Tensors:
     exact = {"combination_type": "cat"} if case.name == "lora" else {}
     adapted.add_weighted_adapter(list(chosen), case.config["weights"], "together", **exact)
     adapted.set_adapter("together")
-    return {"y": adapted(t["x"])} | merged(adapted.merge_and_unload().site)
+    return {"y": adapted(t["x"])} | parts("merged", adapted.merge_and_unload().site, t)

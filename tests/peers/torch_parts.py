@@ -21,6 +21,16 @@ def tensors(given: Arrays) -> Tensors:
     return {name: t if t.is_floating_point() else t.long() for name, t in found.items()}
 
 
+def dtype_of(t: Tensors) -> torch.dtype:
+    """What a case is computed in."""
+    return next(tensor.dtype for tensor in t.values() if tensor.is_floating_point())
+
+
+def has_avx512() -> bool:
+    """Whether bitsandbytes takes its kernels for AVX-512."""
+    return torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
 def arrays(found: Mapping[str, torch.Tensor]) -> Arrays:
     return {name: tensor.detach().contiguous().numpy() for name, tensor in found.items()}
 
@@ -74,6 +84,11 @@ def at_one_place(t: Tensors, slots: dict[str, Slot], inputs: str, call: Callable
     y.backward(t["g"])
     found = {"y": y} | {f"grad.{name}": leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
     return found | {f"grad.{name}": slot.grad(t[name]) for name, slot in slots.items()}
+
+
+def parts(kind: str, layer: nn.Module, t: Tensors) -> Tensors:
+    """The weight and the bias, where the case has one, as they are now."""
+    return {f"{kind}.{name}": layer.get_parameter(name).clone() for name in ("weight", "bias") if name in t}
 
 
 def loss_of(logits: torch.Tensor, t: Tensors) -> torch.Tensor:
