@@ -129,14 +129,18 @@ def test_nothing_of_it_is_left_running(tmp_path):
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
-def test_the_vectors_are_copied_whole_and_only_to_a_new_folder(tmp_path):
+def test_the_vectors_are_copied_whole_and_only_to_a_new_folder(tmp_path, monkeypatch):
     folder = results.copy(tmp_path / "deep" / "vectors")
     assert vectors.altered(folder) == []
     assert (folder / "README.md").read_text() == (vectors.root() / "README.md").read_text()
     cases, problems = vectors.collect(folder)
     assert ([case.id for case in cases], problems) == ([case.id for case in vectors.cases()], [])
-    with pytest.raises(RefpeftError, match="exists already: name a new folder"):
-        results.copy(folder)
+    monkeypatch.chdir(tmp_path)
+    for taken in (folder, "."):
+        with pytest.raises(RefpeftError, match="exists already: name a new folder"):
+            results.copy(taken)
+    with pytest.raises(RefpeftError, match="/proc/vectors: cannot be written: No such file"):
+        results.copy("/proc/vectors")
     assert [path.name for path in folder.parent.iterdir()] == ["vectors"]
 
 

@@ -14,17 +14,23 @@ PARTS = ("README.md", "MANIFEST.json", "case.schema.json", "notes.json", "v1")
 
 
 def copy(folder: str | Path) -> Path:
-    """Writes the vectors with their README to a new folder. RefpeftError where there is something already."""
+    """Writes the vectors with their README to a new folder.
+
+    RefpeftError where there is something already, or it cannot be written.
+    """
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    target = folder.resolve()
+    if target == Path.cwd() or (target.exists() and (not target.is_dir() or any(target.iterdir()))):
         raise RefpeftError(f"{folder} exists already: name a new folder")
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         temporary.mkdir(parents=True)
         for part in PARTS:
             source = root() / part
             (shutil.copytree if source.is_dir() else shutil.copyfile)(source, temporary / part)
-        os.rename(temporary, folder)
+        os.rename(temporary, target)
+    except OSError as error:
+        raise RefpeftError(f"{folder}: cannot be written: {error.strerror}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
