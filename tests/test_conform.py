@@ -99,10 +99,11 @@ def test_the_vectors_are_copied_and_a_folder_of_answers_compared(tmp_path):
             tensors.write(tmp_path / "answers" / f"{case.id}.float32.safetensors", answer)
     run = conform("compare", tmp_path / "answers", "--methods", "lora", "--vectors", tmp_path / "v")
     assert run.exit_code == 0, run.output
-    tensors.write(tmp_path / "answers" / "nobody.float32.safetensors", {})
-    run = conform("compare", tmp_path / "answers", "--methods", "lora")
+    tensors.write(tmp_path / "answers" / "no\nbody\udcff.float32.safetensors", {})  # a name that is no UTF-8
+    run = conform("compare", tmp_path / "answers", "--methods", "lora", "--html", tmp_path / "page")
     assert run.exit_code == 1
-    assert "nobody.float32.safetensors: there is no such case" in run.output
+    assert "no?body?.float32.safetensors: there is no such case" in run.output
+    assert "no?body?.float32.safetensors: there is no such case" in (tmp_path / "page").read_text()
 
 
 @pytest.fixture
@@ -167,6 +168,16 @@ def test_a_module_that_fails_while_it_is_loaded_is_one_clear_line(tmp_path):
     assert (run.exit_code, "exits.py:Mine: SystemExit" in run.output) == (2, True)
     run = conform(f"{tmp_path / 'other.py'}:Mine")
     assert "other.py:Mine: AttributeError: 'Mine' object has no attribute 'a'" in run.output
+
+
+def test_an_implementation_may_be_a_dataclass_in_a_folder_whose_name_has_a_space(tmp_path):
+    home = tmp_path / "my work" / "mine.py"
+    home.parent.mkdir()
+    home.write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\nfrom typing import ClassVar\n"
+        "@dataclass\nclass Mine:\n    name: ClassVar[str] = 'mine'\n"
+    )
+    assert selection.in_python(f"{home}:Mine").name == "mine"
 
 
 def test_what_is_no_python_is_a_command_line():

@@ -146,7 +146,9 @@ def conform(
         verdicts.append(verdict(implementation, case, dtype, expected_failures.reason(expected, case.id, dtype)))
         told(verdicts[-1])
     idle = expected_failures.idle(expected, [case.id for case in cases] if all_ids is None else all_ids)
-    return Report(_line(implementation.name), _line(implementation.version), verdicts, [*problems, *idle])
+    return Report(
+        _line(implementation.name), _line(implementation.version), verdicts, [_printable(p) for p in (*problems, *idle)]
+    )
 
 
 def verdict(implementation: Implementation, case: Case, dtype: str, expected: str | None = None) -> Verdict:
@@ -155,7 +157,7 @@ def verdict(implementation: Implementation, case: Case, dtype: str, expected: st
         given = case.given(dtype)
         case.expected()
     except RefpeftError as error:
-        return Verdict(case, dtype, ERROR, reason=str(error), expected=expected)
+        return Verdict(case, dtype, ERROR, reason=_printable(str(error)), expected=expected)
     try:
         answer = implementation.run(copy.deepcopy(case), given, dtype)  # what it changes is its own
         if not isinstance(answer, Mapping):
@@ -170,12 +172,17 @@ def verdict(implementation: Implementation, case: Case, dtype: str, expected: st
 
 
 def _line(said: object) -> str:
-    """The first line of what an implementation says, without what would steer a terminal or break XML."""
+    """The first line of what an implementation says."""
     try:
         lines = str(said).strip().splitlines() or [""]
     except Exception:
         lines = ["it cannot be printed"]
-    return "".join(c if c.isprintable() else "?" for c in lines[0][:500])
+    return _printable(lines[0])
+
+
+def _printable(text: str) -> str:
+    """Without what would steer a terminal, break XML or be no UTF-8, as names of files can be; of a few lines at most."""
+    return "".join(c if c.isprintable() else "?" for c in text[:500])
 
 
 def _check(implementation: Implementation) -> None:
