@@ -144,10 +144,8 @@ def accumulation(
     comment: str,
 ) -> Case:
     """A batch of a tiny Llama, whose weights are drawn, in parts: each one's loss is a sum over the batch's count."""
-    family, settings = (
-        "llama",
-        LLAMA | {"vocab_size": 16, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1},
-    )
+    small = {"vocab_size": 16, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1}
+    family, settings = "llama", LLAMA | small
 
     def in_parts(t: Tensors) -> Tensors:
         weights = {n: w.clone().requires_grad_() for n, w in t.items() if n not in NOT_WEIGHTS}

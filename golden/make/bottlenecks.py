@@ -32,7 +32,7 @@ def cases() -> Iterator[Case]:
         ("series", SMALL | {"scale": 0.5, "activation": "tanh", "placement": "series"}, "ParallelScale"),
     )
     yield from parallel_at_linear()
-    yield behind_the_last_norm()
+    yield behind_the_last_norm("pfeiffer", SMALL, letters(SMALL, 6, 6), bottleneck, "BottleneckBias")
     yield from block_cases(LIN, ("plain", SMALL | {"eps": 1e-5}, "BottleneckSkip BottleneckBias NormEps AdapterNorm"))
     yield from block_cases(COMPACTER, ("plain", HYPER, ""), ("rank", HYPER | {"rank": 2}, ""))
     yield from block_cases(COMPACTER_PP, ("plain", HYPER, ""))
@@ -163,27 +163,37 @@ def pfeiffer_value(f, x, t, config) -> torch.Tensor:
     return h + bottleneck(h, t, config)
 
 
-def behind_the_last_norm() -> Case:
-    """Where a layer ends with a norm, as BERT's: the adapter reads what that gives, and is added to what that reads."""
-    draw = Draw("pfeiffer-norm-layer")
+def behind_the_last_norm(
+    method: str,
+    config: dict,
+    trained: Shapes,
+    added: Callable[..., torch.Tensor],
+    flags: str,
+    constants: Callable[[Draw], dict[str, np.ndarray]] = lambda draw: {},
+) -> Case:
+    """Where a layer ends with a norm, as BERT's: the adapter reads what that gives, and is added to what that reads.
+
+    added (what the norm gives, letters, config) -> what the adapter adds
+    """
+    draw = Draw(f"{method}-norm-layer")
     inputs = {"x": draw.normal(2, 3, 6), "weight": draw.normal(6, scale=0.3) + np.float32(1), "bias": draw.normal(6)}
-    inputs |= {letter: draw.normal(*shape, scale=0.5) for letter, shape in letters(SMALL, 6, 6).items()}
+    inputs |= {letter: draw.normal(*shape, scale=0.5) for letter, shape in trained.items()}
 
     def forward(x, weight, bias, **t):
         def norm(x):
             return functional.layer_norm(x, x.shape[-1:], weight, bias, 1e-5)
 
-        return norm(x + bottleneck(norm(x), t, SMALL))
+        return norm(x + added(norm(x), t, config))
 
     return site_case(
-        "pfeiffer",
+        method,
         "norm",
         "layer",
-        inputs,
+        inputs | constants(draw),
         forward,
-        " ".join(("x", *letters(SMALL, 6, 6))),
-        config=SMALL | {"norm": "layer_norm", "eps": 1e-5},
-        flags="AdapterBeforeNorm BottleneckBias NormEps",
+        " ".join(("x", *trained)),
+        config=config | {"norm": "layer_norm", "eps": 1e-5},
+        flags=f"AdapterBeforeNorm {flags} NormEps",
         comment="a norm that ends its layer, as BERT's",
     )
 

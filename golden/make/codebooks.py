@@ -263,19 +263,23 @@ def int8_reciprocals() -> Iterator[Case]:
     scale = f32(15 * 127 / 1024)
     weight = np.append(scale, (np.arange(39, dtype=f32) + f32(0.5)) * f32(15 / 1024)).reshape(1, -1)
     weight[:, 1::2] *= -1
-    comment = "the factor is 127 / scale, divided once; 127 * (1 / scale) is the next float32 number"
-    for variant, config, encode, flags in (
-        ("reciprocal", {}, int8_encode, "Int8Reciprocal Int8Rows"),
-        ("reciprocal-cpu", {"compat": "bnb-cpu"}, int8_on_cpu, "Int8Reciprocal"),
-    ):
-        if config:
-            assert (int8_encode(weight)["codes"] != encode(weight)["codes"]).sum() > 9
-            comment = f"{VERSION}: the factor is 127 * (1 / scale), which is not 127 / scale; float16 holds the weights"
+    assert (int8_encode(weight)["codes"] != int8_on_cpu(weight)["codes"]).sum() > 9
+    rows = [  # variant, level, config, encode, witness, flags, comment
+        (
+            "reciprocal", "must", {}, int8_encode, None, "Int8Reciprocal Int8Rows",
+            "the factor is 127 / scale, divided once; 127 * (1 / scale) is the next float32 number",
+        ),
+        (
+            "reciprocal-cpu", "interop", {"compat": "bnb-cpu"}, int8_on_cpu, bnb_int8_encode, "Int8Reciprocal",
+            f"{VERSION}: the factor is 127 * (1 / scale), which is not 127 / scale; float16 holds the weights",
+        ),
+    ]  # fmt: skip
+    for variant, level, config, encode, witness, flags, comment in rows:
         first, _ = pair(
             "int8", variant, weight, config, encode, int8_decode, flags=flags, comment=comment, spec=INT8_SPEC,
-            agrees={VERSION: (bnb_int8_encode if config else None, None)},
+            agrees={VERSION: (witness, None)},
         )  # fmt: skip
-        first.level = "interop" if config else "must"
+        first.level = level
         yield first
 
 

@@ -15,20 +15,12 @@ import peft
 import peft_witness
 import torch
 from common import Case, Compute, Draw, Tensors
-from equations import PAPERS, ia3, lora_scale
+from equations import PAPERS, ia3
 from linear_methods import Equation, known
-from low_rank import LORA_NAMES
+from low_rank import LORA
 from models import precision
 from torch.nn import functional
 
-LORA = Equation(
-    "lora",
-    PAPERS["lora"],
-    lambda config, out, inp: {"A": (config["r"], inp), "B": (out, config["r"])},
-    lambda f, x, weight, t, config: f(x) + lora_scale(config) * x @ (t["B"] @ t["A"]).mT,
-    peft=peft_witness.lora_config,
-    names=LORA_NAMES,
-)
 IA3 = Equation(
     "ia3",
     PAPERS["ia3"],

@@ -200,7 +200,7 @@ def by_equation(method: str, model: dict, c: dict, drawn: Tensors | None = None,
                 weights[f"{site}.weight"] = weights[f"{site}.weight"] + delta
         if "said" in weights:
             return encoder_reference.model(model, weights)(weights["ids"], weights["said"])
-        logits = heads._logits(head, model, weights, weights)
+        logits = heads.logits_of(head, model, weights, weights)
         return logits if logits.ndim == 2 else real_only(logits, weights["segments"])
 
     return compute

@@ -71,10 +71,10 @@ def by_transformers(model_type: str, head: str, settings: dict) -> Compute:
 
 def by_formula(head: str, config: dict, tensors: Tensors) -> Tensors:
     weights = {n: t.clone().requires_grad_() for n, t in tensors.items() if n not in NOT_WEIGHTS}
-    return answer(_logits(head, config, weights, tensors), tensors, weights)
+    return answer(logits_of(head, config, weights, tensors), tensors, weights)
 
 
-def _logits(head: str, config: dict, weights: Tensors, tensors: Tensors) -> torch.Tensor:
+def logits_of(head: str, config: dict, weights: Tensors, tensors: Tensors) -> torch.Tensor:
     family, segments = config["model_type"], tensors["segments"]
     if family == "llama":  # its head for labels in the place of the one for tokens
         body = {("lm_head.weight" if name == "score.weight" else name): w for name, w in weights.items()}

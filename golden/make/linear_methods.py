@@ -6,7 +6,6 @@ witness is PEFT's own layer, with the same tensors, where PEFT has the method.
 
 from __future__ import annotations
 
-import collections
 import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -67,7 +66,7 @@ def known(method: str) -> Equation:
     """The equation of a method at linear layers, from the script that makes its cases."""
     for script in ("low_rank", "decompositions", "structured", "selective"):
         if method not in EQUATIONS:
-            collections.deque(importlib.import_module(script).cases(), maxlen=0)
+            list(importlib.import_module(script).cases())  # which notes the equation of each
     return EQUATIONS[method]
 
 

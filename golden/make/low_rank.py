@@ -11,11 +11,21 @@ import peft
 import peft_witness
 import torch
 from common import Case, Draw
-from equations import lora_scale
+from equations import PAPERS, lora, lora_scale
 from linear_methods import LLAMA_SITES, Equation, Variant, cases_of, dropout_of, on_layers, shapes_of
 from method_sites import site_case
 
 LORA_NAMES = {"A": "lora_A.default.weight", "B": "lora_B.default.weight"}
+LORA = Equation(
+    "lora",
+    PAPERS["lora"],
+    lambda config, out, inp: {"A": (config["r"], inp), "B": (out, config["r"])},
+    lambda f, x, weight, t, config: lora(f, x, t["A"], t["B"], lora_scale(config)),
+    merged=lambda weight, t, config: weight + lora_scale(config) * t["B"] @ t["A"],
+    peft=peft_witness.lora_config,
+    names=LORA_NAMES,
+)
+"""For scripts of LoRA with something else; its own cases are those of method_sites."""
 
 
 def cases() -> Iterator[Case]:

@@ -38,7 +38,14 @@ def cases() -> Iterator[Case]:
     yield from bottlenecks.block_cases(
         FUSION, ("plain", FUSED, ""), ("three", FUSED | {"adapters": ["a", "b", "c"]}, "")
     )
-    yield fused_behind_the_last_norm()
+    yield bottlenecks.behind_the_last_norm(
+        "adapterfusion",
+        FUSED,
+        attention_letters(FUSED, 6, 6),
+        mixed,
+        "FusionScale",
+        constants=lambda draw: trained_adapters(draw, FUSED, 6, 6),
+    )
 
 
 # ---- AdaMix ----------------------------------------------------------------------------------------------------
@@ -202,32 +209,6 @@ def mixed(h: torch.Tensor, t: dict, config: dict) -> torch.Tensor:
     query, keys, values = h @ t["query"].mT + t["query_bias"], z @ t["key"].mT, z @ t["value"].mT
     scores = (query.unsqueeze(-2) * keys).sum(-1).softmax(-1)
     return (scores.unsqueeze(-1) * values).sum(-2)
-
-
-def fused_behind_the_last_norm() -> Case:
-    """Where a layer ends with a norm, as BERT's."""
-    draw = Draw("adapterfusion-norm-layer")
-    inputs = {"x": draw.normal(2, 3, 6), "weight": draw.normal(6, scale=0.3) + np.float32(1), "bias": draw.normal(6)}
-    trained = attention_letters(FUSED, 6, 6)
-    inputs |= {letter: draw.normal(*shape, scale=0.5) for letter, shape in trained.items()}
-
-    def forward(x, weight, bias, **t):
-        def norm(x):
-            return functional.layer_norm(x, x.shape[-1:], weight, bias, 1e-5)
-
-        return norm(x + mixed(norm(x), t, FUSED))
-
-    return site_case(
-        "adapterfusion",
-        "norm",
-        "layer",
-        inputs | trained_adapters(draw, FUSED, 6, 6),
-        forward,
-        " ".join(("x", *trained)),
-        config=FUSED | {"norm": "layer_norm", "eps": 1e-5},
-        flags="AdapterBeforeNorm FusionScale NormEps",
-        comment="a norm that ends its layer, as BERT's",
-    )
 
 
 FUSION = Block(

@@ -14,6 +14,7 @@ import peft_witness
 import torch
 from common import Case, Compute, Draw, Tensors
 from linear_methods import GPT2_SITES, LLAMA_SITES, Equation, known
+from low_rank import LORA
 from method_sites import site_case
 from nf4 import BLOCK, decode, encode, f32, safe
 
@@ -35,17 +36,6 @@ def cases() -> Iterator[Case]:
             flags_here = flags + " QuantizedLayout" * (family == "gpt2")
             found = methods.model_cases(family, settings, iter([on_layers(method, equation, sites, flags_here)]))
             yield from (case for case in found if family == "llama" or case.at == "model")
-
-
-LORA = Equation(
-    "lora",
-    equations.PAPERS["lora"],
-    lambda config, out, inp: {"A": (config["r"], inp), "B": (out, config["r"])},
-    lambda f, x, weight, t, config: equations.lora(f, x, t["A"], t["B"], equations.lora_scale(config)),
-    merged=lambda weight, t, config: weight + equations.lora_scale(config) * t["B"] @ t["A"],
-    peft=peft_witness.lora_config,
-    names={"A": "lora_A.default.weight", "B": "lora_B.default.weight"},
-)
 
 
 def decoded(weight: torch.Tensor) -> torch.Tensor:
