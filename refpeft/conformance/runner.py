@@ -181,7 +181,7 @@ def _line(said: object) -> str:
 
 
 def _printable(text: str) -> str:
-    """Without what would steer a terminal, break XML or be no UTF-8, as names of files can be; of a few lines at most."""
+    """Without what would steer a terminal, break XML or be no UTF-8, as names of files can; a few lines at most."""
     return "".join(c if c.isprintable() else "?" for c in text[:500])
 
 
