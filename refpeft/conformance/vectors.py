@@ -22,6 +22,9 @@ Arrays = dict[str, np.ndarray]
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 
+_JSON = {dict: "object", list: "array"}
+_WORD = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
@@ -113,33 +116,37 @@ def read(path: Path) -> Case:
         document = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise RefpeftError(f"{path}: expected a case in JSON: {error}") from None
-    known = {f.name for f in fields(Case)} - {"path"}
-    if not isinstance(document, dict) or not known - {"at"} <= document.keys() <= known:
-        found = sorted(document) if isinstance(document, dict) else type(document).__name__
-        raise RefpeftError(f"{path}: expected an object with the members {sorted(known)}, found {found}")
-    for name, kind in {"config": dict, "checks": dict, "source": dict, "flags": list, "inputs": list}.items():
-        if not isinstance(document[name], kind):
-            raise RefpeftError(f"{path}: {name} is {document[name]!r}, expected a JSON {_JSON[kind]}")
-    for name in ("id", "kind", "name", "level", "comment", "spec", "tensors", *({"at"} & document.keys())):
-        if not isinstance(document[name], str):
-            raise RefpeftError(f"{path}: {name} is {document[name]!r}, expected a string")
-    for name in ("flags", "inputs"):
-        if not all(isinstance(word, str) for word in document[name]):
-            raise RefpeftError(f"{path}: {name} is {document[name]!r}, expected strings")
-    for name in ("id", "tensors"):  # the one becomes part of file names, the other is one beside this file
-        if not _WORD.fullmatch(document[name]):
-            raise RefpeftError(f"{path}: {name} is {document[name]!r}, expected letters, digits, '.', '-' and '_'")
-    if not document["checks"]:
-        raise RefpeftError(f"{path}: checks is empty, expected an output")
-    for name, limit in document["checks"].items():
-        limits = limit.items() if isinstance(limit, dict) else ()
-        if limit != "exact" and not (limits and all(d in DTYPES and _is_limit(n) for d, n in limits)):
-            raise RefpeftError(f'{path}: the check of {name} is {limit!r}, expected "exact" or limits by dtype')
+    problem = _problem_of(document)
+    if problem:
+        raise RefpeftError(f"{path}: {problem}")
     return Case(**document, path=path.resolve())
 
 
-_JSON = {dict: "object", list: "array"}
-_WORD = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
+def _problem_of(document: Any) -> str | None:
+    """What keeps a JSON document from being a case."""
+    known = {f.name for f in fields(Case)} - {"path"}
+    if not isinstance(document, dict) or not known - {"at"} <= document.keys() <= known:
+        found = sorted(document) if isinstance(document, dict) else type(document).__name__
+        return f"expected an object with the members {sorted(known)}, found {found}"
+    for name, kind in {"config": dict, "checks": dict, "source": dict, "flags": list, "inputs": list}.items():
+        if not isinstance(document[name], kind):
+            return f"{name} is {document[name]!r}, expected a JSON {_JSON[kind]}"
+    for name in ("id", "kind", "name", "level", "comment", "spec", "tensors", *({"at"} & document.keys())):
+        if not isinstance(document[name], str):
+            return f"{name} is {document[name]!r}, expected a string"
+    for name in ("flags", "inputs"):
+        if not all(isinstance(word, str) for word in document[name]):
+            return f"{name} is {document[name]!r}, expected strings"
+    for name in ("id", "tensors"):  # the one becomes part of file names, the other is one beside this file
+        if not _WORD.fullmatch(document[name]):
+            return f"{name} is {document[name]!r}, expected letters, digits, '.', '-' and '_'"
+    if not document["checks"]:
+        return "checks is empty, expected an output"
+    for name, limit in document["checks"].items():
+        limits = limit.items() if isinstance(limit, dict) else ()
+        if limit != "exact" and not (limits and all(d in DTYPES and _is_limit(n) for d, n in limits)):
+            return f'the check of {name} is {limit!r}, expected "exact" or limits by dtype'
+    return None
 
 
 def _is_limit(number: Any) -> bool:
