@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -170,14 +171,18 @@ def test_a_module_that_fails_while_it_is_loaded_is_one_clear_line(tmp_path):
     assert "other.py:Mine: AttributeError: 'Mine' object has no attribute 'a'" in run.output
 
 
-def test_an_implementation_may_be_a_dataclass_in_a_folder_whose_name_has_a_space(tmp_path):
-    home = tmp_path / "my work" / "mine.py"
+def test_an_implementation_may_be_a_dataclass_in_a_folder_with_a_space_and_its_file_be_named_as_a_module(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    home = tmp_path / "my work" / "json.py"
     home.parent.mkdir()
     home.write_text(
         "from __future__ import annotations\nfrom dataclasses import dataclass\nfrom typing import ClassVar\n"
         "@dataclass\nclass Mine:\n    name: ClassVar[str] = 'mine'\n"
     )
     assert selection.in_python(f"{home}:Mine").name == "mine"
+    assert sys.modules["json"] is json
 
 
 def test_what_is_no_python_is_a_command_line():

@@ -17,6 +17,7 @@ import pytest
 from implementations import DROPOUT, LORA, PLAIN, Lora, WrongScale
 
 from refpeft.conformance import conform, report, runner, vectors
+from refpeft.conformance.compare import Result
 from refpeft.conformance.expected_failures import read, text
 from refpeft.errors import RefpeftError
 
@@ -288,6 +289,60 @@ def reports():
     return conform(All(), LORA, ["float32"], {"*rslora": "a <reason>", "*-two-axes": "fixed", "nothing-*": "x"})
 
 
+def test_the_text_says_everything_once():
+    lines = report.text(reports()).splitlines()
+    title, table, *heads = [line for line in lines if line and not line.startswith(" ")]
+    assert title == "mine 0.1"
+    assert re.fullmatch(r"lora  method  worst 8.7e\+06 of the limit  linear 3/6 !x", table)
+    assert heads == [
+        "! 'nothing-*' is among the expected failures, but names no case: take it off the list",
+        "NO ANSWER lora-linear-bias in float32 (must)",
+        "FAILS lora-linear-plain in float32 (must)",
+        "PASSES lora-linear-two-axes in float32, expected to fail: fixed",
+        "what the flags of these cases mean, the likeliest first",
+        "failures that are expected",
+        "2 passed, 1 failed, 1 gave no answer, 1 failed as expected, 1 passed though expected to fail, "
+        "1 not implemented, 1 problems with the vectors or the list; 7 cases",
+    ]
+    assert lines[lines.index("failures that are expected") + 1 :][:2] == ["      1  a <reason>", ""]
+    assert "    OSError: a <device> & ? is gone" in lines
+    assert f"    {PLAIN.comment}" in lines
+    flags = [line.partition(".")[0] for line in lines if "with it fail" in line]
+    assert flags[0] == "  Scaling: 2 of 5 with it fail"
+    assert not any("RsLoraScale" in flag for flag in flags)
+
+
+def test_passes_that_are_not_expected_are_explained_by_no_flags():
+    assert "what the flags" not in report.text(conform(Lora(), [PLAIN], expected={"lora-*": "old"}))
+
+
+def test_a_row_is_for_a_name_of_one_kind_and_has_the_largest_share():
+    of_two = [PLAIN, dataclasses.replace(PLAIN, kind="quantizer"), dataclasses.replace(PLAIN, kind="op", name="exp")]
+    shares = (2.0, 6.0, 4.0)
+    verdicts = [
+        runner.Verdict(case, "float32", runner.PASSED, (Result("y", share, 8.0),))
+        for case in of_two
+        for share in shares
+    ]
+    rows = report.rows(runner.Report("mine", "0", verdicts))
+    assert [(row["kind"], row["name"], row["share"]) for row in rows] == [
+        ("method", "lora", 0.75),
+        ("quantizer", "lora", 0.75),
+        ("op", "op", 0.75),
+    ]
+
+
+def test_a_missing_answer_is_marked_in_the_table_and_uses_no_share():
+    said = report.text(conform(of(lambda a: 1 / 0), [PLAIN], ["float32"]))
+    assert "lora  method    linear 0/1 !" in said.splitlines()
+
+
+def test_what_is_no_number_is_said_in_the_table_and_is_none_in_the_json():
+    done = conform(of(lambda a: a | {"y": a["y"] * np.nan}), [PLAIN], ["float32"])
+    assert "lora  method  worst: not a number  linear 0/1 !" in report.text(done).splitlines()
+    assert report.as_json(done)["runs"][0]["outputs"]["y"] == {"error": None, "limit": 8}
+
+
 def test_the_json_has_every_run_with_its_errors_and_limits():
     document = json.loads(json.dumps(report.as_json(reports()), allow_nan=False))
     assert document["ok"] is False
@@ -316,7 +371,24 @@ def test_the_page_says_all_and_escapes_what_it_is_told():
     page = report.as_html(reports())
     for said in ("lora-linear-plain in float32", "a &lt;reason&gt;", "a &lt;device&gt; &amp;", "Scaling", "nothing-*"):
         assert said in page, said
-    assert "<device>" not in page
+    assert "<device>" not in page and "<reason>" not in page
+    assert '<p class="bad">2 passed, 1 failed' in page
+    assert '<tr class="bad"><td>lora' in page
+
+
+def test_the_page_of_a_right_implementation_is_not_marked_and_escapes_its_name():
+    mine = Lora()
+    mine.name = "<mine>"
+    page = report.as_html(conform(mine, [PLAIN]))
+    assert "<h1>&lt;mine&gt; 0.1</h1>" in page and "<mine>" not in page
+    assert '"bad"' not in page.partition("</style>")[2]
+    assert "<h2>" not in page
+
+
+def test_places_that_are_not_implemented_are_marked_where_others_are():
+    cases = [case for case in vectors.cases() if case.name == "lora" and case.at in ("linear", "conv1d")]
+    (row,) = [line for line in report.text(conform(Lora(), cases)).splitlines() if line.startswith("lora ")]
+    assert re.search(r"of the limit  (conv1d -, )?linear (\d+)/\2(, conv1d -)?$", row), row
 
 
 def test_the_table_has_a_row_for_each_method_and_counts_by_place():
