@@ -185,6 +185,10 @@ def test_an_implementation_may_be_a_dataclass_in_a_folder_with_a_space_and_its_f
     assert sys.modules["json"] is json
 
 
+def test_cases_may_be_chosen_of_anything_that_gives_them():
+    assert selection.chosen(iter(LORA), names=["lo*"], ids=["*-plain"]) == [PLAIN]
+
+
 def test_what_is_no_python_is_a_command_line():
     assert selection.in_python("node harness.mjs") is None
     assert selection.in_python("./program") is None

@@ -255,6 +255,24 @@ def test_a_list_that_is_written_makes_the_same_run_as_expected_and_keeps_reasons
     assert conform(WrongScale(), LORA, expected=entries).ok
 
 
+def test_reasons_and_patterns_are_written_as_they_are(tmp_path):
+    entries = {"*-plain@float64": 'it\'s "so"', 'a"b': "\\ and\ttab"}
+    (tmp_path / "list.toml").write_text(text(entries))
+    assert read(tmp_path / "list.toml") == entries
+
+
+def test_what_is_written_for_a_part_that_is_not_implemented_or_passes_in_one_dtype_names_runs_that_fail():
+    class InOne(WrongScale):
+        def run(self, case, given, dtype):
+            if dtype == "float64":
+                raise NotImplementedError("single precision alone")
+            return super().run(case, given, dtype)
+
+    assert report.starter(conform(InOne(), [PLAIN]), {}).keys() == {"lora-linear-plain"}
+    mixed = conform(WrongScale(), [PLAIN], ["float32"]).verdicts + conform(Lora(), [PLAIN], ["float64"]).verdicts
+    assert report.starter(runner.Report("mine", "0", mixed), {"lora-*": "all"}).keys() == {"lora-linear-plain@float32"}
+
+
 @pytest.mark.parametrize(
     ("written", "message"),
     [
@@ -312,6 +330,16 @@ def test_the_text_says_everything_once():
     assert not any("RsLoraScale" in flag for flag in flags)
 
 
+def test_a_case_that_goes_wrong_otherwise_in_another_dtype_is_told_twice():
+    class Both(WrongScale):
+        def run(self, case, given, dtype):
+            return super().run(case, given, dtype) if dtype == "float64" else {}["gone"]
+
+    said = report.text(conform(Both(), [PLAIN])).splitlines()
+    assert "FAILS lora-linear-plain in float64 (must)" in said
+    assert "NO ANSWER lora-linear-plain in float32 (must)" in said
+
+
 def test_passes_that_are_not_expected_are_explained_by_no_flags():
     assert "what the flags" not in report.text(conform(Lora(), [PLAIN], expected={"lora-*": "old"}))
 
@@ -356,7 +384,9 @@ def test_the_json_has_every_run_with_its_errors_and_limits():
         "lora-linear-two-axes",
     ]
     assert len(document["problems"]) == 1
-    assert document["flags"]["Scaling"]["failed"] >= 1
+    assert document["flags"]["Scaling"] == {"failed": 2, "run": 5}
+    wrong = [run for run in runs.values() if run["status"] in ("failed", "error")]
+    assert document["flags"].keys() == {flag for run in wrong for flag in run["flags"]}
 
 
 def test_the_junit_counts_what_it_holds():
