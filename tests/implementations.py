@@ -49,6 +49,7 @@ class WrongScale(Lora):
 
 PROGRAM = """
 import json, os, subprocess, sys, time
+from pathlib import Path
 sys.path[:0] = {paths!r}
 from implementations import Lora
 from refpeft.conformance import tensors, vectors
@@ -61,7 +62,7 @@ for line in sys.stdin:
     if request["cmd"] == "start":
         print(json.dumps({start!r}), flush=True)
         continue
-    case = vectors.read(vectors.Path(request["case"]))
+    case = vectors.read(Path(request["case"]))
     answer = {{"seq": request["seq"], "status": "ok"}}
     if case.id in ill:
         exec(ill[case.id])
