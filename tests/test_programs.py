@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import shutil
 import time
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -144,6 +146,14 @@ def test_the_vectors_are_copied_whole_and_only_to_a_new_folder(tmp_path, monkeyp
     assert [path.name for path in folder.parent.iterdir()] == ["vectors"]
 
 
+@pytest.mark.parametrize("error", [OSError(28, "No space left"), shutil.Error([("from", "to", "No space left")])])
+def test_of_vectors_that_cannot_be_copied_nothing_is_left(tmp_path, monkeypatch, error):
+    monkeypatch.setattr(shutil, "copytree", Mock(side_effect=error))
+    with pytest.raises(RefpeftError, match=r"v: cannot be written: (No space left|a file was not copied)"):
+        results.copy(tmp_path / "v")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_folder_of_answers_is_compared_and_what_it_lacks_is_not_implemented(tmp_path):
     for case in (PLAIN, BIAS):
         answer = Lora().run(case, case.given("float32"), "float32")
@@ -166,5 +176,8 @@ def test_a_folder_of_answers_is_compared_and_what_it_lacks_is_not_implemented(tm
 def test_a_folder_without_answers_is_refused(tmp_path):
     with pytest.raises(RefpeftError, match=r"gone is not a folder: expected one of <id>.<dtype>.safetensors"):
         Results(tmp_path / "gone")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RefpeftError, match=r"file is not a folder"):
+        Results(tmp_path / "file")
     with pytest.raises(RefpeftError, match=r"has no <id>.<dtype>.safetensors, with a dtype of float64, float32"):
         Results(tmp_path)

@@ -394,6 +394,9 @@ def test_the_junit_counts_what_it_holds():
     assert int(suite.get("tests")) == len(suite)
     found = {kind: len(suite.findall(f"testcase/{kind}")) for kind in ("failure", "error", "skipped")}
     assert found == {"failure": 3, "error": 1, "skipped": 2}
+    skipped = [one.get("message") for one in suite.iter("skipped")]
+    assert skipped == ["no dropout", "expected to fail: a <reason>"]
+    assert suite.find("testcase/error").text.splitlines()[2].strip() == "OSError: a <device> & ? is gone"
     assert {kind: int(suite.get(f"{kind}s" if kind != "skipped" else kind)) for kind in found} == found
 
 

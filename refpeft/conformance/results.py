@@ -30,7 +30,7 @@ def copy(folder: str | Path) -> Path:
             (shutil.copytree if source.is_dir() else shutil.copyfile)(source, temporary / part)
         os.rename(temporary, target)
     except OSError as error:
-        raise RefpeftError(f"{folder}: cannot be written: {error.strerror}") from None
+        raise RefpeftError(f"{folder}: cannot be written: {error.strerror or 'a file was not copied'}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
