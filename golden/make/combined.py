@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import bottlenecks
-import peft
 import peft_witness
 import torch
 from common import Case, Compute, Draw, Tensors
-from compositions import LORA_2, LORA_3, OUTPUT, equation
+from compositions import LORA_2, LORA_3, OUTPUT, drawn_letters, in_peft
 from equations import ACTIVATIONS, PAPERS, lora_scale
 from models import precision
 from torch.nn import functional
@@ -64,12 +63,10 @@ def cases() -> Iterator[Case]:
         config = dict(zip(PLACES, adapters, strict=False)) | {"weights": list(weights)}
         for place, own in zip(PLACES, adapters, strict=False):
             if method == "parallel":
-                letters = {n: draw.normal(*s, scale=0.5) for n, s in bottlenecks.letters(own, inp, out).items()}
+                drawn = {n: draw.normal(*s, scale=0.5) for n, s in bottlenecks.letters(own, inp, out).items()}
             else:
-                shapes = equation(method).trained(own, out, inp)
-                drawn = {letter: draw.normal(*shape, scale=0.5) for letter, shape in shapes.items()}
-                letters = equation(method).start(drawn, inputs["weight"], own)
-            inputs |= {f"{place}.{letter}": array for letter, array in letters.items()}
+                drawn = drawn_letters(own, draw, inputs["weight"], 0.5)
+            inputs |= {f"{place}.{letter}": array for letter, array in drawn.items()}
         yield Case(
             id=f"{method}-combined-{variant}",
             kind="method",
@@ -118,19 +115,10 @@ def weighted(method: str, config: dict, kind: str) -> Compute:
             return answer(t)
 
     def answer(t: Tensors) -> Tensors:
-        model, names = None, [place for place in PLACES if place in config]
-        for place in names:
-            settings = equation(method).peft(config[place], ["site"])
-            if model is None:
-                base = peft_witness.OneSite(peft_witness.base_layer(t, conv1d=False))
-                model = peft.get_peft_model(base, settings, adapter_name=place)
-            else:
-                model.add_adapter(place, settings)
-            for letter, name in equation(method).names.items():
-                parameter = model.get_parameter(f"base_model.model.site.{name.replace('default', place)}")
-                parameter.data.copy_(t[f"{place}.{letter}"].reshape(parameter.shape))
+        adapters = {place: config[place] for place in PLACES if place in config}
+        model, _ = in_peft(adapters, t)
         options = {"combination_type": kind} if method == "lora" else {}
-        model.base_model.add_weighted_adapter(names, config["weights"], "sum", **options)
+        model.base_model.add_weighted_adapter(list(adapters), config["weights"], "sum", **options)
         model.base_model.set_adapter("sum")
         found = {"y": model(t["x"])}
         merged = model.merge_and_unload().site

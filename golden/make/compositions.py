@@ -164,10 +164,7 @@ def composition(
     inputs = {"x": draw.normal(2, 3, inp), "weight": weight} | ({"bias": draw.normal(out)} if bias else {})
     trained = {}
     for place, own in config.items():
-        letters = equation(own["method"]).trained(own, out, inp)
-        drawn = {letter: draw.normal(*shape, scale=0.3) for letter, shape in letters.items()}
-        drawn = equation(own["method"]).start(drawn, weight, own)
-        trained |= {f"{place}.{letter}": array for letter, array in drawn.items()}
+        trained |= {f"{place}.{letter}": array for letter, array in drawn_letters(own, draw, weight, 0.3).items()}
     return Case(
         id=case_id,
         kind="method",
@@ -180,8 +177,15 @@ def composition(
         config=config,
         inputs=inputs | trained | {"g": draw.normal(2, 3, out)},
         compute=both(config, tuple(trained)),
-        witnesses={peft_witness.VERSION: pair(config, tuple(trained))} if agrees else {},
+        witnesses={peft_witness.VERSION: pair(config)} if agrees else {},
     )
+
+
+def drawn_letters(config: dict, draw: Draw, weight: np.ndarray, scale: float) -> dict[str, np.ndarray]:
+    """What one adapter trains at a layer, drawn."""
+    own = equation(config["method"])
+    shapes = own.trained(config, *weight.shape)
+    return own.start({name: draw.normal(*shape, scale=scale) for name, shape in shapes.items()}, weight, config)
 
 
 def both(config: dict, trained: tuple[str, ...]) -> Compute:
@@ -214,7 +218,27 @@ def around(f: Callable, weight: torch.Tensor, letters: Tensors, config: dict) ->
     return lambda x: equation(config["method"]).value(f, x, weight, letters, config)
 
 
-def pair(config: dict, trained: tuple[str, ...]) -> Compute:
+def in_peft(adapters: dict[str, dict], t: Tensors) -> tuple[torch.nn.Module, dict[str, torch.nn.Parameter]]:
+    """PEFT's model of the layer with adapters, by name, and its parameters by the case's names, with its values."""
+    settings = {place: equation(own["method"]).peft(own, ["site"]) for place, own in adapters.items()}
+    mixed = len({own["method"] for own in adapters.values()}) > 1
+    first, *others = adapters
+    base = peft_witness.OneSite(peft_witness.base_layer(t, conv1d=False))
+    model = peft.get_peft_model(base, settings[first], adapter_name=first, mixed=mixed)
+    for place in others:
+        model.add_adapter(place, settings[place])
+    parameters = {}
+    for place, own in adapters.items():
+        for letter, name in equation(own["method"]).names.items():
+            if f"{place}.{letter}" in t:
+                theirs = name.replace("default", place)
+                parameter = next(p for n, p in model.named_parameters() if n.endswith(theirs))
+                parameter.data.copy_(t[f"{place}.{letter}"].reshape(parameter.shape))
+                parameters[f"{place}.{letter}"] = parameter
+    return model, parameters
+
+
+def pair(config: dict) -> Compute:
     """The same by PEFT, with both adapters active."""
 
     def compute(t: Tensors) -> Tensors:
@@ -222,23 +246,12 @@ def pair(config: dict, trained: tuple[str, ...]) -> Compute:
             return answer(t)
 
     def answer(t: Tensors) -> Tensors:
-        settings = {place: equation(own["method"]).peft(own, ["site"]) for place, own in config.items()}
-        mixed = config["first"]["method"] != config["second"]["method"]
-        base = peft_witness.OneSite(peft_witness.base_layer(t, conv1d=False))
-        model = peft.get_peft_model(base, settings["first"], adapter_name="first", mixed=mixed)
-        model.add_adapter("second", settings["second"])
-        tuner = model.base_model
-        parameters = {}
-        for name in trained:
-            place, _, letter = name.partition(".")
-            theirs = equation(config[place]["method"]).names[letter].replace("default", place)
-            parameters[name] = next(p for n, p in model.named_parameters() if n.endswith(theirs))
-            parameters[name].data.copy_(t[name].reshape(parameters[name].shape))
+        model, parameters = in_peft(config, t)
         found = {}
         for place in config:
-            tuner.set_adapter(place)
+            model.base_model.set_adapter(place)
             found[f"alone.{place}"] = model(t["x"]).detach()
-        tuner.set_adapter(["first", "second"])
+        model.base_model.set_adapter(["first", "second"])
         x = t["x"].clone().requires_grad_()
         y = model(x)
         y.backward(t["g"])

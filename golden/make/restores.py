@@ -10,7 +10,23 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 from common import Case, Compute, Draw, Tensors
-from compositions import BOFT, C3A, DORA, HIRA, HRA, INPUT, LOHA, LORA_2, OFT, OLORA, OUTPUT, ROAD, equation, of
+from compositions import (
+    BOFT,
+    C3A,
+    DORA,
+    HIRA,
+    HRA,
+    INPUT,
+    LOHA,
+    LORA_2,
+    OFT,
+    OLORA,
+    OUTPUT,
+    ROAD,
+    drawn_letters,
+    equation,
+    of,
+)
 from torch.nn import functional
 
 KEPT = "who subtracts gets the weight up to rounding"
@@ -51,12 +67,11 @@ def restored(variant: str, config: dict, sides: tuple[int, int], conv1d: bool, f
     case_id = f"{own.method}-restored-{'plain' if variant == own.method else variant}"
     draw, (out, inp) = Draw(case_id), sides
     x, weight, bias = draw.normal(2, 3, inp), short(draw.normal(out, inp, scale=0.4)), short(draw.normal(out))
-    letters = {name: draw.normal(*shape, scale=0.3) for name, shape in own.trained(config, out, inp).items()}
-    letters = own.start(letters, weight, config)
-    if "gain" in letters:
-        letters["gain"][[1, 2]] = 0, 1e-9
-    if "alpha" in letters:
-        letters["alpha"][:4] = 0
+    trained = drawn_letters(config, draw, weight, 0.3)
+    if "gain" in trained:
+        trained["gain"][[1, 2]] = 0, 1e-9
+    if "alpha" in trained:
+        trained["alpha"][:4] = 0
     options = {name: value for name, value in config.items() if name != "method"}
     return Case(
         id=case_id,
@@ -68,7 +83,7 @@ def restored(variant: str, config: dict, sides: tuple[int, int], conv1d: bool, f
         flags=tuple(flags.split()),
         spec=own.source,
         config=options | {"conv1d": conv1d},
-        inputs={"x": x, "weight": np.ascontiguousarray(weight.T) if conv1d else weight, "bias": bias, **letters},
+        inputs={"x": x, "weight": np.ascontiguousarray(weight.T) if conv1d else weight, "bias": bias, **trained},
         compute=there_and_back(config, conv1d),
         exact=("restored.weight", "restored.bias"),
     )
