@@ -11,7 +11,7 @@ from test_no_host_read import METHODS, QUANTIZERS
 
 from refpeft import manager
 from refpeft.cli import main
-from refpeft.conformance.check import check
+from refpeft.conformance.check import check, findings
 from refpeft.conformance.check.formula import evaluated, stated
 from refpeft.conformance.new_method import METHOD
 
@@ -72,6 +72,7 @@ MISTAKES = {
     "random numbers of its own": (
         "rng.uniform(-bound", "np.random.default_rng().uniform(-bound", "first values", "the argument `rng`",
     ),
+    "first values that are no numbers": ("np.zeros((out", "np.nan * np.zeros((out", "first values", "B is not finite"),
     "a claim that is not so": ('"B": np.zeros((out, cfg.r))', '"B": np.ones((out, cfg.r))', "identity at start", "1"),
     "a gradient that is lost": (
         "ops.linear(ops.linear(x, p.A), p.B)", "ops.linear(ops.linear(Tensor(x.data), p.A), p.B)",
@@ -145,6 +146,19 @@ def test_a_number_that_is_drawn_and_in_no_file_is_caught(tmp_path):
     (tmp_path / "mistaken.py").write_text(source.replace("NAME", "mistaken"))
     (finding,) = check(tmp_path / "mistaken.py", only=["saving and loading"]).findings
     assert finding.outcome == "FAILED" and "must be in the file" in finding.text, finding
+
+
+def test_the_innermost_line_of_the_plugins_own_file_is_named():
+    source = "import json\n\ndef hook():\n    helper()\n\ndef helper():\n    json.loads('{')\n\nhook()\n"
+    with pytest.raises(ValueError) as error:
+        exec(compile(source, "plugin.py", "exec"), {})
+    assert findings.place(error.value, "plugin.py") == " (line 7)"
+    assert findings.place(error.value, "other.py") == ""
+
+
+def test_whether_first_values_are_drawn_is_said():
+    said = {name: check(name, only=["first values"]).findings[0].text for name in ("lora", "ia3")}
+    assert said == {"lora": "the seed decides them", "ia3": "the same for every seed"}
 
 
 def test_the_method_without_a_mistake_passes(tmp_path):

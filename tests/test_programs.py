@@ -134,6 +134,13 @@ def test_nothing_of_it_is_left_running(tmp_path):
 def test_the_vectors_are_copied_whole_and_only_to_a_new_folder(tmp_path, monkeypatch):
     folder = results.copy(tmp_path / "deep" / "vectors")
     assert vectors.altered(folder) == []
+    assert {path.name for path in folder.iterdir()} == {
+        "README.md",
+        "MANIFEST.json",
+        "case.schema.json",
+        "notes.json",
+        "v1",
+    }
     assert (folder / "README.md").read_text() == (vectors.root() / "README.md").read_text()
     cases, problems = vectors.collect(folder)
     assert ([case.id for case in cases], problems) == ([case.id for case in vectors.cases()], [])

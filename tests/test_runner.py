@@ -400,6 +400,14 @@ def test_the_junit_counts_what_it_holds():
     assert {kind: int(suite.get(f"{kind}s" if kind != "skipped" else kind)) for kind in found} == found
 
 
+def test_the_junit_is_xml_whatever_paths_and_reasons_say():
+    patterns, problems = {"lora-*": "because\x01 of\n\ud800"}, ["a\x02 \ud800"]
+    done = conform(WrongScale(), [PLAIN], ["float32"], patterns, problems=problems)
+    suite = ElementTree.fromstring(report.as_junit(done).encode())
+    assert suite.find("testcase/skipped").get("message").startswith("expected to fail: because? of")
+    assert suite[1].get("name") == suite.find("testcase/failure").get("message") == "a? ?"
+
+
 def test_the_page_says_all_and_escapes_what_it_is_told():
     page = report.as_html(reports())
     for said in ("lora-linear-plain in float32", "a &lt;reason&gt;", "a &lt;device&gt; &amp;", "Scaling", "nothing-*"):
