@@ -214,7 +214,7 @@ def _import(path: Path, key: str) -> ModuleType:
             module = importlib.util.module_from_spec(spec)
             sys.modules[key] = module  # before the file runs: dataclasses look their module up
             spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         sys.modules.pop(key, None)
         lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
         place = f"{path}:{lines[-1]}" if lines else str(path)

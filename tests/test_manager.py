@@ -153,6 +153,7 @@ def test_a_source_that_is_not_there(source, message):
         ("@hookimpl(trylast=True)\n", "", "peft_linear lacks its decorator @hookimpl, so it would never be called"),
         ("def helper():", "def helper(:", " cannot be imported: SyntaxError: invalid syntax"),
         ("def helper():\n", "1 / 0\ndef helper():\n", ":26 cannot be imported: ZeroDivisionError: division by zero"),
+        ("def helper():\n", "raise SystemExit\ndef helper():\n", ":26 cannot be imported: SystemExit"),
         ("from refpeft", "from refpept", ":7 cannot be imported: ModuleNotFoundError: No module named 'refpept'"),
     ],
 )

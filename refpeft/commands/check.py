@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
+
 import click
 
 from refpeft.commands import options
@@ -24,7 +27,8 @@ def check(ctx: click.Context, plugin: str, sets: tuple[str, ...], as_json: bool)
     problems = config.Problems()
     given = config.read_sets(sets, problems)
     problems.finish()
-    report = checked(plugin, {key: value.value for key, value in given.items()})
+    with contextlib.redirect_stdout(sys.stderr):  # what a plugin prints is no report
+        report = checked(plugin, {key: value.value for key, value in given.items()})
     if as_json:
         options.echo_json(report.as_dict())
     else:

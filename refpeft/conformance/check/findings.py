@@ -68,7 +68,7 @@ def _found(check: Callable[[Any], str], subject: Any, path: str) -> Finding:
         return Finding(name, NOT_APPLICABLE, str(reason))
     except Failed as problem:
         return Finding(name, FAILED, str(problem))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         return Finding(name, FAILED, said(error, path))
 
 

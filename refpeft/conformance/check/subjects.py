@@ -212,7 +212,7 @@ class Method:
                     fitting.append(family)
                 except RefpeftError as error:
                     self.refused[family] = " ".join(str(error).split())
-                except Exception as error:  # whatever a plugin does
+                except (Exception, SystemExit) as error:  # whatever a plugin does
                     self.broken = f"{family}: {said(error, self.path)}"
             self.families = tuple(fitting)
             if fitting:
