@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from refpeft.conformance import report
+from refpeft.conformance import cases, expected_failures, report
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "peers"))
 import reports
@@ -28,3 +28,17 @@ def test_the_failures_of_a_peer_are_those_on_its_list(peer):
 def test_numbers_in_reports_have_two_digits():
     line = "y: 7.83e+15 of 16 eps, first of 36 at [0, 1]: got -0.567441943, expected 12"
     assert reports.rounded(line) == "y: 7.8e+15 of 16 eps, first of 36 at [0, 1]: got -0.57, expected 12"
+
+
+@pytest.mark.parametrize("peer", reports.PEERS, ids=lambda peer: peer.name)
+def test_a_flag_that_a_list_names_is_one_of_the_cases(peer):
+    there = {
+        (reason, flag)
+        for pattern, reason in peer.expected_failures.items()
+        for case in cases()
+        if expected_failures.names(pattern.partition("@")[0], case.id, "")
+        for flag in case.flags
+    }
+    for reason in peer.expected_failures.values():
+        flag = reason.partition(" [")[2].removesuffix("]")
+        assert not flag or (reason, flag) in there, reason

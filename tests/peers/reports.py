@@ -2,7 +2,8 @@
 
 A peer is one file beside this one, NAME.py, with a class that `refpeft conform` takes, and NAME.toml: what it fails,
 and why. What a reason begins with says whose cause it is: "defect: ", "choice: " (the paper leaves it open, or two
-definitions are common), or "precision: " (it computes in another dtype than it was asked for).
+definitions are common), or "precision: " (it computes in another dtype than it was asked for). It may end with the flag
+of its cases that is meant, " [OftDirection]"; else the one that fails most often is told.
 """
 
 from __future__ import annotations
@@ -130,11 +131,12 @@ def failures(report: Report) -> Iterator[str]:
 
 def group(report: Report, number: int, reason: str, verdicts: list[Verdict]) -> Iterator[str]:
     """A cause: its cases, the largest error, and the flag that says best what is wrong."""
-    yield from (f"{number}. {reason.partition(':')[2].strip()}.", "")
+    said_there, _, flag = reason.partition(":")[2].strip().partition(" [")
+    yield from (f"{number}. {said_there}.", "")
     yield f"   - {', '.join(said(report, verdicts))}"
     yield f"   - {largest_error(verdicts)}"
-    if cause(reason) != "precision":
-        yield from (f"   - {line}" for line in likeliest_flag(report, verdicts))
+    if flag or cause(reason) != "precision":
+        yield from (f"   - {line}" for line in explained(report, verdicts, flag.removesuffix("]")))
     yield ""
 
 
@@ -165,11 +167,13 @@ def rounded(line: str) -> str:
     return re.sub(r"-?\d+\.\d+(e[+-]?\d+)?|-?\d+e[+-]?\d+", lambda m: f"{float(m[0]):.2g}", line)
 
 
-def likeliest_flag(report: Report, verdicts: list[Verdict]) -> Iterator[str]:
-    """The one of the cases' flags that all runs say is likeliest, explained."""
-    for flag, (failed, run) in list(report.flags(verdicts).items())[:1]:
-        note = notes().get(flag, {})
-        yield f"{flag} ({failed} of {run} runs fail): {note.get('mistake', '')} {note.get('mend', '')}".rstrip()
+def explained(report: Report, verdicts: list[Verdict], flag: str) -> Iterator[str]:
+    """What the flag says that the list names; without one, that of the cases' flags which all runs say is likeliest."""
+    for found, (failed, run) in report.flags(verdicts).items():
+        if found == (flag or found):
+            note = notes().get(found, {})
+            yield f"{found} ({failed} of {run} runs fail): {note.get('mistake', '')} {note.get('mend', '')}".rstrip()
+            return
 
 
 def not_implemented(report: Report) -> Iterator[str]:
