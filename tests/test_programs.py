@@ -168,6 +168,7 @@ def test_a_folder_of_answers_is_compared_and_what_it_lacks_is_not_implemented(tm
     tensors.write(tmp_path / "lora-linear-rslora.float32.safetensors", {"y": np.zeros(3, "f4")})
     (tmp_path / "lora-linear-two-axes.float32.safetensors").write_bytes(b"nothing")
     tensors.write(tmp_path / "of-nothing.float32.safetensors", {})
+    (tmp_path / "notes.txt").write_text("how they were made")
     answers = Results(tmp_path)
     assert answers.dtypes == ("float32",)
     done = {v.case.id: v for v in conform(answers, LORA).verdicts}
