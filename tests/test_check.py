@@ -63,6 +63,11 @@ MISTAKES = {
     "no family": ('FAMILY = "', 'KIND = "', "family", "the file has no FAMILY"),
     "no such family": ('"reparametrisation"', '"reparametrization"', "family", "expected one of 'additive'"),
     "a Config that changes": ("(frozen=True)", "", "config", "@dataclass(frozen=True)"),
+    "a Config that is no dataclass": ("@dataclass(frozen=True)\n", "", "config", "@dataclass(frozen=True)"),
+    "no Config": ("class Config:", "class Options:", "config", "there is no Config: add a frozen dataclass"),
+    "a field that JSON has not": (
+        "    r: int = 8\n", "    r: int = 8\n    some: frozenset = frozenset()\n", "config", "cannot be written to an",
+    ),
     "a Config without targets": ('    targets: tuple[str, ...] | str = ("@q", "@v")', "    #", "config", "targets"),
     "a field without default": ("    r: int = 8\n", "    r: int\n", "config", "Config.r has no default"),
     "a Config that refuses itself": (
@@ -79,6 +84,9 @@ MISTAKES = {
     "a gradient that is lost": (
         "ops.linear(ops.linear(x, p.A), p.B)", "ops.linear(ops.linear(Tensor(x.data), p.A), p.B)",
         "gradients", "compute with refpeft.ops",
+    ),
+    "a gradient that is a little off": (
+        "ops.linear(x, p.A)", "ops.linear(x, p.A * 1.01 - Tensor(p.A.data) * 0.01)", "gradients", "finite differences",
     ),
     "a Tensor anew": (
         "ops.linear(ops.linear(x, p.A), p.B)", "ops.linear(ops.linear(Tensor(x.data), p.A), p.B)",

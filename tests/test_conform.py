@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from implementations import LORA, PLAIN, Lora, program
 
 from refpeft.cli import main
-from refpeft.conformance import parametrize_with_vectors, results, selection, tensors, vectors
+from refpeft.conformance import parametrize, parametrize_with_vectors, results, selection, tensors, vectors
 from refpeft.conformance.expected_failures import read
 from refpeft.errors import RefpeftError
 
@@ -198,6 +198,27 @@ def test_what_is_no_python_is_a_command_line():
 
 
 # ---- pytest ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_test_is_made_of_each_case_that_is_asked_for_in_each_dtype(tmp_path):
+    (tmp_path / "list.toml").write_text('"nothing-*" = "x"\n')
+    asked = ["l*"], ["method"], ["RsLoraScale"]
+    expected = [
+        f"{case.id}@float32"
+        for case in vectors.cases()
+        if case.name.startswith("l") and case.kind == "method" and "RsLoraScale" in case.flags
+    ]
+    for listed in (tmp_path / "list.toml", str(tmp_path / "list.toml"), {"nothing-*": "x"}):
+        made = dict(parametrize.checks(Lora, *asked, ["float32"], listed, None))
+        assert [*made] == [*expected, "the lists"]
+        with pytest.raises(AssertionError, match=r"'nothing-\*'"):
+            made["the lists"]()
+
+
+def test_damaged_vectors_fail_one_test(damaged):
+    made = dict(parametrize.checks(Lora(), (), (), (), ["float32"], None, damaged))
+    with pytest.raises(AssertionError, match=r"lora-linear-bias.json: expected a case in JSON"):
+        made["the lists"]()
 
 
 @parametrize_with_vectors(Lora(), methods=["lora"], flags=["RsLoraScale"])
