@@ -226,6 +226,24 @@ def cases() -> Iterator[Case]:
             "GeluVariant RelativeBuckets UnscaledScores",
             "as T5 1.1 and Flan-T5: a gate with the tanh form, a head of its own",
         ),
+        (
+            "t5-far",
+            "t5",
+            T5 | {"relative_attention_max_distance": 5},
+            None,
+            False,
+            "RelativeBuckets",
+            "the farthest tokens share a bucket",
+        ),
+        (
+            "deberta-v2-whole",
+            "deberta-v2",
+            DEBERTA_V2,
+            None,
+            False,
+            "RelativeBuckets DisentangledScale",
+            "no padding; a convolution beside the first layer",
+        ),
     ]
     for case_id, model_type, settings, segments, types, flags, comment in rows:
         draw = Draw(case_id)
