@@ -1,6 +1,7 @@
 """`refpeft check`: every shipped plugin passes, and a plugin with a mistake is caught by the line that is for it."""
 
 import json
+import re
 from dataclasses import make_dataclass
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ from refpeft import manager
 from refpeft.cli import main
 from refpeft.conformance.check import check, findings
 from refpeft.conformance.check.formula import evaluated, stated
+from refpeft.conformance.check.source import operations
 from refpeft.conformance.new_method import METHOD
 
 OPTIONS = {
@@ -200,6 +202,47 @@ def test_a_method_for_quantized_weights_is_tried_on_these():
         "gradients": "passed",
         "quantized base": "passed",
     }
+
+
+@pytest.mark.parametrize(
+    ("computed", "problem"),
+    [
+        ("x.data * 2", "line 2: `x.data * 2` is computed with arrays, and no gradient passes"),
+        ("Tensor(x.data.astype('f4'))", "hand the Tensor on, or ops.detach() of it"),
+        ("numpy.abs(x.data)", "line 2: no gradient passes through `numpy.abs(x.data)`: compute with refpeft.ops"),
+        ("helper(x)", "line 6: no gradient passes through `np.tanh(x.data)`"),
+        ("x * float(p.A.data)", "`float(p.A.data)` reads a value on the host"),
+        ("x * p.A.data.item()", "`p.A.data.item()` reads a value on the host"),
+        ("x * float(cfg.alpha)", None),
+        ("x * (x.data > 0)", None),
+        ("x * table[p.codes.data]", None),
+        ("x * len(p.A.data)", None),
+        ("other(x.data)", None),
+    ],
+)
+@pytest.mark.parametrize("hook", ["peft_linear", "peft_penalty", "peft_objective"])
+def test_array_code_in_hooks_that_are_given_tensors_is_told(hook, computed, problem, tmp_path):
+    helper = "def helper(x):\n    return np.tanh(x.data)\n"
+    (tmp_path / "plugin.py").write_text(f"def {hook}(x, p):\n    return {computed}\n\n\n{helper}")
+    subject = SimpleNamespace(path=tmp_path / "plugin.py")
+    if problem is None:
+        assert operations(subject) == "no array code on Tensors in the hooks of the forward pass"
+    else:
+        with pytest.raises(findings.Failed, match=re.escape(problem)):
+            operations(subject)
+
+
+def test_array_code_in_other_hooks_is_right(tmp_path):
+    (tmp_path / "plugin.py").write_text("def peft_merge(weight, p):\n    return weight + np.abs(p.A.data)\n")
+    assert operations(SimpleNamespace(path=tmp_path / "plugin.py"))
+
+
+def test_a_field_of_a_config_may_be_made_by_a_factory(tmp_path):
+    text = METHOD.replace("    r: int = 8\n", "    r: int = 8\n    some: dict = field(default_factory=dict)\n")
+    text = text.replace("import dataclass\n", "import dataclass, field\n").replace("NAME", "mine")
+    (tmp_path / "mine.py").write_text(text)
+    (finding,) = check(tmp_path / "mine.py", only=["config"]).findings
+    assert finding.outcome == "passed", finding
 
 
 @pytest.mark.parametrize(

@@ -208,11 +208,13 @@ def test_a_test_is_made_of_each_case_that_is_asked_for_in_each_dtype(tmp_path):
         for case in vectors.cases()
         if case.name.startswith("l") and case.kind == "method" and "RsLoraScale" in case.flags
     ]
-    for listed in (tmp_path / "list.toml", str(tmp_path / "list.toml"), {"nothing-*": "x"}):
+    for listed in (tmp_path / "list.toml", str(tmp_path / "list.toml"), {"nothing-*": "x", "dora-*": "not asked for"}):
         made = dict(parametrize.checks(Lora, *asked, ["float32"], listed, None))
         assert [*made] == [*expected, "the lists"]
-        with pytest.raises(AssertionError, match=r"'nothing-\*'"):
+        with pytest.raises(AssertionError, match=r"'nothing-\*'") as error:
             made["the lists"]()
+        assert "dora" not in str(error.value)
+    assert all("@float32" in name for name, _ in [*parametrize.checks(Lora(), ["nf4"], (), (), None, None, None)][:-1])
 
 
 def test_damaged_vectors_fail_one_test(damaged):

@@ -100,7 +100,7 @@ def _raw(function: ast.FunctionDef) -> Iterator[tuple[ast.expr, str]]:
     """Reads of `.data` that become part of a result: operands, arguments of numpy's functions and of Tensor()."""
     parents = {child: node for node in ast.walk(function) for child in ast.iter_child_nodes(node)}
     for node in ast.walk(function):
-        if isinstance(node, ast.Attribute) and node.attr == "data" and isinstance(node.ctx, ast.Load):
+        if isinstance(node, ast.Attribute) and node.attr == "data":
             user = _user(node, parents)
             if isinstance(user, ast.BinOp):
                 yield node, f"`{ast.unparse(user)}` is computed with arrays, and no gradient passes: leave .data out"
