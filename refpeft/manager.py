@@ -116,7 +116,8 @@ def path_of(name: str, kind: str = "") -> Path:
         names = [other for other in known if not kind or read(known[other]).kind == kind]
         command = "quantizers" if kind == "quantizer" else "methods"
         raise RefpeftError(
-            f"no {kind or 'plugin'} is named {name!r}{nearest(name, names)} (`refpeft {command}` lists them)"
+            f"no {kind or 'plugin'} is named {name!r}{nearest(name, names)} "
+            f"(`refpeft {command}` lists them; -p FILE adds one)"
         )
     if kind and (found := read(known[name]).kind) != kind:
         raise RefpeftError(f"{name!r} is not a {kind}: {known[name]} defines a {found}")

@@ -339,16 +339,18 @@ def _report(
 
 def _next_commands(run: RunConfig, directory: Path, compare: Comparison) -> list[str]:
     """What to try with the adapter."""
+    files = [path for method in run.methods if (path := manager.path_of(method)).parent != manager.shipped().resolve()]
+    plugins = "".join(f" -p {shlex.quote(str(path))}" for path in files)
     if not isinstance(compare.task, Texts):
-        return [f"refpeft predict FILE --adapter {directory}"]
+        return [f"refpeft predict FILE{plugins} --adapter {directory}"]
     sample = compare.sample()
     plain = sample is not None and run.data.format == "prompt" and len(sample.prompt) < 80
     prompt = sample.prompt if plain else "Your prompt"
-    asking = f"refpeft generate --adapter {directory}"
+    asking = f"refpeft generate{plugins} --adapter {directory}"
     text = shlex.quote(prompt.removesuffix("\n"))
     commands = [f"echo {text} | {asking}" if prompt.endswith("\n") else f"{asking} {text}"]
     if all(manager.hook(manager.load(method), "peft_merge") for method in run.methods):
-        commands.append(f"refpeft merge --adapter {directory} --out merged")
+        commands.append(f"refpeft merge{plugins} --adapter {directory} --out merged")
     if run.model == EMBEDDED:
         commands.append("refpeft train --model DIRECTORY|HUB-ID --data YOUR.jsonl")
     return commands

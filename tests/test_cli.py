@@ -106,7 +106,7 @@ def test_a_listing_as_json(refpeft, method):
 def test_an_unknown_verb_or_method_has_the_nearest_name(refpeft, method):
     assert "no verb is named 'methds'; did you mean 'methods'?" in refused(refpeft("methds"))
     assert refused(refpeft("methods", "gian", "-p", method)) == (
-        "no method is named 'gian'; did you mean 'gain'? (`refpeft methods` lists them)\n"
+        "no method is named 'gian'; did you mean 'gain'? (`refpeft methods` lists them; -p FILE adds one)\n"
     )
     assert refused(refpeft("quantizers", "gain", "-p", method)).startswith("'gain' is not a quantizer")
 
@@ -216,7 +216,7 @@ def test_several_mistakes_at_once(refpeft, tmp_path):
     assert refused(refpeft("train", "run.toml", *flags)).splitlines() == [
         "run.toml:2: unknown table [trian]; did you mean 'train'?",
         "run.toml:4: unknown key 'train.batsh'; did you mean 'batch'?",
-        "--method: no method is named 'lroa'; did you mean 'lora'? (`refpeft methods` lists them)",
+        "--method: no method is named 'lroa'; did you mean 'lora'? (`refpeft methods` lists them; -p FILE adds one)",
         "--seed: seed is -1: expected a value of at least 0",
         '--epochs: train.epochs is "two": expected a number',
         "--set train.betas: train.betas is 0.9: expected a list",
@@ -294,7 +294,9 @@ def test_a_run_on_quantized_weights_is_evaluated_and_merged_as_it_was_trained(re
 def test_a_merge_that_computes_something_else_writes_nothing(refpeft, model, rows, method, tmp_path):
     merge = "\n\n@hookimpl\ndef peft_merge(weight, p):\n    return weight * (2 - p.g[:, None])\n"
     method.write_text(METHOD + merge)
-    assert refpeft(*TRAIN, "-p", method, "--method", "gain", "--lr", "0.1", "--out", "out").exit_code == 0
+    trained = refpeft(*TRAIN, "-p", method, "--method", "gain", "--lr", "0.1", "--out", "out")
+    assert trained.exit_code == 0
+    assert f"  refpeft merge -p {Path(method).resolve()} --adapter out --out merged\n" in trained.stdout
     merge = ("merge", "-p", method, "--adapter", "out", "--out", "merged")
     assert "nothing was written" in refused(refpeft(*merge))
     assert "peft_merge is not what its forward pass computes" in refused(refpeft(*merge, "--force"))

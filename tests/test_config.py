@@ -107,7 +107,7 @@ lr = 1
 """
     )
     assert mistakes(file, [("--dtype", "dtype", "f64")], ["train.clip=-1"]) == [
-        "run.toml:2: no method is named 'rnk'; did you mean 'rank'? (`refpeft methods` lists them)",
+        "run.toml:2: no method is named 'rnk'; did you mean 'rank'? (`refpeft methods` lists them; -p FILE adds one)",
         "run.toml:3: device is \"gpu\": expected 'cpu' or 'cuda'; did you mean 'cpu'?",
         "run.toml:4: unknown key 'sed'; did you mean 'seed'?",
         'run.toml:6: train.lr is "fast": expected a number',

@@ -125,7 +125,9 @@ def test_a_name_stands_for_one_file(tmp_path):
 def test_unknown_name_has_the_nearest(tmp_path):
     manager.add(write(tmp_path, GOOD))
     message = refusal(manager.path_of, "scald", "method")
-    assert message == "no method is named 'scald'; did you mean 'scaled'? (`refpeft methods` lists them)"
+    assert (
+        message == "no method is named 'scald'; did you mean 'scaled'? (`refpeft methods` lists them; -p FILE adds one)"
+    )
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,28 @@ def test_its_make_script_writes_vectors_that_it_agrees_with(tmp_path):
 
 
 @pytest.mark.real
+def test_vectors_may_have_constants(tmp_path):
+    pytest.importorskip("torch")
+    new_method("mine", "--dir", tmp_path)
+    for name, *pairs in (
+        (
+            "mine.py",
+            ('"B": np.zeros((out, cfg.r))', '"B": Tensor(np.zeros((out, cfg.r)))'),
+            ("hookimpl,", "Tensor, hookimpl,"),
+        ),
+        ("make_mine.py", (', "B": (out, config["r"])}', "}"), ("return {}", 'return {"B": (out, config["r"])}')),
+    ):
+        text = (tmp_path / name).read_text()
+        for old, new in pairs:
+            assert text.count(old) == 1
+            text = text.replace(old, new)
+        (tmp_path / name).write_text(text)
+    python("make_mine.py", cwd=tmp_path)
+    conform = ["-m", "refpeft", "conform", "refpeft", "-p", "mine.py", "--vectors", "vectors"]
+    assert "4 passed, 0 failed; 2 cases" in python(*conform, cwd=tmp_path)
+
+
+@pytest.mark.real
 def test_a_mistake_in_the_method_is_seen_by_the_vectors(tmp_path):
     pytest.importorskip("torch")
     new_method("mine", "--dir", tmp_path)

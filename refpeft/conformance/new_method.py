@@ -140,6 +140,11 @@ def trained(config, out, width):
     return {"A": (config["r"], width), "B": (out, config["r"])}
 
 
+def constant(config, out, width):
+    """Shapes of what peft_params gives as a Tensor: not trained, and without a gradient."""
+    return {}
+
+
 def layer(x, weight, bias, p, config):
     """The equation at one layer, from the paper and not from the plugin. Change this."""
     return x @ weight.T + bias + config["alpha"] / config["r"] * x @ p["A"].T @ p["B"].T
@@ -154,11 +159,10 @@ def outputs(given, config, names, dtype):
     """y, the gradients of sum(y * g), and the merged weight, all computed in dtype."""
     t = {name: array.to(dtype) for name, array in given.items()}
     leaves = {name: t[name].requires_grad_() for name in ("x", *names)}
-    p = {name: leaves[name] for name in names}
-    y = layer(leaves["x"], t["weight"], t.get("bias", 0), p, config)
+    y = layer(leaves["x"], t["weight"], t.get("bias", 0), t, config)
     y.backward(t["g"])
     answer = {"y": y, **{f"grad.{name}": leaf.grad for name, leaf in leaves.items()}}
-    answer["merged.weight"] = merged(t["weight"], p, config)
+    answer["merged.weight"] = merged(t["weight"], t, config)
     return {name: array.detach().contiguous() for name, array in answer.items()}
 
 
@@ -171,7 +175,7 @@ def limit(single, expected):
 def make(name, config, out, width, has_bias):
     generator = torch.Generator().manual_seed(len(name))
     shapes = {"x": (2, 3, width), "weight": (out, width), "g": (2, 3, out)} | trained(config, out, width)
-    shapes |= {"bias": (out,)} if has_bias else {}
+    shapes |= constant(config, out, width) | ({"bias": (out,)} if has_bias else {})
     given = {key: torch.randn(shape, generator=generator) for key, shape in shapes.items()}
     names = list(trained(config, out, width))
     expected, single = (outputs(given, config, names, dtype) for dtype in (torch.float64, torch.float32))
