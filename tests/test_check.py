@@ -3,18 +3,21 @@
 import json
 import re
 from dataclasses import make_dataclass
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
+import numpy as np
 import pytest
 import sources
 from click.testing import CliRunner
 from test_no_host_read import METHODS, QUANTIZERS
 
-from refpeft import manager
+from refpeft import manager, ops
 from refpeft.cli import main
 from refpeft.conformance.check import check, findings
+from refpeft.conformance.check.computing import check_gradients, nothing_detached
 from refpeft.conformance.check.formula import evaluated, stated
 from refpeft.conformance.check.source import operations
+from refpeft.conformance.check.subjects import Method
 from refpeft.conformance.new_method import METHOD
 
 OPTIONS = {
@@ -103,6 +106,9 @@ MISTAKES = {
     ),
     "a host array": (LINEAR, LINEAR + " + Tensor(np.zeros(len(p.B.data), p.B.dtype))", "no host read", "host array"),
     "later tokens": (LINEAR, LINEAR + " + ops.mean(x, axis=1, keepdims=True)[..., :1]", "causality", "with token 5"),
+    "the next token": (
+        LINEAR, LINEAR + " + ops.concat(x[:, 1:], x[:, :1], axis=1)[..., :1]", "causality", "with token 5",
+    ),
     "other rows": (LINEAR, LINEAR + " + ops.mean(x, axis=0)[..., :1]", "independence of rows", "in a batch"),
     "padding": (
         LINEAR, LINEAR + " + ops.mean(x, axis=1, keepdims=True)[..., :1]", "independence of rows", "with its padding",
@@ -186,6 +192,23 @@ def test_properties_are_asked_of_every_kind_of_site_that_there_is_a_hook_for():
 
 def test_gradients_are_not_taken_for_wrong_where_a_constant_is_meant():
     assert check("dora", only=["gradients"]).findings[0].outcome == "passed"
+
+
+def test_nothing_is_detached_while_gradients_are_compared_and_afterwards_all_is_as_before():
+    plugin, detach = ModuleType("plugin"), ops.detach
+    plugin.detach = detach
+    with nothing_detached(SimpleNamespace(plugin=plugin)):
+        assert plugin.detach("x") == ops.detach("x") == "x"
+    assert plugin.detach is ops.detach is detach
+
+
+def test_comparing_gradients_leaves_values_as_they_are():
+    path = manager.path_of("lora")
+    method = Method(manager.load(path), manager.read(path), {})
+    built, adapter = method.attached("llama")
+    before = {name: tensor.data.copy() for name, tensor in adapter.params.items()}
+    check_gradients(built, method)
+    assert all(np.array_equal(tensor.data, before[name]) for name, tensor in adapter.params.items())
 
 
 def test_a_claim_is_asked_for_only_where_the_docstring_makes_it():
