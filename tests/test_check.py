@@ -337,6 +337,12 @@ QUANTIZER_MISTAKES = {
 }  # fmt: skip
 
 
+def test_a_quantizer_that_only_packs_is_caught(tmp_path):
+    (tmp_path / "thirds.py").write_text(QUANTIZER.partition("@hookimpl\ndef quant_unpack")[0])
+    (finding,) = check(tmp_path / "thirds.py", only=["both ways"]).findings
+    assert finding.outcome == "FAILED" and "there is no quant_unpack" in finding.text, finding
+
+
 def test_a_quantizer_without_a_mistake_passes(tmp_path):
     (tmp_path / "thirds.py").write_text(QUANTIZER)
     report = check(tmp_path / "thirds.py")

@@ -54,8 +54,10 @@ def test_a_program_is_a_command_line(tmp_path):
     assert "it gave no answer in 0.5 s" in run.output
 
 
-def test_flags_choose_the_cases_for_a_mistake():
+def test_flags_choose_the_cases_for_a_mistake(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     run = conform(MINE, "--flags", "RsLoraScale", "--json", "-")
+    assert list(tmp_path.iterdir()) == []
     document = json.loads(run.output)
     assert {run["id"] for run in document["runs"]} == {
         case.id for case in vectors.cases() if "RsLoraScale" in case.flags and case.kind != "quantizer"
