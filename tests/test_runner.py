@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from implementations import DROPOUT, LORA, PLAIN, Lora, WrongScale
 
-from refpeft.conformance import conform, report, runner, vectors
+from refpeft.conformance import conform, parametrize_with_vectors, report, runner, vectors
 from refpeft.conformance.compare import Result
 from refpeft.conformance.expected_failures import read, text
 from refpeft.errors import RefpeftError
@@ -172,6 +172,8 @@ def test_an_implementation_without_its_members_or_of_unknown_dtypes_is_refused()
             conform(strange, [PLAIN])
     with pytest.raises(RefpeftError, match="mine computes in float64, float32, not in float16"):
         conform(Lora(), [PLAIN], ["float16"])
+    with pytest.raises(RefpeftError, match="there is no dtype 'bf16'"):  # else there would be no tests, and none fails
+        parametrize_with_vectors(Lora(), dtypes=["bf16"])
 
 
 def test_what_an_implementation_changes_in_a_case_is_its_own():

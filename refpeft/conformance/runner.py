@@ -133,13 +133,7 @@ def conform(
     told       is called with each verdict
     Raises RefpeftError for an implementation without the members of Implementation, and for unknown dtypes.
     """
-    _check(implementation)
-    declared = tuple(implementation.dtypes)
-    for dtype in {*declared, *(dtypes or ())} - set(DTYPES):
-        raise RefpeftError(f"there is no dtype {dtype!r}: expected {', '.join(DTYPES)}")
-    chosen = [dtype for dtype in declared if dtypes is None or dtype in dtypes]
-    if not chosen:
-        raise RefpeftError(f"{implementation.name} computes in {', '.join(declared)}, not in {', '.join(dtypes or ())}")
+    chosen = chosen_dtypes(implementation, dtypes)
     cases, expected = list(cases), dict(expected or {})
     verdicts = []
     for case, dtype in [(case, dtype) for case in cases for dtype in chosen if dtype in case.dtypes]:
@@ -149,6 +143,18 @@ def conform(
     return Report(
         _line(implementation.name), _line(implementation.version), verdicts, [_printable(p) for p in (*problems, *idle)]
     )
+
+
+def chosen_dtypes(implementation: Implementation, dtypes: Iterable[str] | None = None) -> list[str]:
+    """Those of `dtypes` that an implementation has; all where it is None. RefpeftError as conform."""
+    _check(implementation)
+    declared, wanted = tuple(implementation.dtypes), DTYPES if dtypes is None else tuple(dtypes)
+    for dtype in {*declared, *wanted} - set(DTYPES):
+        raise RefpeftError(f"there is no dtype {dtype!r}: expected {', '.join(DTYPES)}")
+    chosen = [dtype for dtype in declared if dtype in wanted]
+    if not chosen:
+        raise RefpeftError(f"{implementation.name} computes in {', '.join(declared)}, not in {', '.join(wanted)}")
+    return chosen
 
 
 def verdict(implementation: Implementation, case: Case, dtype: str, expected: str | None = None) -> Verdict:
