@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import re
 import shutil
+import subprocess
+import sys
 import time
+from pathlib import Path
 from unittest.mock import Mock
 
 import numpy as np
@@ -45,6 +48,7 @@ def test_a_program_says_who_it_is(tmp_path):
         ("print('hello', flush=True)", "ProgramError: it answered 'hello', expected one JSON object on one line"),
         ("print([1], flush=True)", "ProgramError: it answered '[1]', expected one JSON object on one line"),
         ("answer['seq'] = 99", "ProgramError: it answered to 99 when it was asked"),
+        ("print('{}', flush=True)", "ProgramError: it answered to None when it was asked"),
         ("answer['status'] = 'fine'", 'ProgramError: its status is \'fine\', expected "ok", "not implemented" or'),
         ("answer.update(status='error', message='no memory')", "ProgramError: it says: no memory"),
         ("after = os.unlink", r"safetensors: cannot be read: No such file"),
@@ -121,11 +125,34 @@ def test_a_byte_order_mark_before_the_first_answer_does_not_matter(tmp_path):
     assert run(command)["plain"].status == runner.PASSED
 
 
-def test_nothing_of_it_is_left_running(tmp_path):
-    mine = Program(program(tmp_path))
-    process = mine._process.process
-    mine.close()
+SLOW_TO_STOP = """
+import json, subprocess, sys, time
+child = subprocess.Popen(["sleep", "60"])
+print(json.dumps({{"protocol": 1, "name": str(child.pid), "version": "1", "dtypes": ["float32"]}}), flush=True)
+for line in sys.stdin:
+    if json.loads(line)["cmd"] == "stop":
+        time.sleep(0.3)
+        open({stopped!r}, "w").close()
+        break
+"""
+
+
+def test_it_is_told_to_stop_and_nothing_of_it_is_left(tmp_path):
+    (tmp_path / "program.py").write_text(SLOW_TO_STOP.format(stopped=str(tmp_path / "stopped")))
+    with Program(f"{sys.executable} {tmp_path / 'program.py'}") as mine:
+        process, child, folder = mine._process.process, mine.name, Path(mine._folder.name)
+        assert folder.is_dir()
+    assert (tmp_path / "stopped").exists()
     assert process.poll() is not None
+    assert not folder.exists()
+    state = subprocess.run(["ps", "-o", "state=", "-p", child], capture_output=True, text=True).stdout.strip()
+    assert state in ("", "Z")
+
+
+def test_outputs_are_removed_when_they_are_read(tmp_path):
+    with Program(program(tmp_path)) as mine:
+        assert conform(mine, [PLAIN]).ok
+        assert list(Path(mine._folder.name).iterdir()) == []
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
