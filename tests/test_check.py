@@ -120,6 +120,7 @@ MISTAKES = {
     "another scale in the merge": ("weight + (cfg.alpha / cfg.r)", "weight + cfg.alpha", "merging", "differ from the"),
     "a merge in place": ("return " + MERGED, "weight += (p.B @ p.A) * (cfg.alpha / cfg.r)\n    return weight",
                          "merging", "must not write"),
+    "nothing that is trained": (LINEAR, LINEAR + " * 0.0", "detaching", "change no output: is what they give lost?"),
     "a step in place": (LINEAR, LINEAR + " + shrunk(base)", "detaching", "change arrays in place"),
     "another count": ("r (in + out) numbers", "r (in + out) + out numbers", "number of parameters", "1,024 numbers"),
     "a dense weight that is kept": (LINEAR, "base(x) + ops.linear(x, Tensor(site.weight.array), None) * 0 + "
@@ -209,6 +210,18 @@ def test_comparing_gradients_leaves_values_as_they_are():
     before = {name: tensor.data.copy() for name, tensor in adapter.params.items()}
     check_gradients(built, method)
     assert all(np.array_equal(tensor.data, before[name]) for name, tensor in adapter.params.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "why"),
+    [
+        ("mam", "base called once", "it has no forward hook"),
+        ("prompt_tuning", "merging", "cannot be merged"),
+    ],
+)
+def test_what_cannot_be_asked_of_a_method_is_not_applicable(name, line, why):
+    (finding,) = check(name, only=[line]).findings
+    assert finding.outcome == "not applicable" and why in finding.text, finding
 
 
 def test_a_claim_is_asked_for_only_where_the_docstring_makes_it():
@@ -332,6 +345,8 @@ QUANTIZER_MISTAKES = {
     "a weight that is written to": ("    scale =", "    rows *= 0.5\n    scale =", "same bits again", "writes into"),
     "levels without codes": ('.astype("f4") *', '.astype("f4") * 2 *', "packing what was unpacked", "its own code"),
     "arrays of the host": ("xp.rint(rows", "xp.rint(np.zeros(rows.shape) + rows", "on a device", "a host array"),
+    "other codes there": ("xp.rint(rows / scale[:, None])", "(xp.rint(rows / scale[:, None]) - (xp is not np))",
+                          "on a device", "codes is another on a device"),
     "a read on the host": ("    values =", "    if parts[\"scale\"].max() > 0: pass\n    values =", "on a device",
                            "the host reads"),
 }  # fmt: skip

@@ -54,6 +54,14 @@ def test_a_program_is_a_command_line(tmp_path):
     assert "it gave no answer in 0.5 s" in run.output
 
 
+def test_refpeft_is_run_on_the_device_that_is_asked_for(monkeypatch):
+    asked = []
+    monkeypatch.setattr("refpeft.conformance.drivers.Refpeft", lambda device: asked.append(device) or Lora())
+    for words in ((), ("--device", "cuda")):
+        assert conform("refpeft", "--cases", PLAIN.id, *words).exit_code == 0
+    assert asked == ["cpu", "cuda"]
+
+
 def test_flags_choose_the_cases_for_a_mistake(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = conform(MINE, "--flags", "RsLoraScale", "--json", "-")
@@ -87,6 +95,11 @@ def test_a_list_of_expected_failures_is_started_and_then_holds(tmp_path):
     assert "lora-linear-plain" in read(listed)
     listed.write_text(f'"dora-*" = "not run"\n{listed.read_text()}')
     assert conform(WRONG, "--methods", "lora", "--xfails", listed).exit_code == 0
+    again = tmp_path / "again.toml"
+    listed.write_text(listed.read_text().replace('"lora-linear-plain" = ', '"lora-linear-plain" = "issue 12" # '))
+    assert conform(WRONG, "--methods", "lora", "--xfails", listed, "--write-xfails", again).exit_code == 0
+    assert read(again) == read(listed)
+    assert read(again)["lora-linear-plain"] == "issue 12"
     run = conform(MINE, "--methods", "lora", "--xfails", listed)
     assert run.exit_code == 1
     assert "PASSES lora-linear-plain in float64 and float32, expected to fail" in run.output
@@ -149,6 +162,7 @@ def test_damaged_vectors_are_a_line_each_and_the_run_completes(damaged):
         ([f"{HERE / 'implementations.py'}:PROGRAM"], "an implementation has name, version, dtypes and run(): str has"),
         (["./gone"], "./gone: it cannot be started: No such file"),
         (["node", "harness.mjs"], "'harness.mjs' is one word too many: a command line is one, in quotation marks"),
+        (["refpeft", "--timeout", "0"], "Invalid value for '--timeout'"),
         (["copy"], "`refpeft conform copy` needs a folder"),
         (["compare", "gone"], "gone is not a folder: expected one of <id>.<dtype>.safetensors"),
         (["refpeft", "--json", "/nowhere/r.json"], "/nowhere/r.json: cannot be written: expected a file in a folder"),

@@ -137,6 +137,11 @@ for line in sys.stdin:
 """
 
 
+def state(process: str) -> str:
+    """Of a process by its number: "" where there is none, Z where it is over."""
+    return subprocess.run(["ps", "-o", "state=", "-p", process], capture_output=True, text=True).stdout.strip()
+
+
 def test_it_is_told_to_stop_and_nothing_of_it_is_left(tmp_path):
     (tmp_path / "program.py").write_text(SLOW_TO_STOP.format(stopped=str(tmp_path / "stopped")))
     with Program(f"{sys.executable} {tmp_path / 'program.py'}") as mine:
@@ -145,8 +150,17 @@ def test_it_is_told_to_stop_and_nothing_of_it_is_left(tmp_path):
     assert (tmp_path / "stopped").exists()
     assert process.poll() is not None
     assert not folder.exists()
-    state = subprocess.run(["ps", "-o", "state=", "-p", child], capture_output=True, text=True).stdout.strip()
-    assert state in ("", "Z")
+    assert state(child) in ("", "Z")
+
+
+def test_one_that_introduces_itself_wrongly_is_ended(tmp_path):
+    (tmp_path / "program.py").write_text(
+        f"import os, time\nopen({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\nprint('{{}}', flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    with pytest.raises(RefpeftError, match="it speaks protocol None"):
+        Program(f"{sys.executable} {tmp_path / 'program.py'}")
+    assert state((tmp_path / "pid").read_text()) in ("", "Z")
 
 
 def test_outputs_are_removed_when_they_are_read(tmp_path):

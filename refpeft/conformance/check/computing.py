@@ -234,7 +234,6 @@ def base_called_once(method: Method) -> str:
         built, adapter = method.attached(family)
         for layer in own(adapter):
             _count(layer, calls)
-            layer.site.compose()
         subjects.outputs(built)
     if not calls:
         raise NotApplicable("it has no forward hook: the methods that it brings along call the base")
