@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from refpeft.conformance import cases, expected_failures, report
+from refpeft.conformance import Report, Verdict, cases, expected_failures, report
+from refpeft.conformance.runner import FAILED
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "peers"))
 import reports
@@ -42,3 +43,10 @@ def test_a_flag_that_a_list_names_is_one_of_the_cases(peer):
     for reason in peer.expected_failures.values():
         flag = reason.partition(" [")[2].removesuffix("]")
         assert not flag or (reason, flag) in there, reason
+
+
+def test_a_flag_that_no_case_of_a_group_has_is_an_error():
+    case = next(case for case in cases() if case.id == "lora-two-plain")
+    reason = "choice: LoRA reads what the one before it adds [OftSide]"
+    with pytest.raises(ValueError, match=r"^mine: .* has the flag OftSide: they have InputOverwritten, Scaling$"):
+        reports.flag_to_explain(Report("mine", "1", []), reason, [Verdict(case, "float64", FAILED, expected=reason)])

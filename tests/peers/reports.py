@@ -80,6 +80,8 @@ CAUSES = {
     "precision": "It computes in another dtype than it was asked for, or does not give back every bit.",
 }
 
+NAMED_FLAG = re.compile(r" \[(\w+)\]$")  # at the end of a reason
+
 
 # ---- a report --------------------------------------------------------------------------------------------------------
 
@@ -131,12 +133,13 @@ def failures(report: Report) -> Iterator[str]:
 
 def group(report: Report, number: int, reason: str, verdicts: list[Verdict]) -> Iterator[str]:
     """A cause: its cases, the largest error, and the flag that says best what is wrong."""
-    said_there, _, flag = reason.partition(":")[2].strip().partition(" [")
-    yield from (f"{number}. {said_there}.", "")
+    text = NAMED_FLAG.sub("", reason.partition(":")[2].strip())
+    yield from (f"{number}. {text}.", "")
     yield f"   - {', '.join(said(report, verdicts))}"
     yield f"   - {largest_error(verdicts)}"
-    if flag or cause(reason) != "precision":
-        yield from (f"   - {line}" for line in explained(report, verdicts, flag.removesuffix("]")))
+    flag = flag_to_explain(report, reason, verdicts)
+    if flag:
+        yield f"   - {explained(report, verdicts, flag)}"
     yield ""
 
 
@@ -167,13 +170,26 @@ def rounded(line: str) -> str:
     return re.sub(r"-?\d+\.\d+(e[+-]?\d+)?|-?\d+e[+-]?\d+", lambda m: f"{float(m[0]):.2g}", line)
 
 
-def explained(report: Report, verdicts: list[Verdict], flag: str) -> Iterator[str]:
-    """What the flag says that the list names; without one, that of the cases' flags which all runs say is likeliest."""
-    for found, (failed, run) in report.flags(verdicts).items():
-        if found == (flag or found):
-            note = notes().get(found, {})
-            yield f"{found} ({failed} of {run} runs fail): {note.get('mistake', '')} {note.get('mend', '')}".rstrip()
-            return
+def flag_to_explain(report: Report, reason: str, verdicts: list[Verdict]) -> str | None:
+    """The flag that the reason names; else the likeliest of the cases' flags, and none where a dtype is the cause.
+
+    ValueError where the reason names a flag that none of the cases has.
+    """
+    flags = report.flags(verdicts)  # the likeliest first
+    named = NAMED_FLAG.search(reason)
+    if named and named[1] not in flags:
+        there = ", ".join(flags) or "none"
+        raise ValueError(f"{report.name}: no case that fails for {reason!r} has the flag {named[1]}: they have {there}")
+    if named:
+        return named[1]
+    return None if cause(reason) == "precision" else next(iter(flags), None)
+
+
+def explained(report: Report, verdicts: list[Verdict], flag: str) -> str:
+    """How often cases with the flag fail, and what the notes say of it."""
+    failed, run = report.flags(verdicts)[flag]
+    note = notes().get(flag, {})
+    return f"{flag} ({failed} of {run} runs fail): {note.get('mistake', '')} {note.get('mend', '')}".rstrip()
 
 
 def not_implemented(report: Report) -> Iterator[str]:
