@@ -287,6 +287,7 @@ def test_a_field_of_a_config_may_be_made_by_a_factory(tmp_path):
         ("Trained: A (r, in), B (out, r): r (in + out) numbers a target, r out with A frozen.", ("r (in + out)", True)),
         ("Trained: down, down_bias: 2 size dim + size + dim numbers\na place.", ("2 size dim + size + dim", True)),
         ("P (out, r), E (r,) and Q (r, in), r (in + out + 1) numbers a target", ("r (in + out + 1)", True)),
+        ("Trained: `r (in + out)` numbers a layer", ("r (in + out)", True)),
         ("Trained: prompt (tokens, dim), tokens dim numbers in all.", ("tokens dim", False)),
         ("Trained: r (in + out) + 1 numbers a target of LoRA", None),
         ("nothing is said of numbers", None),
@@ -304,6 +305,19 @@ def test_a_formula_of_options_and_sizes_is_evaluated(text, number):
     site = SimpleNamespace(kind="linear", shape=(8, 12))
     sized = make_dataclass("Config", [("r", int), ("targets", tuple)])(4, ())
     assert evaluated(text, sized, SimpleNamespace(site=site)) == number
+    block = SimpleNamespace(kind="block", shape=(8,))
+    assert evaluated("2 dim in + out", sized, SimpleNamespace(site=block)) == 136
+    with pytest.raises(findings.NotApplicable, match="has 'targets', which is no option and no size"):
+        evaluated("r targets", sized, SimpleNamespace(site=site))
+
+
+def test_a_formula_is_asked_of_every_site_and_of_the_defaults_alone(tmp_path):
+    (finding,) = check("lora", only=["number of parameters"]).findings
+    assert int(re.search(r"at (\d+) sites", finding.text)[1]) > 3
+    text = METHOD.replace("r (in + out) numbers", "8 (in + out) numbers").replace("NAME", "mine")
+    (tmp_path / "mine.py").write_text(text)
+    outcomes = [check(tmp_path / "mine.py", options, only=["number of parameters"]) for options in ({}, {"r": 2})]
+    assert [one.findings[0].outcome for one in outcomes] == ["passed", "not applicable"]
 
 
 # ---- mistakes in a quantizer ----

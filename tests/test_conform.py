@@ -13,7 +13,8 @@ from click.testing import CliRunner
 from implementations import LORA, PLAIN, Lora, program
 
 from refpeft.cli import main
-from refpeft.conformance import parametrize, parametrize_with_vectors, results, selection, tensors, vectors
+from refpeft.commands.conform import _progress
+from refpeft.conformance import parametrize, parametrize_with_vectors, results, runner, selection, tensors, vectors
 from refpeft.conformance.expected_failures import read
 from refpeft.errors import RefpeftError
 
@@ -60,6 +61,15 @@ def test_refpeft_is_run_on_the_device_that_is_asked_for(monkeypatch):
     for words in ((), ("--device", "cuda")):
         assert conform("refpeft", "--cases", PLAIN.id, *words).exit_code == 0
     assert asked == ["cpu", "cuda"]
+
+
+def test_on_a_terminal_it_says_how_many_cases_are_done(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    told = _progress(2)
+    for case, dtype in ((LORA[0], "float64"), (LORA[0], "float32"), (PLAIN, "float64")):
+        told(runner.Verdict(case, dtype, runner.PASSED))
+    said = capsys.readouterr().err.split("\r\033[K")
+    assert said == ["", *[f"1 of 2 cases: {LORA[0].id}"] * 2, f"2 of 2 cases: {PLAIN.id}"]
 
 
 def test_flags_choose_the_cases_for_a_mistake(tmp_path, monkeypatch):
@@ -153,7 +163,7 @@ def test_damaged_vectors_are_a_line_each_and_the_run_completes(damaged):
         (["refpeft", "--flags", "scaling"], "no case has the flag 'scaling'; did you mean 'Scaling'?"),
         (["refpeft", "--cases", "lora-9*"], "no case has the id 'lora-9*'"),
         (["refpeft", "--methods", "lora", "--dtype", "half"], "there is no dtype 'half': expected float64, float32"),
-        (["refpeft", "--methods", "nf4", "--dtype", "float64"], "none of these cases is for float64"),
+        (["refpeft", "--methods", "nf4", "--dtype", "float64"], "none of these cases is for float64\n"),
         (["refpeft", "--xfails", "gone.toml"], "gone.toml: cannot be read: No such file"),
         (["refpeft", "--vectors", "gone"], "there are no cases in gone"),
         (["gone.py:Mine"], "gone.py:Mine: FileNotFoundError: there is no file gone.py"),

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from implementations import DROPOUT, LORA, PLAIN, START, Lora, program
 
-from refpeft.conformance import Program, Results, conform, results, runner, tensors, vectors
+from refpeft.conformance import Program, Results, conform, results, runner, serve, tensors, vectors
 from refpeft.errors import RefpeftError
 
 BIAS = next(case for case in LORA if case.id == "lora-linear-bias")
@@ -94,6 +94,7 @@ def test_one_that_never_answers_is_given_up(tmp_path):
         ({"name": ""}, 'its answer to "start" has no name or no version'),
         ({"version": 3}, 'its answer to "start" has no name or no version'),
         ({"dtypes": ["float8"]}, "has dtypes ['float8'], expected a list of float64"),
+        ({"dtypes": {"float32": 1}}, "has dtypes {'float32': 1}, expected a list of float64"),
         ({"dtypes": []}, "has dtypes [], expected a list of float64"),
     ],
 )
@@ -167,6 +168,12 @@ def test_outputs_are_removed_when_they_are_read(tmp_path):
     with Program(program(tmp_path)) as mine:
         assert conform(mine, [PLAIN]).ok
         assert list(Path(mine._folder.name).iterdir()) == []
+
+
+def test_what_is_no_request_ends_the_server_with_a_line():
+    for line in ("hello", "[]", "{}"):
+        with pytest.raises(SystemExit, match=re.escape(f"expected a request in JSON, found '{line}'")):
+            serve.serve(Lora(), [line], None)
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
