@@ -31,7 +31,8 @@ def test_eval_finds_what_the_run_found_however_large_its_batches(folder, name, r
 def test_adapters_of_a_comparison_know_their_task_and_labels(folder):
     write(folder / "rows.jsonl", LABELLED)
     asked = ["--model", "bert", "--data", "rows.jsonl", "--eval-data", "rows.jsonl", "--steps", "1", "--out", "table"]
-    assert said("compare", "--methods", "bitfit", *asked)[1] == 0
+    output, code = said("compare", "--methods", "bitfit", *asked)
+    assert code == 0, output
     output, code = said("eval", "--adapter", "table/bitfit", "--json")
     assert code == 0 and "accuracy" in json.loads(output)
     output, code = said("compare", "--methods", "bitfit", *asked, "--resume")
