@@ -291,6 +291,11 @@ def test_a_run_on_quantized_weights_is_evaluated_and_merged_as_it_was_trained(re
     assert abs(merged([[1, 2, 3]]).data - expected).max() < 1e-5 * abs(expected).max()
 
 
+def test_a_report_for_a_file_is_not_written_to_one_that_is_called_minus(refpeft, tmp_path):
+    assert "only --json writes to standard output" in refused(refpeft("conform", "refpeft", "--html", "-"))
+    assert not (tmp_path / "-").exists()
+
+
 def test_a_merge_that_computes_something_else_writes_nothing(refpeft, model, rows, method, tmp_path):
     merge = "\n\n@hookimpl\ndef peft_merge(weight, p):\n    return weight * (2 - p.g[:, None])\n"
     method.write_text(METHOD + merge)

@@ -67,6 +67,8 @@ def conform(
     if implementation == "copy":
         click.echo(f"{len(collect()[0]):,} cases in {results.copy(folder)}; README.md there says how to use them")
         return
+    if "-" in (junit, html, write_xfails):
+        raise click.UsageError("only --json writes to standard output, with -: name a file", ctx)
     for path in (as_json, junit, html, write_xfails):  # said before the run, which may take long
         if path and path != "-" and (Path(path).is_dir() or not os.access(Path(path).parent, os.W_OK)):
             raise RefpeftError(f"{path}: cannot be written: expected a file in a folder that is there and writable")

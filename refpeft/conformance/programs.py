@@ -159,7 +159,8 @@ class _Process:
             self.errors.close()
             raise ProgramError(f"it cannot be started: {error.strerror}") from None
         self.lines: queue.Queue[str | None] = queue.Queue()
-        threading.Thread(target=self._read, daemon=True).start()
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
 
     def _read(self) -> None:
         """Puts its lines into the queue, and None behind the last.
@@ -219,4 +220,5 @@ class _Process:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+        self.reader.join(0.5)  # the output ends when what it started is over, too
         self.errors.close()

@@ -35,10 +35,14 @@ def main() -> None:
 def serve(implementation: Any, requests: Iterable[str], answers: TextIO) -> None:
     """Until "stop" or the end of the requests. A case that fails is answered, and the next one is read."""
     for line in requests:
-        request = json.loads(line)
-        if request["cmd"] == "stop":
+        try:
+            request = json.loads(line)
+            command = request["cmd"]
+        except (ValueError, KeyError, TypeError):
+            sys.exit(f"expected a request in JSON, found {line.strip()[:80]!r}")
+        if command == "stop":
             return
-        answer = _start(implementation) if request["cmd"] == "start" else _run(implementation, request)
+        answer = _start(implementation) if command == "start" else _run(implementation, request)
         print(json.dumps(answer), file=answers, flush=True)
 
 
