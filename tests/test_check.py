@@ -140,12 +140,6 @@ def shrunk(base):
 """
 
 
-@pytest.fixture(autouse=True)
-def nothing_added(monkeypatch):
-    """Plugins of other tests are not known."""
-    monkeypatch.setattr(manager, "_added", {})
-
-
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_in_a_method_is_caught_by_its_line(mistake, tmp_path):
     right, wrong, line, text = MISTAKES[mistake]
@@ -309,6 +303,20 @@ def test_a_formula_of_options_and_sizes_is_evaluated(text, number):
     assert evaluated("2 dim in + out", sized, SimpleNamespace(site=block)) == 136
     with pytest.raises(findings.NotApplicable, match="has 'targets', which is no option and no size"):
         evaluated("r targets", sized, SimpleNamespace(site=site))
+
+
+@pytest.mark.parametrize(
+    ("text", "why"), [("r ! in", "is not understood"), ("in % r", "is not understood"), ("in / (r - 4)", "divides by")]
+)
+def test_a_formula_that_has_no_value_is_not_applicable(text, why):
+    sized, site = make_dataclass("Config", [("r", int)])(4), SimpleNamespace(kind="linear", shape=(8, 12))
+    with pytest.raises(findings.NotApplicable, match=why):
+        evaluated(text, sized, SimpleNamespace(site=site))
+
+
+def test_options_of_a_quantizer_are_those_that_are_given():
+    said = [check("nf4", options, only=["both ways"]).findings[0].text for options in ({}, {"block": 32})]
+    assert said[0] != said[1]
 
 
 def test_a_formula_is_asked_of_every_site_and_of_the_defaults_alone(tmp_path):
