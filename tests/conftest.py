@@ -19,6 +19,12 @@ settings.register_profile("refpeft", deadline=None, derandomize=True, database=N
 settings.load_profile("refpeft")
 
 
+@pytest.fixture(autouse=True)
+def plugins_of_other_tests_are_not_known(monkeypatch):
+    """What a test adds is gone after it, also from the processes that later tests start."""
+    monkeypatch.setattr(manager, "_added", dict(manager._added))
+
+
 @pytest.fixture
 def registered():
     """A function of hooks by name: makes a plugin of them, whose Config has `targets` only (None: a recipe's)."""

@@ -45,7 +45,6 @@ def peft_linear(x, base, p):
 @pytest.fixture
 def refpeft(monkeypatch, tmp_path):
     """Runs a command line in an empty directory; gives click's result."""
-    monkeypatch.setattr(manager, "_added", {})
     monkeypatch.chdir(tmp_path)
     before = set(sys.modules)
     yield lambda *arguments, **keywords: CliRunner().invoke(main, list(map(str, arguments)), **keywords)

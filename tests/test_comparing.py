@@ -23,7 +23,6 @@ METHODS = [name for name, listing in manager.catalogue().items() if listing.kind
 @pytest.fixture
 def compare(tmp_path, monkeypatch):
     """Runs `refpeft compare` on a tiny model and twelve rows; gives click's result."""
-    monkeypatch.setattr(manager, "_added", {})
     monkeypatch.chdir(tmp_path)
     tiny_files.write_model(tmp_path / "model")
     tiny_files.write_rows(tmp_path / "rows.jsonl")

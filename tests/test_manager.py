@@ -39,7 +39,6 @@ def helper():
 
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch):
-    monkeypatch.setattr(manager, "_added", {})
     monkeypatch.delenv("REFPEFT_PLUGINS", raising=False)
     before = set(sys.modules)
     yield

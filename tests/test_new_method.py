@@ -9,17 +9,10 @@ import pytest
 from click.testing import CliRunner
 
 import refpeft
-from refpeft import manager
 from refpeft.cli import main
 from refpeft.conformance.check import check
 
 ROOT = Path(refpeft.__file__).parents[1]
-
-
-@pytest.fixture(autouse=True)
-def nothing_added(monkeypatch):
-    """Plugins of other tests are not known, nor those of these tests to others."""
-    monkeypatch.setattr(manager, "_added", {})
 
 
 def new_method(*arguments):

@@ -7,7 +7,7 @@ import pytest
 import tiny_files
 from click.testing import CliRunner
 
-from refpeft import manager, outcomes
+from refpeft import outcomes
 from refpeft.cli import main
 from refpeft.outcomes import Row
 
@@ -51,7 +51,6 @@ def test_what_is_written_is_read_again(tmp_path):
 @pytest.fixture
 def refpeft(tmp_path, monkeypatch):
     """A command line on a tiny model and twelve rows; gives click's result."""
-    monkeypatch.setattr(manager, "_added", {})
     monkeypatch.chdir(tmp_path)
     tiny_files.write_model(tmp_path / "model")
     tiny_files.write_rows(tmp_path / "rows.jsonl")

@@ -22,8 +22,7 @@ def test_the_tutorial_is_short_and_its_method_does_not_ship():
     assert not (manager.shipped() / "lora_xs.py").exists()
 
 
-def test_the_method_of_the_tutorial_passes_as_many_checks_as_it_says(tmp_path, monkeypatch):
-    monkeypatch.setattr(manager, "_added", {})
+def test_the_method_of_the_tutorial_passes_as_many_checks_as_it_says(tmp_path):
     (tmp_path / "lora_xs.py").write_text(dict(BLOCKS)["python"])
     report = check(tmp_path / "lora_xs.py")
     assert not report.having("FAILED"), report.text()
