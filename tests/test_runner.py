@@ -428,6 +428,12 @@ def test_the_page_of_a_right_implementation_is_not_marked_and_escapes_its_name()
     assert "<h2>" not in page
 
 
+def test_the_page_marks_a_missing_answer_and_escapes_what_is_wrong_with_the_vectors():
+    page = report.as_html(conform(of(lambda a: 1 / 0), [PLAIN], ["float32"], problems=["<script>"]))
+    assert '<tr class="bad"><td>lora' in page
+    assert "<script>" not in page
+
+
 def test_places_that_are_not_implemented_are_marked_where_others_are():
     cases = [case for case in vectors.cases() if case.name == "lora" and case.at in ("linear", "conv1d")]
     (row,) = [line for line in report.text(conform(Lora(), cases)).splitlines() if line.startswith("lora ")]
