@@ -170,6 +170,12 @@ def test_outputs_are_removed_when_they_are_read(tmp_path):
         assert list(Path(mine._folder.name).iterdir()) == []
 
 
+def test_an_implementation_in_python_is_served_as_a_program_line_by_line():
+    lora = Path(__file__).with_name("implementations.py")
+    verdicts = run(f"{sys.executable} -m refpeft.conformance.serve {lora}:Lora", [PLAIN])
+    assert verdicts["plain"].status == runner.PASSED
+
+
 def test_what_is_no_request_ends_the_server_with_a_line():
     for line in ("hello", "[]", "{}"):
         with pytest.raises(SystemExit, match=re.escape(f"expected a request in JSON, found '{line}'")):
