@@ -16,12 +16,18 @@ import reports
 pytestmark = [pytest.mark.real, pytest.mark.filterwarnings("ignore")]
 
 
+def hangs_on_the_last_bit(verdict: Verdict) -> bool:
+    """Whether a weight is back to the bit when what was added is taken off: another BLAS may add in another order."""
+    return verdict.case.at == "restored" and all(line.startswith("restored.") for line in verdict.problems)
+
+
 @pytest.mark.parametrize("peer", [peer for peer in reports.PEERS if peer.needs], ids=lambda peer: peer.name)
 def test_the_failures_of_a_peer_are_those_on_its_list(peer):
     if not peer.installed:
         pytest.skip(f"needs {peer.needs}")
     found = peer.report()
-    assert found.ok, report.text(found)
+    assert not found.problems, found.problems
+    assert all(map(hangs_on_the_last_bit, found.unexpected)), report.text(found)
     causes = {reason.partition(":")[0] for reason in peer.expected_failures.values()}
     assert causes <= reports.CAUSES.keys()
 
