@@ -68,10 +68,13 @@ def shipped() -> Path:
 
 
 def add(*sources: str | Path) -> None:
-    """Makes plugins known: each source is a `.py` file, a folder of them, or the name of an importable module."""
+    """Makes plugins known: each source is a `.py` file, a folder of them, or the name of an importable module.
+
+    Those that are shipped are known already, wherever their names come from.
+    """
     before = dict(_added)
     for source in sources:
-        _added.update(_files(source))
+        _added.update({path: dotted for path, dotted in _files(source).items() if path not in _shipped_files()})
     try:
         find()
     except RefpeftError:  # two of one name: neither stays, or no plugin could be found any more

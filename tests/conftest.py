@@ -1,6 +1,7 @@
 """What all tests share: one hypothesis profile, one thread beside other workers, and plugins made within a test."""
 
 import os
+import sys
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # before NumPy: threads of several processes that spin for one core are slow
     for library in ("OPENBLAS", "OMP", "MKL"):
@@ -20,9 +21,10 @@ settings.load_profile("refpeft")
 
 
 @pytest.fixture(autouse=True)
-def plugins_of_other_tests_are_not_known(monkeypatch):
-    """What a test adds is gone after it, also from the processes that later tests start."""
+def what_a_test_adds_is_gone_after_it(monkeypatch):
+    """Plugins, and folders of modules: later tests, and the processes that they start, know nothing of them."""
     monkeypatch.setattr(manager, "_added", dict(manager._added))
+    monkeypatch.setattr(sys, "path", [*sys.path])
 
 
 @pytest.fixture

@@ -200,9 +200,8 @@ def test_a_module_that_fails_while_it_is_loaded_is_one_clear_line(tmp_path):
 
 
 def test_an_implementation_may_be_a_dataclass_in_a_folder_with_a_space_and_its_file_be_named_as_a_module(
-    tmp_path, monkeypatch
+    tmp_path,
 ):
-    monkeypatch.setattr(sys, "path", [*sys.path])
     home = tmp_path / "my work" / "json.py"
     home.parent.mkdir()
     home.write_text(

@@ -121,6 +121,11 @@ def test_a_name_stands_for_one_file(tmp_path):
     assert manager.find()["scaled"] == tmp_path / "a" / "scaled.py"  # what was refused is not remembered
 
 
+def test_a_shipped_plugin_by_its_path_is_no_other_plugin_that_other_processes_had_to_be_told_of():
+    assert manager.load(manager.path_of("nf4")) is manager.load("nf4")
+    assert manager.sources() == []
+
+
 def test_unknown_name_has_the_nearest(tmp_path):
     manager.add(write(tmp_path, GOOD))
     message = refusal(manager.path_of, "scald", "method")

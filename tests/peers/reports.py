@@ -20,15 +20,13 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from refpeft.conformance import Report, Verdict, cases, conform, expected_failures
+from refpeft.conformance.compare import EPS
+from refpeft.conformance.report import rows, summary
+from refpeft.conformance.runner import NOT_IMPLEMENTED, PASSED
+from refpeft.conformance.vectors import notes, root
+
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parents[1])]
-
-from refpeft.conformance import Report, Verdict, cases, conform, expected_failures  # noqa: E402
-from refpeft.conformance.compare import EPS  # noqa: E402
-from refpeft.conformance.report import rows, summary  # noqa: E402
-from refpeft.conformance.runner import NOT_IMPLEMENTED, PASSED  # noqa: E402
-from refpeft.conformance.vectors import notes, root  # noqa: E402
-
 REPORTS = HERE.parents[1] / "golden" / "reports"
 
 
