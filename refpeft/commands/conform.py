@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import click
 
+from refpeft import choices
 from refpeft.commands import options
 
 
@@ -35,7 +35,7 @@ def _words(ctx: click.Context, option: click.Parameter, text: str | None) -> tup
     "--timeout", type=click.FloatRange(min=0, min_open=True), default=60.0, show_default=True, metavar="S",
     help="Seconds that a program has for an answer.",
 )  # fmt: skip
-@click.option("--device", type=click.Choice(("cpu", "cuda")), default="cpu", show_default=True, help="For refpeft.")
+@click.option("--device", type=click.Choice(choices.DEVICES), default="cpu", show_default=True, help="For refpeft.")
 @click.option("--vectors", metavar="DIR", help="Other cases than refpeft's own.")
 @options.plugins
 @click.pass_context
@@ -88,7 +88,7 @@ def conform(
     if not done.verdicts:
         raise RefpeftError(f"none of these cases is for {', '.join(dtypes or mine.dtypes)}")
     if as_json == "-":
-        click.echo(json.dumps(report.as_json(done), indent=1, allow_nan=False))
+        options.echo_json(report.as_json(done))
     else:
         click.echo(report.text(done), nl=False)
     if as_json and as_json != "-":

@@ -53,8 +53,7 @@ def checks(
     whole, problems = vectors.collect(Path(folder) if folder else None)
     cases = chosen(whole, names=methods, kinds=kinds, flags=flags)
     patterns = expected_failures.read(expected) if isinstance(expected, str | Path) else dict(expected or {})
-    wanted = runner.chosen_dtypes(mine, dtypes)
-    for case, dtype in [(case, dtype) for case in cases for dtype in wanted if dtype in case.dtypes]:
+    for case, dtype in runner.runs(mine, cases, dtypes):
         why = expected_failures.reason(patterns, case.id, dtype)
         yield f"{case.id}@{dtype}", _check(mine, case, dtype, why)
     yield "the lists", _complain([*problems, *expected_failures.idle(patterns, [case.id for case in whole])])

@@ -133,10 +133,8 @@ def conform(
     told       is called with each verdict
     Raises RefpeftError for an implementation without the members of Implementation, and for unknown dtypes.
     """
-    chosen = chosen_dtypes(implementation, dtypes)
-    cases, expected = list(cases), dict(expected or {})
-    verdicts = []
-    for case, dtype in [(case, dtype) for case in cases for dtype in chosen if dtype in case.dtypes]:
+    cases, expected, verdicts = list(cases), dict(expected or {}), []
+    for case, dtype in runs(implementation, cases, dtypes):
         verdicts.append(verdict(implementation, case, dtype, expected_failures.reason(expected, case.id, dtype)))
         told(verdicts[-1])
     idle = expected_failures.idle(expected, [case.id for case in cases] if all_ids is None else all_ids)
@@ -145,8 +143,13 @@ def conform(
     )
 
 
-def chosen_dtypes(implementation: Implementation, dtypes: Iterable[str] | None = None) -> list[str]:
-    """Those of `dtypes` that an implementation has; all where it is None. RefpeftError as conform."""
+def runs(
+    implementation: Implementation, cases: Iterable[Case], dtypes: Iterable[str] | None = None
+) -> list[tuple[Case, str]]:
+    """Every case with every dtype that it, the implementation and `dtypes` (None: all) have.
+
+    Raises RefpeftError as conform.
+    """
     _check(implementation)
     declared, wanted = tuple(implementation.dtypes), DTYPES if dtypes is None else tuple(dtypes)
     for dtype in {*declared, *wanted} - set(DTYPES):
@@ -154,7 +157,7 @@ def chosen_dtypes(implementation: Implementation, dtypes: Iterable[str] | None =
     chosen = [dtype for dtype in declared if dtype in wanted]
     if not chosen:
         raise RefpeftError(f"{implementation.name} computes in {', '.join(declared)}, not in {', '.join(wanted)}")
-    return chosen
+    return [(case, dtype) for case in cases for dtype in chosen if dtype in case.dtypes]
 
 
 def verdict(implementation: Implementation, case: Case, dtype: str, expected: str | None = None) -> Verdict:

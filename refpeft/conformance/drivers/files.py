@@ -9,15 +9,10 @@ from types import ModuleType
 import numpy as np
 
 from refpeft import adapters
-from refpeft.api import class_of
 from refpeft.files import read_safetensors, write_json, write_safetensors
-from refpeft.models import heads
-from refpeft.models.base import Model
-from refpeft.models.checkpoint import expected_tensors
-from refpeft.models.config import from_hf
 
 from ..vectors import Arrays, Case
-from .models import at_tokens, frozen
+from .models import at_tokens, model_with_head
 from .places import attached, set_values
 
 _FILE = "file."
@@ -28,7 +23,7 @@ _OF_THE_CASE = ("model", "adapter_name", "beside")
 
 
 def run_load(case: Case, given: Arrays, dtype: str, xp: ModuleType) -> Arrays:
-    model, segments = _model(case.config["model"], given, dtype, xp), given.get("segments")
+    model, segments = model_with_head(case.config["model"], given, dtype, xp), given.get("segments")
     tensors = {name.removeprefix(_FILE): array for name, array in given.items() if name.startswith(_FILE)}
     stored = {name: array.astype("f4") if array.dtype.kind == "f" else array for name, array in tensors.items()}
     config = case.config["adapter_config"]
@@ -45,9 +40,9 @@ def run_load(case: Case, given: Arrays, dtype: str, xp: ModuleType) -> Arrays:
 
 
 def run_save(case: Case, given: Arrays, dtype: str, xp: ModuleType) -> Arrays:
-    """What is written does not depend on the model's weights, of which a case has none."""
+    """What is written does not depend on the model's weights, of which a case has none: they are zeros."""
     options = {name: value for name, value in case.config.items() if name not in _OF_THE_CASE}
-    model = _model(case.config["model"], given, dtype, xp)
+    model = model_with_head(case.config["model"], given, dtype, xp)
     adapter = attached(model, case.name, options)
     set_values(adapter, model, given)
     if "beside" in case.config:
@@ -56,12 +51,3 @@ def run_save(case: Case, given: Arrays, dtype: str, xp: ModuleType) -> Arrays:
         adapters.save(folder, model, adapter)
         tensors = read_safetensors(Path(folder) / adapters.TENSORS)
     return {f"{_FILE}{name}": array for name, array in tensors.items()} | {"count": np.array(len(tensors))}
-
-
-def _model(config: dict, given: Arrays, dtype: str, xp: ModuleType) -> Model:
-    """The model, with the head that its config.json names; without weights in the case they are zeros."""
-    shape, (task, labels) = from_hf(config), heads.read_from(config)
-    model = class_of(shape)(shape, frozen(given, dtype, xp, expected_tensors(shape)), np.dtype(dtype), xp)
-    if task:
-        heads.put_on(model, task, labels, stored=given.get)
-    return model

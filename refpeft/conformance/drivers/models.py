@@ -68,6 +68,14 @@ def model_of(config: dict, given: Arrays, dtype: str, xp: ModuleType, options: d
     return class_of(shape)(shape, weights, np.dtype(dtype), xp)
 
 
+def model_with_head(config: dict, given: Arrays, dtype: str, xp: ModuleType) -> Model:
+    """The model of a config.json with the head that it names, if any; tensors that the case has not are zeros."""
+    shape = from_hf(config)
+    model = class_of(shape)(shape, frozen(given, dtype, xp, expected_tensors(shape)), np.dtype(dtype), xp)
+    heads.put_on(model, *heads.read_from(config), stored=given.get)
+    return model
+
+
 def as_in_file(model: Model, name: str, array: Array) -> Array:
     """A Conv1D weight (in, out) as (out, in), and the other way round; anything else unchanged."""
     site, _, letter = name.rpartition(".")
@@ -141,9 +149,7 @@ def _run_encoder_decoder(case: Case, given: Arrays, model: Model, adapter: Adapt
 
 def _run_with_head(case: Case, given: Arrays, dtype: str, xp: ModuleType) -> Arrays:
     """A model with the head of a task, whose targets are one for each row, or one for each token."""
-    shape = from_hf(case.config)
-    model = class_of(shape)(shape, frozen(given, dtype, xp), np.dtype(dtype), xp)
-    heads.put_on(model, *heads.read_from(case.config), stored=given.get)
+    model = model_with_head(case.config, given, dtype, xp)
     adapter, segments, more = attach(model, "full"), given["segments"], {}
     if "types" in given:
         more = {"types": given["types"]}
