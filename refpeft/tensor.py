@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from . import arena
 from .backend import Array, xp_of
 from .errors import RefpeftError
 
@@ -20,11 +21,12 @@ from .errors import RefpeftError
 class Node:
     """One step of the tape: the op, where its inputs came from, and what its backward needs. A leaf has no op."""
 
-    __slots__ = ("grad", "op", "parents", "saved")
+    __slots__ = ("grad", "op", "own", "parents", "saved")
 
     def __init__(self, op: Op | None = None, parents: tuple[Node | None, ...] = (), saved: tuple | None = ()):
         self.op, self.parents, self.saved = op, parents, saved
         self.grad: Array | None = None
+        self.own = False  # whether nothing else has the array `grad`, so that more may be added to it in place
 
 
 class Tensor:
@@ -102,17 +104,49 @@ def _topological(root: Node) -> list[Node]:
     return order
 
 
-def _accumulate(node: Node, g: Array) -> None:
-    if node.op is not None:
-        node.grad = g if node.grad is None else node.grad + g
+class Slice:
+    """The gradient of an array of which an op read a part: `g` at `key`, zeros elsewhere, which are not there."""
+
+    __slots__ = ("g", "key", "shape")
+
+    def __init__(self, shape: tuple[int, ...], key: Any, g: Array):
+        self.shape, self.key, self.g = shape, key, g
+
+    def whole(self) -> Array:
+        """An array of `shape`, of nobody else."""
+        found = arena.zeros(self.g, self.shape)
+        found[self.key] = self.g
+        return found
+
+
+def _accumulate(node: Node, g: Array | Slice) -> None:
+    if isinstance(g, Slice):
+        _add_slice(node, g)
+    elif node.op is not None:
+        if node.grad is None:
+            node.grad, node.own = g, False  # g may be a view, or be the gradient of another parent too
+        elif node.own:
+            node.grad += g
+        else:
+            node.grad, node.own = arena.add(node.grad, g), True
     elif node.grad is None:
         node.grad = g.copy()  # g may be a view, or be the gradient of another parent too
     else:
         node.grad += g  # into the flat gradient buffer, where there is one
 
 
+def _add_slice(node: Node, g: Slice) -> None:
+    if node.grad is None:
+        node.grad, node.own = g.whole(), True
+        return
+    if node.op is not None and not node.own:
+        node.grad, node.own = node.grad.copy(), True
+    node.grad[g.key] += g.g
+
+
 class _State(threading.local):
     recording = True
+    plain = False  # whether overrides are left aside
     touched = False  # whether an op met an input that wants a gradient, recorded or not, since checkpoint() cleared it
 
 
@@ -133,6 +167,16 @@ def no_grad() -> contextlib.AbstractContextManager[None]:
     return _recording(False)
 
 
+@contextlib.contextmanager
+def plain() -> Iterator[None]:
+    """Within it, ops run as they are defined: without the overrides that are faster."""
+    before, _state.plain = _state.plain, True
+    try:
+        yield
+    finally:
+        _state.plain = before
+
+
 def parameter(data: Array) -> Tensor:
     """A leaf: a Tensor whose `.grad` backward() fills."""
     return Tensor(data, Node())
@@ -144,11 +188,30 @@ class Op:
     `forward(needs, *arrays, **options) -> (array, saved)`, where `needs[i]` says whether input i wants a gradient, so
     that `saved` holds no more than backward will read; `backward(g, *saved)` returns one gradient, or None, for each
     input, and never writes into `g`. An input may be None; numbers and plain arrays are constants of the same dtype.
+    A gradient that is zero but for a part may be a Slice.
+
+    The pair is the op's definition. Beside it there may be a faster one for one kind of array: see `override`.
     """
 
-    def __init__(self, forward: Callable[..., tuple[Array, tuple]]):
-        self.forward, self.name, self.__doc__ = forward, forward.__name__, forward.__doc__
+    def __init__(self, forward: Callable[..., tuple[Array, tuple]], name: str | None = None):
+        self.forward, self.name, self.__doc__ = forward, name or forward.__name__, forward.__doc__
         self.vjp: Callable[..., tuple] = _no_backward
+        self.overrides: dict[tuple[type, np.dtype], Op] = {}
+
+    def override(self, kind: type, dtype: str) -> Callable[[Callable[..., Any]], Op]:
+        """Decorator: makes a pair of its forward half that stands in for this one where the first Tensor is of `kind`.
+
+        It takes what the plain pair takes, means the same to rounding, and keeps no more bytes on the tape. It may
+        return NotImplemented from forward, and the plain pair is asked: of inputs that it was not written for, wrong
+        ones above all. Its backward may write into what its own forward saved and made, never into `g` or an input.
+        """
+
+        def register(forward: Callable[..., Any]) -> Op:
+            found = Op(forward, self.name)
+            self.overrides[kind, np.dtype(dtype)] = found
+            return found
+
+        return register
 
     def backward(self, vjp: Callable[..., tuple]) -> Callable[..., tuple]:
         """Decorator that gives the op its other half."""
@@ -168,14 +231,18 @@ class Op:
             needs = (False,) * len(inputs)
         try:
             arrays = [x.data if isinstance(x, Tensor) else _constant(x, dtype, tensors[0].data) for x in inputs]
-            out, saved = self.forward(needs, *arrays, **options)
+            pair = self if _state.plain else self.overrides.get((type(tensors[0].data), dtype), self)
+            made = pair.forward(needs, *arrays, **options)
+            if made is NotImplemented:
+                pair, made = self, self.forward(needs, *arrays, **options)
+            out, saved = made
         except (ValueError, TypeError, IndexError, AttributeError, np.linalg.LinAlgError) as error:
             raise RefpeftError(f"{self.name}({_describe(inputs)}{_say(options)}): {error}") from error
         if out.dtype != dtype:
             raise RefpeftError(f"{self.name}({_describe(inputs)}{_say(options)}) gave {out.dtype}: expected {dtype}")
         if not any(needs):
             return Tensor(out)
-        return Tensor(out, Node(self, tuple(x.node if n else None for x, n in zip(inputs, needs, strict=True)), saved))
+        return Tensor(out, Node(pair, tuple(x.node if n else None for x, n in zip(inputs, needs, strict=True)), saved))
 
     def __repr__(self) -> str:
         return f"<op {self.name}>"
