@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from refpeft import cpu as _  # registers its pairs
 from refpeft import fused, ops
 from refpeft.backend import Array, xp_of
 from refpeft.errors import RefpeftError

@@ -1,0 +1,1 @@
+"""Attention and rotary positions, for float32 arrays of NumPy."""

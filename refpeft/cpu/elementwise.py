@@ -1,0 +1,1 @@
+"""Activations, sums and dropout, for float32 arrays of NumPy."""

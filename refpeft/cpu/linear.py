@@ -1,0 +1,1 @@
+"""Products with frozen and trained matrices, for float32 arrays of NumPy."""

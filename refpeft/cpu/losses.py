@@ -1,0 +1,1 @@
+"""Cross-entropy, for float32 arrays of NumPy."""

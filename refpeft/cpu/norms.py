@@ -1,0 +1,1 @@
+"""RMSNorm and LayerNorm, for float32 arrays of NumPy."""
