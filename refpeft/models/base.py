@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from refpeft import cpu as _  # registers its pairs
+import refpeft.cpu  # noqa: F401  its pairs register themselves
 from refpeft import fused, ops
 from refpeft.backend import Array, xp_of
 from refpeft.errors import RefpeftError
