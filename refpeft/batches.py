@@ -22,6 +22,22 @@ IGNORE = -100  # a target that does not count
 
 
 @dataclass(frozen=True)
+class Share:
+    """Where one of the shares of a batch lies in it.
+
+    axis    along which the batch's arrays were cut: 0, rows; 1, the tokens of rows that were joined
+    here    which rows or tokens it has, of how many in all: `whole`
+    asked   which of the targets that count, of `whole_asked`
+    """
+
+    axis: int
+    here: range
+    whole: int
+    asked: range
+    whole_asked: int
+
+
+@dataclass(frozen=True)
 class Batch:
     """int32 arrays (batch, time); padding is on the right.
 
@@ -34,6 +50,8 @@ class Batch:
     weights     float32, how much each target counts; None: 1
     rows_each   so many rows belong together: two of a pair of texts
     task        (batch,): the number of the data set that each row is of, in a mixture of some
+    starts      where in the one row each of those begins that were joined to it; None where none were
+    share       where this lies in the batch that it is a share of; None: it is a whole one
     """
 
     ids: np.ndarray
@@ -45,6 +63,8 @@ class Batch:
     weights: np.ndarray | None = None
     rows_each: int = 1
     task: np.ndarray | None = None
+    starts: np.ndarray | None = None
+    share: Share | None = None
 
     @property
     def tokens(self) -> int:
@@ -68,6 +88,25 @@ class Batch:
         if self.weights is None:
             return self.supervised
         return float(self.weights.reshape(-1)[self.asked].sum(dtype=np.float64))
+
+    def unpadded(self) -> Batch:
+        """The same tokens in one row without padding, documents one after the other, each with a number of its own.
+
+        Raises ValueError for what has rows: texts with an answer (`said`), pairs, rows of several data sets.
+        """
+        if self.said is not None or self.rows_each > 1 or self.task is not None:
+            raise ValueError("rows that belong to something cannot be joined")
+        shape = self.ids.shape
+        segments = np.zeros(shape, np.int32) if self.segments is None else self.segments
+        real = segments >= 0
+        first = np.ones(shape, bool)  # of its document
+        first[:, 1:] = segments[:, 1:] != segments[:, :-1]
+        places = {"positions": np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)}
+        arrays = places | {name: array for name, array in vars(self).items() if isinstance(array, np.ndarray)}
+        arrays = {name: array[real][None] for name, array in arrays.items()}
+        arrays["segments"] = np.cumsum(first[real], dtype=np.int32)[None] - 1
+        starts = np.append(0, np.cumsum(real.sum(axis=1))[:-1])
+        return replace(self, **arrays, starts=starts)
 
 
 class Batches:
@@ -189,3 +228,34 @@ def _part(batch: Batch, rows: slice) -> Batch:
     if segments is not None and batch.positions is None and (arrays["segments"] == 0).all():
         arrays["segments"] = None
     return replace(batch, **arrays)
+
+
+def shares(batch: Batch, n: int) -> list[Batch]:
+    """A batch as at most `n` parts that can be computed at the same time, one after the other in its own order.
+
+    None is empty, rows that belong together stay so, and each computes about as much as the others: rows are as long as
+    they were, and joined rows are cut where they were joined. With the loss over the whole batch's denominator, losses
+    and gradients add up to the batch's.
+    """
+    axis = 0 if batch.starts is None else 1
+    whole = batch.ids.shape[axis]
+    starts = np.arange(0, whole, batch.rows_each) if batch.starts is None else batch.starts
+    ends = np.append(starts[1:], whole)
+    ideal = whole * np.arange(1, n) / n
+    edges = sorted({0, whole} | {int(ends[abs(ends - at).argmin()]) for at in ideal})
+    asked = batch.asked if axis else batch.asked // batch.targets.shape[1]
+    counts = np.searchsorted(asked, edges).tolist()
+    return [
+        _share(batch, Share(axis, range(*edges[i : i + 2]), whole, range(*counts[i : i + 2]), len(asked)))
+        for i in range(len(edges) - 1)
+    ]
+
+
+def _share(batch: Batch, share: Share) -> Batch:
+    start, stop = share.here.start, share.here.stop
+    cut = (slice(None),) * share.axis + (slice(start, stop),)
+    arrays = {name: array for name, array in vars(batch).items() if isinstance(array, np.ndarray)}
+    starts = arrays.pop("starts", None)
+    if starts is not None:
+        starts = starts[(starts >= start) & (starts < stop)] - start
+    return replace(batch, **{name: array[cut] for name, array in arrays.items()}, starts=starts, share=share)
