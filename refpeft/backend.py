@@ -66,6 +66,14 @@ def blas_threads(parameters: int) -> AbstractContextManager:
     return threadpoolctl.threadpool_limits(1 if parameters < SMALL_MODEL else None, user_api="blas")
 
 
+def threads() -> int:
+    """How many threads BLAS takes here: of the processor, or as OMP_NUM_THREADS and its like say."""
+    import threadpoolctl
+
+    found = threadpoolctl.threadpool_info()
+    return max((library["num_threads"] for library in found if library["user_api"] == "blas"), default=1)
+
+
 def to_host(array: Array) -> np.ndarray:
     """`array` as a NumPy array (itself where it is one)."""
     xp = xp_of(array)

@@ -34,15 +34,24 @@ class Flat:
         if not self.params:
             raise RefpeftError("nothing is trained: attach a method to the model first")
         tensors = list(self.params.values())
-        xp, dtype = xp_of(tensors[0].data), tensors[0].data.dtype
+        xp = xp_of(tensors[0].data)
         self.values = xp.concatenate([t.data.reshape(-1) for t in tensors])
-        self.grads = xp.zeros(self.values.size, dtype)
+        self.grads = self.gradients_of(self.params)
         at = 0
         for tensor in tensors:
             part = slice(at, at + tensor.data.size)
-            tensor.node.grad = self.grads[part].reshape(tensor.data.shape)
             tensor.data = self.values[part].reshape(tensor.data.shape)
             at = part.stop
+
+    def gradients_of(self, params: Mapping[str, Tensor]) -> Array:
+        """A new flat buffer of zeros: the gradients of `params`, these tensors or their twins, are now views of it."""
+        grads, at = xp_of(self.values).zeros_like(self.values), 0
+        for name in self.params:
+            tensor = params[name]
+            part = slice(at, at + tensor.data.size)
+            tensor.node.grad = grads[part].reshape(tensor.data.shape)
+            at = part.stop
+        return grads
 
     @property
     def shapes(self) -> dict[str, list[int]]:

@@ -192,10 +192,11 @@ def put_on(model: Any, adapter: Adapter) -> None:
     if not model.weightless:
         for layer in adapter.layers:
             layer.frozen = _changed_base(model, layer)
-    _put_on(model, adapter)
+    put_back(model, adapter)
 
 
-def _put_on(model: Any, adapter: Adapter) -> None:
+def put_back(model: Any, adapter: Adapter) -> None:
+    """Puts an adapter on its model whose layers have the frozen weights that they ask for already."""
     for layer in adapter.layers:
         layer.put_on(model)
     model.adapters.append(adapter)
@@ -228,7 +229,7 @@ def _add_part(model: Any, adapter: Adapter, part: Part, seed: int, fit: bool) ->
         if adapter.kind(tensor).setdefault(f"shared.{key}", tensor) is not tensor:
             raise RefpeftError(f"two parts of method '{adapter.name}' share a value called {key!r}")
     references: list[tuple[Layer, str, str]] = []
-    beside = _beside(model)
+    beside = neighbours(model)
     for site in part.sites:
         have = {
             "site": site,
@@ -263,7 +264,7 @@ def _add_part(model: Any, adapter: Adapter, part: Part, seed: int, fit: bool) ->
     return made
 
 
-def _beside(model: Any) -> dict[str, Near]:
+def neighbours(model: Any) -> dict[str, Near]:
     """The sites of each layer of the model, by the layer's name."""
     homes: dict[str, list[Site]] = {}
     for site in model.sites.values():
@@ -325,7 +326,7 @@ def bypassed(model: Any) -> Iterator[None]:
         yield
     finally:
         for adapter in attached:
-            _put_on(model, adapter)
+            put_back(model, adapter)
 
 
 @dataclass
@@ -355,7 +356,7 @@ class Merged:
             site.weight, site.bias, site.tied = weight, bias, tied
         self.model.frozen = dict(self.frozen)
         for adapter in self.adapters:
-            _put_on(self.model, adapter)
+            put_back(self.model, adapter)
 
 
 def merge(model: Any) -> Merged:

@@ -25,14 +25,14 @@ import numpy as np
 
 from . import backend, files, learning, memory, schedule, survey, towards_base
 from .backend import Array, to_host
-from .batches import Batch, Batches, split
+from .batches import Batch, Batches, shares, split
 from .config import Train as Settings
 from .errors import RefpeftError
 from .evaluation import Evaluation, Several, better
 from .models.base import Model
 from .optim import OPTIMIZERS, OPTIONS, Flat
 from .quant import Quantized
-from .tensor import Tensor
+from .shards import Shards
 
 Listener = Callable[[dict[str, Any]], None]
 
@@ -107,6 +107,8 @@ class Trainer:
             self.first = towards_base.FirstValues(model, s.l2_sp) if s.l2_sp else None
             self.kept, self.constants = learning.states(model), learning.constants(model)
             self.optimizer = OPTIMIZERS[s.optimizer](self.flat, weight_decay=s.weight_decay, paged=s.paged, **options)
+            model.checkpointing = s.checkpoint_activations
+            self.shards = Shards(model, self.flat, s.threads)
         self.summary = Summary()
         if s.best and (evaluation is None or out is None):
             raise RefpeftError(
@@ -133,7 +135,6 @@ class Trainer:
             )
         if self.evaluation is not None and self.summary.before is None:
             self.summary.before = self._evaluate()
-        self.model.checkpointing = self.settings.checkpoint_activations
         with _interruptible() as interrupted:
             while self.summary.steps < self.total and not self.summary.stopped_early:
                 self._step()
@@ -162,30 +163,25 @@ class Trainer:
         return self.summary
 
     def _step(self) -> None:
-        started, step, model = time.perf_counter(), self.summary.steps, self.model
+        started, step = time.perf_counter(), self.summary.steps
         batch = self.train.at(step)
         denominator = batch.denominator or 1  # the whole batch's: exact. It is 0 where all of its labels weigh nothing
-        parts = split(batch, self.settings.rows_at_a_time)
         loss = 0.0
-        model.mode.training, model.mode.seed = True, self.seed
-        try:
-            for i, part in enumerate(parts):
-                model.mode.step, model.mode.part, model.mode.task = step, i, part.task
-                part_loss = self._objective(part, denominator)
-                part_loss.backward()
-                loss = loss + part_loss.data
-            for penalty in chain(learning.penalties(model), self.first.penalties() if self.first else ()):
+        self.shards.next_step()
+        for i, part in enumerate(split(batch, self.settings.rows_at_a_time)):
+            at = partial(self._backward, denominator, step, i)
+            loss = loss + sum(self.shards.run(at, shares(part, len(self.shards))))
+        with self._training(self.model, step):
+            for penalty in chain(learning.penalties(self.model), self.first.penalties() if self.first else ()):
                 penalty.backward()
                 loss = loss + penalty.data
-        finally:
-            model.mode.training, model.mode.task = False, None
         norm = self.flat.clip(self.settings.clip)
         loss = float(loss)
         if not math.isfinite(loss) or not math.isfinite(float(norm)):
             what = "the gradient is not finite" if math.isfinite(loss) else f"loss is {loss}"
             raise RefpeftError(self._not_finite(f"{what} at step {step + 1}"))
         lr = self.settings.lr * schedule.factor(self.settings.schedule, step, self.total, self.warmup)
-        learning.step(model, partial(self.optimizer.step, lr), step, self.total)
+        learning.step(self.model, partial(self.optimizer.step, lr), step, self.total)
         self.summary.steps = step + 1
         self.summary.train_losses.append(loss)
         self._tell(
@@ -198,10 +194,25 @@ class Trainer:
             seconds=time.perf_counter() - started,
         )
 
-    def _objective(self, part: Batch, denominator: float) -> Tensor:
-        if self.settings.kl:
-            return towards_base.objective(self.model, part, denominator, self.settings.kl)
-        return learning.objective(self.model, part, denominator)
+    def _backward(self, denominator: float, step: int, number: int, model: Model, part: Batch) -> Array:
+        """Adds the gradient of a part of a step's batch, the `number`-th, to that of `model`; returns its loss."""
+        with self._training(model, step, number, part.task):
+            if self.settings.kl:
+                loss = towards_base.objective(model, part, denominator, self.settings.kl)
+            else:
+                loss = learning.objective(model, part, denominator)
+            loss.backward()
+            return loss.data
+
+    @contextlib.contextmanager
+    def _training(self, model: Model, step: int, part: int = 0, task: Any = None) -> Iterator[None]:
+        """Within it, the sites of `model` know that they train, and what."""
+        mode = model.mode
+        mode.training, mode.seed, mode.step, mode.part, mode.task = True, self.seed, step, part, task
+        try:
+            yield
+        finally:
+            mode.training, mode.task = False, None
 
     def _not_finite(self, what: str) -> str:
         if not self.summary.steps:
