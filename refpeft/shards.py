@@ -92,7 +92,7 @@ class Shards:
             shard.arena.next_step()
 
 
-def _within(shard: Shard, share: Share, work: Callable[[Model, Share], Result]) -> Result:
+def _within(work: Callable[[Model, Share], Result], shard: Shard, share: Share) -> Result:
     with arena.using(shard.arena):
         return work(shard.model, share)
 
