@@ -75,9 +75,8 @@ class Shards:
         """
         used = self._shards[: len(shares)]
         with self._blas.limit(limits=self._threads if len(used) == 1 else 1, user_api="blas"):
-            waiting = [
-                self._pool.submit(_within, shard, work, share) for shard, share in zip(used, shares, strict=True)
-            ]
+            pairs = zip(used, shares, strict=True)
+            waiting = [self._pool.submit(_within, shard, work, share) for shard, share in pairs]
             wait(waiting)  # for all of them, even if one fails
             results = [one.result() for one in waiting]
         total = used[0].gradients
@@ -92,7 +91,7 @@ class Shards:
             shard.arena.next_step()
 
 
-def _within(work: Callable[[Model, Share], Result], shard: Shard, share: Share) -> Result:
+def _within(shard: Shard, work: Callable[[Model, Share], Result], share: Share) -> Result:
     with arena.using(shard.arena):
         return work(shard.model, share)
 
