@@ -56,14 +56,15 @@ def module(device: str) -> ModuleType:
     return cupy
 
 
-def blas_threads(parameters: int) -> AbstractContextManager:
-    """Within it, BLAS uses one thread for a model of so few parameters that a second one would mostly wait.
+def blas_threads(parameters: int, asked: int | None = None) -> AbstractContextManager:
+    """Within it, BLAS uses as many threads as are asked for; else one where a second one would mostly wait.
 
-    On small matrices OpenBLAS's threads spin while they wait: on a machine with other work they are many times slower.
+    That is so of models of few `parameters`. On small matrices OpenBLAS's threads spin while they wait: on a machine
+    with other work they are many times slower.
     """
     import threadpoolctl
 
-    return threadpoolctl.threadpool_limits(1 if parameters < SMALL_MODEL else None, user_api="blas")
+    return threadpoolctl.threadpool_limits(asked or (1 if parameters < SMALL_MODEL else None), user_api="blas")
 
 
 def threads() -> int:

@@ -38,30 +38,29 @@ _ROW = 512
 
 @dataclass
 class Shard:
-    """What one thread computes with: `gradients` is flat, and those of the model's leaves are views of it."""
+    """What one thread computes with; `gradients` is flat, and those of the model's leaves are views of it."""
 
     model: Model
-    gradients: Array
     arena: Arena
+    gradients: Array | None
 
 
 class Shards:
-    """The shards of a training: the first one is `model` itself, the others are its twins.
+    """The shards of a model: the first one is `model` itself, the others are its twins, one for each of BLAS's threads.
 
-    flat     the trained values of `model` and their gradients, where sums end up
-    threads  how many there are to compute in; None: as many as BLAS would take for such a model
+    flat  the trained values of `model` and their gradients, where sums end up; None where nothing is trained
 
     There is one shard, and BLAS has all threads, where arrays are not NumPy's, and where so much is trained that
     gradients for each thread would take too much memory.
     """
 
-    def __init__(self, model: Model, flat: Flat, threads: int | None = None):
-        self._threads = threads or backend.threads()
-        several = model.xp is np and flat.values.size <= _MUCH * model.parameters()
-        self._shards = [Shard(model, flat.grads, Arena())]
-        for _ in range(1, self._threads if several else 1):
+    def __init__(self, model: Model, flat: Flat | None = None):
+        self._threads = backend.threads()
+        much = flat is not None and flat.values.size > _MUCH * model.parameters()
+        self._shards = [Shard(model, Arena(), flat and flat.grads)]
+        for _ in range(1, 1 if much or model.xp is not np else self._threads):
             other = twin(model)
-            self._shards.append(Shard(other, flat.gradients_of(dict(other.trained())), Arena()))
+            self._shards.append(Shard(other, Arena(), flat and flat.gradients_of(dict(other.trained()))))
         self._blas = threadpoolctl.ThreadpoolController()
         self._pool = ThreadPoolExecutor(len(self._shards), "shard", lambda: np.setbufsize(_ROW))
 
@@ -79,10 +78,10 @@ class Shards:
             waiting = [self._pool.submit(_within, shard, work, share) for shard, share in pairs]
             wait(waiting)  # for all of them, even if one fails
             results = [one.result() for one in waiting]
-        total = used[0].gradients
-        for shard in used[1:]:
-            total += shard.gradients
-            shard.gradients.fill(0)
+        if (total := used[0].gradients) is not None:
+            for shard in used[1:]:
+                total += shard.gradients
+                shard.gradients.fill(0)
         return results
 
     def next_step(self) -> None:

@@ -101,14 +101,14 @@ class Trainer:
         if s.kl:
             towards_base.check_kl(model)
         options = {name: value for name in OPTIONS if (value := getattr(s, name)) is not None}
-        with backend.blas_threads(model.parameters()), self._room():
+        with self._threads(), self._room():
             self._settle()
             self.flat = Flat(model.trained(), learning.rates(model))
             self.first = towards_base.FirstValues(model, s.l2_sp) if s.l2_sp else None
             self.kept, self.constants = learning.states(model), learning.constants(model)
             self.optimizer = OPTIMIZERS[s.optimizer](self.flat, weight_decay=s.weight_decay, paged=s.paged, **options)
             model.checkpointing = s.checkpoint_activations
-            self.shards = Shards(model, self.flat, s.threads)
+            self.shards = Shards(model, self.flat)
         self.summary = Summary()
         if s.best and (evaluation is None or out is None):
             raise RefpeftError(
@@ -123,7 +123,7 @@ class Trainer:
         Raises RefpeftError where the loss is not finite, memory does not suffice, or a checkpoint belongs to another
         run; KeyboardInterrupt, after saving a checkpoint, on Ctrl-C.
         """
-        with backend.blas_threads(self.model.parameters()), self._room():
+        with self._threads(), self._room():
             return self._run(resume)
 
     def _run(self, resume: bool) -> Summary:
@@ -148,6 +148,9 @@ class Trainer:
                     self._save()
         self._save()
         return self._finish()
+
+    def _threads(self) -> contextlib.AbstractContextManager:
+        return backend.blas_threads(self.model.parameters(), self.settings.threads)
 
     def _due(self, every: int | None) -> bool:
         return every is not None and self.summary.steps % every == 0

@@ -8,7 +8,7 @@ import tiny
 from test_trainer import examples
 from variants import VARIANTS, attached, bare
 
-from refpeft import sites
+from refpeft import backend, sites
 from refpeft.batches import Batches
 from refpeft.config import Train
 from refpeft.errors import RefpeftError
@@ -99,7 +99,8 @@ def test_where_much_is_trained_there_is_one_shard():
 
 def test_an_error_in_one_share_is_told_after_all_have_ended():
     model, _ = attached("llama", "lora", dtype="float32")
-    shards, ended = Shards(model, Flat(model.trained()), 2), []
+    with backend.blas_threads(0, 2):
+        shards, ended = Shards(model, Flat(model.trained())), []
 
     def work(_, share: int) -> None:
         if share:
