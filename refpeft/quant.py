@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
-from . import manager
-from .backend import Array, cast
+from . import arena, manager
+from .backend import Array, bfloat16, cast
 from .errors import RefpeftError
 
 CONSTANTS = "dynamic8"  # the quantizer of another's constants
+
+PANEL = 1024
+"""Rows of a weight that are made dense at once: with fewer, products with them take noticeably longer."""
 
 
 class Dense:
@@ -22,11 +26,17 @@ class Dense:
         self.array, self.dtype, self.shape = array, dtype, array.shape
 
     def __call__(self) -> Array:
-        return cast(self.array, self.dtype)
+        return _dense(self.array, self.dtype)
+
+    def panels(self, rows: int | None = None) -> Iterator[tuple[slice, Array]]:
+        """(which rows, these rows dense), from the first to the last; `rows` at a time, or as many as suit."""
+        as_it_is = self.array.dtype == self.dtype
+        for part in _parts(len(self.array), rows or (len(self.array) if as_it_is else PANEL)):
+            yield part, _dense(self.array[part], self.dtype)
 
     def rows(self, ids: Array) -> Array:
         """Some rows of it: only these are cast."""
-        return cast(self.array[ids], self.dtype)
+        return _dense(self.array[ids], self.dtype)
 
     def like(self, array: Array, name: str = "") -> Dense:
         """Another array, kept as this one is."""
@@ -35,6 +45,24 @@ class Dense:
     @property
     def nbytes(self) -> int:
         return self.array.nbytes
+
+
+def _dense(array: Array, dtype: np.dtype) -> Array:
+    """cast(array, dtype); where NumPy makes float32 of bfloat16, in arena memory and in the layout of `array`."""
+    if not (isinstance(array, np.ndarray) and array.dtype == bfloat16 and dtype == np.float32):
+        return cast(array, dtype)
+    by_columns = array.ndim == 2 and array.strides[0] < array.strides[1]
+    wide = arena.empty(array.shape[::-1], np.dtype("u4")).T if by_columns else arena.empty(array.shape, np.dtype("u4"))
+    wide[...] = array.view("u2")
+    np.left_shift(wide, 16, out=wide)
+    return wide.view("f4")
+
+
+def _parts(count: int, step: int) -> Iterator[slice]:
+    """Slices that make up range(count), as few as have at most `step` each, of about the same multiple of 64."""
+    number = -(-count // step)
+    each = min(step, -(-count // (64 * number or 1)) * 64)
+    return (slice(start, min(start + each, count)) for start in range(0, count, each or 1))
 
 
 LARGEST = 2.0**120
@@ -132,6 +160,12 @@ class Quantized:
     def __call__(self) -> Array:
         return self.quantizer.dense(self.parts, self.shape, self.dtype)
 
+    def panels(self, rows: int | None = None) -> Iterator[tuple[slice, Array]]:
+        """As Dense.panels: made dense panel by panel."""
+        dense = self()
+        for part in _parts(len(dense), rows or len(dense)):
+            yield part, dense[part]
+
     def like(self, array: Array, name: str = "") -> Quantized:
         """Another array in the same format; `name` is for error messages."""
         return self.quantizer(array, self.dtype, name)
@@ -139,6 +173,17 @@ class Quantized:
     @property
     def nbytes(self) -> int:
         return sum(part.nbytes for part in self.parts.values())
+
+
+Frozen = Dense | Quantized
+
+
+def frozen(weight: Callable[[], Array]) -> Frozen:
+    """`weight` itself, or what another callable gives as a Dense."""
+    if isinstance(weight, Frozen):
+        return weight
+    array = weight()
+    return Dense(array, array.dtype)
 
 
 def make_quantizer(name: str | None, options: Any = None, double_quant: bool = False) -> Quantizer | None:
