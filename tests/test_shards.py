@@ -4,7 +4,11 @@ import time
 
 import numpy as np
 import pytest
+import threadpoolctl
 import tiny
+from test_every_model import KINDS, TASKS, headed, rows
+from test_every_model import attached as other_families
+from test_heads import asked
 from test_trainer import examples
 from variants import VARIANTS, attached, bare
 
@@ -112,3 +116,31 @@ def test_an_error_in_one_share_is_told_after_all_have_ended():
     with pytest.raises(RefpeftError, match="the first share"):
         shards.run(work, [0, 1])
     assert ended == [1]
+
+
+def blas() -> int:
+    return max(library["num_threads"] for library in threadpoolctl.threadpool_info() if library["user_api"] == "blas")
+
+
+def test_blas_has_one_thread_in_each_of_several_shares_and_all_in_a_single_one():
+    model, _ = attached("llama", "lora", dtype="float32")
+    with backend.blas_threads(0, 2):
+        shards = Shards(model)
+        assert shards.run(lambda _, share: blas(), [0, 1]) == [1, 1]
+        assert shards.run(lambda _, share: blas(), [0]) == [2]
+        with threadpoolctl.threadpool_limits(3, user_api="blas"):  # set by something else between two steps
+            assert shards.run(lambda _, share: blas(), [0, 1]) == [1, 1]
+        assert blas() == 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_twins_of_encoders_and_of_t5_compute_the_same(kind):
+    model, _ = other_families(kind, "lora")
+    assert np.array_equal(twin(model)(**rows(kind)).data, model(**rows(kind)).data)
+
+
+@pytest.mark.parametrize(("kind", "task"), TASKS.items())
+def test_twins_have_the_head_of_a_task(kind, task):
+    model, batch = headed(kind, "lora", 0), asked(kind, task)
+    tiny.scramble(sites.attach(model, "lora"))
+    assert np.array_equal(twin(model).loss(batch).data, model.loss(batch).data)
