@@ -160,8 +160,6 @@ def train(resolved: Resolved, directory: Path, resume: bool = False, say: Callab
         for adapter in model.adapters:
             adapters.packed(adapter, packer)  # what it cannot keep is said now, not after hours of training
     compare = Comparison(model, task, held_out, exact=inputs.data_files(run)[1] == [inputs.HERE / "held_out.jsonl"])
-    with sites.bypassed(model):
-        compare.ask()
     say(f"{' + '.join(run.methods)} trains {trained:,} numbers, {trained / model.parameters():.2%} of the model's")
     say(_frozen(model))
 
@@ -244,7 +242,7 @@ def _stated(resolved: Resolved, found: Inputs, directory: Path) -> Resolved:
 
 
 class Comparison:
-    """What the model answers to held-out prompts, asked before and after training; nothing for other tasks."""
+    """What the model answers to held-out prompts, without what was trained and with it; nothing for other tasks."""
 
     def __init__(self, model: Model, task: Task, held_out: Data | None, exact: bool):
         self.model, self.task, self.exact = model, task, exact
@@ -253,10 +251,18 @@ class Comparison:
         self.said: list[list[str]] = []
 
     def ask(self) -> None:
-        """Greedy answers to all prompts, each as long as the longest wanted answer and a little."""
+        """Greedy answers to all prompts, each as long as the longest wanted answer and a little.
+
+        Bypassed the model is what it was before training, so that no step has to wait for those answers.
+        """
         if self.rows:
-            prompts = [self.task.prompt(row) for row in self.rows]
-            self.said.append(self.task.answers(self.model, prompts, self.task.longest(self.rows)))
+            with sites.bypassed(self.model):
+                self.said.append(self._answers())
+            self.said.append(self._answers())
+
+    def _answers(self) -> list[str]:
+        prompts = [self.task.prompt(row) for row in self.rows]
+        return self.task.answers(self.model, prompts, self.task.longest(self.rows))
 
     @property
     def wanted(self) -> list[str]:
