@@ -1,1 +1,146 @@
-"""Activations, sums and dropout, for float32 arrays of NumPy."""
+"""Activations, sums and products, for float32 arrays of NumPy.
+
+Of a function of one array its derivative is kept in place of the array, as the backward pass then is one product. NumPy
+computes exp several times as fast as a power, a choice (`where`) or copysign, so the formulas here have none of these.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from .. import arena, fused, ops
+from .blocks import blocks
+
+# ---- activations ---------------------------------------------------------------------------------------------------
+
+
+@fused.gelu.override(np.ndarray, "f4")
+def gelu(needs, x, *, approximate):
+    if not x.ndim or not x.size:
+        return NotImplemented
+    y, slope = arena.like(x), arena.like(x) if needs[0] else None
+    one_block = _gelu_tanh if approximate else _gelu_exact
+    with np.errstate(over="ignore"):  # e**-2u of a large -u
+        for part in blocks(x, y, slope, scratch=3):
+            one_block(*part)
+    return y, (slope,)
+
+
+@gelu.backward
+def _(g, slope):
+    return (np.multiply(g, slope, out=slope),)
+
+
+_C, _K = math.sqrt(2 / math.pi), 0.044715  # u = C (x + K x^3)
+
+
+def _gelu_tanh(x, y, slope, phi, square, rest):
+    """x phi with phi = sigmoid(2u), which is (1 + tanh(u)) / 2; the derivative is phi + y (1 - phi) 2u'."""
+    np.multiply(x, x, out=square)
+    np.multiply(square, -2 * _C * _K, out=phi)
+    phi -= 2 * _C
+    phi *= x
+    _sigmoid_of_minus(phi)
+    np.multiply(x, phi, out=y)
+    if slope is not None:
+        square *= 6 * _C * _K
+        square += 2 * _C
+        square *= y
+        np.subtract(1, phi, out=rest)
+        rest *= square
+        np.add(phi, rest, out=slope)
+
+
+def _sigmoid_of_minus(z):
+    """sigmoid(-z), in place of z."""
+    np.exp(z, out=z)
+    z += 1
+    np.reciprocal(z, out=z)
+
+
+# Phi(-a) / phi(a) for a >= 0, phi and Phi the standard normal's density and distribution, as a polynomial in
+# a / (a + SHIFT), highest power first: what Lawson's algorithm finds with the weight phi(a)^0.9, for the SHIFT that
+# makes phi(a) times the error smallest, 1.3e-8. The form is Abramowitz and Stegun's, 7.1.26, but for the variable:
+# it is 0 where a is, so that rounding adds least where Phi(-a) is largest.
+_SHIFT = 3.175
+_MILLS = (0.33986875, -0.33669824, -1.2053692, 3.1418062, -3.1749925, 1.2533141)
+_ONE = np.float32(1).view(np.int32)  # its bits
+
+
+def _gelu_exact(x, y, slope, density, phi, t):
+    """x Phi(x); the derivative is Phi(x) + x phi(x)."""
+    half = np.multiply(x, -0.5, out=phi)
+    np.multiply(half, x, out=density)
+    np.exp(density, out=density)
+    density *= 1 / math.sqrt(2 * math.pi)
+    step = np.right_shift(half.view(np.int32), 31, out=y.view(np.int32))  # all bits where x > 0: the sign of -x / 2
+    step &= _ONE
+    np.abs(x, out=t)
+    np.add(t, _SHIFT, out=phi)
+    t /= phi
+    np.multiply(t, _MILLS[0], out=phi)
+    for c in _MILLS[1:-1]:
+        phi += c
+        phi *= t
+    phi += _MILLS[-1]
+    phi *= density
+    np.subtract(y, phi, out=phi)  # y is 1 where x > 0, 0 elsewhere, and phi Phi(-|x|): this is Phi(x) or -Phi(x)
+    np.abs(phi, out=phi)
+    np.multiply(x, phi, out=y)
+    if slope is not None:
+        density *= x
+        np.add(density, phi, out=slope)
+
+
+@ops.silu.override(np.ndarray, "f4")
+def silu(needs, x):
+    if not x.ndim or not x.size:
+        return NotImplemented
+    y, slope = arena.like(x), arena.like(x) if needs[0] else None
+    with np.errstate(over="ignore"):
+        for part in blocks(x, y, slope, scratch=1):
+            _silu(*part)
+    return y, (slope,)
+
+
+@silu.backward
+def _(g, slope):
+    return (np.multiply(g, slope, out=slope),)
+
+
+def _silu(x, y, slope, s):
+    """x s with s = sigmoid(x); the derivative is s + y (1 - s)."""
+    np.negative(x, out=s)
+    _sigmoid_of_minus(s)
+    np.multiply(x, s, out=y)
+    if slope is not None:
+        np.subtract(1, s, out=slope)
+        slope *= y
+        slope += s
+
+
+@fused.silu_mul.override(np.ndarray, "f4")
+def silu_mul(needs, gate, up):
+    if up.shape != gate.shape or not gate.ndim or not gate.size:
+        return NotImplemented
+    y = arena.like(gate)
+    slopes = tuple(arena.like(gate) if need else None for need in needs)  # up silu'(gate) and silu(gate)
+    with np.errstate(over="ignore"):
+        for gate_, up_, y_, by_gate, by_up, s, spare in blocks(gate, up, y, *slopes, scratch=2):
+            activated = spare if by_up is None else by_up
+            _silu(gate_, activated, by_gate, s)
+            np.multiply(activated, up_, out=y_)
+            if by_gate is not None:
+                by_gate *= up_
+    return y, slopes
+
+
+@silu_mul.backward
+def _(g, *slopes):
+    for g_, *parts in blocks(g, *slopes):
+        for slope in parts:
+            if slope is not None:
+                slope *= g_
+    return slopes
