@@ -60,7 +60,7 @@ def quant_pack(weight, cfg):
 
 
 @hookimpl
-def quant_unpack(parts, cfg, shape, dtype):
+def quant_unpack(parts, cfg, shape, dtype, rows):
     def unpack(values, codes, scale, zero):
         if cfg.bits == 4:
             look_up(tuple(range(16)), codes, values)
@@ -75,4 +75,5 @@ def quant_unpack(parts, cfg, shape, dtype):
     if cfg.nested:
         scale = (parts["constants"] >> 4) * parts["scale_range"] / STEPS
         zero = (parts["constants"] & 15).astype("f4") * (cfg.zero_range or 2**cfg.bits - 1) / STEPS
-    return unpack_rows(unpack, shape, dtype, (parts["packed" if cfg.bits == 4 else "codes"].reshape(-1), scale, zero))
+    codes = parts["packed" if cfg.bits == 4 else "codes"].reshape(-1)
+    return unpack_rows(unpack, shape, dtype, (codes, scale, zero), rows=rows)

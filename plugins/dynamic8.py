@@ -42,9 +42,9 @@ def quant_pack(weight, cfg):
 
 
 @hookimpl
-def quant_unpack(parts, cfg, shape, dtype):
+def quant_unpack(parts, cfg, shape, dtype, rows):
     levels = parts.get("levels", book(xp_of(parts["codes"])).levels)
-    values = decode(parts["codes"], parts["absmax"], cfg.block, levels, shape, np.dtype("f4"))
+    values = decode(parts["codes"], parts["absmax"], cfg.block, levels, shape, np.dtype("f4"), rows)
     if "offset" in parts:
         values += parts["offset"]
     return values.astype(dtype, copy=False)

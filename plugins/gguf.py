@@ -38,8 +38,8 @@ def quant_pack(weight, cfg):
 
 
 @hookimpl
-def quant_unpack(parts, cfg, shape, dtype):
-    return unpack_rows(lambda values, rows: _unpack(values, rows, cfg.type), shape, dtype, (parts["blocks"],))
+def quant_unpack(parts, cfg, shape, dtype, rows):
+    return unpack_rows(lambda *some: _unpack(*some, cfg.type), shape, dtype, (parts["blocks"],), rows=rows)
 
 
 def _pack(rows, kind):

@@ -42,10 +42,10 @@ def quant_pack(weight, cfg):
 
 
 @hookimpl
-def quant_unpack(parts, cfg, shape, dtype):
+def quant_unpack(parts, cfg, shape, dtype, rows):
     def unpack(values, packed, scale):
         look_up(LEVELS, packed, values)
         values, scale = aligned(values, min(cfg.group, shape[-1]), scale)
         values *= scale
 
-    return unpack_rows(unpack, shape, dtype, (parts["packed"], parts["scale"]))
+    return unpack_rows(unpack, shape, dtype, (parts["packed"], parts["scale"]), rows=rows)

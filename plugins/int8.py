@@ -37,9 +37,10 @@ def quant_pack(weight, cfg):
 
 
 @hookimpl
-def quant_unpack(parts, cfg, shape, dtype):
-    values = parts["codes"].astype("f4")
-    values *= parts["scale"][..., None]
+def quant_unpack(parts, dtype, rows):
+    some = ... if rows is None else rows
+    values = parts["codes"][some].astype("f4")
+    values *= parts["scale"][some][..., None]
     values *= np.float32(1 / 127)
     return values.astype(dtype, copy=False)
 

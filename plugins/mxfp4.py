@@ -28,8 +28,9 @@ def quant_pack(weight):
 
 
 @hookimpl
-def quant_unpack(parts, shape, dtype):
-    return unpack_rows(_unpack, shape, dtype, [part.reshape(-1) for part in (parts["blocks"], parts["scales"])], BLOCK)
+def quant_unpack(parts, shape, dtype, rows):
+    flat = [part.reshape(-1) for part in (parts["blocks"], parts["scales"])]
+    return unpack_rows(_unpack, shape, dtype, flat, BLOCK, rows)
 
 
 def _pack(rows):

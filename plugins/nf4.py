@@ -39,6 +39,6 @@ def quant_pack(weight, cfg):
 
 
 @hookimpl
-def quant_unpack(parts, cfg, shape, dtype):
+def quant_unpack(parts, cfg, shape, dtype, rows):
     levels = parts.get("levels", book(xp_of(parts["packed"])).levels)
-    return decode(parts["packed"], parts["absmax"], cfg.block, levels, shape, dtype)
+    return decode(parts["packed"], parts["absmax"], cfg.block, levels, shape, dtype, rows)

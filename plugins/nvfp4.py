@@ -37,14 +37,14 @@ def quant_pack(weight):
 
 
 @hookimpl
-def quant_unpack(parts, shape, dtype):
+def quant_unpack(parts, shape, dtype, rows):
     def unpack(values, packed, scales):
         decode_e2m1(packed, values)
         blocks = values.reshape(-1, BLOCK)
         blocks *= _scale(scales, parts["weight_scale_2"])
 
-    rows = [part.reshape(-1) for part in (parts["weight"], parts["weight_scale"])]
-    return unpack_rows(unpack, shape, dtype, rows, BLOCK)
+    flat = [part.reshape(-1) for part in (parts["weight"], parts["weight_scale"])]
+    return unpack_rows(unpack, shape, dtype, flat, BLOCK, rows)
 
 
 def _scale(codes, over_all):

@@ -68,9 +68,23 @@ def encode(
     return codes[: array.size], absmax
 
 
-def decode(codes: Array, absmax: Array, block: int, levels: Array, shape: tuple[int, ...], dtype: np.dtype) -> Array:
-    """The array of this shape and dtype that was encoded to `codes` and `absmax`."""
+def decode(
+    codes: Array,
+    absmax: Array,
+    block: int,
+    levels: Array,
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    rows: slice | None = None,
+) -> Array:
+    """The array of this shape and dtype that was encoded to `codes` and `absmax`, or these `rows` of a matrix alone."""
     codes = codes.reshape(-1)
+    if rows is not None:
+        first, last = rows.start * shape[1], rows.stop * shape[1]
+        at, per_byte = first // block, 2 if len(levels) == 16 else 1
+        codes = codes[at * block // per_byte : -(-last // per_byte)]
+        values = decode(codes, absmax[at:], block, levels, (last - at * block,), dtype)
+        return values[first - at * block :].reshape(-1, shape[1])
     if xp_of(codes) is np:
         return blockwise_numpy.decode(codes, absmax, block, levels, shape, dtype)
     if len(levels) == 16:

@@ -6,14 +6,18 @@ of threads. Temporary arrays are as large as a chunk, whatever the size of the w
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from math import prod
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from . import arena
 
 if TYPE_CHECKING:
     from .blockwise import Book
@@ -67,7 +71,7 @@ def decode(
     """refpeft.blockwise.decode."""
     count, per_byte = prod(shape), 2 if len(levels) == 16 else 1
     table = _pairs(levels) if per_byte == 2 else levels
-    values = np.empty(count + count % per_byte, dtype)
+    values = arena.empty((count + count % per_byte,), dtype)
 
     def span(start: int, stop: int) -> None:
         direct = dtype == np.float32
@@ -140,7 +144,7 @@ def in_parallel(function: Callable[[int, int], None], count: int, step: int) -> 
 
     They run in threads, of which each has two steps to do at least.
     """
-    threads = max(1, min(THREADS, count // (2 * step)))
+    threads = 1 if _here.alone else max(1, min(THREADS, count // (2 * step)))
     length = -(-count // (threads * step)) * step
     spans = [(start, min(start + length, count)) for start in range(0, count, length or 1)]
     others = [_pool().submit(function, *span) for span in spans[1:]]
@@ -148,6 +152,23 @@ def in_parallel(function: Callable[[int, int], None], count: int, step: int) -> 
         function(*spans[0])
     for other in others:
         other.result()
+
+
+class _Here(threading.local):
+    alone = False  # whether this thread takes no others
+
+
+_here = _Here()
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Within it this thread does all the work itself: others are as busy."""
+    before, _here.alone = _here.alone, True
+    try:
+        yield
+    finally:
+        _here.alone = before
 
 
 @cache

@@ -224,5 +224,9 @@ def quant_pack(weight, cfg):
 
 
 @hookspec
-def quant_unpack(parts, cfg, shape, dtype):
-    """The dense array again, from what `quant_pack` gave: the definition of the format."""
+def quant_unpack(parts, cfg, shape, dtype, rows):
+    """The dense array again, from what `quant_pack` gave: the definition of the format.
+
+    `rows` is None, or a slice of the rows of a matrix: then these alone are given, with the same bits. A product asks a
+    hook that names it for some rows at a time, so that the dense matrix is never there as a whole.
+    """

@@ -29,7 +29,7 @@ class Dense:
         return _dense(self.array, self.dtype)
 
     def panels(self, rows: int | None = None) -> Iterator[tuple[slice, Array]]:
-        """(which rows, these rows dense), from the first to the last; `rows` at a time, or as many as suit."""
+        """(which rows, these rows dense), from the first to the last; `rows` at a time, a multiple of 64."""
         as_it_is = self.array.dtype == self.dtype
         for part in _parts(len(self.array), rows or (len(self.array) if as_it_is else PANEL)):
             yield part, _dense(self.array[part], self.dtype)
@@ -104,6 +104,11 @@ class Quantizer:
         """The values of its Config; a plugin without a Config has none."""
         return {} if self.cfg is None else vars(self.cfg)
 
+    @property
+    def by_rows(self) -> bool:
+        """Whether the plugin gives some rows of a weight without the others."""
+        return "rows" in self._unpack[1]
+
     def __str__(self) -> str:
         options = ", ".join(f"{key} = {value}" for key, value in self.options.items())
         said = f"{self.name} ({options})" if options else self.name
@@ -134,8 +139,25 @@ class Quantizer:
 
     def dense(self, parts: dict[str, Array], shape: tuple[int, ...], dtype: np.dtype) -> Array:
         """The array that `parts` stand for."""
+        return self._dense(self._whole(parts), shape, dtype)
+
+    def panels(
+        self, parts: dict[str, Array], shape: tuple[int, ...], dtype: np.dtype, step: int
+    ) -> Iterator[tuple[slice, Array]]:
+        """The same of a matrix, as (which rows, these); `step` rows at a time, a multiple of 64, or somewhat fewer.
+
+        Constants that are quantized themselves are made dense once. Without `by_rows` so is the matrix.
+        """
+        parts = self._whole(parts)
+        whole = None if self.by_rows else self._dense(parts, shape, dtype)
+        for rows in _parts(shape[0], step):
+            yield rows, self._dense(parts, shape, dtype, rows) if self.by_rows else whole[rows]
+
+    def _dense(
+        self, parts: dict[str, Array], shape: tuple[int, ...], dtype: np.dtype, rows: slice | None = None
+    ) -> Array:
         function, names = self._unpack
-        have = {"parts": self._whole(parts), "cfg": self.cfg, "shape": shape, "dtype": dtype}
+        have = {"parts": parts, "cfg": self.cfg, "shape": shape, "dtype": dtype, "rows": rows}
         return function(*(have[n] for n in names))
 
     def _whole(self, parts: dict[str, Array]) -> dict[str, Array]:
@@ -160,11 +182,9 @@ class Quantized:
     def __call__(self) -> Array:
         return self.quantizer.dense(self.parts, self.shape, self.dtype)
 
-    def panels(self, rows: int | None = None) -> Iterator[tuple[slice, Array]]:
-        """As Dense.panels: made dense panel by panel."""
-        dense = self()
-        for part in _parts(len(dense), rows or len(dense)):
-            yield part, dense[part]
+    def panels(self, rows: int = PANEL) -> Iterator[tuple[slice, Array]]:
+        """As Dense.panels."""
+        return self.quantizer.panels(self.parts, self.shape, self.dtype, rows)
 
     def like(self, array: Array, name: str = "") -> Quantized:
         """Another array in the same format; `name` is for error messages."""

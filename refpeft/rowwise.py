@@ -18,7 +18,7 @@ from typing import Literal
 import ml_dtypes
 import numpy as np
 
-from . import blockwise_numpy
+from . import arena, blockwise_numpy
 from .backend import Array, xp_of
 
 PIECE_ON_A_DEVICE = 1 << 24
@@ -52,15 +52,24 @@ def pack_rows(pack: Callable[..., tuple[Array, ...]], weight: Array, *constants:
 
 
 def unpack_rows(
-    unpack: Callable[..., None], shape: tuple[int, ...], dtype: np.dtype, parts: Sequence[Array], block: int = 1
+    unpack: Callable[..., None],
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    parts: Sequence[Array],
+    block: int = 1,
+    rows: slice | None = None,
 ) -> Array:
     """The array of this shape and dtype that unpack(values, *parts of these rows) fills with some rows at a time.
 
     parts   arrays that hold row after row along their first axis, or one element for all rows
     block   `values` (n, length; float32, C order) has rows of whole blocks; what is beyond the end of a row is left out
+    rows    those of a matrix that alone are asked for: an even one is the first
     """
     xp, count = xp_of(*parts), prod(shape[:-1])
-    result = xp.empty((count, shape[-1]), dtype)
+    if rows is not None:
+        parts = [_of_rows(part, rows.start, rows.stop, count) for part in parts]
+        return unpack_rows(unpack, (rows.stop - rows.start, shape[1]), dtype, parts, block)
+    result = (arena if xp is np else xp).empty((count, shape[-1]), dtype)
     length = shape[-1] + -shape[-1] % block
     direct = dtype == np.float32 and length == shape[-1]
 

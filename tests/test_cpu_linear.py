@@ -1,14 +1,16 @@
 """The faster pairs of linear layers: what the plain ones say in float64, from weights of every kind."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import refpeft.cpu  # noqa: F401  (registers them)
-from refpeft import RefpeftError, fused, ops, tensor
+from refpeft import RefpeftError, fused, manager, ops, tensor
 from refpeft.backend import bfloat16
-from refpeft.quant import Dense
+from refpeft.quant import Dense, make_quantizer
 from refpeft.tensor import Tensor, parameter
 
 EPS = float(np.finfo("f4").eps)
@@ -136,3 +138,49 @@ def test_panels_are_as_few_as_can_be(count, rows):
     parts = [part for part, _ in Dense(array, array.dtype).panels(rows)]
     assert [i for part in parts for i in range(part.start, part.stop)] == list(range(count))
     assert len(parts) == -(-count // rows)
+
+
+# ---- quantized weights -----------------------------------------------------------------------------------------------
+
+LISTED = manager.catalogue()
+QUANTIZERS = [name for name, listing in LISTED.items() if listing.kind == "quantizer"]
+BY_ROWS = [name for name in QUANTIZERS if make_quantizer(name).by_rows]
+OPTIONS = {
+    "affine": [{"bits": bits, "per": per} for bits in (4, 8) for per in ("group", "row", "tensor")],
+    "gguf": [{"type": kind} for kind in ("Q4_0", "Q4_1", "Q8_0")],
+    "nf4": [{"block": 64}, {"block": 4096}],
+}
+
+
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize(("name", "options"), [(name, each) for name in BY_ROWS for each in OPTIONS.get(name, [{}])])
+@pytest.mark.parametrize("shape", [(1030, 96), (200, 37), (65, 1)])
+def test_panels_of_a_quantized_weight_have_the_bits_of_the_whole(name, options, double, shape):
+    try:
+        weight = make_quantizer(name, options, double)(normal(shape), np.dtype("f4"))
+    except RefpeftError as error:
+        pytest.skip(str(error))
+    for step in (64, 1024):
+        panels = list(weight.panels(step))
+        assert len(panels) == -(-shape[0] // step) and max(len(dense) for _, dense in panels) <= step
+        assert np.array_equal(np.concatenate([dense for _, dense in panels]), weight())
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_a_product_with_a_quantized_weight_is_that_with_its_values(name):
+    weight = make_quantizer(name)(normal((1100, 64)), np.dtype("f4"))
+    dense = weight().astype("f8")
+    x, g = normal((2, 3, 64), 1), normal((2, 3, 1100), 2)
+    agree(fused.frozen_linear, (x,), (True,), g, limit=64, wide={"weight": lambda: dense}, weight=weight)
+
+
+def test_of_a_quantized_weight_no_more_than_a_panel_is_dense():
+    weight = make_quantizer("nf4", None, double_quant=True)(normal((16 * 1024, 64)), np.dtype("f4"))
+    x, whole = parameter(normal((4, 64), 1)), 16 * 1024 * 64 * 4
+    tracemalloc.start()
+    try:
+        fused.frozen_linear(x, weight=weight).backward()
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < whole / 3

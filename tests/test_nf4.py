@@ -23,7 +23,7 @@ def pack(weight, **options):
 
 
 def unpack(parts, shape, dtype="f4", **options):
-    return nf4.quant_unpack(parts, nf4.Config(**options), shape, np.dtype(dtype))
+    return nf4.quant_unpack(parts, nf4.Config(**options), shape, np.dtype(dtype), rows=None)
 
 
 def codes(packed: np.ndarray) -> np.ndarray:

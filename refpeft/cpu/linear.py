@@ -31,6 +31,7 @@ def frozen_linear(needs, x, bias=None, *, weight):
     y = arena.empty((len(rows), out), x.dtype)
     for part, dense in kept.panels():
         np.matmul(rows, dense.T, out=y[:, part])
+        del dense  # before the next one is made
     if bias is not None:
         np.add(y, bias, out=y)  # not block by block after a product of as many rows: smaller products cost more
     return y.reshape(*x.shape[:-1], out), (weight if needs[0] else None, needs)
@@ -49,6 +50,7 @@ def _times(rows: np.ndarray, weight: Frozen) -> np.ndarray:
     for part, dense in weight.panels():
         product = _product(rows[:, part], dense)
         total = product if total is None else np.add(total, product, out=total)
+        del dense, product  # before the next ones are made
     return total
 
 

@@ -102,7 +102,7 @@ def _losses(
             rows_of_targets[here] = dense[ids]
             np.multiply(dx, shrink, out=dx)
             np.add(dx, np.matmul(logits, dense, out=arena.like(hidden)), out=dx)
-        del logits  # before the next ones are made
+        del logits, dense  # before the next ones are made
     if dx is not None:
         np.multiply(dx, (counts[:, None] / total).astype(dx.dtype), out=dx)
         np.multiply(rows_of_targets, counts[:, None], out=rows_of_targets)

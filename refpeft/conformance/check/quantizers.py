@@ -20,7 +20,7 @@ from refpeft.manager import Listing
 from refpeft.quant import Quantizer
 from refpeft.rng import Stream
 
-WHOLE, ODD = (24, 256), (7, 37)
+WHOLE, TALL, ODD = (24, 256), (200, 96), (7, 37)
 _FLOAT = np.dtype("f4")
 
 
@@ -134,6 +134,19 @@ def dtypes(subject: Subject) -> str:
     return "float32 and float64, the same numbers"
 
 
+def some_rows(subject: Subject) -> str:
+    if not subject.quantizer.by_rows:
+        raise NotApplicable("quant_unpack names no `rows`: for a product the whole weight is made dense")
+    weight = drawn(TALL)
+    parts, whole = subject.quantizer.pack(weight), subject.dense(weight)
+    for rows, panel in subject.quantizer.panels(parts, TALL, _FLOAT, 64):
+        if panel.shape != whole[rows].shape:
+            raise Failed(f"of {len(whole[rows])} rows it gives the shape {panel.shape}: expected {whole[rows].shape}")
+        if not np.array_equal(panel, whole[rows]):
+            raise Failed(f"rows {rows.start} to {rows.stop - 1} alone are others than in the whole weight")
+    return "rows alone are those of the whole weight, to the bit"
+
+
 def same_bits_again(subject: Subject) -> str:
     weight = drawn(ODD if _takes(subject, ODD) else WHOLE)
     before = weight.copy()
@@ -219,6 +232,7 @@ PROPERTIES = (
     zeros,
     any_finite_number,
     dtypes,
+    some_rows,
     same_bits_again,
     packing_what_was_unpacked,
     on_a_device,
