@@ -162,9 +162,9 @@ _here = _Here()
 
 
 @contextlib.contextmanager
-def alone() -> Iterator[None]:
-    """Within it this thread does all the work itself: others are as busy."""
-    before, _here.alone = _here.alone, True
+def alone(alone: bool = True) -> Iterator[None]:
+    """Within it this thread does all the work itself, as where others are as busy."""
+    before, _here.alone = _here.alone, alone
     try:
         yield
     finally:

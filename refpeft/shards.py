@@ -16,7 +16,7 @@ from typing import TypeVar
 import numpy as np
 import threadpoolctl
 
-from . import arena, backend, sites
+from . import arena, backend, blockwise_numpy, sites
 from .arena import Arena
 from .backend import Array
 from .layers import Layer, Part
@@ -75,7 +75,7 @@ class Shards:
         used = self._shards[: len(shares)]
         with self._blas.limit(limits=self._threads if len(used) == 1 else 1, user_api="blas"):
             pairs = zip(used, shares, strict=True)
-            waiting = [self._pool.submit(_within, shard, work, share) for shard, share in pairs]
+            waiting = [self._pool.submit(_within, shard, work, share, len(used) > 1) for shard, share in pairs]
             wait(waiting)  # for all of them, even if one fails
             results = [one.result() for one in waiting]
         if (total := used[0].gradients) is not None:
@@ -90,8 +90,8 @@ class Shards:
             shard.arena.next_step()
 
 
-def _within(shard: Shard, work: Callable[[Model, Share], Result], share: Share) -> Result:
-    with arena.using(shard.arena):
+def _within(shard: Shard, work: Callable[[Model, Share], Result], share: Share, others: bool) -> Result:
+    with arena.using(shard.arena), blockwise_numpy.alone(others):
         return work(shard.model, share)
 
 

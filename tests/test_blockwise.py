@@ -150,3 +150,13 @@ def test_the_dynamic_maps_are_dense_near_zero_which_is_one_of_their_levels():
         assert (np.diff(levels) > 0).all()
     assert signed[127] == 0 and signed[0] == np.float32(-0.99296874) and signed[128] == np.float32(5.5000004e-7)
     assert unsigned[0] == 0 and unsigned[1] == np.float32(3.2500003e-7)
+
+
+def test_a_thread_that_is_alone_takes_no_others(monkeypatch):
+    monkeypatch.setattr(blockwise_numpy, "THREADS", 4)
+    spans = []
+    with blockwise_numpy.alone():
+        blockwise_numpy.in_parallel(lambda start, stop: spans.append((start, stop)), 100, 8)
+    assert spans == [(0, 100)]
+    blockwise_numpy.in_parallel(lambda start, stop: spans.append((start, stop)), 100, 8)
+    assert len(spans) == 5
