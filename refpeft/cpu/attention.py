@@ -25,7 +25,7 @@ CALM = 60
 LATER = np.where(np.tri(BLOCK, k=-1, dtype=bool), FLOAT.type(-np.inf), FLOAT.type(0))
 """What is added to the scores of a block's own keys with its queries: keys that come later are not seen."""
 
-ROTATED = 2**15
+ROTATED = 2**16
 """Numbers rotated at once."""
 
 Span = tuple[slice, slice, slice]
@@ -43,16 +43,21 @@ def attention(needs, q, k, v, bias=None, *, mask, scale=None):
     """By documents and blocks of scores that stay in cache: nothing is computed of padding, which gets zeros.
 
     Scores are made keys by queries, which is faster than queries by keys: then it is the queries, the smaller matrix,
-    that BLAS transposes. Not written for a bias, a window shorter than a document, or a text that asks another.
+    that BLAS transposes. Where something is trained, or of more than one query, it is not written for a bias, a window
+    shorter than a document, or a text that asks another.
     """
     batch, heads, queries, dim = q.shape
     kv_heads, keys = k.shape[1:3]
     fit = heads % kv_heads == 0 and k.shape == (batch, kv_heads, keys, dim) and v.shape[:3] == k.shape[:3]
-    spans = _spans(mask, batch, queries, keys) if fit and bias is None else None
-    if spans is None:
+    if not fit or mask.keys > keys or (mask.causal and queries > keys):
         return NotImplemented
     scale = FLOAT.type(dim**-0.5 if scale is None else scale)
-    how = _How(mask.causal, scale, queries > 1 and abs(scale) * _longest(q) * _longest(k) < CALM)
+    if queries == 1 and not any(needs):
+        return _attend_once(q, k, v, bias, mask, scale), ()
+    spans = _spans(mask, batch, queries, keys) if bias is None else None
+    if spans is None:
+        return NotImplemented
+    how = _How(mask.causal, scale, abs(scale) * _longest(q) * _longest(k) < CALM)
     y = _in_heads((batch, heads, queries, v.shape[3]), [(rows, asking) for rows, asking, _ in spans])
     lse, scratch = arena.empty((batch, heads, queries), FLOAT), _Scratch()
     of_queries = [_grouped(a, kv_heads) for a in (q, y, lse)]
@@ -78,6 +83,23 @@ def _(g, needs, q, k, v, y, lse, spans, how):
         parts += [None if a is None else a[at_keys] for a in (k, v, dk, dv)]
         _attend_back(*parts, how, scratch)
     return (dq, dk, dv, None)[: len(needs)]
+
+
+def _attend_once(q, k, v, bias, mask: fused.Mask, scale: np.float32) -> np.ndarray:
+    """What a generated token sees, without a tape: every mask and bias, in few steps, and no copy of k or v."""
+    batch, heads, _, dim = q.shape
+    asking = (q * scale).reshape(batch, k.shape[1], -1, dim)
+    scores = np.ascontiguousarray((k @ asking.swapaxes(-1, -2)).swapaxes(-1, -2))  # many rows are fast in a product
+    if bias is not None:
+        scores += bias.reshape(len(bias), *scores.shape[1:])
+    hidden = mask.bias(0, 1, 1, k.shape[2], q)
+    if hidden is not None:
+        scores += hidden[:, None]
+    scores -= scores.max(axis=-1, keepdims=True)
+    np.exp(scores, out=scores)
+    y = scores @ v
+    y /= scores.sum(axis=-1, keepdims=True)
+    return y.reshape(batch, heads, 1, -1)
 
 
 class _How(NamedTuple):
@@ -215,12 +237,10 @@ def _length(part: slice) -> int:
 
 def _spans(mask: fused.Mask, batch: int, queries: int, keys: int) -> list[Span] | None:
     """What `mask` lets see one another; None where it takes more than spans to say so."""
-    if mask.asking is not None or mask.keys > keys or (mask.causal and queries > keys):
+    if mask.asking is not None:
         return None
     if mask.segments is None:
         spans = [(slice(0, batch), slice(0, queries), slice(0, keys))]
-    elif queries == 1:
-        return None  # a generated token: one product for all rows is faster than one for each
     else:
         spans = _documents(mask.segments, queries, keys)
     short = spans and mask.window is not None and mask.window < max(_length(seen) for _, _, seen in spans)
@@ -267,10 +287,13 @@ def _blocks(queries: int, keys: int, causal: bool) -> Iterator[tuple[slice, int]
 
 @fused.rope.override(np.ndarray, "f4")
 def rope(needs, x, *, cos, sin):
-    """x [cos|cos] + [second half of x|first half of x] [-sin|sin], the halves exchanged as if each were one item."""
+    """x [cos|cos] + exchanged(x) [-sin|sin], where `exchanged` copies each half of a head as if it were one item.
+
+    Not for single tokens, which the plain pair rotates in fewer steps.
+    """
     batch, _, time, dim = x.shape
     tables = (len(cos), 1, time, dim // 2)
-    if cos.shape != tables or sin.shape != tables or len(cos) not in (1, batch) or dim % 2:
+    if cos.shape != tables or sin.shape != tables or len(cos) not in (1, batch) or dim % 2 or time == 1:
         return NotImplemented
     return _rotated(x, cos, sin), (cos, sin)
 
@@ -282,22 +305,22 @@ def _(g, cos, sin):
 
 def _rotated(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
     batch, heads, time, dim = x.shape
-    y = arena.empty((batch, time, heads, dim), FLOAT)
+    cos, sin = np.concatenate((cos, cos), axis=-1), np.concatenate((-sin, sin), axis=-1)
     x, cos, sin = (a.transpose(0, 2, 1, 3) for a in (x, cos, sin))
     if x.strides[-1] != x.itemsize:
         x = x.copy()
-    cos, sin = np.concatenate((cos, cos), axis=-1), np.concatenate((-sin, sin), axis=-1)
-    step = max(ROTATED // (heads * dim), 1)
     half = np.dtype((np.void, dim // 2 * x.itemsize))
-    exchanged = arena.empty((min(step, time), heads, dim), FLOAT)
-    for row in range(batch):
-        of_row = row if len(cos) > 1 else 0
-        for start in range(0, time, step):
-            some = slice(start, start + step)
-            block, to = x[row, some], y[row, some]
-            other = exchanged[: len(to)]
-            np.copyto(other.view(half), block.view(half)[..., ::-1])
-            other *= sin[of_row, some]
-            np.multiply(block, cos[of_row, some], out=to)
-            to += other
+    y = arena.empty((batch, time, heads, dim), FLOAT)
+    times = min(max(ROTATED // (heads * dim), 1), time)
+    rows = max(ROTATED // (time * heads * dim), 1)
+    scratch = arena.empty((rows, times, heads, dim), FLOAT)
+    for row in range(0, batch, rows):
+        for start in range(0, time, times):
+            some = slice(row, row + rows), slice(start, start + times)
+            of_tables = some if len(cos) > 1 else (slice(None), some[1])
+            exchanged = scratch[: min(rows, batch - row), : min(times, time - start)]
+            np.copyto(exchanged.view(half), x[some].view(half)[..., ::-1])
+            exchanged *= sin[of_tables]
+            np.multiply(x[some], cos[of_tables], out=y[some])
+            y[some] += exchanged
     return y.transpose(0, 2, 1, 3)
