@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from .backend import blas_threads, to_host
+from .backend import SMALL_MODEL, blas_threads, threads, to_host
+from .cpu import products
 from .errors import RefpeftError
 from .models.base import Model
 from .models.cache import Cache
@@ -72,7 +74,7 @@ def answers(
         else:
             walks.append(Single(most, stop, temperature, top_k, top_p, Stream(seed, "sample", *map(int, prompt))))
     together = len(prompts) if longest + max_tokens - 1 <= room else 1  # padding takes positions, too
-    with no_grad(), blas_threads(model.parameters()):
+    with no_grad(), _all_cores(model):
         for start in range(0, len(prompts), together):
             some = slice(start, start + together)
             _finish(walks[some], model, prompts[some], no_repeat_ngram)
@@ -105,6 +107,18 @@ def _check(
         raise RefpeftError("top_k and top_p say among which tokens to draw: set a temperature, too")
     if length_penalty != 1 and beams == 1:
         raise RefpeftError("length_penalty chooses among beams: set 2 beams or more, too")
+
+
+@contextlib.contextmanager
+def _all_cores(model: Model) -> Iterator[None]:
+    """Within it, a model's larger products take all threads: as refpeft.cpu shares them out, where it computes.
+
+    BLAS shares out the product of a single row only, and its threads spin while they wait for each other.
+    """
+    ours = model.xp is np and model.dtype == np.float32
+    number = threads() if ours and model.parameters() >= SMALL_MODEL else 1
+    with blas_threads(model.parameters(), 1 if ours else None), products.threads(number):
+        yield
 
 
 def _finish(walks: Sequence[Single | Beams], model: Model, prompts: Prompts, no_repeat_ngram: int) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 
 from .. import arena, fused, ops
 from ..quant import Frozen, frozen
+from .products import product
 
 _BLOCK = 2**16  # numbers that a chain of ufuncs works on at once: with an operand and a result they stay in L2
 
@@ -30,7 +31,7 @@ def frozen_linear(needs, x, bias=None, *, weight):
     rows = x.reshape(-1, width)
     y = arena.empty((len(rows), out), x.dtype)
     for part, dense in kept.panels():
-        np.matmul(rows, dense.T, out=y[:, part])
+        product(rows, dense, y[:, part])
         del dense  # before the next one is made
     if bias is not None:
         np.add(y, bias, out=y)  # not block by block after a product of as many rows: smaller products cost more
