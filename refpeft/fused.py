@@ -15,7 +15,7 @@ from .backend import Array, xp_of
 from .ops import expect, logistic
 from .rng import Stream
 from .special import erf
-from .tensor import op
+from .tensor import Slice, op
 
 QUERY_BLOCK = 256
 """Queries that attention treats at once: what it holds beside its inputs is (batch, heads, QUERY_BLOCK, keys)."""
@@ -132,6 +132,17 @@ def _(g, ids, shape):
     dt = xp.zeros(shape, g.dtype)
     xp.add.at(dt, ids, g)
     return (dt,)
+
+
+@op
+def pick(needs, x, *, rows):
+    """x[rows], rows one array of integers for each of the leading axes, which say no place twice."""
+    return x[rows], (x.shape, rows)
+
+
+@pick.backward
+def _(g, shape, rows):
+    return (Slice(shape, rows, g),)
 
 
 # ---- norms and activations -----------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType, SimpleNamespace
@@ -14,6 +15,7 @@ from .rng import Stream
 from .tensor import Tensor
 
 if TYPE_CHECKING:
+    from .batches import Share
     from .sites import Site
 
 INPUTS = {
@@ -129,22 +131,28 @@ class Mode:
     step: int = 0  # of the optimizer, from 0
     part: int = 0  # of the step's batch, where its gradients are accumulated
     again: int = 0  # how often the same rows were computed before, for methods that compare passes
-    chunk: int = 0  # of the rows, where the loss gives them to the head in chunks
+    chunk: int = 0  # where the rows begin that the head is given, of those with a target
+    share: Share | None = None  # of what the batch is one, where several are computed at the same time
     run: int = 0  # of a layer that a model runs several times (ALBERT)
     task: Any = None  # which data set of several rows are of: one number, or one for each row
 
 
 class Train:
-    """What a hook knows of training: the optimizer's step, and random numbers, the same in every run of a seed."""
+    """What a hook knows of training: the optimizer's step, and random numbers, the same in every run of a seed.
 
-    def __init__(self, mode: Mode, purpose: tuple[str, ...]):
+    They are also the same for every row, whatever part of a batch is computed at a time. An array has rows if it begins
+    with the axes `like`: those of the batch, or if `picked` of the rows that have a target.
+    """
+
+    def __init__(self, mode: Mode, purpose: tuple[str, ...], like: tuple[int, ...] | None = None, picked: bool = False):
         self.step = mode.step
         again = ("again", mode.again) if mode.again else ()
         again += ("run", mode.run) if mode.run else ()
-        self._key = (mode.seed, "dropout", *purpose, mode.step, mode.part, mode.chunk, *again)
+        self._key = (mode.seed, "dropout", *purpose, mode.step, mode.part, *again)
         self._of_the_pass = (mode.seed, "draw", *purpose, mode.step, mode.part, *again)
         self._of_the_step = (mode.seed, "draw", *purpose[:-1], mode.step)
-        self._stream: Stream | None = None
+        self._mode, self._like, self._picked = mode, like, picked
+        self._calls = 0
         self._draws: Stream | None = None
 
     def draw(self, n: int, apart: bool = False) -> int:
@@ -159,15 +167,28 @@ class Train:
 
     def uniform(self, like: Tensor) -> Tensor:
         """Numbers between 0 and 1 in the shape of `like`, constants, drawn where it is; call it in a fixed order."""
-        self._stream = self._stream or Stream(*self._key, xp=xp_of(like.data))
-        return Tensor(self._stream.uniform(0, 1, like.shape).astype(like.dtype))
+        return Tensor(self._stream(like, 2).uniform(0, 1, like.shape).astype(like.dtype))
 
     def dropout(self, x: Tensor, rate: float) -> Tensor:
         """`x` with elements zeroed at `rate` and the rest scaled by 1 / (1 - rate)."""
         if not rate:
             return x
-        self._stream = self._stream or Stream(*self._key, xp=xp_of(x.data))
-        return fused.dropout(x, rate=rate, stream=self._stream)
+        return fused.dropout(x, rate=rate, stream=self._stream(x, 1))
+
+    def _stream(self, x: Tensor, words: int) -> Stream:
+        """What the numbers of `x` are drawn from, so many words each: a stream for each call, of the whole batch."""
+        self._calls += 1
+        stream = Stream(*self._key, self._calls, xp=xp_of(x.data))
+        return stream.skip(words * self._before(x.shape))
+
+    def _before(self, shape: tuple[int, ...]) -> int:
+        """How many numbers of the whole batch come before those of an array of this shape."""
+        like, share = self._like, self._mode.share
+        if like is None or shape[: len(like)] != like:
+            return 0
+        if self._picked:
+            return (self._mode.chunk + (share.asked.start if share else 0)) * math.prod(shape[1:])
+        return share.here.start * math.prod(shape[share.axis + 1 :]) if share else 0
 
 
 @dataclass
@@ -238,7 +259,7 @@ class Layer:
         below = self._counting(inner) if "embed" in self.site.roles else inner
 
         def call(*args: Any, **keywords: Any) -> Tensor:
-            train = self.train() if "train" in self._names else None
+            train = self.train(args[0].shape) if "train" in self._names else None
             base = Base(self.site, below, keywords, self._purpose)
             have = fixed | {"base": base, "train": train, "behind": part.behind, "task": self.mode.task}
             have |= zip(inputs, args, strict=True)
@@ -256,9 +277,26 @@ class Layer:
 
         return count
 
-    def train(self) -> Train | None:
-        """What its hooks are given of training; None outside of it."""
-        return Train(self.mode, self._purpose) if self.mode.training else None
+    def train(self, reads: tuple[int, ...] | None = None) -> Train | None:
+        """What its hooks are given of training, those of the forward pass by the shape of what they read.
+
+        None outside of it.
+        """
+        if not self.mode.training:
+            return None
+        if reads is None:
+            return Train(self.mode, self._purpose)
+        axes = {"embedding": 2, "attention": 1}.get(self.site.kind, len(reads) - 1)
+        return Train(self.mode, self._purpose, reads[:axes], picked=len(reads) == 2 and axes == 1)
+
+    @property
+    def row_by_row(self) -> bool:
+        """Whether it surely does the same to every row of its input, whatever others are there.
+
+        What can be merged into a weight does, if it is not told of which data set each row is.
+        """
+        merges = self.site.kind in ("linear", "norm") and manager.hook(self.part.plugin, "peft_merge") is not None
+        return merges and not {"task", "memo"} & set(self._names)
 
     @property
     def remembers(self) -> bool:

@@ -47,15 +47,22 @@ class Stream:
         self.seed, self.purpose, self.xp = seed, purpose, xp
         text = "\0".join(map(str, purpose)).encode()
         self._purpose = zlib.crc32(text), zlib.adler32(text)
-        self._next = 0  # index of the next counter; each gives four 32-bit words
+        self._next = 0  # index of the next word, of 32 bits; a counter gives four
+
+    def skip(self, words: int) -> Stream:
+        """This stream, from `words` of 32 bits further on; a float64 is made of two."""
+        self._next += words
+        return self
 
     def bits(self, n: int) -> Any:
         """The next `n` uint32."""
-        xp, blocks = self.xp, -(-n // 4)
+        xp = self.xp
         if n >= 2**60:  # where NumPy has another exception
             raise MemoryError(f"{n:,} random numbers are wanted at once")
-        index = xp.arange(self._next, self._next + blocks, dtype="u8")
-        self._next += blocks
+        first, end = self._next // 4, -(-(self._next + n) // 4)
+        start, self._next = self._next - 4 * first, 4 * end
+        blocks = end - first
+        index = xp.arange(first, end, dtype="u8")
         zero = xp.zeros(blocks, "u4")
         words = philox4x32(
             index.astype("u4"),
@@ -65,7 +72,7 @@ class Stream:
             self.seed & 0xFFFFFFFF,
             self.seed >> 32 & 0xFFFFFFFF,
         )
-        return xp.stack(words, axis=1).reshape(-1)[:n]
+        return xp.stack(words, axis=1).reshape(-1)[start : start + n]
 
     def _unit(self, n: int) -> Any:
         """`n` float64 in [0, 1), 53 bits each."""

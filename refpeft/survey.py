@@ -233,6 +233,8 @@ def _gradients(model: Model, batch: Batch, tensors: dict[str, Tensor]) -> dict[s
 class _Listener:
     """In the place of a Layer: notes what the site reads."""
 
+    row_by_row = False  # it is to read all rows
+
     def __init__(self, name: str, seen: dict[str, list[Array]]):
         self.name, self.seen = name, seen
 

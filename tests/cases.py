@@ -347,6 +347,12 @@ FUSED = [
         lambda table, ids: table[ids],
         given(ids=np.array([[2, 0, 2], [1, 2, 2]], np.int32)),
     ),
+    Case(
+        fused.pick,
+        ((2, 4, 3),),
+        lambda x, rows: np.stack([x[i, j] for i, j in zip(*rows, strict=True)]),
+        lambda place: {"rows": (place(np.array([1, 0, 1])), place(np.array([3, 1, 0])))},
+    ),
     Case(fused.rms_norm, ((2, 3, 8), (8,)), rms_norm, given(eps=EPS)),
     Case(fused.layer_norm, ((2, 3, 8), (8,), (8,)), layer_norm, given(eps=EPS)),
     Case(fused.silu_mul, ((2, 3, 4), (2, 3, 4)), lambda gate, up: gate * sigmoid(gate) * up),

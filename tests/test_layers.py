@@ -195,7 +195,7 @@ def test_every_part_of_a_batch_has_draws_and_masks_of_its_own_and_every_call_too
     x = Tensor(np.ones((1, 200)))
 
     def drawn(site: str = "one", **mode) -> list:
-        train = Train(Mode(training=True, **mode), ("adapter", "method", site))
+        train = Train(Mode(training=True, **mode), ("adapter", "method", site), (1,), picked=True)
         pair = [[train.draw(1000, apart=True), train.uniform(x).data[0, 0]] for _ in range(2)]
         masks = [train.dropout(x, 0.5).data.tobytes() for _ in range(2)]
         return [train.draw(1000), *(a for a, _ in pair), *(u for _, u in pair), *masks]

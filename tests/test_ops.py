@@ -125,6 +125,7 @@ WRONG = {
     "matmul of a vector": lambda: x(2, 3) @ x(3),
     "solve": lambda: ops.solve(x(2, 3), x(2, 1)),
     "solve for a vector": lambda: ops.solve(x(2, 2), x(2)),
+    "pick": lambda: fused.pick(x(2, 3, 4), rows=(np.array([0]), np.array([3]))),
     "linear": lambda: ops.linear(x(2, 3), x(4, 2)),
     "linear with a short bias": lambda: ops.linear(x(2, 3), x(4, 3), x(1)),
     "frozen_linear": lambda: fused.frozen_linear(x(2, 3), weight=lambda: np.zeros((4, 2))),

@@ -15,6 +15,7 @@ from refpeft import fused
 from refpeft.backend import Array
 from refpeft.models.albert_config import FAMILY, WIDEN, AlbertConfig
 from refpeft.models.base import Cache, Frozen
+from refpeft.models.block import Places
 from refpeft.models.encoder import Encoder
 from refpeft.models.encoder_config import PREFIX
 from refpeft.tensor import Tensor
@@ -36,16 +37,19 @@ class Albert(Encoder):
         segments: Array | None,
         cache: Cache | None,
         types: Array | None = None,
+        rows: Array | None = None,
     ) -> Tensor:
         hidden, virtual = self.tokens(ids, positions, types, cache)
         hidden = self.widen(self.first_norm(hidden))
         mask = fused.Mask(ids.shape[1], None, segments, causal=False)
+        places, last = self.places(rows, ids, virtual), len(self.config.order) - 1
         for number, group in enumerate(self.config.order):
-            hidden = self.run(partial(self._layer, number=number, group=group, mask=mask), hidden)
-        return self.of_text(hidden, virtual)
+            wanted = places if number == last else None
+            hidden = self.run(partial(self._layer, number=number, group=group, rows=wanted, mask=mask), hidden)
+        return hidden if places else self.of_text(hidden, virtual)
 
-    def _layer(self, x: Tensor, *, number: int, group: int, mask: fused.Mask) -> Tensor:
+    def _layer(self, x: Tensor, *, number: int, group: int, rows: Places | None, mask: fused.Mask) -> Tensor:
         self.mode.run = number  # dropout: another mask in each run of a layer, the same one when it is recomputed
-        y = self.layers[group](x, mask=mask)
+        y = self.layers[group](x, rows=rows, mask=mask, cache=None)
         self.mode.run = 0
         return y

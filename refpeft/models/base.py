@@ -15,15 +15,14 @@ from refpeft import fused, ops
 from refpeft.backend import Array, xp_of
 from refpeft.errors import RefpeftError
 from refpeft.layers import Mode
+from refpeft.models.block import Places
 from refpeft.models.cache import Cache
 from refpeft.models.config import ModelConfig
 from refpeft.models.objectives import cross_entropy
-from refpeft.quant import Dense, Quantized
+from refpeft.quant import Dense, Frozen, Quantized
 from refpeft.rng import Stream
 from refpeft.sites import Adapter, Site
 from refpeft.tensor import Tensor, checkpoint, no_grad
-
-Frozen = Dense | Quantized
 
 TASK_TYPES = {
     "causal-lm": "CAUSAL_LM",
@@ -157,8 +156,18 @@ class Model:
 
     # ---- computing ----
 
-    def trunk(self, ids: Array, positions: Array | None, segments: Array | None, cache: Cache | None) -> Tensor:
-        """The hidden state of each real token before the last norm: (batch, time, dim)."""
+    def trunk(
+        self,
+        ids: Array,
+        positions: Array | None,
+        segments: Array | None,
+        cache: Cache | None,
+        rows: Array | None = None,
+    ) -> Tensor:
+        """The hidden state of each real token before the last norm: (batch, time, dim).
+
+        With `rows`, positions of the flattened tokens, of these alone: (rows, dim).
+        """
         raise NotImplementedError
 
     def finish(self, hidden: Tensor) -> Tensor:
@@ -179,8 +188,11 @@ class Model:
         row, -1 for padding: a token sees earlier tokens of its own document only. With a head that classifies rows:
         (batch, labels).
         """
-        hidden = self._hidden(ids, positions, segments, cache)
-        return self.outputs(hidden[:, -1:] if last else hidden, segments)
+        if not last:
+            return self.outputs(self._hidden(ids, positions, segments, cache), segments)
+        batch, time = ids.shape
+        ends = self.xp.arange(1, batch + 1) * time - 1
+        return self.outputs(self._hidden(ids, positions, segments, cache, rows=ends).reshape(batch, 1, -1), segments)
 
     def loss(self, batch: Any, denominator: float | None = None) -> Tensor:
         """What is minimised over a Batch: the sum of the targets' losses over `denominator` (None: the batch's own)."""
@@ -188,12 +200,12 @@ class Model:
 
     def states(self, batch: Any, rows: np.ndarray) -> Tensor:
         """What the head reads at `rows`, positions of the flattened targets of a Batch: (len(rows), dim)."""
-        hidden = self.hidden_of(batch)
-        return self.finish(ops.take(hidden.reshape(-1, hidden.shape[-1]), indices=self.xp.asarray(rows)))
+        hidden = self.hidden_of(batch, None if len(rows) == batch.targets.size else rows)
+        return self.finish(hidden.reshape(-1, hidden.shape[-1]))
 
-    def hidden_of(self, batch: Any) -> Tensor:
-        """The hidden state at each target of a Batch, before what `finish` does: (batch, time, dim)."""
-        return self._hidden(batch.ids, batch.positions, batch.segments)
+    def hidden_of(self, batch: Any, rows: np.ndarray | None = None) -> Tensor:
+        """The hidden state at each target of a Batch, before what `finish` does: as `trunk` gives it."""
+        return self._hidden(batch.ids, batch.positions, batch.segments, rows=rows)
 
     def outputs(self, hidden: Tensor, segments: Array | None) -> Tensor:
         """What the head says to hidden states (batch, time, dim), of the positions that it reads.
@@ -264,6 +276,13 @@ class Model:
         return self.config.context - self.first_position(virtual, None)
 
     # ---- what subclasses share ----
+
+    def places(self, rows: Array | None, ids: Array, virtual: int) -> Places | None:
+        """Where the tokens that `rows` says are in the hidden states, of which `virtual` come before those of `ids`."""
+        if rows is None:
+            return None
+        row, token = self.xp.unravel_index(rows, ids.shape)
+        return row, token + virtual
 
     def positioned(self, hidden: Tensor, ids: Array, positions: Array | None, cache: Cache | None) -> tuple[Array, int]:
         """(positions of all rows of `hidden` (batch or 1, rows), number of virtual tokens among them).

@@ -16,6 +16,7 @@ import numpy as np
 from refpeft import fused, ops
 from refpeft.backend import Array, xp_of
 from refpeft.models.base import Cache, Frozen
+from refpeft.models.block import Places, beside, chosen
 from refpeft.models.deberta_config import PREFIX, DebertaConfig
 from refpeft.models.decoder import unit
 from refpeft.models.encoder import Encoder, Layer
@@ -47,6 +48,7 @@ class Deberta(Encoder):
         segments: Array | None,
         cache: Cache | None,
         types: Array | None = None,
+        rows: Array | None = None,
     ) -> Tensor:
         hidden, virtual = self.tokens(ids, positions, types, cache)
         if self.widen:
@@ -62,11 +64,16 @@ class Deberta(Encoder):
         distances = self.distance_norm(distances) if self.distance_norm else distances
         buckets = self.xp.asarray(buckets_of(time, self.config))
         mask = fused.Mask(ids.shape[1], None, segments, causal=False)
+        places = self.places(rows, ids, virtual)
+        around = {"mask": mask, "distances": distances, "buckets": buckets, "cache": None}
         for i, layer in enumerate(self.layers):
-            hidden = self.run(partial(layer, mask=mask, distances=distances, buckets=buckets), hidden)
+            wanted = places if layer is self.layers[-1] else None
             if i == 0 and self.conv:
-                hidden = self.conv(first, hidden, real)
-        return self.of_text(hidden, virtual)
+                hidden = self.run(partial(layer, rows=None, **around), hidden)
+                hidden = chosen(self.conv(first, hidden, real), wanted)
+            else:
+                hidden = self.run(partial(layer, rows=wanted, **around), hidden)
+        return hidden if places else self.of_text(hidden, virtual)
 
 
 class DisentangledLayer(Layer):
@@ -88,7 +95,16 @@ class DisentangledLayer(Layer):
             query = f"{attention}.pos_query_proj"
             self.position_query = self.q if config.shared_keys else model.linear(query, "pos_q", bias=True)
 
-    def _attention(self, x: Tensor, *, mask: fused.Mask, cache: None, distances: Tensor, buckets: Array) -> Tensor:
+    def _attention(
+        self,
+        x: Tensor,
+        *,
+        rows: Places | None,
+        mask: fused.Mask,
+        cache: None,
+        distances: Tensor,
+        buckets: Array,
+    ) -> Tensor:
         q, k, v = (self.in_heads(f(x)) for f in (self.q, self.k, self.v))
         scale = 1 / math.sqrt(q.shape[-1] * self.terms)
         bias = None
@@ -100,7 +116,7 @@ class DisentangledLayer(Layer):
             told = at_buckets(k @ queries.transpose(0, 1, 3, 2), self.bounded(-buckets)).transpose(0, 1, 3, 2)
             bias = told if bias is None else bias + told
         bias = None if bias is None else bias * scale
-        return self.joined(self.attend(q, k, v, bias=bias, mask=mask, scale=scale))
+        return self.o(beside(self.attend(q, k, v, bias=bias, mask=mask, scale=scale), rows))
 
     def bounded(self, buckets: Array) -> Array:
         """Rows of the table of distances."""

@@ -13,6 +13,7 @@ from refpeft.backend import Array
 from refpeft.errors import RefpeftError
 from refpeft.models import rope
 from refpeft.models.base import Cache, Frozen, Model
+from refpeft.models.block import Block, Places, beside, chosen
 from refpeft.models.config import ModelConfig
 from refpeft.tensor import Tensor
 
@@ -27,18 +28,27 @@ class Decoder(Model):
         self.last_norm = self.norm("model.norm", config.norm_eps, "norm")
         self.head = self.linear("lm_head", "head", tied="model.embed_tokens" if config.tied else None)
 
-    def trunk(self, ids: Array, positions: Array | None, segments: Array | None, cache: Cache | None) -> Tensor:
+    def trunk(
+        self,
+        ids: Array,
+        positions: Array | None,
+        segments: Array | None,
+        cache: Cache | None,
+        rows: Array | None = None,
+    ) -> Tensor:
         hidden = self.embedded(ids, cache)
         positions, virtual = self.positioned(hidden, ids, positions, cache)
         keys = ids.shape[1] + (cache.tokens if cache else 0)
         tables = self._tables(positions, keys + self.first_position(virtual, cache))
+        places = self.places(rows, ids, virtual)
         for i, layer in enumerate(self.layers):
             cos, sin = tables if self.config.use_rope[i] else (None, None)
             mask = fused.Mask(keys, self.config.windows[i], segments)
-            hidden = self.run(partial(layer, cos=cos, sin=sin, mask=mask, cache=cache), hidden)
+            wanted = places if layer is self.layers[-1] else None
+            hidden = self.run(partial(layer, rows=wanted, cos=cos, sin=sin, mask=mask, cache=cache), hidden)
         if cache:
             cache.tokens += ids.shape[1]
-        return hidden[:, virtual:] if virtual else hidden
+        return hidden[:, virtual:] if virtual and rows is None else hidden
 
     def finish(self, hidden: Tensor) -> Tensor:
         return self.last_norm(hidden)
@@ -50,7 +60,7 @@ class Decoder(Model):
         return tuple((f(angles) * factor).astype(self.dtype) for f in (self.xp.cos, self.xp.sin))
 
 
-class Layer:
+class Layer(Block):
     """One layer: x + attention(norm(x)), then x + MLP(norm(x))."""
 
     def __init__(self, model: Decoder, index: int):
@@ -76,18 +86,22 @@ class Layer:
         self.attn_out = model.place_of(f"{name}.attn_out", "block", dim, "attn_out", self._attention)
         self.mlp_out = model.place_of(f"{name}.mlp_out", "block", dim, "mlp_out", self._mlp)
         self.block_out = model.place_of(f"{name}.block_out", "block", dim, "block_out", self._layer)
+        mlp = (self.norm2, self.gate, self.up, self.down, self.mlp_out)
+        self.late = (self.o, self.attn_out, *mlp, self.block_out)
 
-    def __call__(
-        self, x: Tensor, *, cos: Array | None, sin: Array | None, mask: fused.Mask, cache: Cache | None
-    ) -> Tensor:
-        return self.block_out(x, cos=cos, sin=sin, mask=mask, cache=cache)
-
-    def _layer(self, x: Tensor, **around: object) -> Tensor:
-        x = x + self.attn_out(self.norm1(x), **around)
+    def _layer(self, x: Tensor, *, rows: Places | None, **around: object) -> Tensor:
+        x = chosen(x, rows) + self.attn_out(self.norm1(x), rows=rows, **around)
         return x + self.mlp_out(self.norm2(x))
 
     def _attention(
-        self, x: Tensor, *, cos: Array | None, sin: Array | None, mask: fused.Mask, cache: Cache | None
+        self,
+        x: Tensor,
+        *,
+        rows: Places | None,
+        cos: Array | None,
+        sin: Array | None,
+        mask: fused.Mask,
+        cache: Cache | None,
     ) -> Tensor:
         batch, time, _ = x.shape
         q, k, v = (f(x).reshape(batch, time, -1, self.config.head_dim) for f in (self.q, self.k, self.v))
@@ -98,8 +112,7 @@ class Layer:
             q, k = fused.rope(q, cos=cos, sin=sin), fused.rope(k, cos=cos, sin=sin)
         if cache:
             k, v = cache.extend(self.index, k, v)
-        y = self.attend(q, k, v, mask=mask)
-        return self.o(y.transpose(0, 2, 1, 3).reshape(batch, time, -1))
+        return self.o(beside(self.attend(q, k, v, mask=mask), rows))
 
     def _mlp(self, x: Tensor) -> Tensor:
         return self.down(self.activate(self.gate(x), self.up(x)))

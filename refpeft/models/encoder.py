@@ -17,6 +17,7 @@ from refpeft import fused, ops
 from refpeft.backend import Array
 from refpeft.errors import RefpeftError
 from refpeft.models.base import Cache, Frozen, Model
+from refpeft.models.block import Block, Places, beside, chosen
 from refpeft.models.decoder import unit
 from refpeft.models.encoder_config import NAMES, PREFIX, EncoderConfig
 from refpeft.tensor import Tensor
@@ -49,21 +50,35 @@ class Encoder(Model):
         segments: Array | None,
         cache: Cache | None,
         types: Array | None = None,
+        rows: Array | None = None,
     ) -> Tensor:
         hidden, virtual = self.tokens(ids, positions, types, cache)
         hidden = self.first_norm(hidden)
         mask = fused.Mask(ids.shape[1], None, segments, causal=False)
+        places = self.places(rows, ids, virtual)
         for layer in self.layers:
-            hidden = self.run(partial(layer, mask=mask), hidden)
-        return self.of_text(hidden, virtual)
+            wanted = places if layer is self.layers[-1] else None
+            hidden = self.run(partial(layer, rows=wanted, mask=mask, cache=None), hidden)
+        return hidden if places else self.of_text(hidden, virtual)
 
     def of_text(self, hidden: Tensor, virtual: int) -> Tensor:
         """`hidden` without virtual tokens; the first of these stands in for the text's first if a method says so."""
         if not virtual:
             return hidden
-        if any(adapter.read_by_head for adapter in self.adapters):
+        if self._read_by_head:
             return ops.concat(hidden[:, :1], hidden[:, virtual + 1 :], axis=1)
         return hidden[:, virtual:]
+
+    def places(self, rows: Array | None, ids: Array, virtual: int) -> Places | None:
+        found = super().places(rows, ids, virtual)
+        if found is None or not self._read_by_head:
+            return found
+        row, token = found
+        return row, self.xp.where(token == virtual, 0, token)
+
+    @property
+    def _read_by_head(self) -> bool:
+        return any(adapter.read_by_head for adapter in self.adapters)
 
     def tokens(
         self, ids: Array, positions: Array | None, types: Array | None, cache: Cache | None
@@ -86,8 +101,8 @@ class Encoder(Model):
     def finish(self, hidden: Tensor) -> Tensor:
         return self.transform(hidden)
 
-    def hidden_of(self, batch: Any) -> Tensor:
-        return self._hidden(batch.ids, batch.positions, batch.segments, types=batch.types)
+    def hidden_of(self, batch: Any, rows: np.ndarray | None = None) -> Tensor:
+        return self._hidden(batch.ids, batch.positions, batch.segments, types=batch.types, rows=rows)
 
     def __call__(
         self, ids: Array, positions: Array | None = None, segments: Array | None = None, types: Array | None = None
@@ -101,7 +116,7 @@ class Encoder(Model):
         return hidden if self.task is None else self.outputs(hidden, segments)
 
 
-class Layer:
+class Layer(Block):
     """One layer: LayerNorm(x + attention(x)), then LayerNorm(x + MLP(x))."""
 
     def __init__(self, model: Encoder, start: str, name: dict[str, str]):
@@ -119,31 +134,25 @@ class Layer:
         self.attn_out = model.place_of(f"{start}.attn_out", "block", dim, "attn_out", self._attention)
         self.mlp_out = model.place_of(f"{start}.mlp_out", "block", dim, "mlp_out", self._mlp)
         self.block_out = model.place_of(f"{start}.block_out", "block", dim, "block_out", self._layer)
+        mlp = (self.up, self.down, self.mlp_out)
+        self.late = (self.o, self.attn_out, self.norm1, *mlp, self.norm2, self.block_out)
 
     @property
     def attention(self) -> Callable[..., Tensor]:
         """What the heads do: (q, k, v, **what the layer gives it beside them) -> (batch, heads, time, head_dim)."""
         return fused.attention
 
-    def __call__(self, x: Tensor, *, mask: fused.Mask, **around: object) -> Tensor:
-        return self.block_out(x, mask=mask, cache=None, **around)
-
-    def _layer(self, x: Tensor, **around: object) -> Tensor:
-        x = self.norm1(x + self.attn_out(x, **around))
+    def _layer(self, x: Tensor, *, rows: Places | None, **around: object) -> Tensor:
+        x = self.norm1(chosen(x, rows) + self.attn_out(x, rows=rows, **around))
         return self.norm2(x + self.mlp_out(x))
 
-    def _attention(self, x: Tensor, *, mask: fused.Mask, cache: None) -> Tensor:
+    def _attention(self, x: Tensor, *, rows: Places | None, mask: fused.Mask, cache: None) -> Tensor:
         q, k, v = (self.in_heads(f(x)) for f in (self.q, self.k, self.v))
-        return self.joined(self.attend(q, k, v, mask=mask))
+        return self.o(beside(self.attend(q, k, v, mask=mask), rows))
 
     def in_heads(self, x: Tensor) -> Tensor:
         """(batch, time, dim) as (batch, heads, time, head_dim)."""
         return x.reshape(*x.shape[:2], self.heads, -1).transpose(0, 2, 1, 3)
-
-    def joined(self, y: Tensor) -> Tensor:
-        """The output layer of all heads' results, together again."""
-        batch, heads, time, width = y.shape
-        return self.o(y.transpose(0, 2, 1, 3).reshape(batch, time, heads * width))
 
     def _mlp(self, x: Tensor) -> Tensor:
         return self.down(self.activate(self.up(x)))

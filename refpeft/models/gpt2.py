@@ -12,6 +12,7 @@ from refpeft import fused
 from refpeft.backend import Array
 from refpeft.errors import RefpeftError
 from refpeft.models.base import Cache, Frozen, Model
+from refpeft.models.block import Block, Places, beside, chosen
 from refpeft.models.config import ModelConfig
 from refpeft.models.decoder import unit
 from refpeft.tensor import Tensor
@@ -28,7 +29,14 @@ class GPT2(Model):
         self.last_norm = self.norm("transformer.ln_f", config.norm_eps, "norm", bias=True)
         self.head = self.linear("lm_head", "head", tied="transformer.wte" if config.tied else None)
 
-    def trunk(self, ids: Array, positions: Array | None, segments: Array | None, cache: Cache | None) -> Tensor:
+    def trunk(
+        self,
+        ids: Array,
+        positions: Array | None,
+        segments: Array | None,
+        cache: Cache | None,
+        rows: Array | None = None,
+    ) -> Tensor:
         hidden = self.embedded(ids, cache)
         keys = ids.shape[1] + (cache.tokens if cache else 0)
         positions, virtual = self.positioned(hidden, ids, positions, cache)
@@ -38,17 +46,19 @@ class GPT2(Model):
                 f"{last} positions were asked for: this model has {self.config.context}; shorten the rows"
             )
         hidden = hidden + self.position(positions)
+        places, mask = self.places(rows, ids, virtual), fused.Mask(keys, None, segments)
         for layer in self.layers:
-            hidden = self.run(partial(layer, mask=fused.Mask(keys, None, segments), cache=cache), hidden)
+            wanted = places if layer is self.layers[-1] else None
+            hidden = self.run(partial(layer, rows=wanted, mask=mask, cache=cache), hidden)
         if cache:
             cache.tokens += ids.shape[1]
-        return hidden[:, virtual:] if virtual else hidden
+        return hidden[:, virtual:] if virtual and rows is None else hidden
 
     def finish(self, hidden: Tensor) -> Tensor:
         return self.last_norm(hidden)
 
 
-class Layer:
+class Layer(Block):
     """One layer: x + attention(norm(x)), then x + MLP(norm(x))."""
 
     def __init__(self, model: GPT2, index: int):
@@ -67,22 +77,19 @@ class Layer:
         self.attn_out = model.place_of(f"{name}.attn_out", "block", dim, "attn_out", self._attention)
         self.mlp_out = model.place_of(f"{name}.mlp_out", "block", dim, "mlp_out", self._mlp)
         self.block_out = model.place_of(f"{name}.block_out", "block", dim, "block_out", self._layer)
+        self.late = (self.o, self.attn_out, self.norm2, self.up, self.down, self.mlp_out, self.block_out)
 
-    def __call__(self, x: Tensor, *, mask: fused.Mask, cache: Cache | None) -> Tensor:
-        return self.block_out(x, mask=mask, cache=cache)
-
-    def _layer(self, x: Tensor, **around: object) -> Tensor:
-        x = x + self.attn_out(self.norm1(x), **around)
+    def _layer(self, x: Tensor, *, rows: Places | None, **around: object) -> Tensor:
+        x = chosen(x, rows) + self.attn_out(self.norm1(x), rows=rows, **around)
         return x + self.mlp_out(self.norm2(x))
 
-    def _attention(self, x: Tensor, *, mask: fused.Mask, cache: Cache | None) -> Tensor:
-        batch, time, dim = x.shape
+    def _attention(self, x: Tensor, *, rows: Places | None, mask: fused.Mask, cache: Cache | None) -> Tensor:
+        batch, time, _ = x.shape
         y = self.qkv(x).reshape(batch, time, 3, self.config.heads, self.config.head_dim).transpose(2, 0, 3, 1, 4)
         q, k, v = (y[i] for i in range(3))
         if cache:
             k, v = cache.extend(self.index, k, v)
-        y = self.attend(q, k, v, mask=mask)
-        return self.o(y.transpose(0, 2, 1, 3).reshape(batch, time, dim))
+        return self.o(beside(self.attend(q, k, v, mask=mask), rows))
 
     def _mlp(self, x: Tensor) -> Tensor:
         return self.down(self.activate(self.up(x)))

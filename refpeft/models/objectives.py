@@ -56,7 +56,7 @@ def by_chunks(model: Model, hidden: Tensor, term: Callable[[Tensor, slice], Tens
         here = slice(at, at + size)
 
         def chunk(h: Tensor, here: slice = here) -> Tensor:
-            model.mode.chunk = here.start  # dropout in the head: another mask for each, the same one when recomputed
+            model.mode.chunk = here.start  # dropout in the head: each row's own mask, the same one when recomputed
             logits = model.head(h)
             model.mode.chunk = 0
             return term(logits, here)

@@ -18,6 +18,7 @@ from refpeft import fused
 from refpeft.backend import Array
 from refpeft.layers import Part
 from refpeft.models.base import Cache, Frozen, Model
+from refpeft.models.block import Block, Places, beside, chosen
 from refpeft.models.decoder import gated, unit
 from refpeft.models.relative import biased_attention, t5_buckets
 from refpeft.models.t5_config import T5Config
@@ -53,8 +54,18 @@ class T5(Model):
         finally:
             self.forget()
 
-    def decode(self, said: Array, states: Tensor, segments: Array | None = None, cache: Cache | None = None) -> Tensor:
-        """The decoder's states (batch, time, dim) of `said` (batch, time), which reads the encoder's `states`."""
+    def decode(
+        self,
+        said: Array,
+        states: Tensor,
+        segments: Array | None = None,
+        cache: Cache | None = None,
+        rows: Array | None = None,
+    ) -> Tensor:
+        """The decoder's states (batch, time, dim) of `said` (batch, time), which reads the encoder's `states`.
+
+        With `rows`, positions of the flattened `said`, of these alone: (rows, dim).
+        """
         self.check_ids(said)
         said, segments = self._placed(said), self._placed(segments)
         past = cache.tokens if cache else 0
@@ -65,8 +76,10 @@ class T5(Model):
         hidden = self.embed(said)[:, -said.shape[1] :]
         for part, memo in getattr(states, "memos", ()):
             vars(part.memo).update(memo)
+        places = self.places(self._placed(rows), said, 0)
+        around = {"mask": fused.Mask(keys), "bias": bias, "states": states, "read": read, "cache": cache}
         try:
-            hidden = self.decoder(hidden, mask=fused.Mask(keys), bias=bias, states=states, read=read, cache=cache)
+            hidden = self.decoder(hidden, places, **around)
         finally:
             self.forget()
         if cache:
@@ -77,8 +90,8 @@ class T5(Model):
         """Logits (batch, time, vocab) of the token after each of `said`, given the source `ids`."""
         return self.head(self.finish(self.decode(said, self.encode(ids, segments), segments)))
 
-    def hidden_of(self, batch: Any) -> Tensor:
-        return self.decode(batch.said, self.encode(batch.ids, batch.segments), batch.segments)
+    def hidden_of(self, batch: Any, rows: np.ndarray | None = None) -> Tensor:
+        return self.decode(batch.said, self.encode(batch.ids, batch.segments), batch.segments, rows=rows)
 
     def finish(self, hidden: Tensor) -> Tensor:
         """What the head reads."""
@@ -115,13 +128,14 @@ class Side:
         buckets = t5_buckets(queries, keys, config.buckets, config.distance, both)
         return self.relative(self.model.xp.asarray(buckets)).transpose(2, 0, 1)[None]
 
-    def __call__(self, hidden: Tensor, **around: object) -> Tensor:
+    def __call__(self, hidden: Tensor, places: Places | None = None, **around: object) -> Tensor:
         for layer in self.layers:
-            hidden = self.model.run(partial(layer, **around), hidden)
+            wanted = places if layer is self.layers[-1] else None
+            hidden = self.model.run(partial(layer, rows=wanted, **around), hidden)
         return self.norm(hidden)
 
 
-class Layer:
+class Layer(Block):
     """x + attention(norm(x)); of a decoder's then x + attention(norm(x), the encoder's states); x + MLP(norm(x))."""
 
     def __init__(self, model: T5, name: str, decodes: bool):
@@ -142,9 +156,9 @@ class Layer:
             self.cross_out = model.place_of(f"{name}.cross_out", "block", dim, "cross_out", self._cross)
         self.mlp_out = model.place_of(f"{name}.mlp_out", "block", dim, "mlp_out", self._mlp)
         self.block_out = model.place_of(f"{name}.block_out", "block", dim, "block_out", self._layer)
-
-    def __call__(self, x: Tensor, **around: object) -> Tensor:
-        return self.block_out(x, **around)
+        if decodes:
+            mlp = [site for site in (self.gate, self.up, self.down) if site]
+            self.late = (self.cross.o, self.cross_out, self.norms[-1], *mlp, self.mlp_out, self.block_out)
 
     def _layer(
         self,
@@ -153,12 +167,14 @@ class Layer:
         mask: fused.Mask,
         bias: Tensor,
         cache: Cache | None,
+        rows: Places | None,
         states: Tensor | None = None,
         read: fused.Mask | None = None,
     ) -> Tensor:
         x = x + self.attn_out(self.norms[0](x), mask=mask, bias=bias, cache=cache)
         if self.cross:
-            x = x + self.cross_out(self.norms[1](x), states=states, mask=read, cache=cache)
+            told = self.cross_out(self.norms[1](x), rows=rows, states=states, mask=read, cache=cache)
+            x = chosen(x, rows) + told
         return x + self.mlp_out(self.norms[-1](x))
 
     def _attention(self, x: Tensor, *, mask: fused.Mask, bias: Tensor, cache: Cache | None) -> Tensor:
@@ -167,12 +183,14 @@ class Layer:
             k, v = cache.extend(self.attention.name, k, v)
         return self.attention(x, k, v, mask=mask, bias=bias)
 
-    def _cross(self, x: Tensor, *, states: Tensor, mask: fused.Mask, cache: Cache | None) -> Tensor:
+    def _cross(
+        self, x: Tensor, *, rows: Places | None, states: Tensor, mask: fused.Mask, cache: Cache | None
+    ) -> Tensor:
         known = cache and cache.layers.get(self.cross.name)  # of the same source, in generation
         k, v = (Tensor(kept.array) for kept in known) if known else self.cross.keys_and_values(states)
         if cache and not known:
             cache.extend(self.cross.name, k, v)
-        return self.cross(x, k, v, mask=mask, bias=None)
+        return self.cross(x, k, v, mask=mask, bias=None, rows=rows)
 
     def _mlp(self, x: Tensor) -> Tensor:
         return self.down(self.activate(self.gate(x), self.up(x)) if self.gate else self.activate(self.up(x)))
@@ -194,6 +212,15 @@ class Attention:
     def keys_and_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self.in_heads(self.k(x)), self.in_heads(self.v(x))
 
-    def __call__(self, x: Tensor, k: Tensor, v: Tensor, *, mask: fused.Mask, bias: Tensor | None) -> Tensor:
+    def __call__(
+        self,
+        x: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        mask: fused.Mask,
+        bias: Tensor | None,
+        rows: Places | None = None,
+    ) -> Tensor:
         y = self.attend(self.in_heads(self.q(x)), k, v, bias=bias, mask=mask, scale=1.0)
-        return self.o(y.transpose(0, 2, 1, 3).reshape(*x.shape[:2], self.heads * self.head_dim))
+        return self.o(beside(y, rows))
