@@ -126,7 +126,7 @@ def test_activations_neither_overflow_nor_warn_far_out(dtype):
         out = activation(far)
         assert np.array_equal(out.data[[0, 2, 4]], np.array([0, 0, 1e4], dtype))
         out.backward()
-    assert np.array_equal(far.grad, np.array([0, 0, 1.5, 3, 3], dtype))
+    assert np.allclose(far.grad, [0, 0, 1.5, 3, 3], rtol=0, atol=1e-15)  # the slope of SiLU at -40 is -1.7e-16
 
 
 # ---- dropout ---------------------------------------------------------------------------------------------------------
