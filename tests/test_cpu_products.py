@@ -41,8 +41,8 @@ def test_it_is_the_product(count, width, out, turned, number):
     assert (wide[:, [0, -1]] == 7).all()
 
 
-@pytest.mark.parametrize(("count", "blocks"), [(1, 0), (2, 32), (16, 32), (32, 31), (33, 0)])
-def test_few_rows_are_multiplied_by_blocks_of_the_weight(count, blocks):
+@pytest.mark.parametrize(("count", "blocks"), [(0, 0), (1, 1), (3, 1), (4, 32), (16, 32), (32, 31), (33, 0)])
+def test_few_rows_are_multiplied_by_rows_or_blocks_of_the_weight(count, blocks):
     weight = normal((100, 1000))
     assert products._block(normal((count, 1000)), weight) == blocks
     assert products._block(normal((count, 1000)), np.asfortranarray(weight)) == 0  # as GPT-2's: BLAS takes it as it is

@@ -15,9 +15,9 @@ import numpy as np
 FEW = 32
 """Rows from which BLAS is as fast by itself."""
 
-_BLOCK = 32  # rows of a weight in a block: with fewer, calls cost
-_LEAST = 4
+_BLOCK, _LEAST = 32, 4  # rows of a weight in a block: at most, for more gain nothing; and at least, for calls cost
 _OUTPUTS, _PRODUCTS = 1200, 10**6  # of a block: above these OpenBLAS no longer takes it for a small matrix
+_WIDE, _NEAR = 512, 3072  # numbers of a row that are worth a call; of all rows that stay in L1 with one of the weight
 _MUCH = 2**18  # numbers of a weight from which another thread is worth being woken
 
 
@@ -56,12 +56,12 @@ def product(rows: np.ndarray, weight: np.ndarray, out: np.ndarray) -> None:
 
 def _product(rows: np.ndarray, weight: np.ndarray, out: np.ndarray) -> None:
     block = _block(rows, weight)
-    if not block:
-        np.matmul(rows, weight.T, out=out)
-        return
-    whole = len(weight) // block * block
-    blocks = np.matmul(weight[:whole].reshape(-1, block, weight.shape[1]), rows.T)
-    out[:, :whole] = blocks.reshape(whole, len(rows)).T
+    whole = len(weight) // block * block if block else 0
+    if block == 1:
+        out[...] = np.vecdot(weight[:, None], rows).T
+    elif block:
+        blocks = np.matmul(weight[:whole].reshape(-1, block, weight.shape[1]), rows.T)
+        out[:, :whole] = blocks.reshape(whole, len(rows)).T
     if whole < len(weight):
         np.matmul(rows, weight[whole:].T, out=out[:, whole:])
 
@@ -70,10 +70,13 @@ def _block(rows: np.ndarray, weight: np.ndarray) -> int:
     """How many rows of the weight are to be multiplied at once; 0 for all.
 
     For more than one row BLAS copies the weight into another order, which for a few takes longer than the product. It
-    multiplies small matrices as they lie, so the weight is cut into such: at 4 rows twice as fast.
+    multiplies small matrices as they lie, so the weight is cut into such: at 4 rows twice as fast. And it reads memory
+    fastest of all in the product of two vectors: for a single row twice as fast as its product of matrix and vector.
     """
     count, width = rows.shape
-    if not 1 < count <= FEW or not weight.flags.c_contiguous:
+    if not 0 < count <= FEW or not weight.flags.c_contiguous:
         return 0
+    if width >= _WIDE and (count == 1 or count * width <= _NEAR):
+        return 1
     block = min(_BLOCK, _OUTPUTS // count, _PRODUCTS // (count * width))
-    return block if block >= _LEAST else 0
+    return block if count > 1 and block >= _LEAST else 0
