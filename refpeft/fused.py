@@ -236,7 +236,7 @@ def dropout(needs, x, *, rate, stream: Stream):
     """
     if not 0 <= rate < 1:
         raise ValueError("expected a rate of at least 0 and less than 1")
-    keep = (stream.bits(x.size) >= np.uint32(min(round(rate * 2**32), 2**32 - 1))).reshape(x.shape)
+    keep = stream.keeps(x.size, rate).reshape(x.shape)
     scale = x.dtype.type(1 / (1 - rate))
     return x * keep * scale, (keep if needs[0] else None, scale)
 

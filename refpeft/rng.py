@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -19,19 +20,28 @@ _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 _32 = np.uint64(32)
 
 
+_BLOCK = 2**14
+"""Counters at a time on the host: 128 KiB for two words of each, so that the rounds stay in a core's cache."""
+
+
 def philox4x32(c0, c1, c2, c3, k0: int, k1: int):
     """Ten rounds on counters of uint32 arrays (NumPy or CuPy); returns four uint32 arrays of the same shape."""
+    left, right = c0.astype("u8") << _32 | c1, c2.astype("u8") << _32 | c3
+    _ten_rounds(left, right, k0, k1)
+    return tuple(word.astype("u4") for word in (left >> _32, left, right >> _32, right))
+
+
+def _ten_rounds(left, right, k0: int, k1: int) -> None:
+    """The same in place, on counters as uint64: c0 and c1, the lower half, in `left`, c2 and c3 in `right`."""
     for _ in range(10):
-        p0, p1 = c0.astype("u8") * _M0, c2.astype("u8") * _M1
-        key0, key1 = np.uint32(k0), np.uint32(k1)
-        c0, c1, c2, c3 = (
-            (p1 >> _32).astype("u4") ^ c1 ^ key0,
-            p1.astype("u4"),
-            (p0 >> _32).astype("u4") ^ c3 ^ key1,
-            p0.astype("u4"),
-        )
+        p0, p1 = left >> _32, right >> _32
+        p0 *= _M0
+        p1 *= _M1
+        for half, key, product in ((left, k0, p1), (right, k1, p0)):
+            half <<= _32
+            half ^= np.uint64(key << 32)
+            half ^= product
         k0, k1 = (k0 + _W0) & 0xFFFFFFFF, (k1 + _W1) & 0xFFFFFFFF
-    return c0, c1, c2, c3
 
 
 class Stream:
@@ -46,7 +56,7 @@ class Stream:
             raise RefpeftError(f"seed is {seed}: expected 0 or more")
         self.seed, self.purpose, self.xp = seed, purpose, xp
         text = "\0".join(map(str, purpose)).encode()
-        self._purpose = zlib.crc32(text), zlib.adler32(text)
+        self._purpose = np.uint64(zlib.crc32(text) << 32 | zlib.adler32(text))
         self._next = 0  # index of the next word, of 32 bits; a counter gives four
 
     def skip(self, words: int) -> Stream:
@@ -56,23 +66,31 @@ class Stream:
 
     def bits(self, n: int) -> Any:
         """The next `n` uint32."""
+        return self.xp.concatenate([self.xp.empty(0, "u4"), *self._pieces(n)])
+
+    def keeps(self, n: int, rate: float) -> Any:
+        """`n` booleans, each false with probability `rate`: whether the next of the `bits` is at least rate 2^32."""
+        least = np.uint32(min(round(rate * 2**32), 2**32 - 1))
+        return self.xp.concatenate([self.xp.empty(0, bool), *(words >= least for words in self._pieces(n))])
+
+    def _pieces(self, n: int) -> Iterator[Any]:
+        """The next `n` uint32, array after array."""
         xp = self.xp
         if n >= 2**60:  # where NumPy has another exception
             raise MemoryError(f"{n:,} random numbers are wanted at once")
         first, end = self._next // 4, -(-(self._next + n) // 4)
         start, self._next = self._next - 4 * first, 4 * end
-        blocks = end - first
-        index = xp.arange(first, end, dtype="u8")
-        zero = xp.zeros(blocks, "u4")
-        words = philox4x32(
-            index.astype("u4"),
-            (index >> _32).astype("u4"),
-            zero + np.uint32(self._purpose[0]),
-            zero + np.uint32(self._purpose[1]),
-            self.seed & 0xFFFFFFFF,
-            self.seed >> 32 & 0xFFFFFFFF,
-        )
-        return xp.stack(words, axis=1).reshape(-1)[start : start + n]
+        step = _BLOCK if xp is np else max(1, end - first)
+        for block in range(first, end, step):
+            index = xp.arange(block, min(end, block + step), dtype="u8")
+            left, right = index << _32 | index >> _32, xp.full(index.shape, self._purpose)
+            _ten_rounds(left, right, self.seed & 0xFFFFFFFF, self.seed >> 32 & 0xFFFFFFFF)
+            words = xp.empty((len(index), 4), "u4")
+            for column, word in enumerate((left >> _32, left, right >> _32, right)):
+                words[:, column] = word
+            piece = words.reshape(-1)[start : start + n]
+            start, n = 0, n - len(piece)
+            yield piece
 
     def _unit(self, n: int) -> Any:
         """`n` float64 in [0, 1), 53 bits each."""

@@ -1,5 +1,6 @@
 """The faster activations, sums and products: what the plain ones say in float64, whatever the shapes and the blocks."""
 
+import contextlib
 import math
 
 import numpy as np
@@ -11,6 +12,7 @@ from test_cpu_linear import EPS, LAYOUTS, agree, normal, strided, used
 
 from refpeft import RefpeftError, fused, ops, tensor
 from refpeft.cpu import blocks, elementwise
+from refpeft.rng import Stream
 from refpeft.tensor import Tensor, parameter
 
 
@@ -126,6 +128,24 @@ def test_no_number_of_a_model_makes_a_warning():
         at(activation, x)
 
 
+# ---- dropout ---------------------------------------------------------------------------------------------------------
+
+
+@given(SHAPES, LAYOUTS, st.booleans(), BLOCKS, st.floats(0, 0.95), st.integers(0, 9))
+def test_dropout_is_the_plain_one_to_the_bit(shape, layout, need, block, rate, skipped):
+    x, g, found = strided(normal(shape), layout), normal(shape, 1), []
+    for plain in (contextlib.nullcontext, tensor.plain):
+        leaf = (parameter if need else Tensor)(x)
+        with plain(), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(blocks, "BLOCK", block)
+            out = fused.dropout(leaf, rate=rate, stream=Stream(4, "d").skip(skipped))
+            if need:
+                out.backward(g)
+        found.append((out.data, leaf.grad))
+    (ours, dx), (exact, plain_dx) = found
+    assert np.array_equal(ours, exact) and (not need or np.array_equal(dx, plain_dx))
+
+
 # ---- sums and products -----------------------------------------------------------------------------------------------
 
 
@@ -163,6 +183,7 @@ CALLS = {
     "silu": (ops.silu, (X,)),
     "relu": (ops.relu, (X,)),
     "silu_mul": (fused.silu_mul, (X, Y)),
+    "dropout": (lambda x: fused.dropout(x, rate=0.1, stream=Stream(0)), (X,)),
     "add": (ops.add, (X, Y)),
     "add a bias": (ops.add, (X, GAIN)),
     "mul": (ops.mul, (X, Y)),
@@ -194,7 +215,7 @@ def test_it_keeps_no_more_than_the_plain_one_and_writes_into_nothing_of_others(o
 def test_the_faster_pairs_are_taken():
     x = parameter(X)
     assert used(ops.add, x, Y) and used(ops.mul, x, Y) and used(fused.silu_mul, x, Y)
-    assert used(ops.silu, x) and used(ops.relu, x)
+    assert used(ops.silu, x) and used(ops.relu, x) and used(fused.dropout, x, rate=0.1, stream=Stream(0))
     assert used(fused.gelu, x, approximate=True) and used(fused.gelu, x, approximate=False)
 
 
@@ -210,6 +231,7 @@ def test_the_faster_pairs_are_taken():
         lambda x: fused.silu_mul(x, None),
         lambda x: fused.silu_mul(None, x),
         lambda x: fused.silu_mul(2.0, x),
+        lambda x: fused.dropout(x, rate=1, stream=Stream(0)),
     ],
 )
 def test_wrong_inputs_are_the_errors_that_they_are_of_the_plain_ones(wrong):

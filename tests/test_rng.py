@@ -1,12 +1,14 @@
 """The random stream: Philox as its authors define it, the same for ever, and independent of the order of calls."""
 
 import math
+import zlib
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from refpeft import rng
 from refpeft.errors import RefpeftError
 from refpeft.rng import Stream, philox4x32
 
@@ -26,6 +28,23 @@ KNOWN = [
 def test_philox_gives_the_known_answers(counter, key, answer):
     words = philox4x32(*(np.array([c], "u4") for c in counter), *key)
     assert tuple(int(word[0]) for word in words) == answer
+
+
+@given(st.integers(0, 2**60), st.integers(0, 50), st.integers(0, 2**64 - 1), st.sampled_from([1, 3, 2**14]))
+def test_the_stream_is_philox_of_its_counters_whatever_the_block(skipped, n, seed, block):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rng, "_BLOCK", block)
+        found = Stream(seed, "x").skip(skipped).bits(n)
+    index = np.arange(skipped // 4, (skipped + n) // 4 + 1, dtype="u8")
+    purpose = (np.full(len(index), function(b"x"), "u4") for function in (zlib.crc32, zlib.adler32))
+    words = philox4x32(index.astype("u4"), (index >> np.uint64(32)).astype("u4"), *purpose, *divmod(seed, 2**32)[::-1])
+    assert np.array_equal(found, np.stack(words, axis=1).reshape(-1)[skipped % 4 :][:n])
+
+
+@given(st.integers(0, 30), st.integers(0, 200), st.floats(0, 1))
+def test_what_is_kept_are_the_words_of_a_size(skipped, n, rate):
+    words, kept = Stream(3).skip(skipped).bits(n), Stream(3).skip(skipped).keeps(n, rate)
+    assert kept.dtype == bool and np.array_equal(kept, words >= min(round(rate * 2**32), 2**32 - 1))
 
 
 def test_the_stream_is_pinned():

@@ -157,6 +157,30 @@ def _(g, positive):
     return (np.multiply(g, positive, out=arena.like(g)),)
 
 
+# ---- dropout ---------------------------------------------------------------------------------------------------------
+
+
+@fused.dropout.override(np.ndarray, "f4")
+def dropout(needs, x, *, rate, stream):
+    if not 0 <= rate < 1 or not x.ndim or not x.size:
+        return NotImplemented
+    keep, scale = stream.keeps(x.size, rate).reshape(x.shape), x.dtype.type(1 / (1 - rate))
+    return _kept(x, keep, scale), (keep if needs[0] else None, scale)
+
+
+@dropout.backward
+def _(g, keep, scale):
+    return (_kept(g, keep, scale),)
+
+
+def _kept(x, keep, scale):
+    y = arena.like(x)
+    for x_, keep_, y_ in blocks(x, keep, y):
+        np.multiply(x_, keep_, out=y_)
+        y_ *= scale
+    return y
+
+
 # ---- sums and products ---------------------------------------------------------------------------------------------
 
 
