@@ -222,16 +222,21 @@ class Op:
         tensors = [x for x in inputs if isinstance(x, Tensor)]
         if not tensors:
             raise RefpeftError(f"{self.name}: expected at least one Tensor among {_describe(inputs)}")
-        dtype = tensors[0].data.dtype
-        if any(x.data.dtype != dtype for x in tensors):
-            raise RefpeftError(f"{self.name}: the tensors differ in dtype: {_describe(inputs)}")
-        needs = tuple(isinstance(x, Tensor) and x.node is not None for x in inputs)
-        _state.touched |= any(needs)
-        if not _state.recording:
-            needs = (False,) * len(inputs)
+        like = tensors[0].data
+        dtype = like.dtype
+        for x in tensors:
+            if x.data.dtype != dtype:
+                raise RefpeftError(f"{self.name}: the tensors differ in dtype: {_describe(inputs)}")
+        needs = tuple([isinstance(x, Tensor) and x.node is not None for x in inputs])
+        if True in needs:
+            _state.touched = True
+            if not _state.recording:
+                needs = (False,) * len(inputs)
+        pair = self
+        if self.overrides and not _state.plain:
+            pair = self.overrides.get((type(like), dtype), self)
         try:
-            arrays = [x.data if isinstance(x, Tensor) else _constant(x, dtype, tensors[0].data) for x in inputs]
-            pair = self if _state.plain else self.overrides.get((type(tensors[0].data), dtype), self)
+            arrays = [x.data if isinstance(x, Tensor) else _constant(x, dtype, like) for x in inputs]
             made = pair.forward(needs, *arrays, **options)
             if made is NotImplemented:
                 pair, made = self, self.forward(needs, *arrays, **options)
@@ -240,7 +245,7 @@ class Op:
             raise RefpeftError(f"{self.name}({_describe(inputs)}{_say(options)}): {error}") from error
         if out.dtype != dtype:
             raise RefpeftError(f"{self.name}({_describe(inputs)}{_say(options)}) gave {out.dtype}: expected {dtype}")
-        if not any(needs):
+        if True not in needs:
             return Tensor(out)
         return Tensor(out, Node(pair, tuple(x.node if n else None for x, n in zip(inputs, needs, strict=True)), saved))
 
