@@ -295,8 +295,17 @@ class Layer:
 
         What can be merged into a weight does, if it is not told of which data set each row is.
         """
-        merges = self.site.kind in ("linear", "norm") and manager.hook(self.part.plugin, "peft_merge") is not None
+        merges = self.site.weight is not None and manager.hook(self.part.plugin, "peft_merge") is not None
         return merges and not {"task", "memo"} & set(self._names)
+
+    @property
+    def text_by_text(self) -> bool:
+        """Whether texts in rows of their own may be one after the other in a row, as packed ones are.
+
+        Not where it may put something before each row, or is told something of rows.
+        """
+        beside = self.site.kind in ("linear", "norm", "block") and not {"task", "behind"} & {*self._names}
+        return self.row_by_row or beside
 
     @property
     def remembers(self) -> bool:

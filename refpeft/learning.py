@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from . import fused, manager, ops
+from . import batches, fused, manager, ops
 from .backend import Array
 from .batches import Batch
 from .errors import RefpeftError
@@ -70,6 +71,27 @@ def objective(model: Model, batch: Batch, denominator: float) -> Tensor:
         return found[0].call("peft_objective", logits=logits, loss=loss, mean=mean)
     finally:
         model.mode.again = 0
+
+
+def shares(model: Model, batch: Batch, n: int) -> list[Batch]:
+    """A batch as at most `n` parts that can be computed at the same time, whose losses and gradients add up to its own.
+
+    Without padding where that is possible; one part alone where rows are told from one another.
+    """
+    coupled = model.task == "embed" and batch.targets.dtype.kind == "i"
+    return [batch] if coupled else batches.shares(unpadded(model, batch), n)
+
+
+def unpadded(model: Model, batch: Batch) -> Batch:
+    """`batch` in one row without padding, if that is the same to the model and what is attached; else as it is.
+
+    Only rows that are texts of their own can be joined: not pairs, and no sources of answers.
+    """
+    whole = batch.tokens == batch.ids.size or batch.said is not None or batch.rows_each > 1
+    layers = (layer for adapter in model.adapters for layer in adapter.layers)
+    if whole or not model.joins(batch.ids.shape[1]) or not all(layer.text_by_text for layer in layers):
+        return batch
+    return replace(batch, task=None).unpadded()
 
 
 def penalties(model: Model) -> Iterator[Tensor]:

@@ -25,7 +25,7 @@ import numpy as np
 
 from . import backend, files, learning, memory, schedule, survey, towards_base
 from .backend import Array, to_host
-from .batches import Batch, Batches, shares, split
+from .batches import Batch, Batches, split
 from .config import Train as Settings
 from .errors import RefpeftError
 from .evaluation import Evaluation, Several, better
@@ -173,7 +173,7 @@ class Trainer:
         self.shards.next_step()
         for i, part in enumerate(split(batch, self.settings.rows_at_a_time)):
             at = partial(self._backward, denominator, step, i)
-            loss = loss + sum(self.shards.run(at, shares(part, len(self.shards))))
+            loss = loss + sum(self.shards.run(at, learning.shares(self.model, part, len(self.shards))))
         with self._training(self.model, step):
             for penalty in chain(learning.penalties(self.model), self.first.penalties() if self.first else ()):
                 penalty.backward()
@@ -199,7 +199,7 @@ class Trainer:
 
     def _backward(self, denominator: float, step: int, number: int, model: Model, part: Batch) -> Array:
         """Adds the gradient of a part of a step's batch, the `number`-th, to that of `model`; returns its loss."""
-        with self._training(model, step, number, part.task):
+        with self._training(model, step, number, part):
             if self.settings.kl:
                 loss = towards_base.objective(model, part, denominator, self.settings.kl)
             else:
@@ -208,14 +208,16 @@ class Trainer:
             return loss.data
 
     @contextlib.contextmanager
-    def _training(self, model: Model, step: int, part: int = 0, task: Any = None) -> Iterator[None]:
+    def _training(self, model: Model, step: int, number: int = 0, part: Batch | None = None) -> Iterator[None]:
         """Within it, the sites of `model` know that they train, and what."""
         mode = model.mode
-        mode.training, mode.seed, mode.step, mode.part, mode.task = True, self.seed, step, part, task
+        mode.training, mode.seed, mode.step, mode.part = True, self.seed, step, number
+        if part:
+            mode.task, mode.share = part.task, part.share
         try:
             yield
         finally:
-            mode.training, mode.task = False, None
+            mode.training, mode.task, mode.share = False, None, None
 
     def _not_finite(self, what: str) -> str:
         if not self.summary.steps:

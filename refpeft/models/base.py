@@ -275,6 +275,14 @@ class Model:
             virtual = self.embed(self.xp.zeros((1, 1), np.int32)).shape[1] - 1
         return self.config.context - self.first_position(virtual, None)
 
+    def joins(self, longest: int) -> bool:
+        """Whether texts of at most so many tokens may be computed one after the other, as documents of one row.
+
+        That must be the same to the model, and no more to compute than rows of their own with padding: attention has to
+        go document by document.
+        """
+        return (self.xp.ndarray, self.dtype) in fused.attention.overrides
+
     # ---- what subclasses share ----
 
     def places(self, rows: Array | None, ids: Array, virtual: int) -> Places | None:
@@ -300,6 +308,21 @@ class Model:
             before = self.xp.broadcast_to(self.xp.arange(first - virtual, first)[None], (positions.shape[0], virtual))
             positions = self.xp.concatenate((before, positions), axis=1)
         return positions, virtual
+
+    def check_positions(self, ids: Array, positions: Array | None, virtual: int, cache: Cache | None) -> None:
+        """Raises RefpeftError where tokens are farther behind the first than the model has learned positions for.
+
+        Of `positions` on a device the longest possible are assumed.
+        """
+        if positions is None or self.xp is not np:
+            last = ids.shape[1] + (cache.tokens if cache else 0)
+        else:
+            last = 1 + int(positions.max())
+        last += self.first_position(virtual, cache)
+        if last > self.config.context:
+            raise RefpeftError(
+                f"{last} positions were asked for: this model has {self.config.context}; shorten the rows"
+            )
 
     def first_position(self, virtual: int, cache: Cache | None) -> int:
         """The position of the first real token; `virtual` tokens come before it now, or did when the cache began."""

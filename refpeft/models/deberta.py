@@ -75,6 +75,9 @@ class Deberta(Encoder):
                 hidden = self.run(partial(layer, rows=wanted, **around), hidden)
         return hidden if places else self.of_text(hidden, virtual)
 
+    def joins(self, longest: int) -> bool:
+        return False  # its biases are of all tokens of a row with each other
+
 
 class DisentangledLayer(Layer):
     """A layer whose attention adds what content and relative positions have to say of each other."""

@@ -53,6 +53,10 @@ class Decoder(Model):
     def finish(self, hidden: Tensor) -> Tensor:
         return self.last_norm(hidden)
 
+    def joins(self, longest: int) -> bool:
+        wide = all(window is None or window >= longest for window in self.config.windows)
+        return super().joins(longest) and wide and self.config.rope.kind != "dynamic"  # which goes by the row's length
+
     def _tables(self, positions: Array, length: int) -> tuple[Array, Array]:
         """cos and sin (batch or 1, 1, time, head_dim / 2) at `positions`; `length` decides dynamic scaling."""
         inverse, factor = rope.inverse_frequencies(self.config.rope, self.config.head_dim, length)

@@ -15,7 +15,6 @@ import numpy as np
 
 from refpeft import fused, ops
 from refpeft.backend import Array
-from refpeft.errors import RefpeftError
 from refpeft.models.base import Cache, Frozen, Model
 from refpeft.models.block import Block, Places, beside, chosen
 from refpeft.models.decoder import unit
@@ -85,12 +84,8 @@ class Encoder(Model):
     ) -> tuple[Tensor, int]:
         """(the sum of the embeddings of tokens, positions and types, number of virtual tokens among them)."""
         hidden = self.embedded(ids, cache)
+        self.check_positions(ids, positions, hidden.shape[1] - ids.shape[1], None)
         positions, virtual = self.positioned(hidden, ids, positions, cache)
-        last = ids.shape[1] + self.first_position(virtual, None)
-        if last > self.config.context:
-            raise RefpeftError(
-                f"{last} positions were asked for: this model has {self.config.context}; shorten the rows"
-            )
         if self.position:
             hidden = hidden + self.position(positions + self.config.first_position)
         if self.type:

@@ -10,7 +10,6 @@ import numpy as np
 
 from refpeft import fused
 from refpeft.backend import Array
-from refpeft.errors import RefpeftError
 from refpeft.models.base import Cache, Frozen, Model
 from refpeft.models.block import Block, Places, beside, chosen
 from refpeft.models.config import ModelConfig
@@ -39,12 +38,8 @@ class GPT2(Model):
     ) -> Tensor:
         hidden = self.embedded(ids, cache)
         keys = ids.shape[1] + (cache.tokens if cache else 0)
+        self.check_positions(ids, positions, hidden.shape[1] - ids.shape[1], cache)
         positions, virtual = self.positioned(hidden, ids, positions, cache)
-        last = keys + self.first_position(virtual, cache)
-        if last > self.config.context:
-            raise RefpeftError(
-                f"{last} positions were asked for: this model has {self.config.context}; shorten the rows"
-            )
         hidden = hidden + self.position(positions)
         places, mask = self.places(rows, ids, virtual), fused.Mask(keys, None, segments)
         for layer in self.layers:

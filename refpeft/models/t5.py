@@ -38,6 +38,9 @@ class T5(Model):
         self.decoder = Side(self, "decoder", config.decoder_layers)
         self.head = self.linear("lm_head", "head", tied="shared" if config.tied else None)
 
+    def joins(self, longest: int) -> bool:
+        return False  # its biases are of all tokens of a row with each other
+
     def encode(self, ids: Array, segments: Array | None = None) -> Tensor:
         """The encoder's states (batch, time, dim) of integer ids (batch, time); segments are -1 at padding.
 
