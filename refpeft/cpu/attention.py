@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import NamedTuple
 
 import numpy as np
 
@@ -16,14 +16,11 @@ FLOAT = np.dtype(np.float32)
 BLOCK = 64
 """Queries of a head treated at once: where attention is causal, keys after the last of them are left out."""
 
-SCORES = 2**16
+SCORES = 2**17
 """Scores treated at once, of as many heads and rows as fit: with their gradients they stay in a core's cache."""
 
 CALM = 60
 """Size of scores up to which the sum of their exponentials is a number of float32."""
-
-LATER = np.where(np.tri(BLOCK, k=-1, dtype=bool), FLOAT.type(-np.inf), FLOAT.type(0))
-"""What is added to the scores of a block's own keys with its queries: keys that come later are not seen."""
 
 ROTATED = 2**16
 """Numbers rotated at once."""
@@ -57,31 +54,30 @@ def attention(needs, q, k, v, bias=None, *, mask, scale=None):
     spans = _spans(mask, batch, queries, keys) if bias is None else None
     if spans is None:
         return NotImplemented
-    how = _How(mask.causal, scale, abs(scale) * _longest(q) * _longest(k) < CALM)
     y = _in_heads((batch, heads, queries, v.shape[3]), [(rows, asking) for rows, asking, _ in spans])
-    lse, scratch = arena.empty((batch, heads, queries), FLOAT), _Scratch()
-    of_queries = [_grouped(a, kv_heads) for a in (q, y, lse)]
+    lse = arena.empty((batch, heads, queries), FLOAT)
+    calm = abs(scale) * _longest(q) * _longest(k) < CALM
+    of_queries, scratch = [_grouped(a, kv_heads) for a in (q, y, lse)], _Scratch()
     for rows, some, asking, seen in _parts(spans, heads, kv_heads):
-        at_queries, at_keys = (rows, some, slice(None), asking), (rows, some, seen)
-        _attend(*(a[at_queries] for a in of_queries), k[at_keys], v[at_keys], how, scratch)
+        of_part = [a[rows, some, asking] for a in of_queries] + [a[rows, some, seen] for a in (k, v)]
+        _attend(*of_part, mask.causal, scale, calm, scratch)
     scores_wanted = needs[0] or needs[1]
-    return y, (needs, q, k, v if scores_wanted else None, y if scores_wanted else None, lse, spans, how)
+    return y, (needs, q, k, v if scores_wanted else None, y if scores_wanted else None, lse, spans, mask.causal, scale)
 
 
 @attention.backward
-def _(g, needs, q, k, v, y, lse, spans, how):
+def _(g, needs, q, k, v, y, lse, spans, causal, scale):
     kv_heads, scratch = k.shape[1], _Scratch()
-    asking, seen = ([(span[0], span[axis]) for span in spans] for axis in (1, 2))
-    dq = _in_heads(q.shape, asking) if needs[0] else None
+    asked, seen = ([(span[0], span[axis]) for span in spans] for axis in (1, 2))
+    dq = _in_heads(q.shape, asked) if needs[0] else None
     dk = _in_heads(k.shape, seen) if needs[1] else None
     dv = _in_heads((*k.shape[:3], g.shape[3]), seen) if needs[2] else None
-    delta = None if y is None else np.vecdot(g, y)
+    delta = None if y is None else np.vecdot(g, y, out=arena.like(lse))
     of_queries = [None if a is None else _grouped(a, kv_heads) for a in (q, g, lse, delta, dq)]
     for rows, some, asking, seen in _parts(spans, q.shape[1], kv_heads):
-        at_queries, at_keys = (rows, some, slice(None), asking), (rows, some, seen)
-        parts = [None if a is None else a[at_queries] for a in of_queries]
-        parts += [None if a is None else a[at_keys] for a in (k, v, dk, dv)]
-        _attend_back(*parts, how, scratch)
+        of_part = [None if a is None else a[rows, some, asking] for a in of_queries]
+        of_part += [None if a is None else a[rows, some, seen] for a in (k, v, dk, dv)]
+        _attend_back(*of_part, causal, scale, scratch)
     return (dq, dk, dv, None)[: len(needs)]
 
 
@@ -102,12 +98,6 @@ def _attend_once(q, k, v, bias, mask: fused.Mask, scale: np.float32) -> np.ndarr
     return y.reshape(batch, heads, 1, -1)
 
 
-class _How(NamedTuple):
-    causal: bool
-    scale: np.float32
-    calm: bool  # whether the exponentials of scores neither overflow nor vanish, so that no maximum is needed
-
-
 class _Scratch:
     """Memory by name, as large as was asked for so far."""
 
@@ -124,96 +114,128 @@ class _Scratch:
         return np.matmul(a, b, out=self(name, (*a.shape[:-1], b.shape[-1])))
 
 
-def _attend(q, y, lse, k, v, how: _How, scratch: _Scratch) -> None:
+def _attend(q, y, lse, k, v, causal: bool, scale: np.float32, calm: bool, scratch: _Scratch) -> None:
     """Writes y, and the logarithm of each query's sum of exponentials.
 
-    q and y are (rows, kv_heads, group, queries, dim), lse the same without dim, k and v (rows, kv_heads, keys, dim).
+    q and y are (rows, kv_heads, queries, group, dim), lse the same without dim, k and v (rows, kv_heads, keys, dim).
+    Scores that are `calm` have exponentials that neither overflow nor vanish: their maximum need not be known.
     """
     ones = np.ones(k.shape[2], FLOAT)
-    for block, hi in _blocks(q.shape[3], k.shape[2], how.causal):
-        _, p = _scores(q[..., block, :], k[:, :, :hi], how, scratch)
-        if not how.calm:
+    for block, hi in _blocks(q.shape[2], k.shape[2], causal):
+        _, p = _scores(q[:, :, block], k[:, :, :hi], causal, scale, scratch)
+        if not calm:
             top = p.max(axis=-2, keepdims=True)
             p -= top
         np.exp(p, out=p)
         total = ones[:hi] @ p
-        to = y[..., block, :]
-        sums = scratch.product("sums", p.swapaxes(-1, -2), v[:, :, :hi])
-        np.divide(sums.reshape(to.shape), total.reshape(*to.shape[:-1], 1), out=to)
+        _put(y[:, :, block], p.swapaxes(-1, -2), v[:, :, :hi], (1 / total)[..., None], scratch)
         np.log(total, out=total)
-        if not how.calm:
+        if not calm:
             total += top[:, :, 0]
-        lse[..., block] = total.reshape(to.shape[:-1])
+        lse[:, :, block] = total.reshape(lse[:, :, block].shape)
 
 
-def _attend_back(q, g, lse, delta, dq, k, v, dk, dv, how: _How, scratch: _Scratch) -> None:
-    """Writes those of dq, dk and dv that are not None; `delta` is the sum of g y, a query.
-
-    Scores are made again. The first block sees all keys: it writes all of dk and dv, and later ones add to them.
-    """
-    first = True
-    for block, hi in _blocks(q.shape[3], k.shape[2], how.causal):
-        asking, p = _scores(q[..., block, :], k[:, :, :hi], how, scratch)
-        back = g[..., block, :]
-        if how.calm:  # p is short of a factor, which is given to all that it is multiplied with
-            factor = np.exp(-lse[..., block, None])
-        else:
-            p -= _line(lse[..., block])
-            factor = FLOAT.type(1)
+def _attend_back(q, g, lse, delta, dq, k, v, dk, dv, causal: bool, scale: np.float32, scratch: _Scratch) -> None:
+    """Writes those of dq, dk and dv that are not None; `delta` is the sum of g y, a query. Scores are made again."""
+    several = q.shape[2] > BLOCK
+    sum_k, sum_v = _Sum("dk", dk, several, scratch), _Sum("dv", dv, several, scratch)
+    for block, hi in _blocks(q.shape[2], k.shape[2], causal):
+        asking, p = _scores(q[:, :, block], k[:, :, :hi], causal, scale, scratch)
+        p -= _line(lse[:, :, block])
         np.exp(p, out=p)
-        back = _rows(np.multiply(back, factor, out=scratch("back", back.shape)))
-        if dv is not None:
-            _sum_up(dv[:, :, :hi], p, back, first, scratch)
+        back = _rows(g[:, :, block], "back", scratch)
+        sum_v.add(p, back)
         if v is not None:
             dscores = scratch.product("dscores", v[:, :, :hi], back.swapaxes(-1, -2))
-            dscores -= _line(delta[..., block, None] * factor)
+            dscores -= _line(delta[:, :, block])
             dscores *= p
+            sum_k.add(dscores, asking)
         if dq is not None:
-            to = dq[..., block, :]
-            sums = scratch.product("sums", dscores.swapaxes(-1, -2), k[:, :, :hi])
-            np.multiply(sums.reshape(to.shape), how.scale, out=to)
-        if dk is not None:
-            _sum_up(dk[:, :, :hi], dscores, asking, first, scratch)
-        first = False
+            _put(dq[:, :, block], dscores.swapaxes(-1, -2), k[:, :, :hi], scale, scratch)
+    sum_k.write()
+    sum_v.write()
 
 
-def _scores(q, k, how: _How, scratch: _Scratch) -> tuple[np.ndarray, np.ndarray]:
-    """(scale q, k (scale q)^T), the queries of a group's heads one after another; -inf for keys yet to come."""
-    asking = _rows(np.multiply(q, how.scale, out=scratch("asking", q.shape)))
+def _scores(q, k, causal: bool, scale: np.float32, scratch: _Scratch) -> tuple[np.ndarray, np.ndarray]:
+    """(scale q as rows, k (scale q)^T), -inf for keys that are yet to come."""
+    asking = _rows(q, "asking", scratch, scale)
     scores = scratch.product("scores", k, asking.swapaxes(-1, -2))
-    queries = q.shape[3]
-    if how.causal and queries > 1:
-        last = scores[:, :, -queries:].reshape(*k.shape[:2], queries, -1, queries)
-        last += LATER[:queries, None, :queries]
+    queries, group = q.shape[2:4]
+    if causal and queries > 1:
+        own = scores[:, :, -queries:]
+        own += _later(BLOCK, group)[:queries, : queries * group]
     return asking, scores
 
 
-def _sum_up(total: np.ndarray, by_key: np.ndarray, of_query: np.ndarray, first: bool, scratch: _Scratch) -> None:
-    """Makes `total` (rows, kv_heads, keys, dim) the product, or adds it."""
-    if first:
-        np.matmul(by_key, of_query, out=total)
+@functools.cache
+def _later(queries: int, group: int) -> np.ndarray:
+    """What is added to the scores (keys, queries * group) of a block with itself: -inf where the key is the later."""
+    return np.where(np.tri(queries, k=-1, dtype=bool), FLOAT.type(-np.inf), FLOAT.type(0)).repeat(group, axis=1)
+
+
+def _rows(a: np.ndarray, name: str, scratch: _Scratch, factor: np.float32 | None = None) -> np.ndarray:
+    """(rows, kv_heads, queries, group, dim), times `factor`, as matrices (rows, kv_heads, queries * group, dim)."""
+    single = a.shape[3] == 1
+    if single and factor is None:
+        return a[:, :, :, 0]
+    # where a key head has one head, heads stay side by side in memory: long runs of numbers are fast to copy
+    own = scratch(name, a.swapaxes(1, 2).shape).swapaxes(1, 2) if single else scratch(name, a.shape)
+    if factor is None:
+        np.copyto(own, a)
     else:
-        total += scratch.product("more", by_key, of_query)
+        np.multiply(a, factor, out=own)
+    return own.reshape(*a.shape[:2], -1, a.shape[4])
+
+
+def _put(to, a, b, factor: np.ndarray | np.float32, scratch: _Scratch) -> None:
+    """Writes factor a b to (rows, kv_heads, queries, group, dim): a factor for each row of a, (..., 1), or for all.
+
+    One head's product can be written in its place: then `a` is multiplied. Those of a group have to be copied there.
+    """
+    if to.shape[3] == 1:
+        a *= factor
+        np.matmul(a, b, out=to[:, :, :, 0])
+    else:
+        product = scratch.product("product", a, b).reshape(to.shape)
+        np.multiply(product, factor if factor.ndim == 0 else factor.reshape(*to.shape[:-1], 1), out=to)
+
+
+class _Sum:
+    """What blocks add to `to` (rows, kv_heads, keys, dim), or to nothing if that is None.
+
+    The first block has all keys, and later ones fewer. If there are several, they are added up in one piece of memory.
+    """
+
+    def __init__(self, name: str, to: np.ndarray | None, several: bool, scratch: _Scratch):
+        self._to, self._scratch, self._begun = to, scratch, False
+        self._total = scratch(name, to.shape) if several and to is not None else to
+
+    def add(self, by_key: np.ndarray, of_query: np.ndarray) -> None:
+        if self._begun:
+            part = self._total[:, :, : by_key.shape[2]]
+            part += self._scratch.product("product", by_key, of_query)
+        elif self._to is not None:
+            np.matmul(by_key, of_query, out=self._total)
+            self._begun = self._total is not self._to
+
+    def write(self) -> None:
+        if self._begun:
+            np.copyto(self._to, self._total)
+
+
+def _line(a: np.ndarray) -> np.ndarray:
+    """A number for each query of the group's heads, beside each other below keys: (rows, kv_heads, 1, ...)."""
+    return a.reshape(*a.shape[:2], 1, -1)
+
+
+def _grouped(a: np.ndarray, kv_heads: int) -> np.ndarray:
+    """A view of (batch, heads, queries, ...) as (batch, kv_heads, queries, group, ...)."""
+    return a.reshape(a.shape[0], kv_heads, -1, *a.shape[2:]).swapaxes(2, 3)
 
 
 def _longest(a: np.ndarray) -> np.float32:
     """The length of the longest vector in the last axis."""
     return np.sqrt(np.vecdot(a, a).max())
-
-
-def _rows(a: np.ndarray) -> np.ndarray:
-    """(rows, kv_heads, group, queries, n) as (rows, kv_heads, group * queries, n)."""
-    return a.reshape(*a.shape[:2], -1, a.shape[-1])
-
-
-def _line(a: np.ndarray) -> np.ndarray:
-    """(rows, kv_heads, group, queries) as (rows, kv_heads, 1, group * queries)."""
-    return a.reshape(*a.shape[:2], 1, -1)
-
-
-def _grouped(a: np.ndarray, kv_heads: int) -> np.ndarray:
-    """A view of (batch, heads, ...) as (batch, kv_heads, group, ...)."""
-    return a.reshape(a.shape[0], kv_heads, -1, *a.shape[2:])
 
 
 def _in_heads(shape: tuple[int, ...], written: list[tuple[slice, slice]]) -> np.ndarray:
