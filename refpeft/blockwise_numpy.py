@@ -81,10 +81,7 @@ def decode(
             part = values[at:end] if direct else scratch[: end - at]
             # mode="clip" because np.take with another mode writes to a copy first
             np.take(table, codes[at // per_byte : end // per_byte], out=part.view(table.dtype), mode="clip")
-            whole = part.size - part.size % block
-            blocks, first = part[:whole].reshape(-1, block), at // block
-            blocks *= absmax[first : first + len(blocks), None]
-            part[whole:] *= absmax[first + len(blocks) : first + len(blocks) + 1]
+            part *= absmax[at // block : -(-end // block)].repeat(block)[: part.size]  # faster than by broadcasting
             if not direct:
                 values[at:end] = part
 

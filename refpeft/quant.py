@@ -13,8 +13,8 @@ from .errors import RefpeftError
 
 CONSTANTS = "dynamic8"  # the quantizer of another's constants
 
-PANEL = 1024
-"""Rows of a weight that are made dense at once: with fewer, products with them take noticeably longer."""
+PANEL = 2048
+"""Rows of a weight that are made dense at once, about: products with fewer take noticeably longer."""
 
 
 class Dense:

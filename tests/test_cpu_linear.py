@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import refpeft.cpu  # noqa: F401  (registers them)
 from refpeft import RefpeftError, fused, manager, ops, tensor
 from refpeft.backend import bfloat16
-from refpeft.quant import Dense, make_quantizer
+from refpeft.quant import PANEL, Dense, make_quantizer
 from refpeft.tensor import Tensor, parameter
 
 EPS = float(np.finfo("f4").eps)
@@ -111,7 +111,7 @@ def test_wrong_inputs_are_the_plain_pairs_to_refuse(call):
 
 
 @pytest.mark.parametrize("layout", ["plain", "turned"])
-@pytest.mark.parametrize("shape", [(1030, 8), (2100, 3), (7, 5)])
+@pytest.mark.parametrize("shape", [(2060, 8), (4200, 3), (7, 5)])
 def test_a_bfloat16_weight_comes_in_panels_that_make_up_the_whole(shape, layout):
     array = strided(normal(shape), layout)
     weight = Dense(array.astype(bfloat16), np.dtype("f4"))
@@ -119,7 +119,7 @@ def test_a_bfloat16_weight_comes_in_panels_that_make_up_the_whole(shape, layout)
     panels = list(weight.panels())
     assert np.array_equal(np.concatenate([dense for _, dense in panels]), whole) and np.array_equal(weight(), whole)
     assert [part.start for part, _ in panels[1:]] == [part.stop for part, _ in panels[:-1]]
-    assert max(len(dense) for _, dense in panels) <= 1024 and {len(d) % 64 for _, d in panels[:-1]} <= {0}
+    assert max(len(dense) for _, dense in panels) <= PANEL and {len(d) % 64 for _, d in panels[:-1]} <= {0}
     x, g = normal((6, shape[1]), 1), normal((6, shape[0]), 2)
     wide = {"weight": lambda: whole.astype("f8")}
     agree(fused.frozen_linear, (x,), (True,), g, limit=64, wide=wide, weight=weight)
@@ -168,15 +168,15 @@ def test_panels_of_a_quantized_weight_have_the_bits_of_the_whole(name, options, 
 
 @pytest.mark.parametrize("name", QUANTIZERS)
 def test_a_product_with_a_quantized_weight_is_that_with_its_values(name):
-    weight = make_quantizer(name)(normal((1100, 64)), np.dtype("f4"))
+    weight = make_quantizer(name)(normal((2100, 64)), np.dtype("f4"))
     dense = weight().astype("f8")
-    x, g = normal((2, 3, 64), 1), normal((2, 3, 1100), 2)
+    x, g = normal((2, 3, 64), 1), normal((2, 3, 2100), 2)
     agree(fused.frozen_linear, (x,), (True,), g, limit=64, wide={"weight": lambda: dense}, weight=weight)
 
 
 def test_of_a_quantized_weight_no_more_than_a_panel_is_dense():
-    weight = make_quantizer("nf4", None, double_quant=True)(normal((16 * 1024, 64)), np.dtype("f4"))
-    x, whole = parameter(normal((4, 64), 1)), 16 * 1024 * 64 * 4
+    weight = make_quantizer("nf4", None, double_quant=True)(normal((16 * PANEL, 64)), np.dtype("f4"))
+    x, whole = parameter(normal((4, 64), 1)), 16 * PANEL * 64 * 4
     tracemalloc.start()
     try:
         fused.frozen_linear(x, weight=weight).backward()
