@@ -143,7 +143,7 @@ def _attend_back(q, g, lse, delta, dq, k, v, dk, dv, causal: bool, scale: np.flo
         asking, p = _scores(q[:, :, block], k[:, :, :hi], causal, scale, scratch)
         p -= _line(lse[:, :, block])
         np.exp(p, out=p)
-        back = _rows(g[:, :, block], "back", scratch)
+        back = g[:, :, block, 0] if g.shape[3] == 1 else _rows(g[:, :, block], "back", scratch)
         sum_v.add(p, back)
         if v is not None:
             dscores = scratch.product("dscores", v[:, :, :hi], back.swapaxes(-1, -2))
@@ -158,7 +158,8 @@ def _attend_back(q, g, lse, delta, dq, k, v, dk, dv, causal: bool, scale: np.flo
 
 def _scores(q, k, causal: bool, scale: np.float32, scratch: _Scratch) -> tuple[np.ndarray, np.ndarray]:
     """(scale q as rows, k (scale q)^T), -inf for keys that are yet to come."""
-    asking = _rows(q, "asking", scratch, scale)
+    asking = _rows(q, "asking", scratch)
+    asking *= scale
     scores = scratch.product("scores", k, asking.swapaxes(-1, -2))
     queries, group = q.shape[2:4]
     if causal and queries > 1:
@@ -173,18 +174,15 @@ def _later(queries: int, group: int) -> np.ndarray:
     return np.where(np.tri(queries, k=-1, dtype=bool), FLOAT.type(-np.inf), FLOAT.type(0)).repeat(group, axis=1)
 
 
-def _rows(a: np.ndarray, name: str, scratch: _Scratch, factor: np.float32 | None = None) -> np.ndarray:
-    """(rows, kv_heads, queries, group, dim), times `factor`, as matrices (rows, kv_heads, queries * group, dim)."""
+def _rows(a: np.ndarray, name: str, scratch: _Scratch) -> np.ndarray:
+    """A copy of (rows, kv_heads, queries, group, dim) as matrices (rows, kv_heads, queries * group, dim).
+
+    Where there is one head, heads stay side by side in memory: longer runs of numbers are faster to copy.
+    """
     single = a.shape[3] == 1
-    if single and factor is None:
-        return a[:, :, :, 0]
-    # where a key head has one head, heads stay side by side in memory: long runs of numbers are fast to copy
-    own = scratch(name, a.swapaxes(1, 2).shape).swapaxes(1, 2) if single else scratch(name, a.shape)
-    if factor is None:
-        np.copyto(own, a)
-    else:
-        np.multiply(a, factor, out=own)
-    return own.reshape(*a.shape[:2], -1, a.shape[4])
+    copy = scratch(name, a.swapaxes(1, 2).shape).swapaxes(1, 2) if single else scratch(name, a.shape)
+    np.copyto(copy, a)
+    return copy.reshape(*a.shape[:2], -1, a.shape[4])
 
 
 def _put(to, a, b, factor: np.ndarray | np.float32, scratch: _Scratch) -> None:
@@ -289,7 +287,7 @@ def _documents(segments: np.ndarray, queries: int, keys: int) -> list[Span] | No
 def _parts(spans: list[Span], heads: int, kv_heads: int) -> Iterator[tuple[slice, slice, slice, slice]]:
     """(rows, key heads, queries, keys) of the spans, with about SCORES scores in a block each."""
     for rows, asking, seen in spans:
-        block = min(BLOCK, _length(asking)) * (heads // kv_heads) * (_length(seen))
+        block = min(BLOCK, _length(asking)) * (heads // kv_heads) * _length(seen)
         fit = max(SCORES // block, 1)
         rows_each, heads_each = max(fit // kv_heads, 1), min(fit, kv_heads)
         for row in range(rows.start, rows.stop, rows_each):
@@ -334,7 +332,7 @@ def _rotated(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
     half = np.dtype((np.void, dim // 2 * x.itemsize))
     y = arena.empty((batch, time, heads, dim), FLOAT)
     times = min(max(ROTATED // (heads * dim), 1), time)
-    rows = max(ROTATED // (time * heads * dim), 1)
+    rows = min(max(ROTATED // (time * heads * dim), 1), batch)
     scratch = arena.empty((rows, times, heads, dim), FLOAT)
     for row in range(0, batch, rows):
         for start in range(0, time, times):
