@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 IGNORE = -100  # a target that does not count
 
+_WINDOW = 50
+"""Batches whose rows are sorted together, at most: as in transformers, whose name for it is `group_by_length`."""
+
 
 @dataclass(frozen=True)
 class Share:
@@ -118,12 +121,21 @@ class Batches:
     shuffle    a new order of rows in every epoch. Without it (for evaluation) rows come longest first, and what is
                drawn of them (hidden tokens) is always the same. The sum of the losses is the same in any order; this
                one needs little padding, and a batch that is too large comes first
+    by_length  rows of a batch are about equally long, in an order that is otherwise random; the longest of an epoch's
+               batches comes first
     """
 
     shares: tuple[float, ...] = ()  # of several data sets, see refpeft.mixtures
 
     def __init__(
-        self, examples: list[Any], batch: int, length: int, pack: bool = False, seed: int = 0, shuffle: bool = True
+        self,
+        examples: list[Any],
+        batch: int,
+        length: int,
+        pack: bool = False,
+        seed: int = 0,
+        shuffle: bool = True,
+        by_length: bool = False,
     ):
         if not examples:
             raise RefpeftError("there are no examples to make batches of")
@@ -137,7 +149,7 @@ class Batches:
         # Rows are packed once: then every epoch has the same number of steps. Only their order changes.
         self.rows = pack_rows(examples, length, seed) if pack else [[example] for example in examples]
         self.rows.sort(key=lambda row: -sum(map(len, row)))
-        self.packed = pack
+        self.packed, self.by_length = pack, by_length
         self._order: tuple[int, np.ndarray] = (-1, np.arange(0))
 
     @property
@@ -181,8 +193,28 @@ class Batches:
         if not self.shuffle:
             return np.arange(len(self.rows))
         if self._order[0] != epoch:
-            self._order = epoch, Stream(self.seed, "data", epoch).permutation(len(self.rows))
+            order = Stream(self.seed, "data", epoch).permutation(len(self.rows))
+            self._order = epoch, self._sorted(order, epoch) if self.by_length else order
         return self._order[1]
+
+    def _sorted(self, order: np.ndarray, epoch: int) -> np.ndarray:
+        """An order of rows in which those of a batch are about equally long.
+
+        Within windows of some batches rows are sorted by length, and then all batches are shuffled. The rows that are
+        too few for a batch stay the last ones.
+        """
+        whole = len(order) - len(order) % self.batch
+        if not whole:
+            return order
+        window = self.batch * min(max(whole // (4 * self.batch), 1), _WINDOW)
+        lengths = np.array([sum(map(len, row)) for row in self.rows])
+        windows = np.split(order[:whole], range(window, whole, window))
+        batches = np.concatenate([rows[np.argsort(-lengths[rows], kind="stable")] for rows in windows])
+        batches = batches.reshape(-1, self.batch)
+        batches = batches[Stream(self.seed, "batches", epoch).permutation(len(batches))]
+        first = lengths[batches].max(axis=1).argmax()
+        batches[[0, first]] = batches[[first, 0]]
+        return np.concatenate((batches.reshape(-1), order[whole:]))
 
 
 def pack_rows(examples: list[Example], length: int, seed: int = 0) -> list[list[Example]]:

@@ -396,6 +396,11 @@ def _cross_checks(run: RunConfig, given: Layer, problems: Problems) -> None:
             "train.micro_batch",
             f"train.micro_batch is {train.micro_batch}: it must divide train.batch, which is {train.batch}",
         )
+    if train.group_by_length and (len(data.files) > 1 or data.replay):
+        problem(
+            "train.group_by_length",
+            "train.group_by_length is for rows of one file, and here each row's file is drawn: leave it out",
+        )
     taken = inspect.signature(OPTIMIZERS[train.optimizer]).parameters
     for name in OPTIONS:
         if getattr(train, name) is not None and name not in taken:

@@ -149,7 +149,7 @@ def make_batches(run: RunConfig, rows: Data, model: AnyConfig, shuffle: bool = T
     size = run.train.batch if shuffle else run.train.rows_at_a_time
     length, how = row_length(run.data.length, model), (run.data.pack, run.seed, shuffle)
     if not (shuffle and rows.sets):
-        return Batches(rows.examples, size, length, *how)
+        return Batches(rows.examples, size, length, *how, run.train.group_by_length)
     sets = [Batches(one.examples, 1, length, *how) for one in rows.sets]
     own = len(sets) - bool(run.data.replay)
     counts = [len(one.rows) for one in sets[:own]]

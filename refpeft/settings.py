@@ -61,6 +61,7 @@ class Train(BaseModel):
     lr: Annotated[float, Field(gt=0)] = 2e-4
     batch: Count = 8  # rows of an optimizer step
     micro_batch: Count | None = None  # rows computed at a time; none: the whole batch
+    group_by_length: bool = False  # rows of a step are about equally long: less padding, and a less random order
     threads: Count | None = None  # of the processor; none: all, or as many as OMP_NUM_THREADS says
     optimizer: Optimizer = "adamw"
     paged: bool = False  # the optimizer's state lies outside of the memory that is computed in

@@ -272,7 +272,8 @@ class Trainer:
         """What must be equal for a checkpoint to be continued."""
         s = self.settings
         options = {f"{a.name}.{name}": value for a in self.model.adapters for name, value in vars(a.cfg).items()}
-        same = ("optimizer", "lr", "batch", "micro_batch", "weight_decay", *OPTIONS, "clip", "schedule", "l2_sp", "kl")
+        same = ("optimizer", "lr", "batch", "micro_batch", "group_by_length", "weight_decay", *OPTIONS, "clip")
+        same += ("schedule", "l2_sp", "kl")
         formats = {str(w.quantizer) for w in self.model.frozen.values() if isinstance(w, Quantized)}
         crc = 0
         for row in self.train.rows:

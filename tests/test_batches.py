@@ -128,6 +128,35 @@ def test_evaluation_begins_with_the_longest_row():
     assert [batch.ids.shape[1] for batch in batches] == [9, 5, 2] and batches.longest == 9
 
 
+def lengths_of(batches: Batches, epoch: int = 0) -> list[list[int]]:
+    steps = range(epoch * len(batches), (epoch + 1) * len(batches))
+    return [[sum(map(len, row)) for row in batches._rows_at(step)] for step in steps]
+
+
+@given(st.lists(st.integers(1, LENGTH), min_size=1, max_size=60), st.integers(1, 7), st.integers(0, 2))
+@settings(deadline=None)
+def test_by_length_every_epoch_has_every_row_once_and_its_longest_full_batch_first(lengths, size, epoch):
+    batches = Batches(made([[True] * n for n in lengths]), size, LENGTH, by_length=True)
+    found = lengths_of(batches, epoch)
+    assert sorted(n for batch in found for n in batch) == sorted(lengths)
+    assert [len(batch) for batch in found[:-1]] == [size] * (len(found) - 1)
+    full = [max(batch) for batch in found if len(batch) == size]
+    assert not full or full[0] == max(full)
+
+
+def test_by_length_little_is_padding_and_epochs_differ():
+    examples = made([[True] * (1 + 7 * i % LENGTH) for i in range(200)])
+
+    def padding(by_length):
+        found = lengths_of(Batches(examples, 8, LENGTH, by_length=by_length))
+        return sum(max(batch) * len(batch) - sum(batch) for batch in found)
+
+    assert padding(True) < padding(False) / 3
+    grouped = Batches(examples, 8, LENGTH, by_length=True)
+    assert lengths_of(grouped, 0) != lengths_of(grouped, 1)
+    assert lengths_of(grouped, 1) == lengths_of(Batches(examples, 8, LENGTH, by_length=True), 1)
+
+
 @given(example_sets, st.integers(1, 6), st.integers(1, 6), st.booleans())
 @settings(deadline=None)
 def test_splitting_a_batch_keeps_every_row_and_cuts_padding_only(examples, size, rows, pack):

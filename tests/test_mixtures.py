@@ -289,6 +289,10 @@ def test_what_was_forgotten_is_told(refpeft_train):
         (("--data", "a.jsonl", "--data", "./a.jsonl"), "--data: data.file names a file twice"),
         (("--data", "a.jsonl", "--data", "no.jsonl"), "--data: data.file no.jsonl does not exist"),
         (("--data", "a.jsonl", "--replay-share", "0.5"), "--replay-share: data.replay_share has no effect"),
+        (
+            ("--data", "a.jsonl", "--replay", "b.jsonl", "--set", "train.group_by_length=true"),
+            "train.group_by_length is for rows of one file",
+        ),
         (("--data", "a.jsonl", "--replay", "b.jsonl", "--replay-share", "1"), "expected a value below 1"),
         (("--data", "a.jsonl", "--replay", "./a.jsonl"), "--replay: data.replay is one of data.file"),
         (("--data", "a.jsonl", "--replay", "b.jsonl", "--earlier", "b.jsonl"), "--earlier: data.earlier is trained on"),
