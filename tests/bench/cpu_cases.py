@@ -100,7 +100,7 @@ def prepare(turns: Turns, case: Case, source: Source, steps: int, folder: Path) 
 
     tokens = _TINY_TOKENS if source.tiny else case.tokens
     if case.real:
-        _write_real_model(refpeft.load(source.model), folder / "model")
+        write_real_model(refpeft.load(source.model), folder / "model")
     else:
         _write_random_model(case.family, source.tiny, folder / "model")
     model = refpeft.load(folder / "model")
@@ -151,7 +151,7 @@ def _write_random_model(family: str, tiny: bool, directory: Path) -> None:
     tokenizers.Tokenizer(words).save(str(directory / "tokenizer.json"))  # no text is read with it
 
 
-def _write_real_model(model: Any, directory: Path) -> None:
+def write_real_model(model: Any, directory: Path) -> None:
     """A model that may be a GGUF file, in the form that transformers reads, in float32."""
     from refpeft import files
 

@@ -11,23 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from cpu_cases import CLIP, LR, Case
-from machine import Turns
+from machine import Turns, train
 
 # ---- refpeft ---------------------------------------------------------------------------------------------------------
 
 
 def train_refpeft(turns: Turns, case: Case, folder: Path, threads: int, quantized: bool = False) -> None:
-    """Steps of refpeft's Trainer, as `refpeft train` takes them: each from one call of the listener to the next."""
     trainer = _trainer(case, folder, threads, quantized, steps=10**6, clip=CLIP)
     turns.ready(frozen=trainer.model.nbytes)
-
-    def after_step(record: dict[str, Any]) -> None:
-        turns.done(loss=record["loss"], tokens=record["tokens"])
-        turns.wait()
-
-    trainer.listeners = [after_step]
-    turns.wait()
-    trainer.run()
+    train(turns, trainer)
 
 
 def gradients_of_refpeft(
@@ -55,9 +47,9 @@ def _trainer(case: Case, folder: Path, threads: int, quantized: bool, steps: int
     how = {"quantizer": "nf4", "double_quant": True} if quantized else {}
     model = refpeft.load(folder / "model", folder / "adapter", **how)
     examples = pickle.loads((folder / "examples.pickle").read_bytes())
-    train = Batches(examples, case.rows, max(map(len, examples)))
+    batches = Batches(examples, case.rows, max(map(len, examples)))
     settings = Train(lr=LR, batch=case.rows, steps=steps, schedule="constant", warmup=0, clip=clip, threads=threads)
-    return refpeft.Trainer(model, train, None, settings)
+    return refpeft.Trainer(model, batches, None, settings)
 
 
 # ---- transformers and PEFT -------------------------------------------------------------------------------------------

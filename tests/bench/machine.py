@@ -116,6 +116,18 @@ class Turns:
         self.pipe.send({"sample": Sample.between(self.start, Moment.now()), "peak": peak(), **found})
 
 
+def train(turns: Turns, trainer: Any) -> None:
+    """Steps of a refpeft.Trainer as `refpeft train` takes them: each ends where the trainer tells its listeners."""
+
+    def after_step(record: dict[str, Any]) -> None:
+        turns.done(loss=record["loss"], tokens=record["tokens"])
+        turns.wait()
+
+    trainer.listeners = [after_step]
+    turns.wait()
+    trainer.run()
+
+
 class Failed(Exception):
     """A worker raised; the message is its traceback."""
 

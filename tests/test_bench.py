@@ -1,0 +1,64 @@
+"""The benchmarks run, on models of no size; what they measure there says nothing."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+CALM = {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "1"}  # beside other tests torch's threads must not spin
+pytestmark = pytest.mark.slow
+
+
+def run(script: str, *arguments: str | Path) -> str:
+    """What a benchmark prints."""
+    command = [sys.executable, HERE / "bench" / script, *map(str, arguments)]
+    environment = os.environ | CALM | {"PYTHONPATH": str(HERE.parent)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("case", ["gpt2-half", "smollm-all", "minilm", "qlora"])
+def test_a_step_is_measured_and_its_gradients_are_those_of_transformers_in_float64(tmp_path, case):
+    for peer in ("torch", "transformers", "peft", "bitsandbytes"):
+        pytest.importorskip(peer)
+    file = tmp_path / "found.json"
+    printed = run("cpu.py", case, "--tiny", "--rounds", "1", "--threads", "1", "--check", "--json", file)
+    found = json.loads(file.read_text())["cases"][case]
+    assert len(found["systems"]) == 3 and "failed" not in printed
+    assert all(row["s/step"] > 0 and len(row["samples"]) >= 1 for row in found["systems"].values())
+    losses = [row["losses"][:3] for name, row in found["systems"].items() if name != "refpeft, not quantized"]
+    assert all(other == pytest.approx(losses[0], rel=1e-5) for other in losses)
+    assert all(max(errors["loss"], errors["gradient"]) < 1e-5 for errors in found["check"].values())
+
+
+def test_what_the_cost_of_a_step_grows_with_is_drawn(tmp_path):
+    printed = run("growth.py", tmp_path / "growth.svg", "--tiny", "--rounds", "1", "--threads", "1")
+    assert printed.count("| exponent |") == 4
+    assert (tmp_path / "growth.svg").read_text().count("<circle") == 2 * 19
+
+
+@pytest.mark.real
+def test_both_sides_write_the_same_tokens(tmp_path):
+    pytest.importorskip("transformers")
+    model = Path(os.environ["REFPEFT_MODELS"], "stories260K")
+    run("generate.py", model, "--rows", "2", "--new", "8", "--rounds", "1", "--threads", "1", "--json", tmp_path / "f")
+    found = json.loads((tmp_path / "f").read_text())["rows"]["2"]
+    assert [row["same rows"] for row in found.values()] == ["2/2"] * 3
+
+
+@pytest.mark.real
+def test_ragged_rows_are_the_same_for_all_systems(tmp_path):
+    pytest.importorskip("peft")
+    model, data = Path(os.environ["REFPEFT_MODELS"], "stories260K"), Path(os.environ["REFPEFT_DATA"], "wikisql")
+    file = tmp_path / "found.json"
+    given = ["--model", model, "--data", data, "--rounds", "1", "--threads", "1", "--check", "--json", file]
+    run("cpu.py", "wikisql", *given)
+    found = json.loads(file.read_text())["cases"]["wikisql"]
+    losses = [row["losses"][:3] for row in found["systems"].values()]
+    assert all(other == pytest.approx(losses[0], rel=1e-4) for other in losses)
+    assert all(errors["gradient"] < 1e-4 for errors in found["check"].values())
