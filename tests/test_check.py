@@ -113,6 +113,10 @@ MISTAKES = {
     "padding": (
         LINEAR, LINEAR + " + ops.mean(x, axis=1, keepdims=True)[..., :1]", "independence of rows", "with its padding",
     ),
+    "the token before": (
+        LINEAR, LINEAR + " + ops.concat(x[:, :1] * 0.0, x[:, :-1], axis=1)[..., :1]",
+        "independence of rows", "texts that share a row differ by",
+    ),
     "base twice": (LINEAR, LINEAR + " + base(x) * 0.1", "base called once", "calls base 2 times"),
     "base never": ("base(x) +", "base.frozen(x) +", "base called once", "never calls base"),
     "what is below is lost": ("base(x) +", "base.frozen(x) +", "around lora", "gets no gradient"),

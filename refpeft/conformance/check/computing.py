@@ -208,7 +208,22 @@ def independence_of_rows(method: Method) -> str:
                     f"{family}: a row that is computed alone differs by {off:.1g} from what it is in a batch{padded}: "
                     "no hook may add up over rows, or over padding (its axis 0 is the batch, axis 1 time)"
                 )
-    return "a row is the same alone and in a batch, with padding and without"
+        if family in method.decoders:
+            _check_joined(built, family, whole)
+    return "a row is the same alone, in a batch with padding and without, and beside others in one row"
+
+
+def _check_joined(built: Model, family: str, whole: np.ndarray) -> None:
+    """Raises Failed where texts that share a row differ from `whole`, those in rows of their own."""
+    given = subjects.batch()
+    one = given.unpadded()
+    joined = built(one.ids, one.positions, one.segments).data[0]
+    off = abs(joined - whole[given.segments >= 0]).max()
+    if not off <= ROUNDING * EPS * abs(whole).max():
+        raise Failed(
+            f"{family}: texts that share a row differ by {off:.1g} from what they are in rows of their own, and padded "
+            "rows are computed so: of other tokens a hook may know only what attention has of the same text"
+        )
 
 
 # ---- the base --------------------------------------------------------------------------------------------------------
