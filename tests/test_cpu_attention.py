@@ -175,6 +175,19 @@ def test_a_generated_token_sees_what_the_plain_pair_lets_it_see(this, biased, wi
     assert np.abs(got - expected).max() <= 16 * EPS * max(1, np.abs(q).max(), np.abs(k).max()) * np.abs(v).max()
 
 
+@pytest.mark.parametrize("group", [1, 3])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_scores_without_a_maximum_may_be_as_large_as_that_is_allowed(group, sign):
+    this = asked(group=group, dim=1, tokens=200)
+    edge = np.float32(np.sqrt(faster.CALM) * 0.999)
+    this = this._replace(q=np.full_like(this.q, edge), k=np.full_like(this.k, sign * edge), v=this.v * np.float32(1e3))
+    y, gradients = this.results((True, True, True), "f4")
+    assert all(np.isfinite(a).all() for a in gradients)
+    with tensor.plain():
+        expected, _ = this.results((False,) * 3, "f8")
+    assert np.abs(y.data - expected.data).max() <= 16 * EPS * np.abs(expected.data).max()
+
+
 def test_a_scale_is_taken_and_may_be_negative():
     q, k, v, *_ = asked()
     for scale in (0.3, -2.0):

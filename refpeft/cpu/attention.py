@@ -19,8 +19,11 @@ BLOCK = 64
 SCORES = 2**17
 """Scores treated at once, of as many heads and rows as fit: with their gradients they stay in a core's cache."""
 
-CALM = 60
-"""Size of scores up to which the sum of their exponentials is a number of float32."""
+CALM = 70
+"""Size of scores whose exponentials, and sums of them, are numbers of float32, so that their maximum need not be known.
+
+A score is at most as large as the product of the lengths of a query and a key.
+"""
 
 ROTATED = 2**16
 """Numbers rotated at once."""
@@ -56,11 +59,10 @@ def attention(needs, q, k, v, bias=None, *, mask, scale=None):
         return NotImplemented
     y = _in_heads((batch, heads, queries, v.shape[3]), [(rows, asking) for rows, asking, _ in spans])
     lse = arena.empty((batch, heads, queries), FLOAT)
-    calm = abs(scale) * _longest(q) * _longest(k) < CALM
     of_queries, scratch = [_grouped(a, kv_heads) for a in (q, y, lse)], _Scratch()
     for rows, some, asking, seen in _parts(spans, heads, kv_heads):
         of_part = [a[rows, some, asking] for a in of_queries] + [a[rows, some, seen] for a in (k, v)]
-        _attend(*of_part, mask.causal, scale, calm, scratch)
+        _attend(*of_part, mask.causal, scale, scratch)
     scores_wanted = needs[0] or needs[1]
     return y, (needs, q, k, v if scores_wanted else None, y if scores_wanted else None, lse, spans, mask.causal, scale)
 
@@ -114,13 +116,13 @@ class _Scratch:
         return np.matmul(a, b, out=self(name, (*a.shape[:-1], b.shape[-1])))
 
 
-def _attend(q, y, lse, k, v, causal: bool, scale: np.float32, calm: bool, scratch: _Scratch) -> None:
+def _attend(q, y, lse, k, v, causal: bool, scale: np.float32, scratch: _Scratch) -> None:
     """Writes y, and the logarithm of each query's sum of exponentials.
 
     q and y are (rows, kv_heads, queries, group, dim), lse the same without dim, k and v (rows, kv_heads, keys, dim).
-    Scores that are `calm` have exponentials that neither overflow nor vanish: their maximum need not be known.
     """
     ones = np.ones(k.shape[2], FLOAT)
+    calm = abs(scale) * _longest(q) * _longest(k) < CALM
     for block, hi in _blocks(q.shape[2], k.shape[2], causal):
         _, p = _scores(q[:, :, block], k[:, :, :hi], causal, scale, scratch)
         if not calm:

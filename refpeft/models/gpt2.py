@@ -80,8 +80,8 @@ class Layer(Block):
 
     def _attention(self, x: Tensor, *, rows: Places | None, mask: fused.Mask, cache: Cache | None) -> Tensor:
         batch, time, _ = x.shape
-        y = self.qkv(x).reshape(batch, time, 3, self.config.heads, self.config.head_dim).transpose(2, 0, 3, 1, 4)
-        q, k, v = (y[i] for i in range(3))
+        y = self.qkv(x).reshape(batch, time, 3, self.config.heads, self.config.head_dim)
+        q, k, v = (y[:, :, i].transpose(0, 2, 1, 3) for i in range(3))
         if cache:
             k, v = cache.extend(self.index, k, v)
         return self.o(beside(self.attend(q, k, v, mask=mask), rows))
