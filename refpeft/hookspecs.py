@@ -17,12 +17,12 @@ A recipe has no forward hook, and so no targets: it brings other methods along (
 What every method promises, and `refpeft check FILE` tries on tiny models: the gradients of all that it trains are right
 (hooks compute with refpeft.ops on Tensors, and what counts as a constant goes through ops.detach); in a decoder a token
 changes nothing before it, and a text nothing in another, in the same row or not; what is attached below acts; merged is
-unmerged; on quantized weights it is what it is on the same numbers, dense; all random numbers are drawn from `rng`; what
-is drawn or made of weights and not trained is a constant among its values, so that files have it; nothing is read by the
-host in a training step; no array is changed in place. Two things are asked if the docstring says them: that first values
-"leave the model as it is" (or that "the model is unchanged"), and a formula, "r (in + out) numbers a target" (or a
-place, a layer, or "numbers in all"), of options and of the sizes of a site: out and in, vocab and dim, kv_heads and
-head_dim.
+unmerged; on quantized weights it is what it is on the same numbers, dense; all random numbers are drawn from `rng`;
+what is drawn or made of weights and not trained is a constant among its values, so that files have it; nothing is read
+by the host in a training step; no array is changed in place. Two things are asked if the docstring says them: that
+first values "leave the model as it is" (or that "the model is unchanged"), and a formula, "r (in + out) numbers a
+target" (or a place, a layer, or "numbers in all"), of options and of the sizes of a site: out and in, vocab and dim,
+kv_heads and head_dim.
 
 The arguments:
     site    refpeft.sites.Site: .name, .kind, .shape, .roles, .index, .tied, .quantized
