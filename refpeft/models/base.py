@@ -289,8 +289,8 @@ class Model:
         """Where the tokens that `rows` says are in the hidden states, of which `virtual` come before those of `ids`."""
         if rows is None:
             return None
-        row, token = self.xp.unravel_index(rows, ids.shape)
-        return row, token + virtual
+        time = ids.shape[1]
+        return rows // time, rows % time + virtual
 
     def positioned(self, hidden: Tensor, ids: Array, positions: Array | None, cache: Cache | None) -> tuple[Array, int]:
         """(positions of all rows of `hidden` (batch or 1, rows), number of virtual tokens among them).
