@@ -17,31 +17,30 @@ from .errors import RefpeftError
 
 _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
-_32 = np.uint64(32)
+_32, _LOW = np.uint64(32), np.uint64(0xFFFFFFFF)
 
 
 _BLOCK = 2**14
-"""Counters at a time on the host: 128 KiB for two words of each, so that the rounds stay in a core's cache."""
+"""Counters at a time on the host, a power of two: 128 KiB for a word of each, so that rounds stay in a core's cache."""
 
 
 def philox4x32(c0, c1, c2, c3, k0: int, k1: int):
-    """Ten rounds on counters of uint32 arrays (NumPy or CuPy); returns four uint32 arrays of the same shape."""
-    left, right = c0.astype("u8") << _32 | c1, c2.astype("u8") << _32 | c3
-    _ten_rounds(left, right, k0, k1)
-    return tuple(word.astype("u4") for word in (left >> _32, left, right >> _32, right))
+    """Ten rounds on counters of four words below 2^32; returns four words of each, as uint64.
 
-
-def _ten_rounds(left, right, k0: int, k1: int) -> None:
-    """The same in place, on counters as uint64: c0 and c1, the lower half, in `left`, c2 and c3 in `right`."""
+    A word is an array of NumPy or CuPy, or an np.uint64 where it is the same in all counters; one is an array.
+    """
     for _ in range(10):
-        p0, p1 = left >> _32, right >> _32
-        p0 *= _M0
-        p1 *= _M1
-        for half, key, product in ((left, k0, p1), (right, k1, p0)):
-            half <<= _32
-            half ^= np.uint64(key << 32)
-            half ^= product
+        p0, p1 = c0 * _M0, c2 * _M1
+        c0, c2 = p1 >> _32, p0 >> _32
+        c0 ^= c1
+        c0 ^= np.uint64(k0)
+        c2 ^= c3
+        c2 ^= np.uint64(k1)
+        p0 &= _LOW
+        p1 &= _LOW
+        c1, c3 = p1, p0
         k0, k1 = (k0 + _W0) & 0xFFFFFFFF, (k1 + _W1) & 0xFFFFFFFF
+    return c0, c1, c2, c3
 
 
 class Stream:
@@ -56,7 +55,7 @@ class Stream:
             raise RefpeftError(f"seed is {seed}: expected 0 or more")
         self.seed, self.purpose, self.xp = seed, purpose, xp
         text = "\0".join(map(str, purpose)).encode()
-        self._purpose = np.uint64(zlib.crc32(text) << 32 | zlib.adler32(text))
+        self._purpose = np.uint64(zlib.crc32(text)), np.uint64(zlib.adler32(text))
         self._next = 0  # index of the next word, of 32 bits; a counter gives four
 
     def skip(self, words: int) -> Stream:
@@ -80,13 +79,15 @@ class Stream:
             raise MemoryError(f"{n:,} random numbers are wanted at once")
         first, end = self._next // 4, -(-(self._next + n) // 4)
         start, self._next = self._next - 4 * first, 4 * end
-        step = _BLOCK if xp is np else max(1, end - first)
-        for block in range(first, end, step):
-            index = xp.arange(block, min(end, block + step), dtype="u8")
-            left, right = index << _32 | index >> _32, xp.full(index.shape, self._purpose)
-            _ten_rounds(left, right, self.seed & 0xFFFFFFFF, self.seed >> 32 & 0xFFFFFFFF)
+        size = _BLOCK if xp is np else 2**32
+        for block in range(first // size, -(-end // size)):
+            low, stop = max(first, block * size), min(end, (block + 1) * size)
+            index = xp.arange(
+                low % 2**32, low % 2**32 + stop - low, dtype="u8"
+            )  # the upper half is one number in a block
+            key = self.seed & 0xFFFFFFFF, self.seed >> 32 & 0xFFFFFFFF
             words = xp.empty((len(index), 4), "u4")
-            for column, word in enumerate((left >> _32, left, right >> _32, right)):
+            for column, word in enumerate(philox4x32(index, np.uint64(low >> 32), *self._purpose, *key)):
                 words[:, column] = word
             piece = words.reshape(-1)[start : start + n]
             start, n = 0, n - len(piece)
