@@ -30,12 +30,10 @@ def test_philox_gives_the_known_answers(counter, key, answer):
     assert tuple(int(word[0]) for word in words) == answer
 
 
-@given(
-    st.integers(0, 2**60) | st.integers(2**34 - 99, 2**34),
-    st.integers(0, 50),
-    st.integers(0, 2**64 - 1),
-    st.sampled_from([1, 3, 2**14]),
-)
+SKIPPED = st.integers(0, 2**60) | st.integers(2**34 - 99, 2**34)  # to where the counter's second word begins
+
+
+@given(SKIPPED, st.integers(0, 99), st.integers(0, 2**64 - 1), st.sampled_from([1, 4, 2**14]))
 def test_the_stream_is_philox_of_its_counters_whatever_the_block(skipped, n, seed, block):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rng, "_BLOCK", block)
