@@ -68,3 +68,21 @@ def test_a_reader_that_closes_the_pipe_early_is_no_error(tmp_path):
     assert writer.stderr.read() == b""
     writer.stderr.close()
     writer.wait(60)
+
+
+def test_the_first_step_waits_for_no_answers(tmp_path, monkeypatch):
+    from click.testing import CliRunner
+
+    from refpeft.cli import main
+    from refpeft.tasks import texts
+
+    out, steps = tmp_path / "run", []
+
+    def generate(model, prompts, *_, **__):
+        steps.append((out / "metrics.jsonl").read_text().count('"loss"'))
+        return [[] for _ in prompts]
+
+    monkeypatch.setattr(texts, "generate", generate)
+    done = CliRunner().invoke(main, ["train", "--steps", "1", "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    assert set(steps) == {1}
