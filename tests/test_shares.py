@@ -18,7 +18,7 @@ from refpeft.examples import Example
 from refpeft.layers import Mode, Train
 from refpeft.models.deberta import Deberta
 from refpeft.rng import Stream
-from refpeft.tensor import Tensor
+from refpeft.tensor import Tensor, plain
 
 
 def padded(lengths: list[int], packed: bool = False, **more) -> Batch:
@@ -218,6 +218,8 @@ def single(family: str = "qwen2", method: str = "lora", **options):
 def test_padded_rows_are_joined_where_attention_goes_by_documents():
     assert learning.unpadded(single(), BATCH).ids.shape == (1, BATCH.tokens)
     assert learning.unpadded(tiny.model("qwen2"), BATCH) is BATCH  # of float64, all tokens would meet
+    with plain():
+        assert learning.unpadded(single(), BATCH) is BATCH
 
 
 def test_other_batches_stay_as_they_are():

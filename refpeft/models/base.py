@@ -281,7 +281,7 @@ class Model:
         That must be the same to the model, and no more to compute than rows of their own with padding: attention has to
         go document by document.
         """
-        return (self.xp.ndarray, self.dtype) in fused.attention.overrides
+        return fused.attention.overridden(self.xp.ndarray, self.dtype)
 
     # ---- what subclasses share ----
 
