@@ -1,5 +1,6 @@
 """The benchmarks run, on models of no size; what they measure there says nothing."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -22,10 +23,23 @@ def run(script: str, *arguments: str | Path) -> str:
     return done.stdout
 
 
+def need(*peers: str) -> None:
+    """Skips a test where one of them is not installed; it is the benchmark's own processes that import them."""
+    if missing := [peer for peer in peers if importlib.util.find_spec(peer) is None]:
+        pytest.skip(f"could not find {', '.join(missing)}")
+
+
+def given(variable: str, name: str) -> Path:
+    """What lies under a variable's folder; the test is skipped where nothing does."""
+    path = Path(os.environ.get(variable, "nowhere"), name)
+    if not path.exists():
+        pytest.skip(f"{variable} is not set or has no {name}")
+    return path
+
+
 @pytest.mark.parametrize("case", ["gpt2-half", "smollm-all", "minilm", "qlora"])
 def test_a_step_is_measured_and_its_gradients_are_those_of_transformers_in_float64(tmp_path, case):
-    for peer in ("torch", "transformers", "peft", "bitsandbytes"):
-        pytest.importorskip(peer)
+    need("torch", "transformers", "peft", "bitsandbytes")
     file = tmp_path / "found.json"
     printed = run("cpu.py", case, "--tiny", "--rounds", "1", "--threads", "1", "--check", "--json", file)
     found = json.loads(file.read_text())["cases"][case]
@@ -44,8 +58,8 @@ def test_what_the_cost_of_a_step_grows_with_is_drawn(tmp_path):
 
 @pytest.mark.real
 def test_both_sides_write_the_same_tokens(tmp_path):
-    pytest.importorskip("transformers")
-    model = Path(os.environ["REFPEFT_MODELS"], "stories260K")
+    need("torch", "transformers")
+    model = given("REFPEFT_MODELS", "stories260K")
     run("generate.py", model, "--rows", "2", "--new", "8", "--rounds", "1", "--threads", "1", "--json", tmp_path / "f")
     found = json.loads((tmp_path / "f").read_text())["rows"]["2"]
     assert [row["same rows"] for row in found.values()] == ["2/2"] * 3
@@ -53,11 +67,11 @@ def test_both_sides_write_the_same_tokens(tmp_path):
 
 @pytest.mark.real
 def test_ragged_rows_are_the_same_for_all_systems(tmp_path):
-    pytest.importorskip("peft")
-    model, data = Path(os.environ["REFPEFT_MODELS"], "stories260K"), Path(os.environ["REFPEFT_DATA"], "wikisql")
+    need("torch", "transformers", "peft")
+    model, data = given("REFPEFT_MODELS", "stories260K"), given("REFPEFT_DATA", "wikisql")
     file = tmp_path / "found.json"
-    given = ["--model", model, "--data", data, "--rounds", "1", "--threads", "1", "--check", "--json", file]
-    run("cpu.py", "wikisql", *given)
+    options = ["--model", model, "--data", data, "--rounds", "1", "--threads", "1", "--check", "--json", file]
+    run("cpu.py", "wikisql", *options)
     found = json.loads(file.read_text())["cases"]["wikisql"]
     losses = [row["losses"][:3] for row in found["systems"].values()]
     assert all(other == pytest.approx(losses[0], rel=1e-4) for other in losses)
