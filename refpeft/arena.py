@@ -12,6 +12,7 @@ import contextlib
 import math
 import sys
 import threading
+from bisect import bisect_left, insort
 from collections.abc import Iterator
 
 import numpy as np
@@ -23,13 +24,19 @@ SMALLEST = 2**15
 
 _LINE = 64  # bytes of a cache line, where buffers begin
 _CLASSES = 8  # sizes of buffers between a power of two and the next
+_LOOSE = 2  # a buffer is handed out for less than its size, but not for as little as this part of it
 
 
 class Arena:
-    """The buffers of one thread."""
+    """The buffers of one thread.
+
+    Steps of one shape after another use the same buffers. Where shapes differ from step to step, buffers come to be as
+    large as the largest steps need, and smaller steps use them too.
+    """
 
     def __init__(self):
         self._buffers: dict[int, list[np.ndarray]] = {}  # by size
+        self._sizes: list[int] = []  # those of `_buffers`, smallest first
         self._used: dict[int, int] = {}  # the step in which a buffer was last handed out, by its id
         self._step = 0
 
@@ -42,16 +49,26 @@ class Arena:
         buffer = self._free(size)
         if buffer is None:
             self._give_back(size)
-            buffer = np.empty(size + _LINE, np.uint8)
-            self._buffers.setdefault(size, []).append(buffer)
+            buffer = self._new(size)
         self._used[id(buffer)] = self._step
         return np.ndarray(shape, dtype, buffer, -buffer.ctypes.data % _LINE)
 
-    def _free(self, size: int) -> np.ndarray | None:
-        for buffer in self._buffers.get(size, ()):
-            if sys.getrefcount(buffer) == _ALONE:
-                return buffer
+    def _free(self, least: int) -> np.ndarray | None:
+        """The smallest buffer that nobody has and that is large enough, but not much too large."""
+        fit = slice(bisect_left(self._sizes, least), bisect_left(self._sizes, _LOOSE * least))
+        for size in self._sizes[fit]:
+            for buffer in self._buffers[size]:
+                if sys.getrefcount(buffer) == _ALONE:
+                    return buffer
         return None
+
+    def _new(self, size: int) -> np.ndarray:
+        buffer = np.empty(size + _LINE, np.uint8)
+        if size not in self._buffers:
+            self._buffers[size] = []
+            insort(self._sizes, size)
+        self._buffers[size].append(buffer)
+        return buffer
 
     def next_step(self) -> None:
         """Says that another step begins: buffers that it does not use make room for others."""
@@ -59,7 +76,7 @@ class Arena:
 
     def _give_back(self, nbytes: int) -> None:
         """Lets go of buffers that this step has not used, until there is so much room."""
-        for size in sorted(self._buffers, reverse=True):
+        for size in reversed(self._sizes):
             kept = []
             for buffer in self._buffers[size]:
                 if nbytes > 0 and sys.getrefcount(buffer) == _ALONE and self._used[id(buffer)] < self._step:
@@ -68,6 +85,10 @@ class Arena:
                 else:
                     kept.append(buffer)
             self._buffers[size] = kept
+
+    def clear(self) -> None:
+        """Lets go of all buffers: the memory goes back, of those that somebody has once nobody does."""
+        self.__init__()
 
     @property
     def nbytes(self) -> int:

@@ -157,6 +157,33 @@ def test_steps_that_repeat_need_no_more_buffers_than_the_first(sizes):
     assert needed[0] == needed[1] == needed[2]
 
 
+def test_steps_of_any_length_use_the_buffers_of_the_longest():
+    mine = Arena()
+    for tokens in (12, 11, 9, 7, 8, 12, 10):
+        mine.next_step()
+        held = [mine.empty((tokens, width * BIG), F4) for width in (1, 3, 8) for _ in range(4)]
+        assert mine.nbytes == 4 * 12 * (1 + 3 + 8) * 4 * BIG
+        del held
+
+
+def test_small_arrays_take_no_buffer_of_twice_their_size():
+    mine = Arena()
+    mine.empty((4, BIG), F4)
+    mine.empty((2, BIG), F4)
+    mine.empty((3, BIG), F4)
+    assert mine.nbytes == (4 + 2) * 4 * BIG
+
+
+def test_a_cleared_arena_has_no_memory_and_what_somebody_has_stays():
+    mine = Arena()
+    kept = mine.empty((4, BIG), F4)
+    kept.fill(3)
+    mine.clear()
+    assert mine.nbytes == 0
+    mine.empty((4, BIG), F4).fill(4)
+    assert (kept == 3).all()
+
+
 # ---- the arena of a thread -------------------------------------------------------------------------------------------
 
 
