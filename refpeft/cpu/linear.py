@@ -1,4 +1,4 @@
-"""Products with frozen and trained matrices, and rows of tables, for float32 arrays of NumPy.
+"""Products with frozen and trained matrices, for float32 arrays of NumPy.
 
 A weight has one layout, (out, in): BLAS reads it as well from either side. A frozen weight that is not kept in float32
 comes in panels of rows (refpeft.quant), each used and forgotten: it never exists as a whole.
@@ -49,9 +49,9 @@ def _times(rows: np.ndarray, weight: Frozen) -> np.ndarray:
     """rows (n, out) @ weight()."""
     total = None
     for part, dense in weight.panels():
-        product = _product(rows[:, part], dense)
-        total = product if total is None else np.add(total, product, out=total)
-        del dense, product  # before the next ones are made
+        more = _product(rows[:, part], dense)
+        total = more if total is None else np.add(total, more, out=total)
+        del dense, more  # before the next ones are made
     return total
 
 
