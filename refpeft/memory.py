@@ -19,13 +19,15 @@ from refpeft.absent import Absent, absent
 from refpeft.backend import COMPUTE_DTYPES, bfloat16
 from refpeft.config import RunConfig, Train
 from refpeft.cost import Step
+from refpeft.cpu.losses import WORDS
 from refpeft.models.base import Model
 from refpeft.models.checkpoint import Checkpoint
 from refpeft.optim import OPTIMIZERS
-from refpeft.quant import Quantizer
+from refpeft.quant import PANEL, Quantizer
 from refpeft.sites import Site
 
 _SAMPLED = 2**20  # numbers of a weight that are quantized to learn how many bytes it takes
+_PACKED = 5 * 2**19  # bytes of what BLAS copies of matrices while it multiplies them, a thread
 BEFORE_ACTIVATIONS = 4  # so many parts of `by_part` are there before a step and after it
 
 # ---- the model without its weights -----------------------------------------------------------------------------------
@@ -142,29 +144,33 @@ def by_part(
     longest: int,
     kept: Activations,
     quantized: bool,
+    shards: int,
 ) -> dict[str, int]:
     """Bytes by part while a step of `rows` rows of `longest` tokens is computed; the first ones are there all the time.
 
-    `frozen` are the frozen_parts; `quantized` says whether some of them are. Where something before the first step
-    takes more than a step, its excess is the last part.
+    `frozen` are the frozen_parts; `quantized` says whether some of them are. So many `shards` compute at the same time,
+    each with gradients and working arrays of its own. Where something before the first step takes more than a step, its
+    excess is the last part.
     """
-    dtype, tokens = COMPUTE_DTYPES[config.dtype], rows * longest
+    dtype, tokens, each = COMPUTE_DTYPES[config.dtype], rows * longest, -(-rows // shards)
     recompute = config.train.checkpoint_activations
     trained = sum(adapter.size for adapter in model.adapters) * dtype.itemsize
     state = OPTIMIZERS[config.train.optimizer].layout([t.shape for _, t in model.trained()], dtype, config.device)
     paged = f", {report.size(state.nbytes)} paged" if config.train.paged else ""
     states = sum(array.size for array in learning.states(model).values()) * dtype.itemsize
     also = ", and what methods keep" if states else ""
-    dense = _largest_dense(model, config.dtype, quantized)
-    logits = _logits(model, tokens if model.read == "all" else rows)
+    dense, panel = (_largest_dense(model, config.dtype, quantized, rows) for rows in (None, PANEL))
+    logits = shards * _logits(model, each * (longest if model.read == "all" else 1))
     gradient = max((tensor.data.size for _, tensor in model.trained()), default=0)  # of a value, before it is added up
-    working = max(gradient, _working(model, rows, longest) - logits)  # layers and logits are not there at once
+    working = max(shards * gradient, _working(model, rows, longest) - logits)  # layers and logits are not there at once
+    here = config.device == "cpu"
+    made_dense = (shards * panel if here else dense) * dtype.itemsize
     step = {
-        "gradients": trained,
+        "gradients": trained * shards,
         f"optimizer ({config.train.optimizer}{paged}){also}": states + (state.nbytes_near if paged else state.nbytes),
         f"activations of {rows} x {longest:,} tokens": kept.recomputed if recompute else kept.kept,
         "logits, a chunk at a time": logits * dtype.itemsize,
-        "other working arrays": (working + dense) * dtype.itemsize,
+        "other working arrays": working * dtype.itemsize + made_dense + here * shards * _PACKED,
     }
     most = {
         "while weights are quantized": 3 * dense * dtype.itemsize // 2 if quantized else 0,
@@ -203,8 +209,12 @@ def mixed_precision(trained: int, frozen: int = 0) -> dict[str, int]:
 
 
 def _logits(model: Model, positions: int) -> int:
-    """Numbers of the logits that are there at once, and of what is made of them."""
-    vocab = model.head.shape[0] if hasattr(model, "head") else 0
+    """Numbers of the logits of a shard that are there at once, and of what is made of them."""
+    if not hasattr(model, "head"):
+        return 0
+    vocab, width = model.head.shape
+    if model.xp is np and not model.head.layers:  # some words at a time: see refpeft.cpu.losses
+        return min(fused.LOGITS_AT_ONCE, positions * min(vocab, WORDS)) + 3 * positions * width
     return 2 * min(max(fused.LOGITS_AT_ONCE, vocab), positions * vocab)
 
 
@@ -281,23 +291,26 @@ def lines(memory: dict[str, int], frozen: dict[str, dict[str, float]]) -> list[s
     return report.table([*rows, ("  in all", report.size(sum(memory.values())))])
 
 
-def lighter(train: Train) -> list[str]:
+def lighter(train: Train, device: str) -> list[str]:
     """What makes a step take less memory, in the words of options."""
+    threads = device == "cpu" and train.threads != 1 and train.rows_at_a_time > 1
     possible = {
         "--paged keeps the optimizer's state elsewhere": not train.paged,
         "--optimizer adamw8bit keeps it in a quarter": train.optimizer == "adamw",
         "--set train.checkpoint_activations=true keeps only the inputs of layers": not train.checkpoint_activations,
+        "--set train.threads=1 keeps gradients once, not for every thread": threads,
         "--set train.micro_batch=1 computes the same step one row at a time": train.rows_at_a_time > 1,
     }
     return [remedy for remedy, helps in possible.items() if helps]
 
 
-def _largest_dense(model: Model, dtype: str, quantized: bool) -> int:
-    """Numbers of the largest weight that is made dense for a moment; 0 where all are dense anyway."""
+def _largest_dense(model: Model, dtype: str, quantized: bool, rows: int | None = None) -> int:
+    """Numbers of the largest weight that is made dense for a moment, so many rows at once; 0 where all are dense."""
     linear = [site for site in model.sites.values() if site.kind == "linear"]  # of embeddings only rows are taken
     names = {f"{site.tied or site.name}.weight" for site in linear}
     names = names if dtype == "bfloat16" else names & model.quantizable if quantized else set()
-    return max((math.prod(model.frozen[name].shape) for name in names), default=0)
+    shapes = [model.frozen[name].shape for name in names]
+    return max((min(out, rows or out) * width for out, width in shapes), default=0)
 
 
 # ---- the machine -----------------------------------------------------------------------------------------------------

@@ -11,7 +11,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from refpeft import adapters, cost, evaluation, inputs, learning, memory, report, run, schedule, shapes, sites, toml
+from refpeft import (
+    adapters,
+    backend,
+    cost,
+    evaluation,
+    inputs,
+    learning,
+    memory,
+    report,
+    run,
+    schedule,
+    shapes,
+    shards,
+    sites,
+    toml,
+)
 from refpeft.config import EMBEDDED, Resolved
 from refpeft.models.base import Model
 from refpeft.models.checkpoint import Checkpoint, open_checkpoint
@@ -137,7 +152,7 @@ def plan(resolved: Resolved, resume: bool = False) -> Plan:
     batches = inputs.make_batches(config, rows, checkpoint.config)
     at_a_time = min(config.train.rows_at_a_time, len(batches.rows))
     libraries = report.resident()  # now, before anything is probed
-    _, sizes = _sizes(resolved, checkpoint, at_a_time, batches.longest, read.task.name, read.task.labels)
+    _, sizes = _sizes(resolved, checkpoint, at_a_time, batches.longest, read.task.name, read.task.labels, here=True)
     sizes["memory"] = {"Python and its libraries": libraries} | sizes["memory"]
     steps = config.train.total_steps(batches.steps_per_epoch)
     free = memory.free_memory(config.device)
@@ -176,9 +191,15 @@ def plan_shape(resolved: Resolved, speed: cost.Speed | None = None) -> ShapePlan
 
 
 def _sizes(
-    resolved: Resolved, checkpoint: Checkpoint, rows: int, longest: int, task: str | None, labels: Sequence[str]
+    resolved: Resolved,
+    checkpoint: Checkpoint,
+    rows: int,
+    longest: int,
+    task: str | None,
+    labels: Sequence[str],
+    here: bool = False,
 ) -> tuple[Model, dict[str, Any]]:
-    """The model, and the fields of Sizes for steps of so many rows of so many tokens."""
+    """The model, and the fields of Sizes for steps of so many rows of so many tokens; `here`, with so many threads."""
     config, shape = resolved.run, checkpoint.config
     quantizer = make_quantizer(config.quantizer, resolved.options.get(config.quantizer), config.double_quant)
     model = memory.skeleton(checkpoint, quantizer, task, labels)
@@ -187,6 +208,10 @@ def _sizes(
     if config.train.checkpoint_activations:
         learning.refuse_recomputation(model)
     frozen = memory.frozen_parts(model, checkpoint, config.dtype, quantizer)
+    trained, at_once = sum(adapter.size for adapter in model.adapters), 1
+    if here and config.device == "cpu":
+        with backend.blas_threads(model.parameters(), config.train.threads):
+            at_once = min(rows, shards.number(model, trained))
     step = cost.step(model, rows, longest)
     kept, quantized = memory.activations(model, step, config.dtype), bool(quantizer or checkpoint.quantized)
     return model, {
@@ -194,10 +219,10 @@ def _sizes(
         **{name: getattr(shape, name) for name in ("family", "layers", "dim", "vocab", "context")},
         "parameters": model.parameters(),
         "methods": {adapter.name: _where(adapter) for adapter in model.adapters},
-        "trained": sum(adapter.size for adapter in model.adapters),
+        "trained": trained,
         "adapter_bytes": sum(adapters.nbytes(adapter, model) for adapter in model.adapters),
         "frozen": frozen,
-        "memory": memory.by_part(config, model, frozen, rows, longest, kept, quantized),
+        "memory": memory.by_part(config, model, frozen, rows, longest, kept, quantized, at_once),
         "activations": kept,
         "tokens_of_a_step": rows * longest,
         "step": step,
@@ -242,4 +267,4 @@ def _advice(resolved: Resolved, parts: dict[str, int], free: int | None) -> list
     ]
     if largest == "weights" and not resolved.run.quantizer:
         notes.append("--quantizer nf4 --double-quant keeps weights in half a byte each, --dtype bfloat16 in two")
-    return notes + memory.lighter(resolved.run.train)
+    return notes + memory.lighter(resolved.run.train, resolved.run.device)

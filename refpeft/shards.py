@@ -56,9 +56,8 @@ class Shards:
 
     def __init__(self, model: Model, flat: Flat | None = None):
         self._threads = backend.threads()
-        much = flat is not None and flat.values.size > _MUCH * model.parameters()
         self._shards = [Shard(model, Arena(), flat and flat.grads)]
-        for _ in range(1, 1 if much or model.xp is not np else self._threads):
+        for _ in range(1, number(model, flat.values.size if flat else 0)):
             other = twin(model)
             self._shards.append(Shard(other, Arena(), flat and flat.gradients_of(dict(other.trained()))))
         self._blas = threadpoolctl.ThreadpoolController()
@@ -88,6 +87,16 @@ class Shards:
         """Says that another step begins."""
         for shard in self._shards:
             shard.arena.next_step()
+
+    def rest(self) -> None:
+        """Gives back the memory that steps use again: something else comes first."""
+        for shard in self._shards:
+            shard.arena.clear()
+
+
+def number(model: Model, trained: int) -> int:
+    """How many shards there are of a model of which so many numbers are trained."""
+    return 1 if trained > _MUCH * model.parameters() or model.xp is not np else backend.threads()
 
 
 def _within(shard: Shard, work: Callable[[Model, Share], Result], share: Share, others: bool) -> Result:

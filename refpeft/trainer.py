@@ -147,6 +147,7 @@ class Trainer:
                 if self._due(self.settings.save_every):
                     self._save()
         self._save()
+        self.shards.rest()
         return self._finish()
 
     def _threads(self) -> contextlib.AbstractContextManager:
@@ -235,9 +236,10 @@ class Trainer:
             yield
         except MemoryError as error:
             what = f": {str(error).rstrip('.')}" if str(error) else ""
-            free = memory.free_memory("cpu" if self.model.xp is np else "cuda")
+            device = "cpu" if self.model.xp is np else "cuda"
+            free = memory.free_memory(device)
             left = f"; {free:,} bytes are free" if free is not None else ""
-            helps = "; ".join([*memory.lighter(self.settings), "a smaller rank, or fewer targets, train less"])
+            helps = "; ".join([*memory.lighter(self.settings, device), "a smaller rank, or fewer targets, train less"])
             raise RefpeftError(f"out of memory{what}{left}. What helps: {helps}") from None
 
     def _tell(self, **record: Any) -> None:
@@ -247,6 +249,7 @@ class Trainer:
     # ---- evaluation ----
 
     def _evaluate(self) -> dict[str, float]:
+        self.shards.rest()
         scores = self.evaluation()
         if not math.isfinite(scores["loss"]):
             raise RefpeftError(self._not_finite(f"held-out loss is {scores['loss']} after step {self.summary.steps}"))

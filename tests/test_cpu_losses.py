@@ -36,7 +36,7 @@ def test_linear_cross_entropy_is_the_plain_one(case, width, need, biased, chunk,
     w, bias = normal((words, width), 1), normal(words, 2) if biased else None
     wide = {"weight": lambda: w.astype("f8"), "bias": bias if bias is None else bias.astype("f8")}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(losses, "_WORDS", chunk)
+        patch.setattr(losses, "WORDS", chunk)
         patch.setattr(fused, "LOGITS_AT_ONCE", at_once)
         head = {"weight": lambda: w, "bias": bias}
         agree(fused.linear_cross_entropy, (normal((n, width)),), (need,), ONE, 64, wide=wide, **options, **head)
@@ -79,7 +79,7 @@ def test_words_that_are_ruled_out_have_no_share():
     h, w, bias = normal((3, 4)), normal((9, 4), 1), np.float32([-np.inf] * 6 + [0] * 3)
     options = {"targets": np.array([6, 7, 8]), "denominator": 1}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(losses, "_WORDS", 2)
+        patch.setattr(losses, "WORDS", 2)
         got = results(fused.linear_cross_entropy, (h,), (True,), ONE, "f4", weight=lambda: w, bias=bias, **options)
     expected = results(
         fused.linear_cross_entropy, (h,), (True,), ONE, "f4", weight=lambda: w[6:], targets=np.arange(3), denominator=1

@@ -33,6 +33,10 @@ RUNS = [
     for again in ((), RECOMPUTED)
     for rows in (1, 4)
 ]
+RUNS += [
+    pytest.param((*method, "--batch", "4", "--set", "train.threads=2"), id=f"{name}-4-two threads")
+    for name, method in (("lora", ()), ("qlora", QLORA), ("recomputed", RECOMPUTED))
+]
 
 
 def refpeft(directory: Path, *arguments: str) -> dict:

@@ -7,7 +7,7 @@ import numpy as np
 from .. import arena, fused
 from ..quant import Frozen, frozen
 
-_WORDS = 4096
+WORDS = 4096
 """Words of the vocabulary whose logits are there at once, of many rows: BLAS is slower for few rows and all words."""
 
 _BLOCK = 2**16  # numbers that a chain of ufuncs works on at once: they stay in L2
@@ -58,7 +58,7 @@ def linear_cross_entropy(needs, hidden, *, weight, targets, denominator, bias=No
     counts = _counts(targets, weights)
     losses = np.empty(len(hidden), hidden.dtype)
     dx = arena.like(hidden) if needs[0] else None
-    step = max(1, fused.LOGITS_AT_ONCE // min(words, _WORDS))
+    step = max(1, fused.LOGITS_AT_ONCE // min(words, WORDS))
     for at in range(0, len(hidden), step):
         rows = slice(at, at + step)
         slope = None if dx is None else dx[rows]
@@ -92,7 +92,7 @@ def _losses(
         rows_of_targets = arena.like(hidden)
         rows_of_targets.fill(0)
         dx.fill(0)
-    for words, dense in head.panels(_WORDS):
+    for words, dense in head.panels(WORDS):
         logits = np.matmul(hidden, dense.T, out=arena.empty((len(hidden), len(dense)), hidden.dtype))
         here = np.flatnonzero((words.start <= targets) & (targets < words.stop))
         ids = targets[here] - words.start
