@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import mmap
 import sys
 import threading
 from bisect import bisect_left, insort
@@ -22,7 +23,8 @@ from .backend import Array, xp_of
 SMALLEST = 2**15
 """Bytes below which arrays are left to malloc, which is as fast."""
 
-_LINE = 64  # bytes of a cache line, where buffers begin
+_LINE = 64  # bytes of a cache line
+_HUGE = 2**22  # bytes from which on huge pages are asked for, as NumPy does
 _CLASSES = 8  # sizes of buffers between a power of two and the next
 _LOOSE = 2  # a buffer is handed out for less than its size, but not for as little as this part of it
 
@@ -51,7 +53,7 @@ class Arena:
             self._give_back(size)
             buffer = self._new(size)
         self._used[id(buffer)] = self._step
-        return np.ndarray(shape, dtype, buffer, -buffer.ctypes.data % _LINE)
+        return np.ndarray(shape, dtype, buffer)
 
     def _free(self, least: int) -> np.ndarray | None:
         """The smallest buffer that nobody has and that is large enough, but not much too large."""
@@ -63,7 +65,7 @@ class Arena:
         return None
 
     def _new(self, size: int) -> np.ndarray:
-        buffer = np.empty(size + _LINE, np.uint8)
+        buffer = _fresh(size)
         if size not in self._buffers:
             self._buffers[size] = []
             insort(self._sizes, size)
@@ -94,6 +96,21 @@ class Arena:
     def nbytes(self) -> int:
         """Bytes of all buffers."""
         return sum(size * len(buffers) for size, buffers in self._buffers.items())
+
+
+def _fresh(size: int) -> np.ndarray:
+    """So many bytes, at the beginning of a page, straight from the system: malloc might keep them once nobody has them.
+
+    Raises MemoryError.
+    """
+    try:
+        memory = mmap.mmap(-1, size)
+    except OSError as error:
+        raise MemoryError(f"{size:,} bytes are wanted at once") from error
+    if size >= _HUGE and hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # of a system that has none
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, np.uint8)
 
 
 def _rounded(nbytes: int) -> int:
