@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextvars import copy_context
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TypeVar
@@ -33,7 +34,7 @@ _MUCH = 1 / 8
 """Of a model's numbers: where more are trained, gradients for every thread would take too much memory."""
 
 _ROW = 512
-"""Elements of NumPy's buffers in a thread: no more than a row, so that a gain or a column is not copied for each."""
+"""Elements of NumPy's buffers in a share: no more than a row, so that a gain or a column is not copied for each."""
 
 
 @dataclass
@@ -61,7 +62,7 @@ class Shards:
             other = twin(model)
             self._shards.append(Shard(other, Arena(), flat and flat.gradients_of(dict(other.trained()))))
         self._blas = threadpoolctl.ThreadpoolController()
-        self._pool = ThreadPoolExecutor(len(self._shards), "shard", lambda: np.setbufsize(_ROW))
+        self._pool = ThreadPoolExecutor(len(self._shards), "shard")
 
     def __len__(self) -> int:
         return len(self._shards)
@@ -73,8 +74,12 @@ class Shards:
         """
         used = self._shards[: len(shares)]
         with self._blas.limit(limits=self._threads if len(used) == 1 else 1, user_api="blas"):
-            pairs = zip(used, shares, strict=True)
-            waiting = [self._pool.submit(_within, shard, work, share, len(used) > 1) for shard, share in pairs]
+            waiting = [
+                self._pool.submit(
+                    copy_context().run, _within, shard, work, share, len(used) > 1
+                )  # as NumPy is set here
+                for shard, share in zip(used, shares, strict=True)
+            ]
             wait(waiting)  # for all of them, even if one fails
             results = [one.result() for one in waiting]
         if (total := used[0].gradients) is not None:
@@ -100,6 +105,7 @@ def number(model: Model, trained: int) -> int:
 
 
 def _within(shard: Shard, work: Callable[[Model, Share], Result], share: Share, others: bool) -> Result:
+    np.setbufsize(_ROW)
     with arena.using(shard.arena), blockwise_numpy.alone(others):
         return work(shard.model, share)
 

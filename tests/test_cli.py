@@ -360,8 +360,11 @@ def test_weights_that_are_not_finite_are_said_by_every_verb(refpeft, model, rows
     files.write_safetensors("model/model.safetensors", weights)
     for verb in (("eval", "--data", "rows.jsonl"), ("generate", "hi")):
         assert "adapter, are not finite numbers" in refused(refpeft(*verb, "--model", "./model"))
-    for rest, message in ((TRAIN[5:], "the logits are nan"), (TRAIN[7:], "loss is nan at step 1, before anything was")):
-        result = refpeft(*TRAIN[:5], *rest, "--out", "out")
+    for rest, message in (
+        (TRAIN[5:], "held-out loss is nan after step 0, before anything was"),
+        (TRAIN[7:], "loss is nan at step 1, before anything was"),
+    ):
+        result = refpeft(*TRAIN[:5], *rest, "--out", message)
         assert result.exit_code == 2 and result.stderr.splitlines()[-1].startswith(message)
 
 

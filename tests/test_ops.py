@@ -1,5 +1,7 @@
 """Every small op: NumPy's values, right gradients, one dtype throughout, and errors that name the op and the shapes."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 from cases import FUSED, HOST, OPS, Case, Place
@@ -10,7 +12,7 @@ from hypothesis.extra import numpy as hnp
 from refpeft import fourier, fused, gates, ops
 from refpeft.conformance.gradcheck import gradcheck
 from refpeft.errors import RefpeftError
-from refpeft.tensor import Op, Tensor, parameter
+from refpeft.tensor import Op, Tensor, parameter, plain
 
 EPS = float(np.finfo("f8").eps)
 ALL = OPS + FUSED
@@ -67,7 +69,8 @@ def test_single_precision_is_right_to_its_last_places(case: Case):
     results = []
     for place in (HOST, Place("f4")):
         leaves = [parameter(array) for array in case.arrays(place)]
-        out = case(*leaves, place=place)
+        with plain() if "padded" in case.note else nullcontext():  # at padding the faster pair of attention has zeros
+            out = case(*leaves, place=place)
         out.backward(place(normal(out.shape)))
         results.append([out.data, *(leaf.grad for leaf in leaves)])
     for double, single in zip(*results, strict=True):

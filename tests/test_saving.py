@@ -37,7 +37,8 @@ def test_a_head_that_is_no_longer_the_table_is_written_and_said_in_the_config(tm
     refpeft.merge(model)
     saving.save(model, tmp_path / "merged")
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["tie_word_embeddings"] is False
-    assert np.array_equal(refpeft.load(tmp_path / "merged")(IDS).data, expected)
+    again = refpeft.load(tmp_path / "merged")(IDS).data  # by a product with a frozen weight, which adds up otherwise
+    assert np.abs(again - expected).max() <= 8 * np.finfo("f4").eps * np.abs(expected).max()
 
 
 def test_bfloat16_is_written_as_such(tmp_path):

@@ -234,8 +234,9 @@ def _grouped(a: np.ndarray, kv_heads: int) -> np.ndarray:
 
 
 def _longest(a: np.ndarray) -> np.float32:
-    """The length of the longest vector in the last axis."""
-    return np.sqrt(np.vecdot(a, a).max())
+    """The length of the longest vector in the last axis; infinite, or NaN, where numbers are too large for it."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return np.sqrt(np.vecdot(a, a).max())
 
 
 def _in_heads(shape: tuple[int, ...], written: list[tuple[slice, slice]]) -> np.ndarray:

@@ -24,7 +24,7 @@ def as_drawn(model: Model, given: Arrays) -> Iterator[None]:
     drawn = _Drawn(model, given)
     layers = [layer for adapter in model.adapters for layer in adapter.layers]
     for layer in layers:
-        layer.train = lambda: drawn
+        layer.train = lambda reads=None: drawn
     model.mode.training = True
     yield
     model.mode.training = False
