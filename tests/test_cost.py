@@ -2,10 +2,15 @@
 
 import numpy as np
 import pytest
+import test_encoder
+import test_t5
+import tiny
 from click.testing import CliRunner
+from test_memory import frozen, kept
 
 from refpeft import cli, cost, memory, shapes, sites
 from refpeft.absent import absent, counted, zeros
+from refpeft.tensor import plain
 
 
 def step(shape: str, method: str | None = "lora", rows: int = 1, tokens: int = 128, **options) -> cost.Step:
@@ -73,6 +78,27 @@ def test_encoders_and_encoder_decoders_have_costs(shape):
 
 def test_methods_that_compare_passes_cannot_be_computed_again():
     assert step("gpt2", "adamix").inputs is None
+
+
+KINDS = tiny.CONFIGS | test_encoder.CONFIGS | {"t5": test_t5.CONFIGS["t5"]}
+
+
+@pytest.mark.parametrize("targets", [("@q", "@v"), "all-linear"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_faster_pairs_keep_what_plain_ones_do(kind, targets):
+    """The plan of memory measures these. Attention's output may be kept once, for what reads it as well."""
+    model = tiny.of(KINDS[kind], dtype="f4")
+    sites.attach(model, "lora", {"targets": targets, "r": 8})
+    ids = tiny.ids(3, 18)
+    said = {"said": ids} if kind == "t5" else {}
+
+    def found() -> int:
+        out = model(ids, **said)
+        return sum(kept(out, [*frozen(model), *(tensor.data for _, tensor in model.trained())]).values())
+
+    with plain():
+        expected = found()
+    assert 0.9 * expected <= found() <= 1.02 * expected
 
 
 # ---- arrays that are not there ---------------------------------------------------------------------------------------

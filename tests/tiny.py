@@ -80,15 +80,15 @@ def drawn(config: dict) -> dict[str, np.ndarray]:
     return {name: rng.normal(0, 0.3, shape) for name, shape in expected_tensors(from_hf(config)).items()}
 
 
-def of(config: dict, quantizer: Quantizer | None = None, xp=np) -> Model:
-    """The model of any config.json in float64, with the weights of `drawn`."""
-    found, compute, read = drawn(config), np.dtype("f8"), from_hf(config)
+def of(config: dict, quantizer: Quantizer | None = None, xp=np, dtype: str = "f8") -> Model:
+    """The model of any config.json, with the weights of `drawn`."""
+    found, compute, read = drawn(config), np.dtype(dtype), from_hf(config)
 
     def weights(name: str, linear: bool, transposed: bool):
         array = xp.asarray(found[name].T if transposed else found[name])
         if linear and quantizer:
             return quantizer(array.astype("f4"), compute, name)
-        return Dense(array, compute)
+        return Dense(array.astype(compute, copy=False), compute)
 
     return class_of(read)(read, weights, compute, xp)
 
