@@ -92,6 +92,17 @@ class Batch:
             return self.supervised
         return float(self.weights.reshape(-1)[self.asked].sum(dtype=np.float64))
 
+    def by_turns(self) -> Batch:
+        """The same rows, the longest and the shortest by turns: any stretch of them has about as many tokens as others.
+
+        Rows that belong together, and those without padding, are left in their order.
+        """
+        if self.segments is None or self.rows_each > 1:
+            return self
+        order = np.argsort(-(self.segments >= 0).sum(axis=1), kind="stable")
+        turns = np.stack([order, order[::-1]], axis=1).reshape(-1)[: len(order)]
+        return replace(self, **{name: a[turns] for name, a in vars(self).items() if isinstance(a, np.ndarray)})
+
     def unpadded(self) -> Batch:
         """The same tokens in one row without padding, documents one after the other, each with a number of its own.
 

@@ -79,7 +79,7 @@ def shares(model: Model, batch: Batch, n: int) -> list[Batch]:
     Without padding where that is possible; one part alone where rows are told from one another.
     """
     coupled = model.task == "embed" and batch.targets.dtype.kind == "i"
-    return [batch] if coupled else batches.shares(unpadded(model, batch), n)
+    return [batch] if coupled else batches.shares(unpadded(model, batch.by_turns()), n)
 
 
 def unpadded(model: Model, batch: Batch) -> Batch:

@@ -189,3 +189,15 @@ def test_splitting_a_batch_keeps_every_row_and_cuts_padding_only(examples, size,
 def test_wrong_arguments_are_errors(arguments, message):
     with pytest.raises(RefpeftError, match=message):
         Batches(*arguments)
+
+
+@given(st.lists(st.integers(2, 60), min_size=1, max_size=17))
+def test_rows_by_turns_are_the_same_rows_the_longest_beside_the_shortest(lengths):
+    rows = [[Example(np.full(n, at, "i4"), np.ones(n, bool), at)] for at, n in enumerate(lengths)]
+    batch = Example.collate(rows)
+    turned = batch.by_turns()
+    order = turned.ids[:, 0]
+    assert sorted(order) == list(range(len(rows)))
+    assert np.array_equal(turned.ids, batch.ids[order]) and np.array_equal(turned.targets, batch.targets[order])
+    if len(set(lengths)) > 1:
+        assert [lengths[row] for row in order[:2]] == [max(lengths), min(lengths)]
