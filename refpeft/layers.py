@@ -140,8 +140,8 @@ class Mode:
 class Train:
     """What a hook knows of training: the optimizer's step, and random numbers, the same in every run of a seed.
 
-    They are also the same for every row, whatever part of a batch is computed at a time. An array has rows if it begins
-    with the axes `like`: those of the batch, or if `picked` of the rows that have a target.
+    They are also the same for every row, whatever share of a micro-batch it is in. An array has rows if it begins with
+    the axes `like`: those of the batch, or if `picked` of the rows that have a target.
     """
 
     def __init__(self, mode: Mode, purpose: tuple[str, ...], like: tuple[int, ...] | None = None, picked: bool = False):

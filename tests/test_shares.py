@@ -162,6 +162,16 @@ def test_masks_of_dropout_do_not_depend_on_the_number_of_shares(name):
             assert_same(results(model, shares(batch, n), BATCH.denominator, training=True), expected)
 
 
+def test_dropout_of_what_all_rows_share_is_the_same_in_all_shares():
+    """DeBERTa's distances, which its q and k project too."""
+    model, batch = tiny_tasks.model("deberta-v3", "classify"), tiny_tasks.batch("deberta-v3", "classify")
+    sites.detach(model)
+    tiny.scramble(sites.attach(model, "lora", {"r": 2, "targets": ["@q", "@k"], "dropout": 0.3}))
+    expected = results(model, [batch], batch.denominator, training=True)
+    for n in (2, 3):
+        assert_same(results(model, shares(batch, n), batch.denominator, training=True), expected)
+
+
 def test_dropout_before_the_head_does_not_depend_on_chunks_or_shares(monkeypatch):
     model = tiny.model("llama")
     tiny.scramble(sites.attach(model, "lora", {"r": 2, "targets": ["@head", "@down"], "dropout": 0.4}))

@@ -89,6 +89,7 @@ class DisentangledLayer(Layer):
     def __init__(self, model: Deberta, start: str, name: dict[str, str]):
         super().__init__(model, start, name)
         config, attention = model.config, f"{start}.{name['attention']}"
+        self.mode = model.mode
         self.span, self.terms = config.span, 1 + config.content_to_position + config.position_to_content
         self.position_key = self.position_query = None
         if config.content_to_position:
@@ -112,14 +113,24 @@ class DisentangledLayer(Layer):
         scale = 1 / math.sqrt(q.shape[-1] * self.terms)
         bias = None
         if self.position_key:
-            keys = self.in_heads(self.position_key(distances)[None])
+            keys = self.of_distances(self.position_key, distances)
             bias = at_buckets(q @ keys.transpose(0, 1, 3, 2), self.bounded(buckets))
         if self.position_query:
-            queries = self.in_heads(self.position_query(distances)[None])
+            queries = self.of_distances(self.position_query, distances)
             told = at_buckets(k @ queries.transpose(0, 1, 3, 2), self.bounded(-buckets)).transpose(0, 1, 3, 2)
             bias = told if bias is None else bias + told
         bias = None if bias is None else bias * scale
         return self.o(beside(self.attend(q, k, v, bias=bias, mask=mask, scale=scale), rows))
+
+    def of_distances(self, projection: Callable[[Tensor], Tensor], distances: Tensor) -> Tensor:
+        """projection(distances) in heads, (1, heads, distances, head_dim).
+
+        It is of all rows of a batch, so its dropout is that of the whole batch in every share.
+        """
+        share, self.mode.share = self.mode.share, None
+        found = projection(distances)
+        self.mode.share = share
+        return self.in_heads(found[None])
 
     def bounded(self, buckets: Array) -> Array:
         """Rows of the table of distances."""
