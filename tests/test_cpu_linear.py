@@ -43,6 +43,13 @@ def agree(op, inputs, needs, grad, limit=16, wide=None, **options):
         assert np.abs(ours - exact).max(initial=0) <= limit * EPS * max(1, np.abs(exact).max(initial=0))
 
 
+def test_of_no_rows_there_is_a_gradient_of_none():
+    """As of a share in which nothing is learned."""
+    x, weight = parameter(np.zeros((0, 8), "f4")), normal((4, 8))
+    fused.frozen_linear(x, weight=lambda: weight).backward()
+    assert x.grad.shape == (0, 8)
+
+
 def used(op, *inputs, **options) -> bool:
     """Whether another pair than the op's own was taken."""
     return op(*inputs, **options).node.op is not op

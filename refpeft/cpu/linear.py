@@ -41,7 +41,10 @@ def frozen_linear(needs, x, bias=None, *, weight):
 @frozen_linear.backward
 def _(g, weight, needs):
     rows = g.reshape(-1, g.shape[-1])
-    dx = None if weight is None else _times(rows, frozen(weight)).reshape(*g.shape[:-1], -1)
+    dx = None
+    if weight is not None:
+        kept = frozen(weight)
+        dx = _times(rows, kept).reshape(*g.shape[:-1], kept.shape[1])
     return (dx, rows.sum(axis=0) if needs[1:] == (True,) else None)[: len(needs)]
 
 
