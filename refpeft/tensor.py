@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
@@ -146,7 +147,6 @@ def _add_slice(node: Node, g: Slice) -> None:
 
 class _State(threading.local):
     recording = True
-    plain = False  # whether overrides are left aside
     touched = False  # whether an op met an input that wants a gradient, recorded or not, since checkpoint() cleared it
 
 
@@ -167,14 +167,17 @@ def no_grad() -> contextlib.AbstractContextManager[None]:
     return _recording(False)
 
 
+_plain = ContextVar("plain", default=False)  # whether overrides are left aside; shards take it over
+
+
 @contextlib.contextmanager
 def plain() -> Iterator[None]:
     """Within it, ops run as they are defined: without the overrides that are faster."""
-    before, _state.plain = _state.plain, True
+    token = _plain.set(True)
     try:
         yield
     finally:
-        _state.plain = before
+        _plain.reset(token)
 
 
 def parameter(data: Array) -> Tensor:
@@ -215,7 +218,7 @@ class Op:
 
     def overridden(self, kind: type, dtype: np.dtype) -> bool:
         """Whether a faster pair is asked first, here and now, for such arrays."""
-        return not _state.plain and (kind, dtype) in self.overrides
+        return not _plain.get() and (kind, dtype) in self.overrides
 
     def backward(self, vjp: Callable[..., tuple]) -> Callable[..., tuple]:
         """Decorator that gives the op its other half."""
@@ -237,7 +240,7 @@ class Op:
             if not _state.recording:
                 needs = (False,) * len(inputs)
         pair = self
-        if self.overrides and not _state.plain:
+        if self.overrides and not _plain.get():
             pair = self.overrides.get((type(like), dtype), self)
         try:
             arrays = [x.data if isinstance(x, Tensor) else _constant(x, dtype, like) for x in inputs]

@@ -12,7 +12,7 @@ from cases import FUSED, OPS, Case, Place
 from test_trainer import examples
 from variants import TO_FIT, needed_quantizer
 
-from refpeft import learning, manager, sites, survey, tensor
+from refpeft import learning, manager, sites, survey
 from refpeft.backend import to_host
 from refpeft.batches import Batch, Batches
 from refpeft.config import Train
@@ -20,7 +20,7 @@ from refpeft.conformance import device
 from refpeft.optim import AdamW, Flat
 from refpeft.quant import Quantizer, make_quantizer
 from refpeft.rng import Stream
-from refpeft.tensor import parameter
+from refpeft.tensor import parameter, plain
 
 METHODS = sorted(name for name, listing in manager.catalogue().items() if listing.kind == "method")
 QUANTIZERS = sorted(name for name, listing in manager.catalogue().items() if listing.kind == "quantizer")
@@ -31,8 +31,8 @@ OPTIONS = TO_FIT | {"lora": {"dropout": 0.2}, "bitfit": {"create": True}}
 @pytest.fixture
 def xp(monkeypatch):
     """The stand-in; within a test the host computes with the plain pairs too: its own are not the same to the bit."""
-    monkeypatch.setattr(tensor._State, "plain", True)  # in all threads
-    return device.install(monkeypatch)
+    with plain():
+        yield device.install(monkeypatch)
 
 
 @pytest.mark.parametrize("case", OPS + FUSED, ids=str)

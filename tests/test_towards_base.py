@@ -13,7 +13,7 @@ from refpeft.config import Train
 from refpeft.conformance import device
 from refpeft.errors import RefpeftError
 from refpeft.evaluation import mean_loss
-from refpeft.tensor import no_grad
+from refpeft.tensor import no_grad, plain
 from refpeft.trainer import Trainer
 
 PLAIN = {"optimizer": "sgd", "lr": 0.1, "clip": 0, "schedule": "constant", "warmup": 0}
@@ -115,14 +115,13 @@ def test_recomputed_layers_have_the_same_kl():
 
 
 def test_a_step_with_both_reads_nothing_and_is_the_hosts(monkeypatch):
-    monkeypatch.setattr("refpeft.tensor._State.plain", True)  # on the host too, in all threads
     there, found = device.install(monkeypatch), []
     for xp in (there, np):
         model = tiny.model("qwen2", "float32", xp=xp)
         adapter, batch = sites.attach(model, "lora", {"dropout": 0.1}), tiny.batch()
         model.mode.training = True
         first = towards_base.FirstValues(model, 0.1)
-        with device.capture():
+        with plain(), device.capture():  # the host too, to the same bits
             loss = towards_base.objective(model, batch, batch.denominator, 0.5)
             loss.backward()
             for term in first.penalties():
