@@ -28,6 +28,9 @@ _HUGE = 2**22  # bytes from which on huge pages are asked for, as NumPy does
 _CLASSES = 8  # sizes of buffers between a power of two and the next
 _LOOSE = 2  # a buffer is handed out for less than its size, but not for as little as this part of it
 
+_FLAGS = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+"""Of memory that may lie in huge pages, and that no forked process writes into; Windows has no such flags."""
+
 
 class Arena:
     """The buffers of one thread.
@@ -104,7 +107,7 @@ def _fresh(size: int) -> np.ndarray:
     Raises MemoryError.
     """
     try:
-        memory = mmap.mmap(-1, size)
+        memory = mmap.mmap(-1, size, **_FLAGS)
     except OSError as error:
         raise MemoryError(f"{size:,} bytes are wanted at once") from error
     if size >= _HUGE and hasattr(mmap, "MADV_HUGEPAGE"):

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextvars import copy_context
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import TypeVar
 
@@ -43,24 +44,24 @@ class Shard:
 
     model: Model
     arena: Arena
-    gradients: Array | None
+    gradients: Array
 
 
 class Shards:
     """The shards of a model: the first one is `model` itself, the others are its twins, one for each of BLAS's threads.
 
-    flat  the trained values of `model` and their gradients, where sums end up; None where nothing is trained
+    flat  the trained values of `model` and their gradients, where sums end up
 
     There is one shard, and BLAS has all threads, where arrays are not NumPy's, and where so much is trained that
     gradients for each thread would take too much memory.
     """
 
-    def __init__(self, model: Model, flat: Flat | None = None):
+    def __init__(self, model: Model, flat: Flat):
         self._threads = backend.threads()
-        self._shards = [Shard(model, Arena(), flat and flat.grads)]
-        for _ in range(1, number(model, flat.values.size if flat else 0)):
+        self._shards = [Shard(model, Arena(), flat.grads)]
+        for _ in range(1, number(model, flat.values.size)):
             other = twin(model)
-            self._shards.append(Shard(other, Arena(), flat and flat.gradients_of(dict(other.trained()))))
+            self._shards.append(Shard(other, Arena(), flat.gradients_of(dict(other.trained()))))
         self._blas = threadpoolctl.ThreadpoolController()
         self._pool = ThreadPoolExecutor(len(self._shards), "shard")
 
@@ -73,20 +74,31 @@ class Shards:
         What they added to gradients is in those of `flat` then. With a single share BLAS has the threads.
         """
         used = self._shards[: len(shares)]
-        with self._blas.limit(limits=self._threads if len(used) == 1 else 1, user_api="blas"):
-            waiting = [
-                self._pool.submit(
-                    copy_context().run, _within, shard, work, share, len(used) > 1
-                )  # as NumPy is set here
-                for shard, share in zip(used, shares, strict=True)
-            ]
-            wait(waiting)  # for all of them, even if one fails
-            results = [one.result() for one in waiting]
-        if (total := used[0].gradients) is not None:
-            for shard in used[1:]:
-                total += shard.gradients
-                shard.gradients.fill(0)
+        several = len(used) > 1
+        calls = [  # each with NumPy set as it is here
+            partial(copy_context().run, _within, shard, work, share, several)
+            for shard, share in zip(used, shares, strict=True)
+        ]
+        with self._blas.limit(limits=1 if several else self._threads, user_api="blas"):
+            try:
+                results = self._together(calls) if several else [calls[0]()]
+            except BaseException:
+                for shard in used:
+                    shard.gradients.fill(0)  # half of a sum
+                raise
+        total = used[0].gradients
+        for shard in used[1:]:
+            total += shard.gradients
+            shard.gradients.fill(0)
         return results
+
+    def _together(self, calls: Sequence[Callable[[], Result]]) -> list[Result]:
+        """What each gives, in a thread of its own; all have ended then, even if one fails."""
+        waiting = [self._pool.submit(call) for call in calls]
+        try:
+            return [one.result() for one in waiting]
+        finally:
+            wait(waiting)
 
     def next_step(self) -> None:
         """Says that another step begins."""

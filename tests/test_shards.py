@@ -101,21 +101,26 @@ def test_where_much_is_trained_there_is_one_shard():
     assert len(trainer.shards) == 1
 
 
-def test_an_error_in_one_share_is_told_after_all_have_ended():
+def test_an_error_in_one_share_is_told_after_all_have_ended_and_leaves_no_gradients():
     model, _ = attached("llama", "lora", dtype="float32")
+    flat, ended = Flat(model.trained()), []
     with backend.blas_threads(0, 2):
-        shards, ended = Shards(model, Flat(model.trained())), []
+        shards = Shards(model, flat)
 
-    def work(_, share: int) -> None:
-        if share:
-            time.sleep(0.05)
-            ended.append(share)
-        else:
+    def work(one: Model, share: int) -> None:
+        one.loss(tiny.batch()).backward()
+        if not share:
             raise RefpeftError("the first share")
+        time.sleep(0.05)
+        ended.append(share)
 
     with pytest.raises(RefpeftError, match="the first share"):
         shards.run(work, [0, 1])
     assert ended == [1]
+    assert not flat.grads.any()
+    with pytest.raises(RefpeftError, match="the first share"):
+        shards.run(work, [0])
+    assert not flat.grads.any()
 
 
 def blas() -> int:
@@ -125,7 +130,7 @@ def blas() -> int:
 def test_blas_has_one_thread_in_each_of_several_shares_and_all_in_a_single_one():
     model, _ = attached("llama", "lora", dtype="float32")
     with backend.blas_threads(0, 2):
-        shards = Shards(model)
+        shards = Shards(model, Flat(model.trained()))
         assert shards.run(lambda _, share: blas(), [0, 1]) == [1, 1]
         assert shards.run(lambda _, share: blas(), [0]) == [2]
         with threadpoolctl.threadpool_limits(3, user_api="blas"):  # set by something else between two steps

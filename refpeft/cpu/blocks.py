@@ -11,6 +11,9 @@ from .. import arena
 BLOCK = 2**15
 """Elements of a block, about: 128 KiB of float32, so that the four to six arrays of a chain fit into 1 MiB."""
 
+SHORT_CHAIN = 2 * BLOCK
+"""The same where a chain has two or three arrays."""
+
 
 def blocks(*arrays: np.ndarray | None, scratch: int = 0) -> Iterator[tuple[np.ndarray | None, ...]]:
     """The same rows of all `arrays`, block after block, each as (rows, its last axis); None where there is no array.

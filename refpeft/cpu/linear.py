@@ -10,9 +10,8 @@ import numpy as np
 
 from .. import arena, fused, ops
 from ..quant import Frozen, frozen
+from .blocks import SHORT_CHAIN
 from .products import product
-
-_BLOCK = 2**16  # numbers that a chain of ufuncs works on at once: with an operand and a result they stay in L2
 
 
 def _product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -88,7 +87,7 @@ def addmm(needs, y, u, B, *, alpha):
     scaled = np.multiply(B.T, alpha, out=arena.empty(B.shape[::-1], B.dtype))
     given, low = y.reshape(-1, len(B)), u.reshape(-1, u.shape[-1])
     found = arena.empty(given.shape, y.dtype)
-    step = max(1, _BLOCK // len(B))
+    step = max(1, SHORT_CHAIN // len(B))
     for at in range(0, len(found), step):
         block = found[at : at + step]
         np.matmul(low[at : at + step], scaled, out=block)

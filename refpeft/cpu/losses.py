@@ -6,11 +6,10 @@ import numpy as np
 
 from .. import arena, fused
 from ..quant import Frozen, frozen
+from .blocks import SHORT_CHAIN
 
 WORDS = 4096
 """Words of the vocabulary whose logits are there at once, of many rows: BLAS is slower for few rows and all words."""
-
-_BLOCK = 2**16  # numbers that a chain of ufuncs works on at once: they stay in L2
 
 
 # ---- logits that are there -------------------------------------------------------------------------------------------
@@ -23,7 +22,7 @@ def cross_entropy(needs, logits, *, targets, denominator, weights=None):
     counts, index = _counts(targets, weights), np.maximum(targets, 0)
     slope = arena.like(logits)
     losses = np.empty(len(logits), logits.dtype)
-    step = max(1, _BLOCK // max(1, logits.shape[1]))
+    step = max(1, SHORT_CHAIN // max(1, logits.shape[1]))
     for at in range(0, len(logits), step):
         rows = slice(at, at + step)
         z, own = slope[rows], (np.arange(len(losses[rows])), index[rows])
@@ -116,7 +115,7 @@ def _exponentiate(logits: np.ndarray, bias: np.ndarray | None, top: np.ndarray, 
     Returns by what sums of earlier exponentials are to be multiplied, as `total` is.
     """
     before, sums = top.copy(), np.empty_like(total)
-    step = max(1, _BLOCK // logits.shape[1])
+    step = max(1, SHORT_CHAIN // logits.shape[1])
     for at in range(0, len(logits), step):
         rows = slice(at, at + step)
         z, peak = logits[rows], top[rows]
