@@ -134,7 +134,7 @@ def _(g, ids, shape):
     return (dt,)
 
 
-@op
+@op(moves=True)
 def pick(needs, x, *, rows):
     """x[rows], rows one array of integers for each of the leading axes, which say no place twice."""
     return x[rows], (x.shape, rows)
@@ -410,7 +410,7 @@ def _ungroup(a: Array, heads: int) -> Array:
 # ---- losses --------------------------------------------------------------------------------------------------------
 
 
-@op
+@op(float32=True)
 def cross_entropy(needs, logits, *, targets, denominator, weights=None):
     """The sum of -log softmax(logits)[target] over rows with a target of at least 0, divided by `denominator`.
 
@@ -448,7 +448,7 @@ def _row_losses(logits: Array, targets: Array, weights: Array | None, slope_want
     return losses, z
 
 
-@op
+@op(float32=True)
 def linear_cross_entropy(needs, hidden, *, weight, targets, denominator, bias=None, weights=None):
     """cross_entropy(hidden @ weight().T + bias) for a frozen head, in chunks of rows: logits never exist as a whole.
 

@@ -323,7 +323,7 @@ def _(g, share, kept):
 # ---- shape ---------------------------------------------------------------------------------------------------------
 
 
-@op
+@op(moves=True)
 def reshape(needs, x, *, shape):
     """The same values in row-major order under another shape."""
     return x.reshape(shape), (x.shape,)
@@ -334,7 +334,7 @@ def _(g, shape):
     return (g.reshape(shape),)
 
 
-@op
+@op(moves=True)
 def transpose(needs, x, *, axes=None):
     """The axes in another order; reversed where `axes` is None."""
     axes = normalize_axis_tuple(axes, x.ndim) if axes else tuple(range(x.ndim))[::-1]
@@ -357,7 +357,7 @@ def _(g, shape):
     return (fit(g, shape),)
 
 
-@op
+@op(moves=True)
 def concat(needs, *xs, axis=0):
     """The tensors one after another along an axis that exists."""
     sizes = [x.shape[axis] for x in xs]
@@ -369,7 +369,7 @@ def _(g, cuts, axis, needs):
     return tuple(part if need else None for part, need in zip(xp_of(g).split(g, cuts, axis=axis), needs, strict=True))
 
 
-@op
+@op(moves=True)
 def stack(needs, *xs, axis=0):
     """The tensors one after another along a new axis."""
     return xp_of(xs[0]).stack(xs, axis=axis), (axis, needs)
@@ -381,7 +381,7 @@ def _(g, axis, needs):
     return tuple(first[i] if need else None for i, need in enumerate(needs))
 
 
-@op
+@op(moves=True)
 def getitem(needs, x, *, key):
     """x[key] for integers, slices, None and `...`; `take` picks by an array."""
     for part in key if isinstance(key, tuple) else (key,):

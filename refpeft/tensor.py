@@ -7,27 +7,31 @@ the nodes alone, each with the saved values that its op's backward reads, and no
 from __future__ import annotations
 
 import contextlib
+import functools
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from . import arena
-from .backend import Array, xp_of
+from .backend import Array, bfloat16, cast, xp_of
 from .errors import RefpeftError
 
 
 class Node:
     """One step of the tape: the op, where its inputs came from, and what its backward needs. A leaf has no op."""
 
-    __slots__ = ("grad", "op", "own", "parents", "saved")
+    __slots__ = ("again", "grad", "op", "own", "parents", "saved")
 
     def __init__(self, op: Op | None = None, parents: tuple[Node | None, ...] = (), saved: tuple | None = ()):
         self.op, self.parents, self.saved = op, parents, saved
         self.grad: Array | None = None
         self.own = False  # whether nothing else has the array `grad`, so that more may be added to it in place
+        self.again: Again | None = None  # what later ops keep in the place of this one's output
 
 
 class Tensor:
@@ -82,11 +86,19 @@ class Tensor:
             if node.saved is None:
                 raise RefpeftError(f"backward() twice through the same {node.op.name}: the first call freed the tape")
             if node.grad is not None:  # None where checkpoint() found an input unused
-                grads = node.op.vjp(node.grad, *node.saved)
-                for parent, g in zip(node.parents, grads, strict=True):
-                    if parent is not None and g is not None:
-                        _accumulate(parent, g)
+                _pass_on(node)
             node.parents, node.saved, node.grad = (), None, None
+
+
+def _pass_on(node: Node) -> None:
+    """Adds the gradients of what `node` was made from to theirs."""
+    op, saved = node.op, node.saved
+    if op.stands_in:
+        saved = tuple([part.output() if type(part) is Again else part for part in saved])
+    into = {"into": tuple([_open(parent) for parent in node.parents])} if op.into else {}
+    for parent, g in zip(node.parents, op.vjp(node.grad, *saved, **into), strict=True):
+        if parent is not None and g is not None and g is not ADDED:
+            _accumulate(parent, g)
 
 
 def _topological(root: Node) -> list[Node]:
@@ -120,6 +132,37 @@ class Slice:
         return found
 
 
+ADDED = object()
+"""What a backward returns in the place of a gradient that it has added already: see Op.backward."""
+
+
+def _references(node: Node) -> int:
+    """How many there are to its gradient."""
+    return sys.getrefcount(node.grad)
+
+
+def _alone() -> int:
+    """The references to a gradient that nothing else has."""
+    node = Node()
+    node.grad = np.empty(0)
+    return _references(node)
+
+
+_ALONE = _alone()
+
+
+def _open(node: Node | None) -> Array | None:
+    """The gradient that is there of `node`, if more may be added to it in place."""
+    if node is None or node.grad is None:
+        return None
+    if node.op is None or node.own:
+        return node.grad
+    if node.grad.base is not None or _references(node) > _ALONE:
+        return None
+    node.own = True  # what gave it has forgotten it
+    return node.grad
+
+
 def _accumulate(node: Node, g: Array | Slice) -> None:
     if isinstance(g, Slice):
         _add_slice(node, g)
@@ -143,6 +186,30 @@ def _add_slice(node: Node, g: Slice) -> None:
     if node.op is not None and not node.own:
         node.grad, node.own = node.grad.copy(), True
     node.grad[g.key] += g.g
+
+
+class Again:
+    """Stands on the tape for the output of a node that is made again when it is asked for, as often as it was kept."""
+
+    __slots__ = ("array", "askers", "node")
+
+    def __init__(self, node: Node):
+        self.node, self.askers = node, 0
+        self.array: Array | None = None
+
+    @classmethod
+    def of(cls, node: Node) -> Again:
+        """The one of `node`, for one asker more."""
+        node.again = node.again or cls(node)
+        node.again.askers += 1
+        return node.again
+
+    def output(self) -> Array:
+        """What the node gave. It is held until the last asker has it."""
+        self.askers -= 1
+        found = self.node.op.again(*self.node.saved) if self.array is None else self.array
+        self.array = found if self.askers else None
+        return found
 
 
 class _State(threading.local):
@@ -193,25 +260,47 @@ class Op:
     input, and never writes into `g`. An input may be None; numbers and plain arrays are constants of the same dtype.
     A gradient that is zero but for a part may be a Slice.
 
+    Tensors of bfloat16 may meet float32 ones, which values are: the result is bfloat16, and gradients have the dtype of
+    their inputs. The pair never sees bfloat16: it computes in float32, and its results are rounded. An op that only
+    `moves` numbers gets bfloat16 arrays; one that gives `float32` (a loss) is not rounded.
+
     The pair is the op's definition. Beside it there may be a faster one for one kind of array: see `override`.
     """
 
-    def __init__(self, forward: Callable[..., tuple[Array, tuple]], name: str | None = None):
+    stands_in = False  # whether this is a faster pair of another one
+    into = False  # whether backward adds to gradients in place
+    again: Callable[..., Array] | None = None  # (*saved) -> the output
+    takes_over = False  # whether the output may have the memory of the first input
+
+    def __init__(
+        self,
+        forward: Callable[..., tuple[Array, tuple]],
+        name: str | None = None,
+        moves: bool = False,
+        float32: bool = False,
+    ):
         self.forward, self.name, self.__doc__ = forward, name or forward.__name__, forward.__doc__
+        self.moves, self.float32 = moves, float32
         self.vjp: Callable[..., tuple] = _no_backward
         self.overrides: dict[tuple[type, np.dtype], Op] = {}
 
-    def override(self, kind: type, dtype: str) -> Callable[[Callable[..., Any]], Op]:
+    def override(self, kind: type, *dtypes: str, takes_over: bool = False) -> Callable[[Callable[..., Any]], Op]:
         """Decorator: makes a pair of its forward half that stands in for this one where the first Tensor is of `kind`.
 
         It takes what the plain pair takes, means the same to rounding, and keeps no more bytes on the tape. It may
         return NotImplemented from forward, and the plain pair is asked: of inputs that it was not written for, wrong
         ones above all. Its backward may write into what its own forward saved and made, never into `g` or an input.
+
+        One for bfloat16 is given arrays as they are, some of them float32, and constants in float32. With `takes_over`
+        its forward is told by the keyword `spare` whether nobody else can see the first input, so that its memory may
+        become the result's.
         """
 
         def register(forward: Callable[..., Any]) -> Op:
-            found = Op(forward, self.name)
-            self.overrides[kind, np.dtype(dtype)] = found
+            found = Op(forward, self.name, float32=self.float32)
+            found.stands_in, found.takes_over = True, takes_over
+            for dtype in dtypes:
+                self.overrides[kind, np.dtype(dtype)] = found
             return found
 
         return register
@@ -220,10 +309,21 @@ class Op:
         """Whether a faster pair is asked first, here and now, for such arrays."""
         return not _plain.get() and (kind, dtype) in self.overrides
 
-    def backward(self, vjp: Callable[..., tuple]) -> Callable[..., tuple]:
-        """Decorator that gives the op its other half."""
-        self.vjp = vjp
+    def backward(self, vjp: Callable[..., tuple] | None = None, *, into: bool = False) -> Callable[..., Any]:
+        """Decorator that gives the op its other half.
+
+        With `into` it is called with a keyword of that name, which has for each input the array that its gradient may
+        be added to in place, or None; for one that it added it returns ADDED.
+        """
+        if vjp is None:
+            return partial(self.backward, into=into)
+        self.vjp, self.into = vjp, into
         return vjp
+
+    def recomputed(self, again: Callable[..., Array]) -> Callable[..., Array]:
+        """Decorator of (*saved) -> the output: other ops keep nothing of it then, and it is made again for them."""
+        self.again = again
+        return again
 
     def __call__(self, *inputs: Tensor | Array | float | None, **options: Any) -> Tensor:
         tensors = [x for x in inputs if isinstance(x, Tensor)]
@@ -233,7 +333,9 @@ class Op:
         dtype = like.dtype
         for x in tensors:
             if x.data.dtype != dtype:
-                raise RefpeftError(f"{self.name}: the tensors differ in dtype: {_describe(inputs)}")
+                if {x.data.dtype, dtype} != _MIXED:
+                    raise RefpeftError(f"{self.name}: the tensors differ in dtype: {_describe(inputs)}")
+                dtype = bfloat16
         needs = tuple([isinstance(x, Tensor) and x.node is not None for x in inputs])
         if True in needs:
             _state.touched = True
@@ -242,36 +344,116 @@ class Op:
         pair = self
         if self.overrides and not _plain.get():
             pair = self.overrides.get((type(like), dtype), self)
+        low = dtype == bfloat16
         try:
             arrays = [x.data if isinstance(x, Tensor) else _constant(x, dtype, like) for x in inputs]
-            made = pair.forward(needs, *arrays, **options)
+            if pair.takes_over:
+                del tensors, x  # references that are counted
+                made = pair.forward(needs, *arrays, **options, spare=_spare(inputs))
+            else:
+                made = NotImplemented if low and pair is self else pair.forward(needs, *arrays, **options)
             if made is NotImplemented:
-                pair, made = self, self.forward(needs, *arrays, **options)
+                pair = _of_bfloat16(self) if low else self
+                made = pair.forward(needs, *arrays, **options)
             out, saved = made
         except (ValueError, TypeError, IndexError, AttributeError, np.linalg.LinAlgError) as error:
             raise RefpeftError(f"{self.name}({_describe(inputs)}{_say(options)}): {error}") from error
-        if out.dtype != dtype:
-            raise RefpeftError(f"{self.name}({_describe(inputs)}{_say(options)}) gave {out.dtype}: expected {dtype}")
+        expected = _float32 if low and self.float32 else dtype
+        if out.dtype != expected:
+            raise RefpeftError(f"{self.name}({_describe(inputs)}{_say(options)}) gave {out.dtype}: expected {expected}")
         if True not in needs:
             return Tensor(out)
-        return Tensor(out, Node(pair, tuple(x.node if n else None for x, n in zip(inputs, needs, strict=True)), saved))
+        nodes = tuple([x.node if n else None for x, n in zip(inputs, needs, strict=True)])
+        if pair.stands_in:
+            saved = _without_what_can_be_made(saved, inputs)
+        return Tensor(out, Node(pair, nodes, saved))
 
     def __repr__(self) -> str:
         return f"<op {self.name}>"
 
 
-def op(forward: Callable[..., tuple[Array, tuple]]) -> Op:
+def op(forward: Callable[..., tuple[Array, tuple]] | None = None, *, moves: bool = False, float32: bool = False) -> Any:
     """Decorator: makes an Op of its forward half."""
-    return Op(forward)
+    if forward is None:
+        return partial(op, moves=moves, float32=float32)
+    return Op(forward, moves=moves, float32=float32)
 
 
 def _no_backward(*_: Any) -> tuple:
     raise NotImplementedError("this op has no backward")
 
 
+_float32 = np.dtype("f4")
+_MIXED = {_float32, bfloat16}
+
+
+@functools.cache
+def _of_bfloat16(plain: Op) -> Op:
+    """The pair of `plain` for arrays of which some are bfloat16: it computes in float32, unless it only moves."""
+    inside = bfloat16 if plain.moves else _float32
+
+    def forward(needs: tuple[bool, ...], *arrays: Any, **options: Any) -> tuple[Array, tuple]:
+        dtypes = tuple([getattr(array, "dtype", None) for array in arrays])
+        out, saved = plain.forward(needs, *[_cast(array, inside) for array in arrays], **options)
+        return _cast(out, _float32 if plain.float32 else bfloat16), (dtypes, *saved)
+
+    def backward(g: Array, dtypes: tuple, *saved: Any) -> tuple:
+        grads = plain.vjp(_cast(g, inside), *saved)
+        return tuple([_cast(each, dtype) for each, dtype in zip(grads, dtypes, strict=True)])
+
+    pair = Op(forward, plain.name, float32=plain.float32)
+    pair.vjp = backward
+    return pair
+
+
+def _cast(x: Any, dtype: np.dtype) -> Any:
+    """An array or a Slice in another floating dtype; anything else as it is."""
+    if isinstance(x, Slice):
+        return Slice(x.shape, x.key, _cast(x.g, dtype))
+    return cast(x, dtype) if getattr(x, "dtype", None) in _MIXED else x
+
+
+def _without_what_can_be_made(saved: tuple, inputs: tuple) -> tuple:
+    """`saved`, with an Again in the place of inputs whose nodes can make them again."""
+    makers = {
+        id(x.data): x.node
+        for x in inputs
+        if isinstance(x, Tensor) and x.node is not None and x.node.op is not None and x.node.op.again is not None
+    }
+    return tuple([Again.of(makers[id(part)]) if id(part) in makers else part for part in saved]) if makers else saved
+
+
+_fewest: list[tuple[int, int]] = []  # references to a Tensor that only a call knows, and to its array, seen from _spare
+
+
+def _spare(inputs: tuple) -> bool:
+    """Whether nobody but this call knows its first input and that one's array: the caller made it on the spot."""
+    x = inputs[0]
+    if not isinstance(x, Tensor) or x.data.base is not None:
+        return False
+    counts = sys.getrefcount(x), sys.getrefcount(x.data)
+    if not _fewest:
+        _fewest.append(counts)  # the call below
+    return counts[0] <= _fewest[0][0] and counts[1] <= _fewest[0][1]
+
+
+def _count_references() -> None:
+    """Calls an op in the way that _spare is to recognize."""
+    probe = Op(lambda needs, x: (x, ()), "probe")
+    probe.override(np.ndarray, "f4", takes_over=True)(lambda needs, x, spare: (x, ()))
+    probe(Tensor(np.empty(1, "f4")))
+
+
+_count_references()
+
+
 def _constant(x: Any, dtype: np.dtype, like: Array) -> Any:
     if x is None:
         return None
+    if dtype == bfloat16:
+        if getattr(x, "dtype", None) == bfloat16:
+            return x
+        dtype = _float32
     if isinstance(x, (bool, int, float, np.generic)):
         return dtype.type(x)  # stays on the host: a device copy could not be captured in a graph
     return xp_of(like).asarray(x, dtype)

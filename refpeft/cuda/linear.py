@@ -1,0 +1,151 @@
+"""Linear layers and low-rank factors in bfloat16: every product is one call of cuBLAS, which adds where that is asked.
+
+Gradients of trained factors are made in float32 and added straight to the flat gradient buffer; those of activations
+are added to what other branches left there already.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import cupy
+import numpy as np
+
+from refpeft import fused, ops
+from refpeft.backend import Array, bfloat16
+from refpeft.cuda.blas import low, product
+from refpeft.cuda.kernels import Source, contiguous
+from refpeft.cuda.override import override
+from refpeft.ops import expect, fit
+from refpeft.tensor import ADDED
+
+_source = Source("linear.cu")
+_float32 = np.dtype("f4")
+
+
+def _rows(x: Array) -> Array:
+    """(..., width) as (rows, width)."""
+    return x.reshape(-1, x.shape[-1])
+
+
+@override(fused.frozen_linear, "bfloat16")
+def frozen_linear(needs, x, bias=None, *, weight):
+    dense = low(weight())
+    y = cupy.empty((*x.shape[:-1], dense.shape[0]), bfloat16)
+    product(_rows(low(x)), dense.T, out=_rows(y))
+    _add_bias(y, bias)
+    return y, (weight if needs[0] else None, needs)
+
+
+@frozen_linear.backward(into=True)
+def _(g, weight, needs, into):
+    dx = None if weight is None else _factor_gradient(g, low(weight()), into[0])
+    bias = len(needs) > 1 and needs[1]
+    return (dx, _column_sums(g) if bias else None)[: len(needs)]
+
+
+@override(ops.linear, "bfloat16")
+def linear(needs, x, w, b=None):
+    y = cupy.empty((*x.shape[:-1], w.shape[0]), bfloat16)
+    product(_rows(low(x)), low(w).T, out=_rows(y))
+    _add_bias(y, b)
+    return y, (w if needs[0] else None, x if needs[1] else None, needs, w.dtype, x.dtype)
+
+
+@linear.backward(into=True)
+def _(g, w, x, needs, w_dtype, x_dtype, into):
+    dx = None if w is None else _factor_gradient(g, low(w), into[0], x_dtype)
+    dw = None if x is None else _weight_gradient(g, x, into[1], w_dtype)
+    return (dx, dw, _column_sums(g) if len(needs) > 2 and needs[2] else None)[: len(needs)]
+
+
+@override(fused.addmm, "bfloat16", takes_over=True)
+def addmm(needs, y, u, B, *, alpha, spare):
+    if y.dtype != bfloat16:
+        return NotImplemented
+    expect("y", y, *u.shape[:-1], len(B))
+    total = y if spare and y.flags.c_contiguous else y.copy(order="C")
+    product(_rows(low(u)), low(B).T, out=_rows(total), alpha=float(alpha), add=True)
+    saved_B, saved_u = (B if needs[1] else None), (u if needs[2] else None)
+    return total, (float(alpha), saved_B, saved_u, needs[0], B.dtype, u.dtype)
+
+
+@addmm.backward(into=True)
+def _(g, alpha, B, u, y_needed, B_dtype, u_dtype, into):
+    du = None if B is None else _factor_gradient(g, low(B), into[1], u_dtype, alpha)
+    dB = None if u is None else _weight_gradient(g, u, into[2], B_dtype, alpha)
+    return g if y_needed else None, du, dB
+
+
+@override(ops.matmul, "bfloat16")
+def matmul(needs, a, b):
+    if a.ndim < 2 or b.ndim < 2:
+        return NotImplemented
+    if b.ndim == 2 and a.ndim > 2:
+        y = cupy.empty((*a.shape[:-1], b.shape[1]), bfloat16)
+        product(_rows(low(a)), low(b), out=_rows(y))
+    else:
+        y = product(low(a), low(b))
+    return y, (a.shape, a.dtype, b.shape, b.dtype, a if needs[1] else None, b if needs[0] else None)
+
+
+@matmul.backward(into=True)
+def _(g, a_shape, a_dtype, b_shape, b_dtype, a, b, into):
+    da = db = None
+    if len(b_shape) == 2 and len(a_shape) > 2:  # one matrix for the whole stack: one product
+        da = None if b is None else _factor_gradient(g, low(b).T, into[0], a_dtype)
+        db = None if a is None else _weight_gradient(a, g, into[1], b_dtype)
+        return da, db
+    if b is not None:
+        da = _summed(product(low(g), low(b).swapaxes(-1, -2), dtype=_float32), a_shape, a_dtype)
+    if a is not None:
+        db = _summed(product(low(a).swapaxes(-1, -2), low(g), dtype=_float32), b_shape, b_dtype)
+    return da, db
+
+
+def _factor_gradient(
+    g: Array, w: Array, into: Array | None, dtype: np.dtype = bfloat16, alpha: float = 1.0
+) -> Array | object:
+    """alpha g @ w, of g (..., out) and w (out, in): (..., in), added to `into` where it can be."""
+    rows = _rows(low(g))
+    if into is not None and into.flags.c_contiguous:
+        product(rows, w, out=_rows(into), alpha=alpha, add=True)
+        return ADDED
+    return product(rows, w, dtype=dtype, alpha=alpha).reshape(*g.shape[:-1], w.shape[1])
+
+
+def _weight_gradient(g: Array, x: Array, into: Array | None, dtype: np.dtype, alpha: float = 1.0) -> Array | object:
+    """alpha g.T @ x, of g (..., out) and x (..., in): (out, in), added to `into` where it can be."""
+    g, x = _rows(low(g)), _rows(low(x))
+    if into is not None and into.flags.c_contiguous:
+        product(g.T, x, out=into, alpha=alpha, add=True)
+        return ADDED
+    return product(g.T, x, dtype=dtype, alpha=alpha)
+
+
+def _summed(gradient: Array, shape: tuple[int, ...], dtype: np.dtype) -> Array:
+    """A float32 gradient as that of an input of this shape, which may have been broadcast, and dtype."""
+    return fit(gradient, shape).astype(dtype, copy=False)
+
+
+def _add_bias(y: Array, bias: Array | None) -> None:
+    """Adds bias (out,) to every row of y (..., out), in place."""
+    if bias is None:
+        return
+    expect("bias", bias, y.shape[-1])
+    width = y.shape[-1]
+    _source("add_bias")(
+        -(-y.size // 2048), 256, y, contiguous(bias.astype(_float32, copy=False)), np.int64(y.size), width
+    )
+
+
+def _column_sums(g: Array) -> Array:
+    """The sums of g (..., out) over all rows, in float32: a product with ones."""
+    rows = _rows(low(g))
+    return product(_ones(len(rows)), rows, dtype=_float32)[0]
+
+
+@functools.lru_cache(maxsize=64)
+def _ones(count: int) -> Array:
+    with cupy.cuda.using_allocator(None):  # not of a graph's own memory: it is used after that graph, too
+        return cupy.ones((1, count), bfloat16)
