@@ -26,10 +26,12 @@ class Source:
 
     Kernels are written for the type `real`, which is float32 or bfloat16. A launch takes the grid, the block, and the
     kernel's arguments: arrays, None for a null pointer, int (32 bits), float (float32), or NumPy numbers of any type.
+    `constants` are the integers that a file leaves open, as macros of these names.
     """
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, **constants: int):
         self.name = name
+        self.constants = tuple(f"-D{constant}={int(value)}" for constant, value in constants.items())
 
     @functools.cached_property
     def text(self) -> str:
@@ -48,7 +50,7 @@ class Source:
     @functools.cache  # noqa: B019
     def _module(self, dtype: np.dtype) -> cupy.RawModule:
         define = {bfloat16: ("-DREAL_IS_BFLOAT16",), np.dtype("f4"): ()}[dtype]
-        return cupy.RawModule(code=self.text, options=("--std=c++17", *define))
+        return cupy.RawModule(code=self.text, options=("--std=c++17", *define, *self.constants))
 
 
 class Launch:
