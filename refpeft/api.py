@@ -54,7 +54,8 @@ def load(
     quantizer  a quantizer plugin for the frozen linear weights; `options` are its Config's fields
                (a model that is quantized already needs none and stays so; "gguf" keeps a GGUF file's own blocks)
     double_quant  quantize the quantizer's float32 constants, too
-    dtype      "float32", "float64", or "bfloat16": weights kept in bfloat16, computed with in float32
+    dtype      "float32", "float64", or "bfloat16": frozen weights are kept in it, and on a GPU hidden states and
+               factors of products too, which add up in float32; the host computes in float32
     device     "cpu" or "cuda"
     plugins    plugin files, folders or module names to make known first
     task       what the model ends in: "classify", "regress", "tag", "mlm", "embed", or what it is without a head
@@ -127,6 +128,8 @@ def build(
 
     config = checkpoint.config
     model = class_of(config)(config, weights, compute, xp)
+    if dtype == "bfloat16" and xp is not np:
+        model.activations = backend.bfloat16
     model.checkpoint, model.tokenizer = checkpoint, tokenizer or checkpoint.tokenizer()
     own, names = heads.read_from(config.raw)
     if task in (None, own):

@@ -75,6 +75,15 @@ def threads() -> int:
     return max((library["num_threads"] for library in found if library["user_api"] == "blas"), default=1)
 
 
+def matmul(a: Array, b: Array, out: Array | None = None) -> Array:
+    """a @ b, into `out` where it is given; on a GPU by a call that a CUDA graph can hold, as CuPy's own cannot."""
+    if isinstance(a, np.ndarray):
+        return np.matmul(a, b, out=out)
+    from .cuda.blas import product
+
+    return product(a, b, out)
+
+
 def to_host(array: Array) -> np.ndarray:
     """`array` as a NumPy array (itself where it is one)."""
     xp = xp_of(array)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .backend import Array, xp_of
+from .backend import Array, matmul, xp_of
 from .ops import expect, logistic
 from .rng import Stream
 from .special import erf
@@ -31,7 +31,7 @@ LOGITS_AT_ONCE = 2**22
 def frozen_linear(needs, x, bias=None, *, weight):
     """x @ weight().T + bias: x (..., in), weight() (out, in), bias (out,) or None. Keeps nothing of `x`."""
     dense = weight()
-    y = (x.reshape(-1, x.shape[-1]) @ dense.T).reshape(*x.shape[:-1], dense.shape[0])  # one product for the batch
+    y = matmul(x.reshape(-1, x.shape[-1]), dense.T).reshape(*x.shape[:-1], dense.shape[0])  # one product for the batch
     if bias is not None:
         expect("bias", bias, y.shape[-1])
         y += bias
@@ -43,7 +43,7 @@ def _(g, weight, needs):
     dx = None
     if weight is not None:
         dense = weight()
-        dx = (g.reshape(-1, g.shape[-1]) @ dense).reshape(*g.shape[:-1], dense.shape[1])
+        dx = matmul(g.reshape(-1, g.shape[-1]), dense).reshape(*g.shape[:-1], dense.shape[1])
     bias = len(needs) > 1 and needs[1]
     return (dx, g.reshape(-1, g.shape[-1]).sum(axis=0) if bias else None)[: len(needs)]
 
@@ -52,7 +52,7 @@ def _(g, weight, needs):
 def addmm(needs, y, u, B, *, alpha):
     """y + alpha u @ B.T: y (..., out), u (..., r), B (out, r). What a low-rank method adds to a frozen layer."""
     alpha = y.dtype.type(alpha)
-    delta = u @ B.T
+    delta = matmul(u, B.T)
     expect("y", y, *delta.shape)
     delta *= alpha
     delta += y
@@ -62,24 +62,24 @@ def addmm(needs, y, u, B, *, alpha):
 @addmm.backward
 def _(g, alpha, B, u, y_needed):
     rows = g.reshape(-1, g.shape[-1])
-    du = None if B is None else (rows @ (alpha * B)).reshape(*g.shape[:-1], B.shape[1])
-    dB = None if u is None else alpha * (rows.T @ u.reshape(-1, u.shape[-1]))
+    du = None if B is None else matmul(rows, alpha * B).reshape(*g.shape[:-1], B.shape[1])
+    dB = None if u is None else alpha * matmul(rows.T, u.reshape(-1, u.shape[-1]))
     return g if y_needed else None, du, dB
 
 
 @op
 def hadamard_linear(needs, x, B, A, *, weight):
     """x @ (weight() * (B @ A)).T: x (..., in), weight() (out, in), B (out, r), A (r, in). Keeps nothing dense."""
-    changed = weight() * (B @ A)
-    return (x.reshape(-1, x.shape[-1]) @ changed.T).reshape(*x.shape[:-1], len(B)), (weight, x, B, A, needs)
+    changed = weight() * matmul(B, A)
+    return matmul(x.reshape(-1, x.shape[-1]), changed.T).reshape(*x.shape[:-1], len(B)), (weight, x, B, A, needs)
 
 
 @hadamard_linear.backward
 def _(g, weight, x, B, A, needs):
     dense, rows = weight(), g.reshape(-1, g.shape[-1])
-    dx = (rows @ (dense * (B @ A))).reshape(x.shape) if needs[0] else None
-    product = (rows.T @ x.reshape(-1, x.shape[-1])) * dense  # the gradient of B @ A
-    return dx, product @ A.T if needs[1] else None, B.T @ product if needs[2] else None
+    dx = matmul(rows, dense * matmul(B, A)).reshape(x.shape) if needs[0] else None
+    product = matmul(rows.T, x.reshape(-1, x.shape[-1])) * dense  # the gradient of B @ A
+    return dx, matmul(product, A.T) if needs[1] else None, matmul(B.T, product) if needs[2] else None
 
 
 @op
@@ -89,14 +89,14 @@ def sparse_linear(needs, x, values, *, rows, columns, out):
     The dense matrix is made and dropped again, both ways; nothing of its size is kept.
     """
     expect("values", values, *rows.shape)
-    y = x @ _sparse(values, rows, columns, out, x.shape[-1]).T
+    y = matmul(x, _sparse(values, rows, columns, out, x.shape[-1]).T)
     return y, (x, values, rows, columns, out, needs)
 
 
 @sparse_linear.backward
 def _(g, x, values, rows, columns, out, needs):
-    dx = g @ _sparse(values, rows, columns, out, x.shape[-1]) if needs[0] else None
-    dense = g.reshape(-1, out).T @ x.reshape(-1, x.shape[-1]) if needs[1] else None
+    dx = matmul(g, _sparse(values, rows, columns, out, x.shape[-1])) if needs[0] else None
+    dense = matmul(g.reshape(-1, out).T, x.reshape(-1, x.shape[-1])) if needs[1] else None
     return dx, None if dense is None else dense[rows, columns]
 
 
@@ -345,7 +345,7 @@ def attention(needs, q, k, v, bias=None, *, mask: Mask, scale=None):
         s -= top
         xp.exp(s, out=s)
         total = s.sum(axis=-1, keepdims=True)
-        y[:, :, block] = _ungroup(s @ v[:, :, :hi] / total, heads)
+        y[:, :, block] = _ungroup(matmul(s, v[:, :, :hi]) / total, heads)
         lse[:, :, block] = _ungroup(top + xp.log(total), heads)[..., 0]
     scores_wanted = needs[0] or needs[1] or needs[3:] == (True,)
     return y, (needs, q, k, v if scores_wanted else None, bias, y if scores_wanted else None, lse, mask, scale)
@@ -364,10 +364,10 @@ def _(g, needs, q, k, v, bias, y, lse, mask, scale):
         p = xp.exp(s, out=s)
         gb = _group(g[:, :, block], kv)
         if dv is not None:
-            dv[:, :, :hi] += p.swapaxes(-1, -2) @ gb
+            dv[:, :, :hi] += matmul(p.swapaxes(-1, -2), gb)
         if y is None:
             continue
-        ds = gb @ v[:, :, :hi].swapaxes(-1, -2)
+        ds = matmul(gb, v[:, :, :hi].swapaxes(-1, -2))
         ds -= _group(delta[:, :, block], kv)
         ds *= p
         if dbias is not None:
@@ -375,9 +375,9 @@ def _(g, needs, q, k, v, bias, y, lse, mask, scale):
             dbias[:, :, block, :hi] = each if len(bias) == len(q) else each.sum(axis=0, keepdims=True)
         ds *= scale
         if dq is not None:
-            dq[:, :, block] = _ungroup(ds @ k[:, :, :hi], heads)
+            dq[:, :, block] = _ungroup(matmul(ds, k[:, :, :hi]), heads)
         if dk is not None:
-            dk[:, :, :hi] += ds.swapaxes(-1, -2) @ _group(q[:, :, block], kv)
+            dk[:, :, :hi] += matmul(ds.swapaxes(-1, -2), _group(q[:, :, block], kv))
     return (dq, dk, dv, dbias)[: len(needs)]
 
 
@@ -387,7 +387,7 @@ def _score_blocks(q: Array, k: Array, bias: Array | None, mask: Mask, scale: np.
     for start in range(0, queries, QUERY_BLOCK):
         stop = min(start + QUERY_BLOCK, queries)
         hi = k.shape[2] - (queries - stop) * mask.causal
-        s = _group(q[:, :, start:stop], kv) @ k[:, :, :hi].swapaxes(-1, -2)
+        s = matmul(_group(q[:, :, start:stop], kv), k[:, :, :hi].swapaxes(-1, -2))
         s *= scale
         if bias is not None:
             s += _group(bias[:, :, start:stop, :hi], kv)
@@ -462,13 +462,13 @@ def linear_cross_entropy(needs, hidden, *, weight, targets, denominator, bias=No
     dx = xp.empty(hidden.shape, hidden.dtype) if needs[0] else None
     for at in range(0, hidden.shape[0], rows):
         part = slice(at, at + rows)
-        logits = hidden[part] @ dense.T
+        logits = matmul(hidden[part], dense.T)
         if bias is not None:
             logits += bias
         losses, slope = _row_losses(logits, targets[part], None if weights is None else weights[part], needs[0])
         loss += losses.sum()
         if dx is not None:
-            xp.matmul(slope, dense, out=dx[part])
+            matmul(slope, dense, out=dx[part])
         del logits, slope  # before the next ones are made
     scale = hidden.dtype.type(1) / xp.asarray(denominator, hidden.dtype)
     return loss * scale, (dx, scale)

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.lib.array_utils import normalize_axis_tuple
 
 from .backend import Array, xp_of
+from .backend import matmul as product
 from .tensor import Slice, Tensor, op
 
 
@@ -418,17 +419,17 @@ def matmul(needs, a, b):
     """a @ b for matrices and stacks of matrices."""
     if a.ndim < 2 or b.ndim < 2:
         raise ValueError("expected at least two axes on each side")
-    return a @ b, (a.shape, b.shape, a if needs[1] else None, b if needs[0] else None)
+    return product(a, b), (a.shape, b.shape, a if needs[1] else None, b if needs[0] else None)
 
 
 @matmul.backward
 def _(g, a_shape, b_shape, a, b):
-    da = None if b is None else fit(g @ b.swapaxes(-1, -2), a_shape)
+    da = None if b is None else fit(product(g, b.swapaxes(-1, -2)), a_shape)
     if a is None:
         return da, None
     if len(b_shape) == 2 and a.ndim > 2:  # one matrix for the whole stack: one product, not a sum of products
-        return da, a.reshape(-1, a_shape[-1]).T @ g.reshape(-1, b_shape[-1])
-    return da, fit(a.swapaxes(-1, -2) @ g, b_shape)
+        return da, product(a.reshape(-1, a_shape[-1]).T, g.reshape(-1, b_shape[-1]))
+    return da, fit(product(a.swapaxes(-1, -2), g), b_shape)
 
 
 @op
@@ -437,7 +438,7 @@ def linear(needs, x, w, b=None):
 
     With `w` constant nothing of `x` is kept: its gradient needs only `w`.
     """
-    y = (x.reshape(-1, x.shape[-1]) @ w.T).reshape(*x.shape[:-1], w.shape[0])  # one product for the whole batch
+    y = product(x.reshape(-1, x.shape[-1]), w.T).reshape(*x.shape[:-1], w.shape[0])  # one for the whole batch
     if b is not None:
         expect("b", b, w.shape[0])
         y += b
@@ -447,8 +448,8 @@ def linear(needs, x, w, b=None):
 @linear.backward
 def _(g, w, x, bias, inputs):
     rows = g.reshape(-1, g.shape[-1])
-    dx = None if w is None else (rows @ w).reshape(*g.shape[:-1], w.shape[1])
-    dw = None if x is None else rows.T @ x.reshape(-1, x.shape[-1])
+    dx = None if w is None else product(rows, w).reshape(*g.shape[:-1], w.shape[1])
+    dw = None if x is None else product(rows.T, x.reshape(-1, x.shape[-1]))
     return (dx, dw, rows.sum(axis=0) if bias else None)[:inputs]
 
 
@@ -469,7 +470,7 @@ def _solve(a: Array, b: Array) -> Array:
 @solve.backward
 def _(g, a, b_shape, x, b_needed):
     db = _solve(a.swapaxes(-1, -2), g)
-    da = None if x is None else fit(-(db @ x.swapaxes(-1, -2)), a.shape)
+    da = None if x is None else fit(-product(db, x.swapaxes(-1, -2)), a.shape)
     return da, fit(db, b_shape) if b_needed else None
 
 

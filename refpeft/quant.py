@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from . import arena, manager
+from . import arena, blockwise, manager
 from .backend import Array, bfloat16, cast
 from .errors import RefpeftError
 
@@ -34,9 +34,13 @@ class Dense:
         for part in _parts(len(self.array), rows or (len(self.array) if as_it_is else PANEL)):
             yield part, _dense(self.array[part], self.dtype)
 
-    def rows(self, ids: Array) -> Array:
+    def low(self) -> Array:
+        """The array in bfloat16, as products with bfloat16 take it."""
+        return cast(self.array, bfloat16)
+
+    def rows(self, ids: Array, dtype: np.dtype) -> Array:
         """Some rows of it: only these are cast."""
-        return _dense(self.array[ids], self.dtype)
+        return _dense(self.array[ids], dtype)
 
     def like(self, array: Array, name: str = "") -> Dense:
         """Another array, kept as this one is."""
@@ -80,10 +84,10 @@ class Quantizer:
     def __init__(self, plugin: Any, cfg: Any, constants: Quantizer | None = None):
         self.plugin, self.cfg, self.constants = plugin, cfg, constants
         self.name = plugin.__name__.rpartition(".")[2]
-        pack, unpack = (manager.hook(plugin, hook) for hook in ("quant_pack", "quant_unpack"))
-        if pack is None or unpack is None:
+        hooks = (manager.hook(plugin, hook) for hook in ("quant_pack", "quant_unpack", "quant_blocks"))
+        self._pack, self._unpack, self._blocks = hooks
+        if self._pack is None or (self._unpack is None and self._blocks is None):
             raise RefpeftError(f"plugin '{self.name}' is no quantizer: it has no quant_pack and quant_unpack")
-        self._pack, self._unpack = pack, unpack
 
     def __call__(self, array: Array, dtype: np.dtype, name: str = "") -> Quantized:
         """`array` in this quantizer's format, to be computed with in `dtype`; `name` is for error messages.
@@ -107,7 +111,7 @@ class Quantizer:
     @property
     def by_rows(self) -> bool:
         """Whether the plugin gives some rows of a weight without the others."""
-        return "rows" in self._unpack[1]
+        return self._blocks is not None or "rows" in self._unpack[1]
 
     def __str__(self) -> str:
         options = ", ".join(f"{key} = {value}" for key, value in self.options.items())
@@ -139,7 +143,7 @@ class Quantizer:
 
     def dense(self, parts: dict[str, Array], shape: tuple[int, ...], dtype: np.dtype) -> Array:
         """The array that `parts` stand for."""
-        return self._dense(self._whole(parts), shape, dtype)
+        return self._dense(self._whole(parts, encoded=True), shape, dtype)
 
     def panels(
         self, parts: dict[str, Array], shape: tuple[int, ...], dtype: np.dtype, step: int
@@ -156,18 +160,28 @@ class Quantizer:
     def _dense(
         self, parts: dict[str, Array], shape: tuple[int, ...], dtype: np.dtype, rows: slice | None = None
     ) -> Array:
+        if self._blocks is not None:
+            return blockwise.decode(self._as_blocks(parts), shape, dtype, rows)
         function, names = self._unpack
         have = {"parts": parts, "cfg": self.cfg, "shape": shape, "dtype": dtype, "rows": rows}
         return function(*(have[n] for n in names))
 
-    def _whole(self, parts: dict[str, Array]) -> dict[str, Array]:
-        """`parts` with the constants that were quantized themselves as float32 arrays again."""
+    def _as_blocks(self, parts: dict[str, Array | blockwise.Blocks]) -> blockwise.Blocks:
+        function, names = self._blocks
+        return function(*({"parts": parts, "cfg": self.cfg}[n] for n in names))
+
+    def _whole(self, parts: dict[str, Array], encoded: bool = False) -> dict[str, Array | blockwise.Blocks]:
+        """`parts` with the constants that were quantized themselves as float32 arrays again; with `encoded` they are
+        Blocks, where those of a plugin with quant_blocks are for another one."""
         if self.constants is None:
             return parts
         found = {name: part for name, part in parts.items() if "." not in name}
         for name in {name.partition(".")[0] for name in parts if "." in name}:
             inner = {key.removeprefix(f"{name}."): part for key, part in parts.items() if key.startswith(f"{name}.")}
-            found[name] = self.constants.dense(inner, inner["codes"].shape, np.dtype("f4"))
+            if encoded and self._blocks and self.constants._blocks:
+                found[name] = self.constants._as_blocks(inner)
+            else:
+                found[name] = self.constants.dense(inner, inner["codes"].shape, np.dtype("f4"))
         return found
 
 
@@ -181,6 +195,10 @@ class Quantized:
 
     def __call__(self) -> Array:
         return self.quantizer.dense(self.parts, self.shape, self.dtype)
+
+    def low(self) -> Array:
+        """The same in bfloat16, as products with bfloat16 take it."""
+        return self.quantizer.dense(self.parts, self.shape, bfloat16)
 
     def panels(self, rows: int = PANEL) -> Iterator[tuple[slice, Array]]:
         """As Dense.panels."""

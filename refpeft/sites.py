@@ -14,6 +14,8 @@ from functools import partial
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+
 from . import manager
 from .backend import Array
 from .errors import RefpeftError
@@ -21,7 +23,7 @@ from .layers import Layer, Lazy, Near, Part
 from .lowrank import Ranked
 from .quant import Dense
 from .targets import check_patterns, select
-from .tensor import Tensor, parameter
+from .tensor import Tensor, astype, parameter
 
 _WHOLE = "full"  # the method that trains what a task's head needs
 
@@ -39,6 +41,7 @@ class Site:
     tied    the name of the site whose weight this one shares, or None
     transposed  whether the checkpoint has the weight as (in, out), as GPT-2's linear layers do
     runs    how often a forward pass calls it: more than once where layers share their weights (ALBERT)
+    result  the dtype of what it gives, or None: that of its input
     """
 
     def __init__(
@@ -56,11 +59,13 @@ class Site:
         self.name, self.kind, self.shape, self.roles = name, kind, shape, roles
         self.base, self.weight, self.bias, self.tied, self.transposed = base, weight, bias, tied, transposed
         self.runs = 1
+        self.result: np.dtype | None = None
         self.layers: list[Layer] = []
         self._call = base
 
     def __call__(self, *args: Any, **keywords: Any) -> Tensor:
-        return self._call(*args, **keywords)
+        y = self._call(*args, **keywords)
+        return y if self.result is None else astype(y, self.result)
 
     def __repr__(self) -> str:
         return f"<{self.kind} site {self.name} {self.shape}>"

@@ -473,6 +473,27 @@ def _say(options: dict[str, Any]) -> str:
     return "".join(f", {k}={v!r}" for k, v in options.items() if isinstance(v, plain))
 
 
+def astype(x: Tensor, dtype: np.dtype) -> Tensor:
+    """`x` in another floating dtype, itself where it has that; its gradient comes back in its own."""
+    if x.dtype == dtype:
+        return x
+    if x.node is None or not _state.recording:
+        _state.touched |= x.node is not None
+        return Tensor(cast(x.data, dtype))
+    _state.touched = True
+    return Tensor(cast(x.data, dtype), Node(_astype, (x.node,), (x.dtype,)))
+
+
+@op
+def _astype(needs, x):
+    raise NotImplementedError  # astype() makes the node itself
+
+
+@_astype.backward
+def _(g, dtype):
+    return (_cast(g, dtype),)
+
+
 def checkpoint(fn: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     """`fn(*inputs)`, keeping only the inputs: fn runs again in the backward pass (Chen et al., 2016, arXiv:1604.06174).
 

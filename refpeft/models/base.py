@@ -22,7 +22,7 @@ from refpeft.models.objectives import cross_entropy
 from refpeft.quant import Dense, Frozen, Quantized
 from refpeft.rng import Stream
 from refpeft.sites import Adapter, Site
-from refpeft.tensor import Tensor, checkpoint, no_grad
+from refpeft.tensor import Tensor, astype, checkpoint, no_grad
 
 TASK_TYPES = {
     "causal-lm": "CAUSAL_LM",
@@ -63,6 +63,8 @@ class Model:
 
     def __init__(self, config: ModelConfig, weights: Callable[..., Frozen], dtype: np.dtype, xp: ModuleType = np):
         self.config, self.dtype, self.xp = config, np.dtype(dtype), xp
+        self.activations = self.dtype
+        """What hidden states are kept in. Where it is bfloat16, `dtype` is float32: of values, statistics, logits."""
         self.sites: dict[str, Site] = {}
         self.frozen: dict[str, Frozen] = {}
         """Checkpoint name -> frozen weight, each stored once."""
@@ -109,11 +111,15 @@ class Model:
 
         frozen_bias = self.weight(f"{name}.bias")() if bias else None
         site = self._site(name, "linear", weight.shape, roles, base, weight, frozen_bias, tied, transposed)
+        if "head" in roles:
+            site.result = self.dtype
         return site
 
     def embedding(self, name: str, *roles: str) -> Site:
         def base(ids: Array, weight: Tensor | None = None) -> Tensor:
-            return Tensor(site.weight.rows(ids)) if weight is None else fused.embedding(weight, ids=ids)
+            if weight is None:
+                return Tensor(site.weight.rows(ids, self.activations))
+            return astype(fused.embedding(weight, ids=ids), self.activations)
 
         weight = self.weight(f"{name}.weight")
         site = self._site(name, "embedding", weight.shape, roles, base, weight)
@@ -219,7 +225,7 @@ class Model:
         if self.read == "mean":
             real = self.xp.ones((batch, time)) if segments is None else self.xp.asarray(segments) >= 0
             share = (real / real.sum(axis=1, keepdims=True)).astype(self.dtype)
-            mean = ops.sum(hidden * Tensor(share[..., None]), axis=1)
+            mean = ops.sum(astype(hidden, self.dtype) * Tensor(share[..., None]), axis=1)
             return mean / ops.sqrt(ops.sum(mean * mean, axis=-1, keepdims=True))
         if self.read == "first":
             return self.head(self.finish(hidden[:, 0]))
@@ -281,7 +287,7 @@ class Model:
         That must be the same to the model, and no more to compute than rows of their own with padding: attention has to
         go document by document.
         """
-        return fused.attention.overridden(self.xp.ndarray, self.dtype)
+        return fused.attention.overridden(self.xp.ndarray, self.activations)
 
     # ---- what subclasses share ----
 

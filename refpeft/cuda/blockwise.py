@@ -1,0 +1,85 @@
+"""refpeft.blockwise for CuPy's arrays: the same bits, in one launch a weight.
+
+Decoding takes constants that are encoded themselves (double quantization) as they are. What a kernel was not written
+for is NotImplemented, and computed by the plain code.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from math import prod
+
+import cupy
+import numpy as np
+
+from refpeft import blockwise
+from refpeft.backend import Array, bfloat16
+from refpeft.blockwise import Blocks, Book
+from refpeft.cuda.kernels import KernelError, Source
+from refpeft.cuda.override import say_once
+
+_source = Source("blockwise.cu")
+_float32 = np.dtype("f4")
+_THREADS, _UNITS = 256, 4  # a thread decodes so many times eight numbers
+
+
+def decode(blocks: Blocks, shape: tuple[int, ...], dtype: np.dtype) -> Array:
+    """refpeft.blockwise.decode of a whole array."""
+    inner, absmax = None, blocks.absmax
+    if isinstance(absmax, Blocks):
+        inner, absmax = absmax, absmax.absmax
+    count, codes = prod(shape), blocks.codes.reshape(-1)
+    if isinstance(absmax, Blocks) or not (_whole_steps(blocks) and count) or codes.data.ptr % 8:
+        return NotImplemented
+    if inner is None:
+        constants = (absmax, None, None, None, 0)
+    elif _whole_steps(inner) and len(inner.levels) > 16:
+        constants = (absmax, inner.codes.reshape(-1), inner.levels, inner.offset, _log2(inner.block))
+    else:
+        return NotImplemented
+    values = cupy.empty(shape, dtype if dtype == bfloat16 else _float32)
+    name = "decode_4_bits" if len(blocks.levels) == 16 else "decode_8_bits"
+    try:
+        kernel = _source(name, values.dtype)
+    except KernelError as error:
+        return _by_the_plain_code(error)
+    book = (blocks.levels, len(blocks.levels), blocks.offset, _log2(blocks.block))
+    kernel(-(-count // (8 * _UNITS * _THREADS)), _THREADS, codes, *book, *constants, values, np.int64(count))
+    return values.astype(dtype, copy=False)
+
+
+def encode(
+    array: Array, block: int, book: Book, reciprocal: Callable[[Array], Array]
+) -> tuple[Array, Array]:
+    """refpeft.blockwise.encode."""
+    if reciprocal is not blockwise.reciprocal or block % 2 or not array.size or array.dtype != _float32:
+        return NotImplemented
+    nibbles = len(book.levels) == 16
+    codes = cupy.empty(-(-array.size // 2) if nibbles else array.size, "u1")
+    absmax = cupy.empty(-(-array.size // block), _float32)
+    try:
+        kernel = _source("encode_4_bits" if nibbles else "encode_8_bits", _float32)
+    except KernelError as error:
+        return _by_the_plain_code(error)
+    flat, ranks = array.reshape(-1), (book.bounds, book.codes, len(book.bounds))
+    warps = _THREADS // 32
+    kernel(-(-absmax.size // warps), _THREADS, flat, np.int64(flat.size), block, *ranks, codes, absmax)
+    return codes, absmax
+
+
+def _whole_steps(blocks: Blocks) -> bool:
+    """Whether blocks are powers of two that the eight numbers of a thread do not cross."""
+    return blocks.block % 8 == 0 and blocks.block & blocks.block - 1 == 0
+
+
+def _log2(block: int) -> int:
+    return block.bit_length() - 1
+
+
+def _by_the_plain_code(error: KernelError) -> object:
+    say_once(f"{error}; quantized weights are computed by array code instead, which is slower")
+    return NotImplemented
+
+
+blockwise.FASTER[cupy] = sys.modules[__name__]
