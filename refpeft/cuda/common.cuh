@@ -3,6 +3,10 @@
 
 #include <cuda_bf16.h>
 
+#ifndef INFINITY  // NVRTC has no <math.h>
+#define INFINITY __int_as_float(0x7f800000)
+#endif
+
 #ifdef REAL_IS_BFLOAT16
 typedef __nv_bfloat16 real;
 __device__ inline float wide(real x) { return __bfloat162float(x); }
