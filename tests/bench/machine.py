@@ -106,25 +106,34 @@ class Turns:
         """Says that all is loaded, how long that took, and what is to be said of it."""
         self.done(**found)
 
-    def wait(self) -> None:
-        """Returns when the next step is to begin; raises SystemExit when none is."""
-        if not self.pipe.recv():
+    def wait(self) -> int:
+        """Returns when the next turn is to begin, and of how many steps; raises SystemExit when none is."""
+        steps = self.pipe.recv()
+        if not steps:
             raise SystemExit
         self.start = Moment.now()
+        return steps
 
     def done(self, **found: Any) -> None:
         self.pipe.send({"sample": Sample.between(self.start, Moment.now()), "peak": peak(), **found})
 
 
-def train(turns: Turns, trainer: Any) -> None:
-    """Steps of a refpeft.Trainer as `refpeft train` takes them: each ends where the trainer tells its listeners."""
+def train(turns: Turns, trainer: Any, end: Callable[[], dict[str, Any]] = dict) -> None:
+    """Steps of a refpeft.Trainer as `refpeft train` takes them: each ends where the trainer tells its listeners.
+
+    At the end of a turn `end` is called, which waits until all is done, where that is needed, and says more.
+    """
+    left = tokens = 0
 
     def after_step(record: dict[str, Any]) -> None:
-        turns.done(loss=record["loss"], tokens=record["tokens"])
-        turns.wait()
+        nonlocal left, tokens
+        left, tokens = left - 1, tokens + record["tokens"]
+        if not left:
+            turns.done(loss=record["loss"], tokens=tokens, **end())
+            left, tokens = turns.wait(), 0
 
     trainer.listeners = [after_step]
-    turns.wait()
+    left = turns.wait()
     trainer.run()
 
 
@@ -135,11 +144,11 @@ class Failed(Exception):
 class Worker:
     """A process that runs `work(turns, *arguments)` with so many threads.
 
-    `loaded` is what it said when it was ready, `said` a list of what it said after each step. Raises Failed where the
-    process does.
+    `loaded` is what it said when it was ready, `said` a list of what it said after each turn. Raises Failed where the
+    process does. With `wait` false it is still loading when this returns: `ready` waits for that.
     """
 
-    def __init__(self, threads: int, work: Callable[..., None], *arguments: Any):
+    def __init__(self, threads: int, work: Callable[..., None], *arguments: Any, wait: bool = True):
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         before = {name: os.environ.pop(name, None) for name in THREADS}
@@ -151,18 +160,35 @@ class Worker:
             del os.environ["OMP_NUM_THREADS"]
             os.environ |= {name: value for name, value in before.items() if value is not None}
         theirs.close()
-        self.loaded, self.said = self._heard(), []
+        self.loaded, self.said = {}, []
+        if wait:
+            self.ready()
+
+    def ready(self, timeout: float | None = None) -> None:
+        self.loaded = self._heard(timeout)
 
     def step(self) -> None:
-        self.pipe.send(True)
-        self.said.append(self._heard())
+        self.begin(1)
+        self.end()
+
+    def begin(self, steps: int) -> None:
+        """Asks for a turn of so many steps; `end` waits for what it says."""
+        self.pipe.send(steps)
+        self.steps = steps
+
+    def end(self, timeout: float | None = None) -> None:
+        """Raises Failed, and ends the process, where it says nothing within so many seconds."""
+        self.said.append({"steps": self.steps} | self._heard(timeout))
 
     def stop(self) -> None:
         with contextlib.suppress(BrokenPipeError):  # of one that has ended
             self.pipe.send(False)
         self.process.join()
 
-    def _heard(self) -> dict[str, Any]:
+    def _heard(self, timeout: float | None = None) -> dict[str, Any]:
+        if timeout is not None and not self.pipe.poll(max(0.0, timeout)):
+            self.process.kill()
+            raise Failed("the time was over")
         try:
             found = self.pipe.recv()
         except EOFError:
