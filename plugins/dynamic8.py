@@ -9,11 +9,9 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
-import numpy as np
-
 from refpeft import hookimpl
 from refpeft.backend import to_host, xp_of
-from refpeft.blockwise import decode, dynamic_map, nearest
+from refpeft.blockwise import Blocks, dynamic_map, nearest
 from refpeft.compat import Compat, binned, encode, ties_to_even, torch_mean
 
 BOOKS = {"none": nearest, "bnb-cpu": binned, "bnb-cuda": ties_to_even}
@@ -42,12 +40,9 @@ def quant_pack(weight, cfg):
 
 
 @hookimpl
-def quant_unpack(parts, cfg, shape, dtype, rows):
+def quant_blocks(parts, cfg):
     levels = parts.get("levels", book(xp_of(parts["codes"])).levels)
-    values = decode(parts["codes"], parts["absmax"], cfg.block, levels, shape, np.dtype("f4"), rows)
-    if "offset" in parts:
-        values += parts["offset"]
-    return values.astype(dtype, copy=False)
+    return Blocks(parts["codes"], parts["absmax"], cfg.block, levels, parts.get("offset"))
 
 
 def mean(weight, rules):

@@ -11,7 +11,7 @@ import numpy as np
 
 from refpeft import hookimpl
 from refpeft.backend import xp_of
-from refpeft.blockwise import decode, nearest
+from refpeft.blockwise import Blocks, nearest
 from refpeft.compat import Compat, decimals, encode
 
 LEVELS = (
@@ -39,6 +39,6 @@ def quant_pack(weight, cfg):
 
 
 @hookimpl
-def quant_unpack(parts, cfg, shape, dtype, rows):
+def quant_blocks(parts, cfg):
     levels = parts.get("levels", book(xp_of(parts["packed"])).levels)
-    return decode(parts["packed"], parts["absmax"], cfg.block, levels, shape, dtype, rows)
+    return Blocks(parts["packed"], parts["absmax"], cfg.block, levels)

@@ -6,7 +6,8 @@ The rules (refpeft.compat has those of bitsandbytes where they differ):
 - The code is that of the nearest level: a scaled value on the midpoint of two takes the lower, equal levels the first.
 - A block of zeros, or of magnitudes below float32's smallest normal number, has absmax 0 and decodes to zeros.
 - Codes of 16 levels lie two in a byte, the first in the high half; an unused half is the code of 0.
-- A decoded value is level * absmax, rounded to float32 and then to the dtype that is asked for.
+- A decoded value is level * absmax, rounded to float32; with an offset, that is added and the sum rounded to float32;
+  then it is rounded to the dtype that is asked for.
 - NaN, infinity and what is near it (above 2^120) are refused before (refpeft.quant).
 """
 
@@ -15,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from math import prod
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,6 +24,9 @@ from . import blockwise_numpy
 from .backend import Array, xp_of
 
 TINY = np.finfo("f4").tiny
+
+FASTER: dict[Any, ModuleType] = {np: blockwise_numpy}
+"""By array module: a module with `encode` and `decode`, the same bits as here, or NotImplemented."""
 
 
 class Book(NamedTuple):
@@ -34,6 +38,16 @@ class Book(NamedTuple):
     levels: Array
     bounds: Array
     codes: Array
+
+
+class Blocks(NamedTuple):
+    """An encoded array: number i is levels[code i] * absmax[i // block], plus the offset where there is one."""
+
+    codes: Array  # uint8 of any shape, in C order; two in a byte where there are 16 levels
+    absmax: Array | Blocks  # float32 (blocks,), or these encoded themselves: double quantization
+    block: int
+    levels: Array  # float32
+    offset: Array | None = None  # float32, 0-d
 
 
 def nearest(levels: np.ndarray, xp: ModuleType = np) -> Book:
@@ -55,8 +69,8 @@ def encode(
     `reciprocal` says by what a block is multiplied, given its absmax; where by 0, it is a block of zeros.
     """
     xp = xp_of(array)
-    if xp is np:
-        return blockwise_numpy.encode(array, block, book, reciprocal)
+    if xp in FASTER and (found := FASTER[xp].encode(array, block, book, reciprocal)) is not NotImplemented:
+        return found
     blocks = xp.pad(array.reshape(-1), (0, -array.size % block)).reshape(-1, block)
     absmax = xp.abs(blocks).max(axis=1)
     factor = reciprocal(absmax)
@@ -68,28 +82,37 @@ def encode(
     return codes[: array.size], absmax
 
 
-def decode(
-    codes: Array,
-    absmax: Array,
-    block: int,
-    levels: Array,
-    shape: tuple[int, ...],
-    dtype: np.dtype,
-    rows: slice | None = None,
-) -> Array:
-    """The array of this shape and dtype that was encoded to `codes` and `absmax`, or these `rows` of a matrix alone."""
-    codes = codes.reshape(-1)
+def decode(blocks: Blocks, shape: tuple[int, ...], dtype: np.dtype, rows: slice | None = None) -> Array:
+    """The array of this shape and dtype that was encoded to `blocks`, or these `rows` of a matrix alone."""
     if rows is not None:
-        first, last = rows.start * shape[1], rows.stop * shape[1]
-        at, per_byte = first // block, 2 if len(levels) == 16 else 1
-        codes = codes[at * block // per_byte : -(-last // per_byte)]
-        values = decode(codes, absmax[at:], block, levels, (last - at * block,), dtype)
-        return values[first - at * block :].reshape(-1, shape[1])
-    if xp_of(codes) is np:
-        return blockwise_numpy.decode(codes, absmax, block, levels, shape, dtype)
-    if len(levels) == 16:
+        return _decode_rows(blocks, shape, dtype, rows)
+    xp = xp_of(blocks.codes)
+    if xp in FASTER and (found := FASTER[xp].decode(blocks, shape, dtype)) is not NotImplemented:
+        return found
+    if isinstance(blocks.absmax, Blocks):
+        return decode(blocks._replace(absmax=_array(blocks.absmax)), shape, dtype)
+    codes = blocks.codes.reshape(-1)
+    if len(blocks.levels) == 16:
         codes = unpack_nibbles(codes, prod(shape))
-    return (levels[codes] * absmax.repeat(block)[: codes.size]).reshape(shape).astype(dtype, copy=False)
+    values = blocks.levels[codes] * blocks.absmax.repeat(blocks.block)[: codes.size]
+    if blocks.offset is not None:
+        values += blocks.offset
+    return values.reshape(shape).astype(dtype, copy=False)
+
+
+def _decode_rows(blocks: Blocks, shape: tuple[int, ...], dtype: np.dtype, rows: slice) -> Array:
+    """Whole blocks, from the one in which the first of these rows begins, and of them the rows."""
+    first, last = rows.start * shape[1], rows.stop * shape[1]
+    at, per_byte = first // blocks.block, 2 if len(blocks.levels) == 16 else 1
+    start = at * blocks.block
+    codes = blocks.codes.reshape(-1)[start // per_byte : -(-last // per_byte)]
+    values = decode(blocks._replace(codes=codes, absmax=_array(blocks.absmax)[at:]), (last - start,), dtype)
+    return values[first - start :].reshape(-1, shape[1])
+
+
+def _array(absmax: Array | Blocks) -> Array:
+    """Float32 constants, decoded where they are encoded."""
+    return decode(absmax, (absmax.codes.size,), np.dtype("f4")) if isinstance(absmax, Blocks) else absmax
 
 
 def pack_nibbles(codes: Array, unused: int) -> Array:

@@ -20,7 +20,7 @@ import numpy as np
 from . import arena
 
 if TYPE_CHECKING:
-    from .blockwise import Book
+    from .blockwise import Blocks, Book
 
 CHUNK = 1 << 17
 """Elements worked on at a time, whole blocks: what is needed for them fits in the second-level cache."""
@@ -65,10 +65,12 @@ def encode(
     return codes, absmax
 
 
-def decode(
-    codes: np.ndarray, absmax: np.ndarray, block: int, levels: np.ndarray, shape: tuple[int, ...], dtype: np.dtype
-) -> np.ndarray:
-    """refpeft.blockwise.decode."""
+def decode(blocks: Blocks, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """refpeft.blockwise.decode of a whole array; constants that are encoded themselves have to be decoded before."""
+    codes, absmax, block, levels, offset = blocks
+    if not isinstance(absmax, np.ndarray):
+        return NotImplemented
+    codes = codes.reshape(-1)
     count, per_byte = prod(shape), 2 if len(levels) == 16 else 1
     table = _pairs(levels) if per_byte == 2 else levels
     values = arena.empty((count + count % per_byte,), dtype)
@@ -82,6 +84,8 @@ def decode(
             # mode="clip" because np.take with another mode writes to a copy first
             np.take(table, codes[at // per_byte : end // per_byte], out=part.view(table.dtype), mode="clip")
             part *= absmax[at // block : -(-end // block)].repeat(block)[: part.size]  # faster than by broadcasting
+            if offset is not None:
+                part += offset
             if not direct:
                 values[at:end] = part
 

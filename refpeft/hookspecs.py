@@ -232,3 +232,12 @@ def quant_unpack(parts, cfg, shape, dtype, rows):
     `rows` is None, or a slice of the rows of a matrix: then these alone are given, with the same bits. A product asks a
     hook that names it for some rows at a time, so that the dense matrix is never there as a whole.
     """
+
+
+@hookspec
+def quant_blocks(parts, cfg):
+    """In place of `quant_unpack`, for levels of a code book times a constant a block: refpeft.blockwise.Blocks.
+
+    refpeft makes them dense: whole, some rows, and by a kernel on a GPU. Constants among `parts` that are quantized
+    themselves are arrays, or Blocks in turn: they are for the Blocks alone.
+    """

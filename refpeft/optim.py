@@ -5,20 +5,28 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import numpy as np
 
 from . import blockwise, paging
 from .backend import Array, cast, xp_of
 from .errors import RefpeftError
+from .feed import feed
 from .tensor import Tensor
 
 PAGES = {"cpu": 2**16, "cuda": 2**22}
 """How many values are updated at a time: on the host so many that they stay in its caches, on the GPU so many that
 launches do not count. A multiple of the 8-bit blocks."""
+
+KERNELS: dict[tuple[type, type], Callable[..., Any]] = {}
+"""What does in one launch or two what array code does here, by (Flat or an optimizer, the kind of its arrays).
+
+It takes the arguments of Flat.clip or Optimizer.change, and means the same; after NotImplemented array code does it.
+"""
 
 
 class Flat:
@@ -37,6 +45,7 @@ class Flat:
         xp = xp_of(tensors[0].data)
         self.values = xp.concatenate([t.data.reshape(-1) for t in tensors])
         self.grads = self.gradients_of(self.params)
+        self.norm: Array | None = None  # what `clip` found, until the optimizer's next step is done
         at = 0
         for tensor in tensors:
             part = slice(at, at + tensor.data.size)
@@ -63,6 +72,13 @@ class Flat:
 
         As torch.nn.utils.clip_grad_norm_: the factor is limit / (norm + 1e-6), and at most 1.
         """
+        kernel = KERNELS.get((Flat, type(self.grads)))
+        self.norm = kernel(self, limit) if kernel else NotImplemented
+        if self.norm is NotImplemented:
+            self.norm = self._clip(limit)
+        return self.norm
+
+    def _clip(self, limit: float) -> Array:
         xp, page = xp_of(self.grads), PAGES[_device(self.grads)]
         parts = (self.grads[at : at + page] for at in range(0, self.grads.size, page))  # whose squares take no room
         norm = xp.sqrt(xp.stack([(part * part).sum() for part in parts]).sum())
@@ -117,6 +133,7 @@ class Optimizer:
 
     A subclass says what state it needs (`moments`, or `needs`) and how one part is updated (`update`); which part is
     updated when, where its state is kept and what a checkpoint holds is the same for all. The state begins as zeros.
+    What changes from step to step lies in arrays (`numbers`), so that one captured step can be run again and again.
     With `paged` it lies outside of the memory that is computed in, where that is possible (refpeft.paging), and the
     values become the same, bit for bit.
     """
@@ -127,7 +144,9 @@ class Optimizer:
         xp = xp_of(flat.values)
         self.flat, self.weight_decay, self.step_count = flat, weight_decay, 0
         layout = self.layout(list(flat.shapes.values()), flat.values.dtype, _device(flat.values), flat.rates)
-        self._parts = layout.parts
+        self._kernel = KERNELS.get((type(self), type(flat.values)))
+        self._parts = _joined(layout.parts) if self._kernel and not paged else layout.parts
+        self._now: _Numbers | None = None
         self._state = {name: paging.zeros(xp, size, dtype, paged) for name, (size, dtype) in layout.arrays.items()}
 
     @classmethod
@@ -168,22 +187,93 @@ class Optimizer:
 
     def step(self, lr: float) -> None:
         """One update from the gradients, which are zeroed."""
+        self.prepare(lr)
+        self.apply()
+
+    def prepare(self, lr: float) -> None:
+        """Says that a step of this learning rate comes: what `apply`, captured or not, will do next."""
         self.step_count += 1
+        if self._now is None:
+            rates = list(dict.fromkeys(part.rate for part in self._parts))
+            self._now = _Numbers(self.flat.values, rates, list(self.numbers(lr)))
+        self._now.fill([self.numbers(lr * rate) for rate in self._now.of])
+
+    def apply(self) -> None:
+        """The update that was prepared, from the gradients, which are zeroed: array code without a read of the host.
+
+        Where Flat.clip found that the gradients' norm is not finite, values and state stay what they are.
+        """
         values, grads = self.flat.values, self.flat.grads
         pages = paging.in_turn(self._state, [part.state for part in self._parts])
         for state, part in zip(pages, self._parts, strict=True):  # pages first: the last one has to go back, too
             p, g = (array[part.span].reshape(part.shape) for array in (values, grads))
-            self.update(p, g, lr * part.rate, **state)
+            now = self._now.of[part.rate]
+            if not self._kernel or self._kernel(self, p, g, now, **state) is NotImplemented:
+                self.change(p, g, now, **state)
         grads.fill(0)
+        self.flat.norm = None
 
-    def update(self, p: Array, g: Array, lr: float, **state: Array) -> None:
-        """Updates the values `p` of a part, and its state, in place. `g` are its gradients."""
+    def change(self, p: Array, g: Array, now: SimpleNamespace, **state: Array) -> None:
+        """`update` of a part, unless the norm is known and not finite.
+
+        The host looks, and does not begin. On the device a part's values and state are copied before, and come back
+        from there where they have to: that is five more passes over each, and room for these copies.
+        """
+        norm = self.flat.norm
+        if norm is None:
+            self.update(p, g, now, **state)
+        elif (xp := xp_of(p)) is np:
+            if np.isfinite(norm):
+                self.update(p, g, now, **state)
+        else:
+            before = [(array, array.copy()) for array in (p, *state.values())]
+            self.update(p, g, now, **state)
+            for array, old in before:
+                xp.copyto(array, old, where=~xp.isfinite(norm))
+
+    def numbers(self, lr: float) -> dict[str, float]:
+        """What `update` computes with in step `step_count`, beside constants, for values that learn at `lr`."""
+        return {"lr": lr, "decay": 1 - lr * self.weight_decay}
+
+    def update(self, p: Array, g: Array, now: SimpleNamespace, **state: Array) -> None:
+        """Updates the values `p` of a part, and its state, in place. `g` are its gradients.
+
+        `now` has the step's `numbers` by name, as arrays without axes.
+        """
         raise NotImplementedError
 
-    def decay(self, p: Array, lr: float) -> None:
+    def decay(self, p: Array, now: SimpleNamespace) -> None:
         """Decoupled weight decay (arXiv:1711.05101): the values shrink by lr * weight_decay, before the update."""
         if self.weight_decay:
-            p *= p.dtype.type(1 - lr * self.weight_decay)
+            p *= now.decay
+
+
+class _Numbers:
+    """The numbers of a step by rate and name, `of[rate].name`: always the same arrays, in which `fill` puts others."""
+
+    def __init__(self, values: Array, rates: Sequence[float], names: Sequence[str]):
+        self._feed = feed(xp_of(values), (len(rates), len(names)), values.dtype)
+        rows = (self._feed.array[i] for i in range(len(rates)))
+        self.of = {
+            rate: SimpleNamespace(**{name: row[i, ...] for i, name in enumerate(names)})
+            for rate, row in zip(rates, rows, strict=True)
+        }
+
+    def fill(self, numbers: Sequence[dict[str, float]]) -> None:
+        """Takes those of each rate."""
+        self._feed.fill(np.array([list(of_a_rate.values()) for of_a_rate in numbers]))
+
+
+def _joined(parts: Sequence[Part]) -> list[Part]:
+    """Stretches that follow one another at the same rate as one, for kernels, which need no pages."""
+    found = []
+    for rate, same in itertools.groupby(parts, key=lambda part: part.rate):
+        run = list(same)
+        first, last = run[0], run[-1]
+        span = slice(first.span.start, last.span.stop)
+        state = {name: slice(kept.start, last.state[name].stop) for name, kept in first.state.items()}
+        found.append(Part(span, (span.stop - span.start,), state, rate))
+    return found
 
 
 # ---- the optimizers --------------------------------------------------------------------------------------------------
@@ -209,17 +299,21 @@ class AdamW(Optimizer):
         super().__init__(flat, weight_decay, paged)
         self.betas, self.eps = betas, eps
 
-    def update(self, p: Array, g: Array, lr: float, m: Array, v: Array) -> None:
-        real, (b1, b2), t = p.dtype.type, self.betas, self.step_count
-        self.decay(p, lr)
+    def numbers(self, lr: float) -> dict[str, float]:
+        (b1, b2), t = self.betas, self.step_count
+        return super().numbers(lr) | {"rate": lr / (1 - b1**t), "unbias": 1 / math.sqrt(1 - b2**t)}
+
+    def update(self, p: Array, g: Array, now: SimpleNamespace, m: Array, v: Array) -> None:
+        real, (b1, b2) = p.dtype.type, self.betas
+        self.decay(p, now)
         m *= real(b1)
         m += real(1 - b1) * g
         v *= real(b2)
         v += real(1 - b2) * (g * g)
         root = xp_of(v).sqrt(v)
-        root *= real(1 / math.sqrt(1 - b2**t))
+        root *= now.unbias
         root += real(self.eps)
-        p -= real(lr / (1 - b1**t)) * (m / root)
+        p -= now.rate * (m / root)
 
 
 class AdamW8bit(AdamW):
@@ -251,16 +345,18 @@ class AdamW8bit(AdamW):
         codes, absmax = (count, np.dtype("u1")), (-(-count // cls.BLOCK), np.dtype("f4"))
         return {key: size for name in cls.moments for key, size in ((name, codes), (f"{name}.absmax", absmax))}
 
-    def update(self, p: Array, g: Array, lr: float, **state: Array) -> None:
+    def update(self, p: Array, g: Array, now: SimpleNamespace, **state: Array) -> None:
         books = _dynamic_books(xp_of(p))
         moments = {
-            name: blockwise.decode(state[name], state[f"{name}.absmax"], self.BLOCK, book.levels, p.shape, p.dtype)
-            for name, book in books.items()
+            name: blockwise.decode(self._blocks(state, name, book), p.shape, p.dtype) for name, book in books.items()
         }
-        super().update(p, g, lr, **moments)
+        super().update(p, g, now, **moments)
         for name, moment in moments.items():
             codes, absmax = blockwise.encode(cast(moment, np.dtype("f4")), self.BLOCK, books[name])
             state[name][...], state[f"{name}.absmax"][...] = codes, absmax
+
+    def _blocks(self, state: dict[str, Array], name: str, book: blockwise.Book) -> blockwise.Blocks:
+        return blockwise.Blocks(state[name], state[f"{name}.absmax"], self.BLOCK, book.levels)
 
 
 @functools.cache
@@ -281,11 +377,11 @@ class SGD(Optimizer):
         super().__init__(flat, weight_decay, paged)
         self.momentum = momentum
 
-    def update(self, p: Array, g: Array, lr: float, m: Array) -> None:
+    def update(self, p: Array, g: Array, now: SimpleNamespace, m: Array) -> None:
         real = p.dtype.type
         m *= real(self.momentum)
         m += g + real(self.weight_decay) * p if self.weight_decay else g
-        p -= real(lr) * m
+        p -= now.lr * m
 
 
 class Lion(Optimizer):
@@ -302,10 +398,10 @@ class Lion(Optimizer):
         super().__init__(flat, weight_decay, paged)
         self.betas = betas
 
-    def update(self, p: Array, g: Array, lr: float, m: Array) -> None:
+    def update(self, p: Array, g: Array, now: SimpleNamespace, m: Array) -> None:
         real, (b1, b2) = p.dtype.type, self.betas
-        self.decay(p, lr)
-        p -= real(lr) * xp_of(m).sign(real(b1) * m + real(1 - b1) * g)
+        self.decay(p, now)
+        p -= now.lr * xp_of(m).sign(real(b1) * m + real(1 - b1) * g)
         m *= real(b2)
         m += real(1 - b2) * g
 
@@ -337,24 +433,28 @@ class Adafactor(Optimizer):
             return {"v": (math.prod(shape), dtype)}
         return {"v": (math.prod(shape[:-1]) + math.prod([*shape[:-2], shape[-1]]), dtype)}
 
-    def update(self, p: Array, g: Array, lr: float, v: Array) -> None:
-        xp, real, t = xp_of(p), p.dtype.type, self.step_count
-        rate = real(lr)
-        if self.relative_step:
-            rate = xp.maximum(_rms(p), real(1e-3)) * real(min(lr, t**-0.5))
-        self.decay(p, lr)
+    def numbers(self, lr: float) -> dict[str, float]:
+        t = self.step_count
         fresh = t**-0.8
+        rate = min(lr, t**-0.5) if self.relative_step else lr
+        return super().numbers(lr) | {"rate": rate, "fresh": fresh, "kept": 1 - fresh}
+
+    def update(self, p: Array, g: Array, now: SimpleNamespace, v: Array) -> None:
+        xp, real, rate = xp_of(p), p.dtype.type, now.rate
+        if self.relative_step:
+            rate = xp.maximum(_rms(p), real(1e-3)) * rate
+        self.decay(p, now)
         squares = g * g
         squares += real(1e-30)
-        v *= real(1 - fresh)
+        v *= now.kept
         if g.ndim < 2:
             estimate = v.reshape(g.shape)
-            estimate += real(fresh) * squares
+            estimate += now.fresh * squares
         else:
             count = math.prod(g.shape[:-1])
             rows, columns = v[:count].reshape(g.shape[:-1]), v[count:].reshape(*g.shape[:-2], g.shape[-1])
-            rows += real(fresh) * squares.mean(axis=-1)
-            columns += real(fresh) * squares.mean(axis=-2)
+            rows += now.fresh * squares.mean(axis=-1)
+            columns += now.fresh * squares.mean(axis=-2)
             estimate = (rows / rows.mean(axis=-1, keepdims=True))[..., None] * columns[..., None, :]
         update = g / xp.sqrt(estimate)
         p -= rate / xp.maximum(_rms(update), real(1)) * update

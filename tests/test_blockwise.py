@@ -48,8 +48,8 @@ def test_the_fast_code_has_the_bits_of_the_plain_code(on_device, monkeypatch, na
     plain = blockwise.encode(on_device.asarray(weight), 32, book)
     assert all(np.array_equal(ours, to_host(part)) for ours, part in zip((codes, absmax), plain, strict=True))
     for dtype in map(np.dtype, ("f4", "f8", ml_dtypes.bfloat16)):
-        values = blockwise.decode(codes, absmax, 32, LEVELS[name], (count, 1), dtype)
-        plain_values = to_host(blockwise.decode(*plain, 32, book.levels, (count, 1), dtype))
+        values = blockwise.decode(blockwise.Blocks(codes, absmax, 32, LEVELS[name]), (count, 1), dtype)
+        plain_values = to_host(blockwise.decode(blockwise.Blocks(*plain, 32, book.levels), (count, 1), dtype))
         assert values.dtype == plain_values.dtype == dtype and values.shape == (count, 1)
         assert values.tobytes() == plain_values.tobytes()
 
@@ -61,7 +61,7 @@ def test_neither_chunks_nor_threads_change_a_bit_of_a_large_weight(monkeypatch):
         for constant, value in {"THREADS": threads, "CHUNK": chunk}.items():
             monkeypatch.setattr(blockwise_numpy, constant, value)
         codes, absmax = blockwise.encode(weight, 64, book)
-        values = blockwise.decode(codes, absmax, 64, book.levels, weight.shape, np.dtype("f4"))
+        values = blockwise.decode(blockwise.Blocks(codes, absmax, 64, book.levels), weight.shape, np.dtype("f4"))
         found.add((codes.tobytes(), absmax.tobytes(), values.tobytes()))
     assert len(found) == 1
 
@@ -73,7 +73,7 @@ def test_what_is_needed_beside_the_result_does_not_grow_with_the_weight():
     codes, absmax = blockwise.encode(weight, 64, book)
     encoding = tracemalloc.get_traced_memory()[1] - codes.nbytes - absmax.nbytes
     tracemalloc.reset_peak()
-    values = blockwise.decode(codes, absmax, 64, book.levels, weight.shape, np.dtype("f4"))
+    values = blockwise.decode(blockwise.Blocks(codes, absmax, 64, book.levels), weight.shape, np.dtype("f4"))
     decoding = tracemalloc.get_traced_memory()[1] - codes.nbytes - absmax.nbytes - values.nbytes
     tracemalloc.stop()
     assert max(encoding, decoding) < 1 << 22
@@ -124,7 +124,7 @@ def test_a_block_of_zeros_or_of_less_than_normal_numbers_decodes_to_zeros(name, 
     weight = normal(3, 32)
     weight[1] = smallest
     codes, absmax = encode(weight, LEVELS[name])
-    values = blockwise.decode(codes, absmax, 32, LEVELS[name], (3, 32), np.dtype("f4"))
+    values = blockwise.decode(blockwise.Blocks(codes, absmax, 32, LEVELS[name]), (3, 32), np.dtype("f4"))
     assert not values[1].any() and not np.signbit(values[1]).any() and values[0].any() and values[2].any()
 
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from refpeft import manager
 from refpeft.backend import to_host
+from refpeft.blockwise import decode
 from refpeft.conformance import device
 from refpeft.errors import RefpeftError
 from refpeft.quant import Quantizer, make_quantizer
@@ -23,7 +24,7 @@ def pack(weight, **options):
 
 
 def unpack(parts, shape, dtype="f4", **options):
-    return nf4.quant_unpack(parts, nf4.Config(**options), shape, np.dtype(dtype), rows=None)
+    return decode(nf4.quant_blocks(parts, nf4.Config(**options)), shape, np.dtype(dtype))
 
 
 def codes(packed: np.ndarray) -> np.ndarray:

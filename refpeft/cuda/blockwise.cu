@@ -30,8 +30,8 @@ __device__ inline void load_codes(const unsigned char* codes, long long unit, lo
 
 template <int BITS>
 __device__ inline unsigned int code_of(const unsigned int* raw, int i) {
-    if (BITS == 4) return raw[0] >> 4 * (i ^ 1) & 15;  // the first of two is the high half of a byte
-    return raw[i / 4] >> 8 * (i % 4) & 255;
+    if constexpr (BITS == 4) return raw[0] >> 4 * (i ^ 1) & 15;  // the first of two is the high half of a byte
+    else return raw[i / 4] >> 8 * (i % 4) & 255;
 }
 
 template <int BITS>
@@ -133,16 +133,16 @@ __device__ inline void encode(
     largest = warp_max(largest);
     float factor = largest >= SMALLEST_NORMAL ? 1.0f / largest : 0.0f;
     if (lane == 0) absmax[which] = factor > 0 ? largest : 0.0f;
-    if (BITS == 8) {
+    if constexpr (BITS == 8) {
         for (int i = lane; i < size; i += 32)
             codes[start + i] = code[rank_of(array[start + i] * factor, bound, bound_count)];
-        return;
-    }
-    for (int i = 2 * lane; i < size; i += 64) {  // two codes in a byte, the first in the high half
-        float second = i + 1 < size ? array[start + i + 1] : 0.0f;
-        int high = code[rank_of(array[start + i] * factor, bound, bound_count)];
-        int low = code[rank_of(second * factor, bound, bound_count)];
-        codes[(start + i) / 2] = (unsigned char)(high << 4 | low);
+    } else {
+        for (int i = 2 * lane; i < size; i += 64) {  // two codes in a byte, the first in the high half
+            float second = i + 1 < size ? array[start + i + 1] : 0.0f;
+            int high = code[rank_of(array[start + i] * factor, bound, bound_count)];
+            int low = code[rank_of(second * factor, bound, bound_count)];
+            codes[(start + i) / 2] = (unsigned char)(high << 4 | low);
+        }
     }
 }
 

@@ -49,9 +49,7 @@ def decode(blocks: Blocks, shape: tuple[int, ...], dtype: np.dtype) -> Array:
     return values.astype(dtype, copy=False)
 
 
-def encode(
-    array: Array, block: int, book: Book, reciprocal: Callable[[Array], Array]
-) -> tuple[Array, Array]:
+def encode(array: Array, block: int, book: Book, reciprocal: Callable[[Array], Array]) -> tuple[Array, Array]:
     """refpeft.blockwise.encode."""
     if reciprocal is not blockwise.reciprocal or block % 2 or not array.size or array.dtype != _float32:
         return NotImplemented

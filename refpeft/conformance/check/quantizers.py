@@ -53,8 +53,8 @@ def drawn(shape: tuple[int, ...]) -> np.ndarray:
 
 
 def both_ways(subject: Subject) -> str:
-    for hook in ("quant_pack", "quant_unpack"):
-        if manager.hook(subject.plugin, hook) is None:
+    for hook, other in (("quant_pack", None), ("quant_unpack", "quant_blocks")):
+        if not any(manager.hook(subject.plugin, name) for name in (hook, other) if name):
             raise Failed(f"there is no {hook}: quant_pack makes the parts, and quant_unpack defines what they mean")
     weight = drawn(WHOLE)
     parts, back = subject.quantizer.pack(weight), subject.dense(weight)
