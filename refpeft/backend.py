@@ -53,6 +53,8 @@ def module(device: str) -> ModuleType:
         raise RefpeftError(f"device 'cuda' cannot be used: {error}; use --device cpu") from None
     if not found:
         raise RefpeftError("device 'cuda' was asked for, but no GPU was found; use --device cpu")
+    from . import cuda  # noqa: F401  its pairs register themselves
+
     return cupy
 
 

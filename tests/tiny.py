@@ -9,7 +9,7 @@ import pytest
 
 from refpeft import sites
 from refpeft.api import class_of
-from refpeft.backend import xp_of
+from refpeft.backend import bfloat16, xp_of
 from refpeft.batches import Batch
 from refpeft.models.base import Model
 from refpeft.models.checkpoint import expected_tensors
@@ -72,6 +72,16 @@ def model(
         return Dense(xp.asarray(array.astype(compute)), compute)
 
     return (GPT2 if config.family == "gpt2" else Decoder)(config, weights, compute, xp)
+
+
+def low(name: str = "llama", quantizer: Quantizer | None = None, seed: int = 0, xp=np) -> Model:
+    """The same with matrices and hidden states in bfloat16, as `--dtype bfloat16` has them on a GPU."""
+    found = model(name, "float32", quantizer, seed, xp)
+    for weight in found.frozen.values():
+        if isinstance(weight, Dense) and len(weight.shape) == 2:
+            weight.array = weight.array.astype(bfloat16)
+    found.activations = bfloat16
+    return found
 
 
 def drawn(config: dict) -> dict[str, np.ndarray]:
