@@ -14,5 +14,9 @@ def _usable() -> bool:
 collect_ignore_glob = [] if _usable() else ["test_*.py"]
 
 
+if _usable():
+    import refpeft.cuda  # noqa: F401  its pairs register themselves
+
+
 def pytest_itemcollected(item: pytest.Item) -> None:
     item.add_marker(pytest.mark.filterwarnings("default:::cupy"))  # CuPy's own warnings are no errors of ours
