@@ -36,14 +36,13 @@ def frozen_linear(needs, x, bias=None, *, weight):
     y = cupy.empty((*x.shape[:-1], dense.shape[0]), bfloat16)
     product(_rows(low(x)), dense.T, out=_rows(y))
     _add_bias(y, bias)
-    return y, (weight if needs[0] else None, needs)
+    return y, (weight if needs[0] else None, needs, getattr(bias, "dtype", None))
 
 
 @frozen_linear.backward(into=True)
-def _(g, weight, needs, into):
+def _(g, weight, needs, bias, into):
     dx = None if weight is None else _factor_gradient(g, _low_weight(weight), into[0])
-    bias = len(needs) > 1 and needs[1]
-    return (dx, _column_sums(g) if bias else None)[: len(needs)]
+    return (dx, _column_sums(g, bias) if needs[1:] == (True,) else None)[: len(needs)]
 
 
 @override(ops.linear, "bfloat16")
@@ -51,14 +50,15 @@ def linear(needs, x, w, b=None):
     y = cupy.empty((*x.shape[:-1], w.shape[0]), bfloat16)
     product(_rows(low(x)), low(w).T, out=_rows(y))
     _add_bias(y, b)
-    return y, (w if needs[0] else None, x if needs[1] else None, needs, w.dtype, x.dtype)
+    dtypes = [getattr(array, "dtype", None) for array in (x, w, b)]
+    return y, (w if needs[0] else None, x if needs[1] else None, needs, dtypes)
 
 
 @linear.backward(into=True)
-def _(g, w, x, needs, w_dtype, x_dtype, into):
-    dx = None if w is None else _factor_gradient(g, low(w), into[0], x_dtype)
-    dw = None if x is None else _weight_gradient(g, x, into[1], w_dtype)
-    return (dx, dw, _column_sums(g) if len(needs) > 2 and needs[2] else None)[: len(needs)]
+def _(g, w, x, needs, dtypes, into):
+    dx = None if w is None else _factor_gradient(g, low(w), into[0], dtypes[0])
+    dw = None if x is None else _weight_gradient(g, x, into[1], dtypes[1])
+    return (dx, dw, _column_sums(g, dtypes[2]) if needs[2:] == (True,) else None)[: len(needs)]
 
 
 @override(fused.addmm, "bfloat16", takes_over=True)
@@ -146,10 +146,10 @@ def _add_bias(y: Array, bias: Array | None) -> None:
     )
 
 
-def _column_sums(g: Array) -> Array:
-    """The sums of g (..., out) over all rows, in float32: a product with ones."""
+def _column_sums(g: Array, dtype: np.dtype) -> Array:
+    """The sums of g (..., out) over all rows, added up in float32: a product with ones."""
     rows = _rows(low(g))
-    return product(_ones(len(rows)), rows, dtype=_float32)[0]
+    return product(_ones(len(rows)), rows, dtype=dtype)[0]
 
 
 @functools.lru_cache(maxsize=64)

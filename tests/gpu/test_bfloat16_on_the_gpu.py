@@ -14,7 +14,7 @@ from refpeft.tensor import parameter
 METHODS = sorted(name for name, listing in manager.catalogue().items() if listing.kind == "method")
 OPTIONS = TO_FIT | {"lora": {"dropout": 0.2}, "bitfit": {"create": True}}
 LOSSES = {fused.cross_entropy, fused.linear_cross_entropy}
-EPS = 2.0**-8
+EPS = 2.0**-7
 
 
 def rounded(array: np.ndarray) -> np.ndarray:

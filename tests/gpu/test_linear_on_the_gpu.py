@@ -10,7 +10,7 @@ from refpeft.cuda import blas
 from refpeft.quant import Dense
 from refpeft.tensor import Tensor, parameter
 
-EPS = {"bfloat16": 2.0**-8, "float32": 2.0**-23, "float64": 2.0**-52}
+EPS = {"bfloat16": 2.0**-7, "float32": 2.0**-23, "float64": 2.0**-52}
 
 
 def drawn(*shape: int, seed: int = 0) -> np.ndarray:
@@ -128,7 +128,9 @@ def test_a_frozen_layer(rows: tuple[int, ...], width: int, out: int, bias: bool)
 def test_a_linear_layer_of_values(bias: bool):
     x, w, b, g = drawn(2, 5, 24), drawn(16, 24, seed=1), drawn(16, seed=2), drawn(2, 5, 16, seed=3)
     dtypes = {"x": "bfloat16", "w": "float32", "b": "float32"}
-    found = gradients(ops.linear, {"x": x, "w": w} | ({"b": b} if bias else {}), dtypes, g)
+    found = gradients(
+        lambda x, w, b=None: ops.linear(x, w, b), {"x": x, "w": w} | ({"b": b} if bias else {}), dtypes, g
+    )
     close(found["out"], x @ w.T + (b if bias else 0), EPS["bfloat16"], 1.1)
     close(found["x"], g @ w, EPS["bfloat16"], 0.6)
     assert found["w"].dtype == np.float32
@@ -163,7 +165,8 @@ def test_addmm_takes_over_what_nobody_else_has_and_nothing_else():
         addresses.append(array.data.ptr)
         return Tensor(array)
 
-    assert fused.addmm(fresh(), u, B, alpha=1.0).data.data.ptr == addresses[0]
+    made = fused.addmm(fresh(), u, B, alpha=1.0)  # not within an assert, which keeps what is in it
+    assert made.data.data.ptr == addresses[0]
 
 
 @pytest.mark.parametrize(
@@ -172,7 +175,7 @@ def test_addmm_takes_over_what_nobody_else_has_and_nothing_else():
 def test_matmul(a: tuple[int, ...], b: tuple[int, ...]):
     x, y = drawn(*a), drawn(*b, seed=1)
     g = drawn(*(x @ y).shape, seed=2)
-    found = gradients(ops.matmul, {"a": x, "b": y}, {"a": "bfloat16", "b": "float32"}, g)
+    found = gradients(lambda a, b: ops.matmul(a, b), {"a": x, "b": y}, {"a": "bfloat16", "b": "float32"}, g)
     leaves = [parameter(x), parameter(y)]
     (leaves[0] @ leaves[1]).backward(g)
     close(found["out"], x @ y, EPS["bfloat16"], 0.6)
