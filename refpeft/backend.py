@@ -79,11 +79,10 @@ def threads() -> int:
 
 def matmul(a: Array, b: Array, out: Array | None = None) -> Array:
     """a @ b, into `out` where it is given; on a GPU by a call that a CUDA graph can hold, as CuPy's own cannot."""
-    if isinstance(a, np.ndarray):
-        return np.matmul(a, b, out=out)
-    from .cuda.blas import product
-
-    return product(a, b, out)
+    blas = sys.modules.get("refpeft.cuda.blas")  # imported where a GPU is used
+    if blas is None or not isinstance(a, blas.cupy.ndarray):
+        return xp_of(a).matmul(a, b, out=out)
+    return blas.product(a, b, out)
 
 
 def to_host(array: Array) -> np.ndarray:
