@@ -40,19 +40,12 @@ def module(device: str) -> ModuleType:
         return np
     if device != "cuda":
         raise RefpeftError(f"device is {device!r}: expected one of {', '.join(DEVICES)}")
-    try:
-        import cupy
-    except ImportError:
-        raise RefpeftError(
-            "device 'cuda' needs CuPy, which is not installed: pip install 'refpeft[cuda13]' (or [cuda12], "
-            "by the CUDA version that nvidia-smi shows)"
-        ) from None
-    try:
-        found = cupy.cuda.runtime.getDeviceCount()
-    except cupy.cuda.runtime.CUDARuntimeError as error:
-        raise RefpeftError(f"device 'cuda' cannot be used: {error}; use --device cpu") from None
-    if not found:
-        raise RefpeftError("device 'cuda' was asked for, but no GPU was found; use --device cpu")
+    from . import doctor
+
+    if obstacle := doctor.obstacle():
+        raise RefpeftError(f"device 'cuda' cannot be used: {obstacle}. `refpeft doctor` says more")
+    import cupy
+
     from . import cuda  # noqa: F401  its pairs register themselves
 
     return cupy

@@ -166,20 +166,26 @@ def _open(node: Node | None) -> Array | None:
 def _accumulate(node: Node, g: Array | Slice) -> None:
     if isinstance(g, Slice):
         _add_slice(node, g)
-    elif node.op is not None:
+        return
+    if node.op is not None:
         if node.grad is None:
             node.grad, node.own = g, False  # g may be a view, or be the gradient of another parent too
         elif node.own:
             node.grad += g
         else:
             node.grad, node.own = arena.add(node.grad, g), True
-    elif node.grad is None:
+        return
+    if _state.before_leaf is not None:
+        _state.before_leaf()
+    if node.grad is None:
         node.grad = g.copy()  # g may be a view, or be the gradient of another parent too
     else:
         node.grad += g  # into the flat gradient buffer, where there is one
 
 
 def _add_slice(node: Node, g: Slice) -> None:
+    if node.op is None and _state.before_leaf is not None:
+        _state.before_leaf()
     if node.grad is None:
         node.grad, node.own = g.whole(), True
         return
@@ -214,6 +220,7 @@ class Again:
 
 class _State(threading.local):
     recording = True
+    before_leaf: Callable[[], None] | None = None  # what is done before a leaf's gradient is added to
     touched = False  # whether an op met an input that wants a gradient, recorded or not, since checkpoint() cleared it
 
 
@@ -232,6 +239,16 @@ def _recording(on: bool) -> Iterator[None]:
 def no_grad() -> contextlib.AbstractContextManager[None]:
     """Within it, ops record nothing."""
     return _recording(False)
+
+
+@contextlib.contextmanager
+def before_leaves(call: Callable[[], None]) -> Iterator[None]:
+    """Within it, `call` is made before the tape adds to the gradient of a leaf, but not before backward pairs do."""
+    before, _state.before_leaf = _state.before_leaf, call
+    try:
+        yield
+    finally:
+        _state.before_leaf = before
 
 
 _plain = ContextVar("plain", default=False)  # whether overrides are left aside; shards take it over

@@ -158,29 +158,26 @@ def _library() -> ctypes.CDLL:
 
 
 class _Context:
-    """cuBLAS on one device: its handle, its workspace, and the stream that it was last told of."""
+    """cuBLAS on one stream: its handle and its workspace, which products on another stream must not write to."""
 
-    def __init__(self) -> None:
-        self.handle, self.stream = ctypes.c_void_p(), None
+    def __init__(self, stream: int) -> None:
+        self.handle = ctypes.c_void_p()
         _check(_library().cublasCreate_v2(ctypes.byref(self.handle)))
         _check(_library().cublasSetMathMode(self.handle, _KEEP_FLOAT32_SUMS))
         with cupy.cuda.using_allocator(None):  # of no pool: captured graphs write to it as long as they live
             self.workspace = cupy.empty(_WORKSPACE, "u1")
+        _check(_library().cublasSetStream_v2(self.handle, stream))  # first: it takes the workspace away
+        _check(_library().cublasSetWorkspace_v2(self.handle, self.workspace.data.ptr, _WORKSPACE))
 
 
 @functools.cache
-def _context(device: int) -> _Context:
-    return _Context()
+def _context(device: int, stream: int) -> _Context:
+    return _Context(stream)
 
 
 def _handle() -> ctypes.c_void_p:
-    """The handle of the current device, on the current stream."""
-    context, stream = _context(cupy.cuda.runtime.getDevice()), cupy.cuda.get_current_stream().ptr
-    if context.stream != stream:
-        _check(_library().cublasSetStream_v2(context.handle, stream))  # first: it takes the workspace away
-        _check(_library().cublasSetWorkspace_v2(context.handle, context.workspace.data.ptr, _WORKSPACE))
-        context.stream = stream
-    return context.handle
+    """The handle of the current stream of the current device."""
+    return _context(cupy.cuda.runtime.getDevice(), cupy.cuda.get_current_stream().ptr).handle
 
 
 def _check(status: int) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 
 from refpeft import fused, ops
 from refpeft.backend import Array, bfloat16
+from refpeft.cuda import aside
 from refpeft.cuda.blas import low, product
 from refpeft.cuda.kernels import Source, contiguous
 from refpeft.cuda.override import override
@@ -125,7 +126,7 @@ def _weight_gradient(g: Array, x: Array, into: Array | None, dtype: np.dtype, al
     """alpha g.T @ x, of g (..., out) and x (..., in): (out, in), added to `into` where it can be."""
     g, x = _rows(low(g)), _rows(low(x))
     if into is not None and into.flags.c_contiguous:
-        product(g.T, x, out=into, alpha=alpha, add=True)
+        aside.run(lambda: product(g.T, x, out=into, alpha=alpha, add=True), into, g, x)
         return ADDED
     return product(g.T, x, dtype=dtype, alpha=alpha)
 

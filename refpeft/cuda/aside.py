@@ -1,0 +1,89 @@
+"""A second stream for gradients of values: nothing waits for them before the step's end.
+
+On the way back, each layer's next gradient depends on the one before it, and kernels are short beside the time that they
+take to start; those of values fill the gaps. The same bits as on one stream: no kernel changes, and each array is added
+to in the order of the calls.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from collections.abc import Callable, Iterator
+
+import cupy
+
+from refpeft import tensor
+from refpeft.backend import Array
+
+_MOST_HELD = 2**28  # bytes of what waits to be read there
+
+
+class _Aside:
+    """The second stream, for gradients that lie in one flat buffer."""
+
+    def __init__(self, gradients: Array):
+        self.gradients = gradients
+        self._stream = _stream()
+        self._waiting: deque[tuple[cupy.cuda.Event, int, tuple[Array, ...]]] = deque()
+        self._held = 0  # bytes
+
+    def has(self, array: Array) -> bool:
+        """Whether an array is a part of the flat buffer."""
+        return 0 <= array.data.ptr - self.gradients.data.ptr < self.gradients.nbytes
+
+    def run(self, work: Callable[[], None], reads: tuple[Array, ...]) -> None:
+        """Starts `work`, which is to read these arrays and nothing that is made later."""
+        ready, done = (cupy.cuda.Event(block=False, disable_timing=True) for _ in range(2))
+        ready.record(cupy.cuda.get_current_stream())
+        self._stream.wait_event(ready)
+        with self._stream:
+            work()
+        done.record(self._stream)
+        size = sum(array.nbytes for array in reads)
+        self._waiting.append((done, size, reads))
+        self._held += size
+        while self._held > _MOST_HELD:
+            self._let_go()
+
+    def join(self) -> None:
+        """Lets the main stream wait for all of it."""
+        while self._waiting:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        done, size, _ = self._waiting.popleft()
+        cupy.cuda.get_current_stream().wait_event(done)  # before the arrays' memory is used again there
+        self._held -= size
+
+
+_streams: dict[int, cupy.cuda.Stream] = {}
+_current: list[_Aside] = []
+
+
+def _stream() -> cupy.cuda.Stream:
+    device = cupy.cuda.runtime.getDevice()
+    if device not in _streams:
+        _streams[device] = cupy.cuda.Stream(non_blocking=True)
+    return _streams[device]
+
+
+@contextlib.contextmanager
+def gradients_aside(gradients: Array) -> Iterator[None]:
+    """Within it, products that are added to parts of the flat buffer `gradients` run beside the main stream."""
+    aside = _Aside(gradients)
+    _current.append(aside)
+    try:
+        with tensor.before_leaves(aside.join):  # what is added there by others waits
+            yield
+    finally:
+        _current.pop()
+        aside.join()
+
+
+def run(work: Callable[[], None], out: Array, *reads: Array) -> None:
+    """Starts `work`, which reads some arrays and adds to `out`: beside the main stream where that is wanted and right."""
+    if _current and _current[-1].has(out):
+        _current[-1].run(work, reads)
+    else:
+        work()
