@@ -6,14 +6,19 @@ does not matter, a resumed run equals an unbroken one, and NumPy and CuPy give t
 
 from __future__ import annotations
 
+import contextlib
 import math
 import zlib
 from collections.abc import Iterator
+from contextvars import ContextVar
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 
+from .backend import Array
 from .errors import RefpeftError
+from .feed import feed
 
 _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
@@ -43,6 +48,13 @@ def philox4x32(c0, c1, c2, c3, k0: int, k1: int):
     return c0, c1, c2, c3
 
 
+_recording: ContextVar[Slots | None] = ContextVar("recording", default=None)  # where streams read from, here and now
+
+
+class Step(int):
+    """The number of the optimizer's step as part of a purpose: what differs when a captured step runs again."""
+
+
 class Stream:
     """Random numbers of one purpose: `Stream(seed, "init", "lora", site.name)`.
 
@@ -54,8 +66,7 @@ class Stream:
         if seed < 0:
             raise RefpeftError(f"seed is {seed}: expected 0 or more")
         self.seed, self.purpose, self.xp = seed, purpose, xp
-        text = "\0".join(map(str, purpose)).encode()
-        self._purpose = np.uint64(zlib.crc32(text)), np.uint64(zlib.adler32(text))
+        self.words = _words("\0".join(map(str, purpose)))  # the upper half of counters
         self._next = 0  # index of the next word, of 32 bits; a counter gives four
 
     def skip(self, words: int) -> Stream:
@@ -63,31 +74,50 @@ class Stream:
         self._next += words
         return self
 
+    @property
+    def slot(self) -> Array | None:
+        """Where the device finds `words` as (2,) uint64, where a step is recorded for others (Slots); else None."""
+        slots = _recording.get()
+        return slots.of(self.purpose) if slots and slots.xp is self.xp else None
+
+    def take(self, n: int) -> int:
+        """The index of the next of `n` uint32 that the caller makes itself: they count as drawn."""
+        first = self._next
+        self._next = -(-(first + n) // 4) * 4
+        return first
+
     def bits(self, n: int) -> Any:
         """The next `n` uint32."""
-        return self.xp.concatenate([self.xp.empty(0, "u4"), *self._pieces(n)])
+        return self._whole(list(self._pieces(n)), "u4")
 
     def keeps(self, n: int, rate: float) -> Any:
         """`n` booleans, each false with probability `rate`: whether the next of the `bits` is at least rate 2^32."""
-        least = np.uint32(min(round(rate * 2**32), 2**32 - 1))
-        return self.xp.concatenate([self.xp.empty(0, bool), *(words >= least for words in self._pieces(n))])
+        least = least_kept(rate)
+        return self._whole([words >= least for words in self._pieces(n)], "?")
+
+    def _whole(self, pieces: list[Any], dtype: str) -> Any:
+        if len(pieces) == 1:
+            return pieces[0]
+        return self.xp.concatenate([self.xp.empty(0, dtype), *pieces])
 
     def _pieces(self, n: int) -> Iterator[Any]:
         """The next `n` uint32, array after array."""
         xp = self.xp
         if n >= 2**60:  # where NumPy has another exception
             raise MemoryError(f"{n:,} random numbers are wanted at once")
-        first, end = self._next // 4, -(-(self._next + n) // 4)
-        start, self._next = self._next - 4 * first, 4 * end
+        taken = self.take(n)
+        first, end, start = taken // 4, -(-(taken + n) // 4), taken % 4
+        slot = self.slot
         size = _BLOCK if xp is np else 2**32
         for block in range(first // size, -(-end // size)):
             low, stop = max(first, block * size), min(end, (block + 1) * size)
             index = xp.arange(
                 low % 2**32, low % 2**32 + stop - low, dtype="u8"
             )  # the upper half is one number in a block
+            upper = self.words if slot is None else [xp.broadcast_to(slot[i], index.shape) for i in range(2)]
             key = self.seed & 0xFFFFFFFF, self.seed >> 32 & 0xFFFFFFFF
             words = xp.empty((len(index), 4), "u4")
-            for column, word in enumerate(philox4x32(index, np.uint64(low >> 32), *self._purpose, *key)):
+            for column, word in enumerate(philox4x32(index, np.uint64(low >> 32), *upper, *key)):
                 words[:, column] = word
             piece = words.reshape(-1)[start : start + n]
             start, n = 0, n - len(piece)
@@ -115,5 +145,65 @@ class Stream:
         return self.xp.argsort(words[0::2] << _32 | words[1::2], kind="stable")
 
 
+def least_kept(rate: float) -> np.uint32:
+    """The least of the 2^32 words for which an element is kept that is dropped with probability `rate`."""
+    return np.uint32(min(round(rate * 2**32), 2**32 - 1))
+
+
+def _words(purpose: str) -> tuple[np.uint64, np.uint64]:
+    text = purpose.encode()
+    return np.uint64(zlib.crc32(text)), np.uint64(zlib.adler32(text))
+
+
 def _count(size: int | tuple[int, ...]) -> int:
     return size if isinstance(size, int) else math.prod(size)
+
+
+# ---- streams of a captured step --------------------------------------------------------------------------------------
+
+
+class Slots:
+    """The words of streams' purposes in an array of the device, so that a captured step can run as another step.
+
+    While a step is `recording`, streams on `xp` note here what they are for, and their numbers are made from the words
+    that lie here when the graph runs. Before each run `refill` puts those of its step there.
+    """
+
+    def __init__(self, xp: ModuleType, most: int = 2**16):
+        self.xp, self._most = xp, most
+        self._feed = feed(xp, (most, 2), "u8")
+        self._slots: dict[tuple[str, ...], Array] = {}  # by a purpose's text, in pieces where its Steps stand between
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[None]:
+        """Within it, streams read from here."""
+        token = _recording.set(self)
+        try:
+            yield
+        finally:
+            _recording.reset(token)
+
+    def of(self, purpose: tuple[str | int, ...]) -> Array:
+        """(2,) uint64: where the words of a purpose lie once `refill` was called."""
+        texts = _between_steps(purpose)
+        if texts not in self._slots:
+            if len(self._slots) == self._most:
+                raise RefpeftError(f"a captured step has more than {self._most:,} random streams")
+            self._slots[texts] = self._feed.array[len(self._slots)]
+        return self._slots[texts]
+
+    def refill(self, step: int) -> None:
+        """Puts the words there that the purposes have in this step, without waiting for the device."""
+        if self._slots:
+            self._feed.fill(np.array([_words(str(step).join(texts)) for texts in self._slots]))
+
+
+def _between_steps(purpose: tuple[str | int, ...]) -> tuple[str, ...]:
+    texts = [""]
+    for i, word in enumerate(purpose):
+        texts[-1] += "\0" if i else ""
+        if isinstance(word, Step):
+            texts.append("")
+        else:
+            texts[-1] += str(word)
+    return tuple(texts)

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from refpeft import rng
+from refpeft.conformance import device
 from refpeft.errors import RefpeftError
-from refpeft.rng import Stream, philox4x32
+from refpeft.rng import Slots, Step, Stream, philox4x32
 
 # Random123 (Salmon et al., 2011), kat_vectors, philox4x32 with 10 rounds: counter, key, answer
 KNOWN = [
@@ -132,3 +133,63 @@ def test_sizes_are_as_in_numpy(size, shape):
 def test_a_negative_seed_is_an_error():
     with pytest.raises(RefpeftError, match="seed is -1: expected 0 or more"):
         Stream(-1)
+
+
+# ---- streams of a captured step --------------------------------------------------------------------------------------
+
+PURPOSES = [
+    (),
+    ("a", 1),
+    ("a", Step(1)),
+    (Step(1), "a"),
+    (Step(1),),
+    ("dropout", "x", Step(1), 0, 1),
+    (Step(1), Step(1)),
+]
+
+
+def as_of(purpose: tuple, step: int) -> tuple:
+    return tuple(step if isinstance(word, Step) else word for word in purpose)
+
+
+@given(st.integers(0, 2**64 - 1), st.integers(0, 10**9))
+def test_refilled_slots_hold_what_streams_of_that_step_are(seed, step):
+    slots = Slots(np)
+    with slots.recording():
+        places = [Stream(seed, *purpose).slot for purpose in PURPOSES]
+        again = [Stream(seed, *purpose).slot for purpose in PURPOSES]
+    assert all(one is other for one, other in zip(places, again, strict=True))
+    for now in (step, step + 1):
+        slots.refill(now)
+        for place, purpose in zip(places, PURPOSES, strict=True):
+            assert tuple(place) == Stream(seed, *as_of(purpose, now)).words
+
+
+@pytest.mark.parametrize("draw", [lambda s: s.skip(3).bits(7), lambda s: s.keeps(9, 0.3), lambda s: s.uniform(size=5)])
+def test_a_recorded_stream_draws_what_the_slots_say(draw):
+    slots, expected = Slots(np), draw(Stream(5, "a", 8, 2))
+    with slots.recording():
+        stream = Stream(5, "a", Step(1), 2)
+        assert stream.slot is not None
+        slots.refill(8)
+        assert np.array_equal(draw(stream), expected)
+    assert Stream(5, "a", Step(1), 2).slot is None
+
+
+def test_streams_of_the_host_are_not_recorded_with_those_of_the_device(monkeypatch):
+    with Slots(device.install(monkeypatch)).recording():
+        assert Stream(5, "a", Step(1)).slot is None
+
+
+def test_more_streams_than_slots_are_an_error():
+    slots = Slots(np, most=1)
+    slots.of(("a",))
+    with pytest.raises(RefpeftError, match="more than 1 random streams"):
+        slots.of(("b",))
+
+
+def test_what_a_caller_makes_itself_counts_as_drawn():
+    stream, other = Stream(0), Stream(0)
+    for n in (3, 0, 8, 1):
+        first = stream.take(n)
+        assert np.array_equal(other.bits(n), Stream(0).skip(first).bits(n))
