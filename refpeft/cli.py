@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from refpeft import __version__
-from refpeft.commands import check, conform, generate, inspect, plan, predict, quantize, train, use
+from refpeft.commands import check, conform, doctor, generate, inspect, plan, predict, quantize, train, use
 from refpeft.errors import RefpeftError, RefpeftWarning, nearest
 
 
@@ -91,5 +91,6 @@ for verb in (
     inspect.quantizers,
     check.check,
     check.new_method,
+    doctor.doctor,
 ):
     main.add_command(verb)

@@ -104,7 +104,7 @@ def _taken_out(workers: dict[str, Worker], name: str) -> Iterator[None]:
 
 
 def measure(case: Case, chosen: list[str], limits: dict[str, Worker], rounds: int, turn: float, left: Clock) -> dict:
-    """Of a case, for each system: its numbers, as JSON takes them. Refpeft has turns alone first, before time is over."""
+    """Of a case, for each system: its numbers, as JSON takes them. Refpeft has turns alone first: time may be over."""
     asked = {name: work for name, work in systems(case).items() if name in chosen}
     peers = [name for name in asked if name != OURS]
     ours = begun({OURS: asked[OURS]} if OURS in asked else {}, left)

@@ -150,13 +150,13 @@ def _marked(timeline: Timeline, trainer: Any) -> Iterator[None]:
         return wrapped
 
     tensor.Op.__call__, tensor._pass_on = forward, backward
-    trainer.optimizer.step = named("optimizer", trainer.optimizer.step)
+    trainer.optimizer.apply = named("optimizer", trainer.optimizer.apply)
     trainer.flat.clip = named("clipping", trainer.flat.clip)
     try:
         yield
     finally:
         tensor.Op.__call__, tensor._pass_on = call, pass_on
-        del trainer.optimizer.step, trainer.flat.clip
+        del trainer.optimizer.apply, trainer.flat.clip
 
 
 class _Instant:

@@ -38,7 +38,7 @@ def trainer_of(case: Case, quantized: bool, captured: bool = True) -> Any:
     sites.attach(model, "lora", LORA)
     settings = Train(
         lr=LR, batch=case.rows, steps=10**6, schedule="constant", warmup=0, clip=CLIP,
-        checkpoint_activations=case.recompute,
+        checkpoint_activations=case.recompute, capture=captured,
     )  # fmt: skip
     return Trainer(model, case.batches(), None, settings)
 
