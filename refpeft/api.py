@@ -116,7 +116,8 @@ def build(
         array = checkpoint.tensor(name)
         oriented = array.T if transposed else array
         if linear and quantizer is not None and not checkpoint.quantized:
-            kept = quantizer(xp.asarray(backend.single(oriented)), compute, name)
+            # a device is given the file's own numbers, of half the bytes, and widens them itself
+            kept = quantizer(backend.single(oriented) if xp is np else xp.asarray(oriented), compute, name)
         else:
             narrow = dtype == "bfloat16" and array.ndim == 2
             placed = xp.asarray(backend.cast(oriented, backend.bfloat16 if narrow else compute))
