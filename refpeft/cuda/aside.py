@@ -1,8 +1,8 @@
 """A second stream for gradients of values: nothing waits for them before the step's end.
 
-On the way back, each layer's next gradient depends on the one before it, and kernels are short beside the time that they
-take to start; those of values fill the gaps. The same bits as on one stream: no kernel changes, and each array is added
-to in the order of the calls.
+On the way back, each layer's gradient waits for that of the layer after it, and kernels are short beside the time that
+they take to start; those of values fill the gaps. The bits are those of one stream: no kernel changes, and each array is
+added to in the order of the calls.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def gradients_aside(gradients: Array) -> Iterator[None]:
 
 
 def run(work: Callable[[], None], out: Array, *reads: Array) -> None:
-    """Starts `work`, which reads some arrays and adds to `out`: beside the main stream where that is wanted and right."""
+    """Starts `work`, which reads some arrays and adds to `out`: beside the main stream, where that is wanted."""
     if _current and _current[-1].has(out):
         _current[-1].run(work, reads)
     else:
