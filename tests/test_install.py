@@ -119,6 +119,18 @@ def test_training_the_embedded_model_leaves_an_adapter(way):
     assert written >= {"adapter_config.json", "adapter_model.safetensors", "metrics.jsonl", "run.toml"}
 
 
+def test_the_kernels_are_where_their_python_looks_for_them(way):
+    code = "import refpeft, pathlib; print(*(pathlib.Path(refpeft.__file__).parent / 'cuda').glob('*.cu*'))"
+    found = {Path(name) for name in way.run(way.python, "-c", code).split()}
+    assert {file.parent for file in found} == {way.package / "cuda"}
+    assert {file.name for file in found} == {file.name for file in (ROOT / "refpeft" / "cuda").glob("*.cu*")}
+
+
+def test_the_doctor_finds_nothing_broken(way):
+    found = json.loads(way.run(*way.refpeft, "doctor", "--json"))
+    assert {finding["what"] for finding in found} >= {"Python", "NumPy", "CuPy"}
+
+
 def test_a_checkout_needs_no_path_for_whoever_stands_in_it(tmp_path):
     assert "lora" in run(fresh_python(tmp_path), "-m", "refpeft", "methods", cwd=ROOT)
 
