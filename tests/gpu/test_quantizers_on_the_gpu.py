@@ -1,11 +1,16 @@
 """Every quantizer has the same codes and values on the GPU and on the host, in a captured step too."""
 
+import json
+
 import cupy
 import numpy as np
 import pytest
+import tiny
+import tiny_files
 from variants import has_constants
 
-from refpeft import blockwise, compat, manager
+import refpeft
+from refpeft import blockwise, compat, files, manager
 from refpeft.backend import bfloat16, to_host
 from refpeft.cuda import kernels
 from refpeft.quant import make_quantizer
@@ -164,3 +169,18 @@ def test_a_captured_step_makes_a_weight_dense_again(name: str, options: dict, do
         graph.launch()
         stream.synchronize()
     assert to_host(found).tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("dtype", [np.dtype("f4"), np.dtype("f2"), bfloat16], ids=str)
+@pytest.mark.parametrize("family", ["tied", "gpt2"])
+def test_a_file_of_any_dtype_is_quantized_to_the_codes_of_the_host(tmp_path, family: str, dtype: np.dtype):
+    directory = tiny_files.write_model(tmp_path, family)
+    config = json.loads((directory / "config.json").read_text())
+    tensors = {name: array.astype(dtype) for name, array in tiny.arrays(config).items()}
+    files.write_safetensors(directory / "model.safetensors", tensors)
+    here, there = (refpeft.load(directory, quantizer="nf4", double_quant=True, device=d) for d in ("cpu", "cuda"))
+    quantized = [name for name, weight in here.frozen.items() if weight.quantized]
+    assert quantized
+    for name in quantized:
+        for key, part in here.frozen[name].parts.items():
+            assert np.array_equal(to_host(there.frozen[name].parts[key]), part), (name, key)
