@@ -1,0 +1,70 @@
+"""AdamW and the clipping of gradients on flat float32 buffers: a launch or two each, whatever the number of values."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import cupy
+import numpy as np
+
+from refpeft.backend import Array
+from refpeft.cuda.kernels import KernelError, Source
+from refpeft.cuda.override import say_once
+from refpeft.optim import KERNELS, AdamW, Flat
+
+_source = Source("adam.cu")
+_float32 = np.dtype("f4")
+_MOST_BLOCKS = 1024
+
+
+def _for(kind: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator: registers what stands in for array code of `kind`, which does the work where a kernel fails."""
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def guarded(*args: Any, **options: Any) -> Any:
+            try:
+                return function(*args, **options)
+            except KernelError as error:
+                say_once(f"{error}; {kind.__name__} is array code instead, which is slower")
+                return NotImplemented
+
+        KERNELS[kind, cupy.ndarray] = guarded
+        return guarded
+
+    return register
+
+
+@_for(Flat)
+def clip(flat: Flat, limit: float) -> Array:
+    """Flat.clip: the device makes a factor of the norm, and touches gradients only where that is below 1."""
+    grads = flat.grads
+    if grads.dtype != _float32:
+        return NotImplemented
+    blocks = min(_MOST_BLOCKS, -(-grads.size // 1024))
+    of_block, norm = cupy.empty(blocks, _float32), cupy.empty((), _float32)
+    _kernel("sums_of_squares")(blocks, 256, grads, of_block, np.int64(grads.size))
+    _kernel("root_of_sum")(1, 256, of_block, norm, blocks)
+    if limit:
+        _kernel("clip")(-(-grads.size // 256), 256, grads, norm, float(limit), np.int64(grads.size))
+    return norm
+
+
+@_for(AdamW)
+def adamw(optimizer: AdamW, p: Array, g: Array, now: SimpleNamespace, m: Array, v: Array) -> Any:
+    """AdamW.change of a part, of any size."""
+    if p.dtype != _float32:
+        return NotImplemented
+    (b1, b2), size = optimizer.betas, p.size
+    _kernel("adamw")(
+        -(-size // 256), 256, p, g, m, v, optimizer.flat.norm, now.decay, now.unbias, now.rate,
+        b1, 1 - b1, b2, 1 - b2, optimizer.eps, np.int64(size),
+    )  # fmt: skip
+    return None
+
+
+def _kernel(name: str) -> Any:
+    return _source(name, _float32)

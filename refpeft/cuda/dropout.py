@@ -1,0 +1,52 @@
+"""Dropout in one launch: random words are made in registers, and made again in the backward pass: no mask is kept."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import cupy
+import numpy as np
+
+from refpeft import fused
+from refpeft.backend import Array
+from refpeft.cuda.kernels import Source, contiguous
+from refpeft.cuda.override import override
+from refpeft.rng import Stream, least_kept
+
+_source = Source("dropout.cu")
+
+
+class _Mask(NamedTuple):
+    """Which elements are kept, and times what: the kernel's arguments from `first` to `scale`, by its names."""
+
+    first: np.int64
+    slot: Array | None
+    crc: np.uint32
+    adler: np.uint32
+    seed: np.uint32
+    upper_seed: np.uint32
+    least: np.uint32
+    scale: np.float32
+
+
+@override(fused.dropout, "bfloat16", "float32")
+def dropout(needs, x, *, rate, stream: Stream):
+    if not 0 <= rate < 1 or not x.size:
+        return NotImplemented
+    seed = stream.seed & 0xFFFFFFFF, stream.seed >> 32 & 0xFFFFFFFF
+    numbers = (np.uint32(number) for number in (*stream.words, *seed, least_kept(rate)))
+    mask = _Mask(np.int64(stream.take(x.size)), stream.slot, *numbers, np.float32(1 / (1 - rate)))
+    return _masked(x, mask), (mask,)
+
+
+@dropout.backward
+def _(g, mask):
+    return (_masked(g, mask),)
+
+
+def _masked(x: Array, mask: _Mask) -> Array:
+    x = contiguous(x)
+    y = cupy.empty(x.shape, x.dtype)
+    eights = mask.first % 4 == 0 and x.data.ptr % 16 == 0
+    _source("dropout", x.dtype)(-(-x.size // 2048), 256, x, y, np.int64(x.size), *mask, bool(eights))
+    return y
