@@ -10,6 +10,7 @@ constexpr int THREADS = 32 * WARPS;
 constexpr int BLOCK = ROWS * WARPS;
 constexpr int DOWN = ROWS / 16, ACROSS = COLUMNS / 8, WIDE = WIDTH / 8;  // mma tiles of a warp's scores, and of its sums
 constexpr float LOG2E = 1.4426950408889634f;
+constexpr int LARGEST = 0x7fffffff;
 
 // ---- who sees whom: refpeft.fused.Mask -------------------------------------------------------------------------------
 
@@ -27,7 +28,7 @@ struct Mask {
     int queries, keys;
     int extra;   // so many keys in front are the adapters'
     int causal;
-    int window;  // INT_MAX: none
+    int window;  // LARGEST: none
     const Numbers* of_queries;  // of this row of the batch; null: one document
     const Numbers* of_keys;
 

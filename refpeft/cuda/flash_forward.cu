@@ -14,7 +14,7 @@ extern "C" __global__ void flash_numbers(const int* segments, const int* asking,
     int number = 0;
     if (counts && asking && !for_keys) number = asking[(long long)b * queries + at];
     else if (counts && place >= extra) number = segments[(long long)b * (keys - extra) + place - extra];
-    int least = counts ? number : INT_MAX, most = counts ? number : INT_MIN;
+    int least = counts ? number : LARGEST, most = counts ? number : -LARGEST;
     for (int step = 16; step; step >>= 1) {
         least = min(least, __shfl_xor_sync(0xffffffffu, least, step));
         most = max(most, __shfl_xor_sync(0xffffffffu, most, step));
