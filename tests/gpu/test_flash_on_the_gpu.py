@@ -1,7 +1,7 @@
 """Our own attention by tiles: what the plain pair says in float64, for every mask, and nothing beyond the arrays.
 
-Errors are in units of bfloat16's eps (2^-7) of the largest number expected. A result that is rounded once is off by half
-a unit; the weights, which are rounded before they are multiplied, and y in the gradients, add to that.
+Errors are in units of bfloat16's eps (2^-7) of the largest number expected. A result that is rounded once is off by
+half a unit; the weights, which are rounded before they are multiplied, and y in the gradients, add to that.
 """
 
 from dataclasses import replace
