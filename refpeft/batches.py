@@ -16,7 +16,9 @@ from refpeft.errors import RefpeftError
 from refpeft.rng import Stream
 
 if TYPE_CHECKING:
+    from refpeft.backend import Array
     from refpeft.examples import Example
+    from refpeft.tensor import Tensor
 
 IGNORE = -100  # a target that does not count
 
@@ -91,6 +93,19 @@ class Batch:
         if self.weights is None:
             return self.supervised
         return float(self.weights.reshape(-1)[self.asked].sum(dtype=np.float64))
+
+    def picked(self, xp: Any) -> tuple[np.ndarray, Array, Array | None]:
+        """(positions in the flattened targets that the loss is taken of; the targets there; their weights or None).
+
+        No position is there twice. They are the host's, the others arrays of `xp`.
+        """
+        rows = self.asked
+        weights = None if self.weights is None else xp.asarray(self.weights.reshape(-1)[rows])
+        return rows, xp.asarray(self.targets.reshape(-1)[rows]), weights
+
+    def counted(self, each: Tensor, here: slice = slice(None)) -> Tensor:
+        """`each`, a number for each of the `picked` positions, or those that are `here`; 0 where no target counts."""
+        return each
 
     def by_turns(self) -> Batch:
         """The same rows, the longest and the shortest by turns: any stretch of them has about as many tokens as others.

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from . import fused, manager
+from . import capturing, fused, manager
 from .backend import Array, xp_of
 from .errors import RefpeftError
-from .rng import Stream
+from .rng import Step, Stream
 from .tensor import Tensor
 
 if TYPE_CHECKING:
@@ -145,21 +145,28 @@ class Train:
     """
 
     def __init__(self, mode: Mode, purpose: tuple[str, ...], like: tuple[int, ...] | None = None, picked: bool = False):
-        self.step = mode.step
         again = ("again", mode.again) if mode.again else ()
         again += ("run", mode.run) if mode.run else ()
-        self._key = (mode.seed, "dropout", *purpose, mode.step, mode.part, *again)
+        self._key = (mode.seed, "dropout", *purpose, Step(mode.step), mode.part, *again)
         self._of_the_pass = (mode.seed, "draw", *purpose, mode.step, mode.part, *again)
         self._of_the_step = (mode.seed, "draw", *purpose[:-1], mode.step)
         self._mode, self._like, self._picked = mode, like, picked
+        self._method = purpose[1]
         self._calls = 0
         self._draws: Stream | None = None
+
+    @property
+    def step(self) -> int:
+        """The number of the optimizer's step, from 0."""
+        capturing.refuse(f"{self._method} goes by the number of the step")
+        return self._mode.step
 
     def draw(self, n: int, apart: bool = False) -> int:
         """A number of 0 ... n - 1, drawn by the host: the same at every site of the method during a step.
 
         With `apart` each site draws its own, anew in every forward pass and at every call.
         """
+        capturing.refuse(f"{self._method} draws a number on the host, by which it decides what to compute")
         if not apart:
             return int(Stream(*self._of_the_step).uniform(0, n))
         self._draws = self._draws or Stream(*self._of_the_pass)

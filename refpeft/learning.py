@@ -8,13 +8,13 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from . import batches, fused, manager, ops
+from . import batches, capturing, fused, manager, ops
 from .backend import Array
 from .batches import Batch
 from .errors import RefpeftError
 from .layers import Layer, Part
 from .models.base import Model
-from .models.objectives import targets_of
+from .placing import Placed
 from .tensor import Tensor
 
 
@@ -54,7 +54,7 @@ def objective(model: Model, batch: Batch, denominator: float) -> Tensor:
         raise RefpeftError(f"{found[0].name} and {found[1].name} both have an objective of their own: choose one")
     if model.task in ("regress", "embed"):
         raise RefpeftError(f"{found[0].name} compares probabilities, and the task {model.task!r} has none")
-    rows, targets, weights = targets_of(model, batch)
+    rows, targets, weights = batch.picked(model.xp)
     passes = itertools.count()
 
     def logits() -> Tensor:
@@ -65,7 +65,7 @@ def objective(model: Model, batch: Batch, denominator: float) -> Tensor:
         return fused.cross_entropy(z, targets=targets, weights=weights, denominator=denominator)
 
     def mean(each: Tensor) -> Tensor:
-        return ops.sum(each) * (1 / denominator)
+        return ops.sum(batch.counted(each)) * (1 / denominator)
 
     try:
         return found[0].call("peft_objective", logits=logits, loss=loss, mean=mean)
@@ -76,8 +76,11 @@ def objective(model: Model, batch: Batch, denominator: float) -> Tensor:
 def shares(model: Model, batch: Batch, n: int) -> list[Batch]:
     """A batch as at most `n` parts that can be computed at the same time, whose losses and gradients add up to its own.
 
-    Without padding where that is possible; one part alone where rows are told from one another.
+    Without padding where that is possible; one part alone where rows are told from one another, or what is placed for a
+    device.
     """
+    if isinstance(batch, Placed):
+        return [batch]
     coupled = model.task == "embed" and batch.targets.dtype.kind == "i"
     return [batch] if coupled else batches.shares(unpadded(model, batch.by_turns()), n)
 
@@ -143,5 +146,6 @@ def constants(model: Model) -> dict[str, Array]:
 def step(model: Model, update: Callable[[], Any], number: int, total: int) -> None:
     """One optimizer step, `update`, with what methods do around it."""
     for part, layers in _with(model, "peft_step"):
+        capturing.refuse(f"{part.name} acts around the optimizer's step")
         update = partial(part.call, "peft_step", update=update, layers=layers, step=number, total=total)
     update()

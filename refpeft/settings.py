@@ -76,6 +76,7 @@ class Train(BaseModel):
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     warmup: Annotated[int, Field(ge=0)] | Share = 0.03  # steps, or a share of all steps
     checkpoint_activations: bool = False
+    capture: bool = True  # on a GPU a step is one CUDA graph, where methods allow it
     eval_every: Count | None = None  # steps; none: only before and after
     save_every: Count | None = None  # steps; none: only at the end and on Ctrl-C
     keep: Count = 2  # checkpoints kept

@@ -71,9 +71,12 @@ class Shards:
     def run(self, work: Callable[[Model, Share], Result], shares: Sequence[Share]) -> list[Result]:
         """work(model, share) of each share, at most as many as there are shards, each in a thread.
 
-        What they added to gradients is in those of `flat` then. With a single share BLAS has the threads.
+        What they added to gradients is in those of `flat` then. With a single share BLAS has the threads. A device is
+        one shard, which nothing is to be arranged for.
         """
         used = self._shards[: len(shares)]
+        if used[0].model.xp is not np:
+            return [work(used[0].model, *shares)]
         several = len(used) > 1
         calls = [  # each with NumPy set as it is here
             partial(copy_context().run, _within, shard, work, share, several)

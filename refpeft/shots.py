@@ -17,7 +17,6 @@ from refpeft.errors import RefpeftError
 from refpeft.formats import Items, read_items
 from refpeft.items import Item, Labelled, Plain
 from refpeft.models.base import Model
-from refpeft.models.objectives import targets_of
 from refpeft.rng import Stream
 from refpeft.tasks.classify import labels_of, number_of
 from refpeft.tasks.texts import Texts
@@ -117,7 +116,7 @@ def likeliest(model: Model, task: Texts, prompts: Sequence[Plain], labels: Seque
     with no_grad():
         for step in range(len(batches)):
             one, examples = batches.at(step), batches.examples_at(step)
-            rows, targets, _ = targets_of(model, one)
+            rows, targets, _ = one.picked(model.xp)
             logits = to_host(model.head(model.states(one, rows)).data).astype(np.float64)
             logits -= logits.max(axis=-1, keepdims=True)
             said = logits[np.arange(len(rows)), to_host(targets)] - np.log(np.exp(logits).sum(axis=-1))

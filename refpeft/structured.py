@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from math import gcd
+from types import ModuleType
 
 import numpy as np
 
 from . import ops
-from .backend import xp_of
+from .backend import Array, xp_of
 from .errors import RefpeftError
 from .tensor import Tensor
 
@@ -37,13 +39,22 @@ def eye(n: int, like: Tensor) -> Tensor:
 
 def skew(above: Tensor, n: int) -> Tensor:
     """Matrices (blocks, n, n) with S^T = -S from what is above their diagonals, row by row: (blocks, n (n - 1) / 2)."""
+    xp, up = xp_of(above.data), above.T
+    zero = Tensor(xp.zeros((1, above.shape[0]), above.dtype))
+    return ops.take(ops.concat(zero, up, -up), indices=_places(xp, n)).transpose(2, 0, 1)
+
+
+@functools.lru_cache(maxsize=64)
+def _places(xp: ModuleType, n: int) -> Array:
+    """Where each element of a skew-symmetric matrix stands among a zero, what is above the diagonal, and its negatives.
+
+    It stays where `xp` has its arrays: a captured step copies nothing from the host.
+    """
     count, place = n * (n - 1) // 2, np.zeros((n, n), np.int64)
     rows, columns = np.triu_indices(n, 1)
     place[rows, columns] = 1 + np.arange(count)
     place[columns, rows] = 1 + count + np.arange(count)
-    xp, up = xp_of(above.data), above.T
-    zero = Tensor(xp.zeros((1, above.shape[0]), above.dtype))
-    return ops.take(ops.concat(zero, up, -up), indices=xp.asarray(place)).transpose(2, 0, 1)
+    return xp.asarray(place)
 
 
 def cayley(S: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from . import fused, learning, ops, sites
 from .batches import Batch
 from .errors import RefpeftError
 from .models.base import Model
-from .models.objectives import by_chunks, targets_of
+from .models.objectives import by_chunks
 from .tensor import Tensor, no_grad
 
 
@@ -59,7 +59,7 @@ def objective(model: Model, batch: Batch, denominator: float, strength: float) -
     KL is over the vocabulary, or the labels, at each target, and counts as much as that; the base is the model without
     all that is attached to it.
     """
-    rows, targets, weights = targets_of(model, batch)
+    rows, targets, weights = batch.picked(model.xp)
     with sites.bypassed(model), no_grad():
         of_base = model.states(batch, rows)
     hidden = model.states(batch, rows)
@@ -72,6 +72,6 @@ def objective(model: Model, batch: Batch, denominator: float, strength: float) -
         kl = ops.sum(ops.exp(log_base) * (log_base - ops.log_softmax(logits)), axis=-1)
         if counts is not None:
             kl = kl * Tensor(counts.astype(kl.dtype))
-        return loss + ops.sum(kl) * (strength / denominator)
+        return loss + ops.sum(batch.counted(kl, here)) * (strength / denominator)
 
     return by_chunks(model, hidden, term)

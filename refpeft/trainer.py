@@ -32,6 +32,7 @@ from .evaluation import Evaluation, Several, better
 from .models.base import Model
 from .optim import OPTIMIZERS, OPTIONS, Flat
 from .quant import Quantized
+from .rng import Step
 from .shards import Shards
 
 Listener = Callable[[dict[str, Any]], None]
@@ -80,6 +81,7 @@ class Trainer:
             raise RefpeftError(f"this {model.config.family} model has no head: load it for a task, such as 'classify'")
         evaluation = Evaluation(model, evaluation) if isinstance(evaluation, Batches) else evaluation
         self.model, self.train, self.evaluation, self.metric = model, train, evaluation, metric
+        self._on_gpu, self._stream = hasattr(model.xp, "cuda"), None
         self.settings = settings or Settings()
         self.checkpoints = Path(out) / "checkpoints" if out is not None else None
         self.listeners, self.seed = listeners, seed
@@ -101,7 +103,7 @@ class Trainer:
         if s.kl:
             towards_base.check_kl(model)
         options = {name: value for name in OPTIONS if (value := getattr(s, name)) is not None}
-        with self._threads(), self._room():
+        with self._at_work():
             self._settle()
             self.flat = Flat(model.trained(), learning.rates(model))
             self.first = towards_base.FirstValues(model, s.l2_sp) if s.l2_sp else None
@@ -109,6 +111,7 @@ class Trainer:
             self.optimizer = OPTIMIZERS[s.optimizer](self.flat, weight_decay=s.weight_decay, paged=s.paged, **options)
             model.checkpointing = s.checkpoint_activations
             self.shards = Shards(model, self.flat)
+            self.device = self._device_steps()
         self.summary = Summary()
         if s.best and (evaluation is None or out is None):
             raise RefpeftError(
@@ -123,7 +126,7 @@ class Trainer:
         Raises RefpeftError where the loss is not finite, memory does not suffice, or a checkpoint belongs to another
         run; KeyboardInterrupt, after saving a checkpoint, on Ctrl-C.
         """
-        with self._threads(), self._room():
+        with self._at_work():
             return self._run(resume)
 
     def _run(self, resume: bool) -> Summary:
@@ -148,10 +151,31 @@ class Trainer:
                     self._save()
         self._save()
         self.shards.rest()
+        if self.device:
+            self.device.rest()
         return self._finish()
 
-    def _threads(self) -> contextlib.AbstractContextManager:
-        return backend.blas_threads(self.model.parameters(), self.settings.threads)
+    @contextlib.contextmanager
+    def _at_work(self) -> Iterator[None]:
+        """Within it the host, or the device, computes as a run does, and too little memory is told as such."""
+        with contextlib.ExitStack() as stack:
+            if self._on_gpu:
+                from .cuda import graph
+
+                self._stream = self._stream or graph.own_stream()
+                stack.enter_context(graph.on(self._stream))
+            stack.enter_context(backend.blas_threads(self.model.parameters(), self.settings.threads))
+            stack.enter_context(self._room())
+            yield
+
+    def _device_steps(self) -> Any:
+        """What takes the steps on a GPU; None elsewhere."""
+        if not self._on_gpu:
+            return None
+        from .cuda.steps import Steps
+
+        s = self.settings
+        return Steps(self.model, self.flat, self.train, s.rows_at_a_time, self.total, s.capture)
 
     def _due(self, every: int | None) -> bool:
         return every is not None and self.summary.steps % every == 0
@@ -168,37 +192,51 @@ class Trainer:
 
     def _step(self) -> None:
         started, step = time.perf_counter(), self.summary.steps
-        batch = self.train.at(step)
-        denominator = batch.denominator or 1  # the whole batch's: exact. It is 0 where all of its labels weigh nothing
-        loss = 0.0
-        self.shards.next_step()
-        for i, part in enumerate(split(batch, self.settings.rows_at_a_time)):
-            at = partial(self._backward, denominator, step, i)
-            loss = loss + sum(self.shards.run(at, learning.shares(self.model, part, len(self.shards))))
-        with self._training(self.model, step):
-            for penalty in chain(learning.penalties(self.model), self.first.penalties() if self.first else ()):
-                penalty.backward()
-                loss = loss + penalty.data
-        norm = self.flat.clip(self.settings.clip)
-        loss = float(loss)
-        if not math.isfinite(loss) or not math.isfinite(float(norm)):
-            what = "the gradient is not finite" if math.isfinite(loss) else f"loss is {loss}"
-            raise RefpeftError(self._not_finite(f"{what} at step {step + 1}"))
         lr = self.settings.lr * schedule.factor(self.settings.schedule, step, self.total, self.warmup)
-        learning.step(self.model, partial(self.optimizer.step, lr), step, self.total)
+        self.optimizer.prepare(lr)
+        update = partial(learning.step, self.model, self.optimizer.apply, step, self.total)
+        if self.device:
+            taken = self.device.take(step, partial(self._gradients, step), update)
+            loss, norm, batch = taken.loss, taken.norm, taken
+            self._refuse_what_is_not_finite(loss, norm)  # and was not learned from
+        else:
+            batch = self.train.at(step)
+            # the whole batch's denominator: exact. It is 0 where all of its labels weigh nothing
+            loss, norm = self._gradients(step, split(batch, self.settings.rows_at_a_time), batch.denominator or 1)
+            loss, norm = float(loss), float(norm)
+            self._refuse_what_is_not_finite(loss, norm)
+            update()
         self.summary.steps = step + 1
         self.summary.train_losses.append(loss)
         self._tell(
             step=step + 1,
             loss=loss,
             lr=lr,
-            grad_norm=float(norm),
+            grad_norm=norm,
             tokens=batch.tokens,
             supervised=batch.supervised,
             seconds=time.perf_counter() - started,
         )
 
-    def _backward(self, denominator: float, step: int, number: int, model: Model, part: Batch) -> Array:
+    def _gradients(self, step: int, parts: Sequence[Batch], denominator: Any) -> tuple[Any, Any]:
+        """Adds up and clips the gradients of a step's batch, given in parts: its loss, and their norm before."""
+        loss = 0.0
+        self.shards.next_step()
+        for i, part in enumerate(parts):
+            at = partial(self._backward, denominator, step, i)
+            loss = loss + sum(self.shards.run(at, learning.shares(self.model, part, len(self.shards))))
+        with self._training(self.model, step):
+            for penalty in chain(learning.penalties(self.model), self.first.penalties() if self.first else ()):
+                penalty.backward()
+                loss = loss + penalty.data
+        return loss, self.flat.clip(self.settings.clip)
+
+    def _refuse_what_is_not_finite(self, loss: float, norm: float) -> None:
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            what = "the gradient is not finite" if math.isfinite(loss) else f"loss is {loss}"
+            raise RefpeftError(self._not_finite(f"{what} at step {self.summary.steps + 1}"))
+
+    def _backward(self, denominator: Any, step: int, number: int, model: Model, part: Batch) -> Array:
         """Adds the gradient of a part of a step's batch, the `number`-th, to that of `model`; returns its loss."""
         with self._training(model, step, number, part):
             if self.settings.kl:
@@ -212,7 +250,7 @@ class Trainer:
     def _training(self, model: Model, step: int, number: int = 0, part: Batch | None = None) -> Iterator[None]:
         """Within it, the sites of `model` know that they train, and what."""
         mode = model.mode
-        mode.training, mode.seed, mode.step, mode.part = True, self.seed, step, number
+        mode.training, mode.seed, mode.step, mode.part = True, self.seed, Step(step), number
         if part:
             mode.task, mode.share = part.task, part.share
         try:
@@ -236,7 +274,7 @@ class Trainer:
             yield
         except MemoryError as error:
             what = f": {str(error).rstrip('.')}" if str(error) else ""
-            device = "cpu" if self.model.xp is np else "cuda"
+            device = "cuda" if self._on_gpu else "cpu"
             free = memory.free_memory(device)
             left = f"; {free:,} bytes are free" if free is not None else ""
             helps = "; ".join([*memory.lighter(self.settings, device), "a smaller rank, or fewer targets, train less"])
@@ -250,7 +288,7 @@ class Trainer:
 
     def _evaluate(self) -> dict[str, float]:
         self.shards.rest()
-        scores = self.evaluation()
+        scores = self.device.beside(self.evaluation) if self.device else self.evaluation()
         if not math.isfinite(scores["loss"]):
             raise RefpeftError(self._not_finite(f"held-out loss is {scores['loss']} after step {self.summary.steps}"))
         told = {"eval_loss" if name == "loss" else name: value for name, value in scores.items()}

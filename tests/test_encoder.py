@@ -291,5 +291,5 @@ def test_an_open_gate_leaves_a_prefix_as_it_is(family):
 )
 def test_debertas_buckets_of_distances_are_those_of_its_authors_code(buckets, distance, expected):
     config = from_hf(CONFIGS["deberta-conv"] | {"position_buckets": buckets, "max_relative_positions": distance})
-    found = buckets_of(len(expected), config)
+    found = buckets_of(len(expected), config.buckets, config.distance)
     assert found[:, 0].tolist() == expected and found[0].tolist() == [-number for number in expected]

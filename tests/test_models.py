@@ -218,8 +218,8 @@ def test_the_last_position_alone_is_the_last_of_all():
 def test_dynamic_rope_scaling_counts_what_stands_before_the_text(method, monkeypatch):
     scaling = {"max_position_embeddings": 8, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}
     monkeypatch.setitem(CONFIGS, "dynamic", tiny.LLAMA | scaling)
-    lengths, plain = [], rope.inverse_frequencies
-    monkeypatch.setattr(rope, "inverse_frequencies", lambda *args: lengths.append(args[-1]) or plain(*args))
+    lengths, plain = [], rope.frequencies
+    monkeypatch.setattr(rope, "frequencies", lambda *args: lengths.append(args[-1]) or plain(*args))
     model, cache = built("dynamic", method), Cache()
     with no_grad():
         model(tiny.ids(1, 6))

@@ -6,6 +6,7 @@ the bucket of their distance and r_k, r_q are embeddings of distances through a 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from functools import partial
@@ -62,7 +63,7 @@ class Deberta(Encoder):
             hidden = first = hidden * real
         distances = self.distances(self.xp.arange(2 * span))
         distances = self.distance_norm(distances) if self.distance_norm else distances
-        buckets = self.xp.asarray(buckets_of(time, self.config))
+        buckets = _buckets_on(self.xp, time, self.config.buckets, self.config.distance)
         mask = fused.Mask(ids.shape[1], None, segments, causal=False)
         places = self.places(rows, ids, virtual)
         around = {"mask": mask, "distances": distances, "buckets": buckets, "cache": None}
@@ -160,14 +161,20 @@ class Convolution:
         return self.norm(hidden + self.activate(told * real)) * real
 
 
-def buckets_of(time: int, config: DebertaConfig) -> np.ndarray:
-    """The bucket of each query's distance from each key (time, time): of far ones it is logarithmic."""
+@functools.lru_cache(maxsize=64)
+def _buckets_on(xp: ModuleType, time: int, buckets: int, distance: int) -> Array:
+    """buckets_of as an array of `xp`, which stays there: a captured step copies nothing from the host."""
+    return xp.asarray(buckets_of(time, buckets, distance))
+
+
+def buckets_of(time: int, buckets: int, far: int) -> np.ndarray:
+    """The bucket of each query's distance from each key (time, time): logarithmic, up to those that are `far`."""
     distance = np.arange(time)[:, None] - np.arange(time)[None, :]
-    if not config.buckets:
+    if not buckets:
         return distance
-    middle = config.buckets // 2
+    middle = buckets // 2
     size = np.where(np.abs(distance) < middle, middle - 1, np.abs(distance))
-    farthest = math.log((config.distance - 1) / middle)
+    farthest = math.log((far - 1) / middle)
     logarithmic = np.ceil(np.log(size / middle) / farthest * (middle - 1)) + middle
     return np.where(size <= middle, distance, logarithmic * np.sign(distance)).astype(np.int64)
 

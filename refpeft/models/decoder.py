@@ -59,8 +59,8 @@ class Decoder(Model):
 
     def _tables(self, positions: Array, length: int) -> tuple[Array, Array]:
         """cos and sin (batch or 1, 1, time, head_dim / 2) at `positions`; `length` decides dynamic scaling."""
-        inverse, factor = rope.inverse_frequencies(self.config.rope, self.config.head_dim, length)
-        angles = positions[:, None, :, None] * self.xp.asarray(inverse)
+        inverse, factor = rope.frequencies(self.xp, self.config.rope, self.config.head_dim, length)
+        angles = positions[:, None, :, None] * inverse
         return tuple((f(angles) * factor).astype(self.dtype) for f in (self.xp.cos, self.xp.sin))
 
 

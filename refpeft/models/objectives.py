@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from refpeft import fused, ops
-from refpeft.backend import Array
 from refpeft.errors import RefpeftError
 from refpeft.tensor import Tensor, checkpoint
 
@@ -19,20 +16,12 @@ _SHARPNESS = 20.0
 """Cosines are multiplied by this before the softmax over a batch's texts, as sentence-transformers does."""
 
 
-def targets_of(model: Model, batch: Any) -> tuple[np.ndarray, Array, Array | None]:
-    """(where the targets that count are, on the host; the targets; their weights or None) of a Batch."""
-    rows = batch.asked
-    targets = model.xp.asarray(batch.targets.reshape(-1)[rows])
-    weights = None if batch.weights is None else model.xp.asarray(batch.weights.reshape(-1)[rows])
-    return rows, targets, weights
-
-
 def cross_entropy(model: Model, batch: Any, denominator: float) -> Tensor:
     """The sum of -log p(target) times its weight, over `denominator`.
 
     Only positions with a target go through the last norm and the head, and logits never exist as a whole.
     """
-    rows, targets, weights = targets_of(model, batch)
+    rows, targets, weights = batch.picked(model.xp)
     hidden = model.states(batch, rows)
     if not model.head.layers:
         frozen = {"weight": model.head.weight, "bias": model.head.bias}
@@ -68,7 +57,7 @@ def by_chunks(model: Model, hidden: Tensor, term: Callable[[Tensor, slice], Tens
 
 def squared_error(model: Model, batch: Any, denominator: float) -> Tensor:
     """The sum of (output - target)^2 over `denominator`, of a head with one output."""
-    rows, targets, _ = targets_of(model, batch)
+    rows, targets, _ = batch.picked(model.xp)
     said = model.head(model.states(batch, rows))[:, 0]
     difference = said - Tensor(targets.astype(said.dtype))
     return ops.sum(difference * difference) * (1 / denominator)

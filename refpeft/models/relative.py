@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from types import ModuleType
 
 import numpy as np
 
 from refpeft import fused, ops
-from refpeft.backend import xp_of
+from refpeft.backend import Array, xp_of
 from refpeft.tensor import Tensor
 
 
@@ -17,6 +19,12 @@ def biased_attention(q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None, ma
         none = xp_of(bias.data).zeros((*bias.shape[:3], k.shape[2] - bias.shape[3]), bias.dtype)
         bias = ops.concat(Tensor(none), bias, axis=3)
     return fused.attention(q, k, v, bias, mask=mask, scale=scale)
+
+
+@functools.lru_cache(maxsize=64)
+def t5_buckets_on(xp: ModuleType, queries: range, keys: int, buckets: int, distance: int, both: bool) -> Array:
+    """t5_buckets as an array of `xp`, which stays there: a captured step copies nothing from the host."""
+    return xp.asarray(t5_buckets(queries, keys, buckets, distance, both))
 
 
 def t5_buckets(queries: range, keys: int, buckets: int, distance: int, both: bool) -> np.ndarray:

@@ -20,7 +20,7 @@ from refpeft.layers import Part
 from refpeft.models.base import Cache, Frozen, Model
 from refpeft.models.block import Block, Places, beside, chosen
 from refpeft.models.decoder import gated, unit
-from refpeft.models.relative import biased_attention, t5_buckets
+from refpeft.models.relative import biased_attention, t5_buckets_on
 from refpeft.models.t5_config import T5Config
 from refpeft.tensor import Tensor
 
@@ -128,8 +128,8 @@ class Side:
     def bias(self, queries: range, keys: int, both: bool) -> Tensor:
         """The bias of relative positions: (1, heads, queries, keys)."""
         config = self.model.config
-        buckets = t5_buckets(queries, keys, config.buckets, config.distance, both)
-        return self.relative(self.model.xp.asarray(buckets)).transpose(2, 0, 1)[None]
+        buckets = t5_buckets_on(self.model.xp, queries, keys, config.buckets, config.distance, both)
+        return self.relative(buckets).transpose(2, 0, 1)[None]
 
     def __call__(self, hidden: Tensor, places: Places | None = None, **around: object) -> Tensor:
         for layer in self.layers:

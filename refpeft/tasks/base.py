@@ -15,7 +15,6 @@ from refpeft.errors import RefpeftError
 from refpeft.examples import Asked
 from refpeft.items import Item, Labelled
 from refpeft.models.base import Model
-from refpeft.models.objectives import targets_of
 from refpeft.tensor import Tensor, no_grad
 from refpeft.tokenizer import Tokenizer
 
@@ -117,7 +116,7 @@ class Asking(Task):
         with no_grad():
             for step in range(batches.steps_per_epoch):
                 batch, examples = learning.unpadded(model, batches.at(step)), batches.examples_at(step)
-                rows, targets, weights = targets_of(model, batch)
+                rows, targets, weights = batch.picked(model.xp)
                 outputs = model.head(model.states(batch, rows))
                 loss = float(self.losses(outputs, targets, weights).data), batch.denominator
                 each = np.split(to_host(outputs.data), np.cumsum([example.targets for example in examples])[:-1])
