@@ -1,0 +1,101 @@
+"""Dropout on the GPU has the masks of the host, bit for bit, in eager and in captured steps."""
+
+import cupy
+import numpy as np
+import pytest
+
+from refpeft import fused
+from refpeft.backend import bfloat16, to_host
+from refpeft.rng import Slots, Step, Stream
+from refpeft.tensor import parameter
+
+every_dtype = pytest.mark.parametrize("dtype", [bfloat16, np.dtype("f4")], ids=lambda dtype: dtype.name)
+
+
+def drawn(*shape: int, dtype: np.dtype) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal(shape).astype(dtype)
+
+
+def dropped(x: np.ndarray, rate: float, stream: Stream) -> np.ndarray:
+    """As fused.dropout defines it: in float32, and rounded once."""
+    keep = stream.keeps(x.size, rate).reshape(x.shape)
+    return (x.astype("f4") * keep * np.float32(1 / (1 - rate))).astype(x.dtype)
+
+
+@every_dtype
+@pytest.mark.parametrize("skipped", [0, 8, 3, 2**34 - 4])
+@pytest.mark.parametrize("shape", [(64,), (7, 5), (3, 1000), (1,)])
+def test_it_is_the_hosts_bit_for_bit(dtype: np.dtype, shape: tuple[int, ...], skipped: int):
+    x, rate, seed = drawn(*shape, dtype=dtype), 0.3, 2**33 + 5
+    leaf, stream = parameter(cupy.asarray(x)), Stream(seed, "mask", xp=cupy).skip(skipped)
+    out = fused.dropout(leaf, rate=rate, stream=stream)
+    assert out.node.op.stands_in and out.dtype == dtype
+    assert sum(part.nbytes for part in out.node.saved if isinstance(part, cupy.ndarray)) == 0
+    assert np.array_equal(to_host(out.data), dropped(x, rate, Stream(seed, "mask").skip(skipped)))
+    g = drawn(*shape, dtype=dtype)[::-1].copy()
+    out.backward(cupy.asarray(g))
+    assert leaf.grad.dtype == dtype
+    assert np.array_equal(to_host(leaf.grad), dropped(g, rate, Stream(seed, "mask").skip(skipped)))
+
+
+@every_dtype
+def test_what_lies_elsewhere_or_otherwise_in_memory(dtype: np.dtype):
+    whole = drawn(9, 24, dtype=dtype)
+    for part in (lambda a: a[1:, :], lambda a: a.reshape(-1)[3:], lambda a: a.T, lambda a: a[:, ::2]):
+        leaf = parameter(part(cupy.asarray(whole)))
+        out = fused.dropout(leaf, rate=0.5, stream=Stream(1, xp=cupy))
+        expected = dropped(np.ascontiguousarray(part(whole)), 0.5, Stream(1))
+        assert np.array_equal(to_host(out.data), expected)
+        out.backward(part(cupy.asarray(whole)))
+        assert np.array_equal(to_host(leaf.grad), expected)
+
+
+@every_dtype
+@pytest.mark.parametrize("rate", [0.0, 1e-9, 0.999999])
+def test_at_the_ends_of_the_range(dtype: np.dtype, rate: float):
+    x = drawn(400, dtype=dtype)
+    out = fused.dropout(parameter(cupy.asarray(x)), rate=rate, stream=Stream(1, xp=cupy))
+    assert np.array_equal(to_host(out.data), dropped(x, rate, Stream(1)))
+
+
+@every_dtype
+def test_the_stream_goes_on_behind_it(dtype: np.dtype):
+    here, there = Stream(1, "a"), Stream(1, "a", xp=cupy)
+    for n in (3, 8, 5):
+        x = drawn(n, dtype=dtype)
+        out = fused.dropout(parameter(cupy.asarray(x)), rate=0.4, stream=there)
+        assert np.array_equal(to_host(out.data), dropped(x, 0.4, here))
+
+
+@every_dtype
+def test_a_captured_step_has_the_masks_of_the_step_that_it_runs_as(dtype: np.dtype):
+    x = drawn(5, 24, dtype=dtype)
+    there, slots = cupy.asarray(x), Slots(cupy)
+
+    def step(number: int):
+        found = []
+        for site in range(3):
+            leaf = parameter(there)
+            stream = Stream(7, "dropout", site, Step(number), 0, xp=cupy).skip(4 * site)
+            out = fused.dropout(leaf, rate=0.3, stream=stream)
+            out.backward(there)
+            found += [out.data, leaf.grad]
+        uniform = Stream(7, "gates", Step(number), xp=cupy).uniform(0, 1, (3, 5))
+        return [*found, uniform]
+
+    stream = cupy.cuda.Stream(non_blocking=True)
+    with stream:
+        step(0)
+        with slots.recording():
+            stream.begin_capture()
+            captured = step(1)
+            graph = stream.end_capture()
+        for number in (1, 2, 300):
+            slots.refill(number)
+            graph.launch(stream)
+            stream.synchronize()
+            for site in range(3):
+                expected = dropped(x, 0.3, Stream(7, "dropout", site, number, 0).skip(4 * site))
+                assert np.array_equal(to_host(captured[2 * site]), expected)
+                assert np.array_equal(to_host(captured[2 * site + 1]), expected)
+            assert np.array_equal(to_host(captured[-1]), Stream(7, "gates", number).uniform(0, 1, (3, 5)))
