@@ -18,11 +18,11 @@ def two_params(rng):
     return {"a": parameter(rng.standard_normal((2, 3))), "b": parameter(rng.standard_normal(4))}
 
 
-def flat_of(*shapes, dtype="f8", xp=np) -> Flat:
+def flat_of(*shapes, dtype="f8", xp=np, rates=None) -> Flat:
     """Parameters of the given shapes (SHAPES without any), of small random values."""
     rng = np.random.default_rng(1)
     arrays = [(rng.standard_normal(shape) * 0.1).astype(dtype) for shape in shapes or SHAPES]
-    return Flat((str(i), parameter(xp.asarray(array))) for i, array in enumerate(arrays))
+    return Flat(((str(i), parameter(xp.asarray(array))) for i, array in enumerate(arrays)), rates)
 
 
 def trained(optimizer: optim.Optimizer, steps: int = 20, lr: float = 0.01) -> np.ndarray:
@@ -125,6 +125,48 @@ def test_a_step_on_the_device_reads_nothing_and_is_the_hosts(name, monkeypatch):
             optimizer.step(0.01)
         values.append(to_host(optimizer.flat.values))
     assert np.array_equal(*values)
+
+
+@every_optimizer
+@pytest.mark.parametrize("dtype", ["f4", "f8"])
+def test_what_changes_from_step_to_step_lies_in_the_same_arrays(name, dtype):
+    """So a captured step reads the numbers of the step that it runs as; those of each learning rate are apart."""
+    flat = flat_of(dtype=dtype, rates={"1": 3.0})
+    optimizer, numbers = OPTIMIZERS[name](flat, weight_decay=0.5), []
+    for lr in (0.01, 0.02):
+        optimizer.prepare(lr)
+        numbers.append({rate: vars(now) for rate, now in optimizer._now.of.items()})
+        found = [float(number) for now in numbers[-1].values() for number in now.values()]
+        expected = [number for rate in (1.0, 3.0) for number in optimizer.numbers(lr * rate).values()]
+        assert found == np.array(expected, dtype).tolist()
+    assert all(numbers[0][rate][key] is array for rate, now in numbers[1].items() for key, array in now.items())
+
+
+@every_optimizer
+@pytest.mark.parametrize("on_the_device", [False, True])
+@pytest.mark.parametrize("broken", [np.inf, -np.inf, np.nan])
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_a_norm_that_is_not_finite_changes_nothing(name, on_the_device, broken, monkeypatch):
+    xp = device.install(monkeypatch) if on_the_device else np
+    optimizer = OPTIMIZERS[name](flat_of(dtype="f4", xp=xp), weight_decay=0.1)
+    flat, rng = optimizer.flat, np.random.default_rng(0)
+
+    def everything() -> list[bytes]:
+        return [to_host(array).tobytes() for array in (flat.values, *optimizer.state.values())]
+
+    for wrong in (False, True, False):
+        gradients = rng.standard_normal(flat.grads.size).astype("f4")
+        gradients[5] = broken if wrong else gradients[5]
+        flat.grads[...] = xp.asarray(gradients)
+        before = everything()
+        optimizer.prepare(0.01)
+        with device.capture():
+            norm = flat.clip(1.0)
+            assert flat.norm is norm
+            optimizer.apply()
+        assert (everything() == before) == wrong
+        assert flat.norm is None and not to_host(flat.grads).any()
+    assert np.isfinite(to_host(flat.values)).all()
 
 
 @every_optimizer

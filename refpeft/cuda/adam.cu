@@ -7,14 +7,15 @@ extern "C" __global__ void adamw(float* p, const float* g, float* m, float* v, c
                                  const float* unbias, const float* rate, float beta1, float rest1, float beta2,
                                  float rest2, float eps, long long size) {
     const long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= size || (norm && !(*norm < INFINITY))) return;
-    const float gradient = g[i];
+    if (i >= size) return;
+    const float gradient = g[i], value = p[i];
     const float mean = __fadd_rn(__fmul_rn(m[i], beta1), __fmul_rn(rest1, gradient));
     const float square = __fadd_rn(__fmul_rn(v[i], beta2), __fmul_rn(rest2, __fmul_rn(gradient, gradient)));
     const float root = __fadd_rn(__fmul_rn(sqrtf(square), *unbias), eps);
+    if (norm && !(*norm < INFINITY)) return;
     m[i] = mean;
     v[i] = square;
-    p[i] = __fadd_rn(__fmul_rn(p[i], *decay), -__fmul_rn(*rate, mean / root));
+    p[i] = __fadd_rn(__fmul_rn(value, *decay), -__fmul_rn(*rate, mean / root));
 }
 
 // The sum of squares of every block's share, always the same numbers in the same order.
@@ -37,7 +38,8 @@ extern "C" __global__ void root_of_sum(const float* of_block, float* norm, int b
 
 // Scales gradients whose norm is above the limit, as torch does; others are not even read.
 extern "C" __global__ void clip(float* g, const float* norm, float limit, long long size) {
-    const long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
+    const long long step = (long long)gridDim.x * blockDim.x;
     const float factor = limit / (*norm + 1e-6f);
-    if (i < size && factor < 1.f) g[i] *= factor;
+    if (!(factor < 1.f)) return;
+    for (long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x; i < size; i += step) g[i] *= factor;
 }

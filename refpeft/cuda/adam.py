@@ -17,7 +17,7 @@ from refpeft.optim import KERNELS, AdamW, Flat
 
 _source = Source("adam.cu")
 _float32 = np.dtype("f4")
-_MOST_BLOCKS = 1024
+_MOST_BLOCKS = 1024  # whose threads go on with what is left: about as many as run at the same time
 
 
 def _for(kind: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -49,7 +49,7 @@ def clip(flat: Flat, limit: float) -> Array:
     _kernel("sums_of_squares")(blocks, 256, grads, of_block, np.int64(grads.size))
     _kernel("root_of_sum")(1, 256, of_block, norm, blocks)
     if limit:
-        _kernel("clip")(-(-grads.size // 256), 256, grads, norm, float(limit), np.int64(grads.size))
+        _kernel("clip")(blocks, 256, grads, norm, float(limit), np.int64(grads.size))
     return norm
 
 
