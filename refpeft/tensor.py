@@ -381,7 +381,7 @@ class Op:
         if True not in needs:
             return Tensor(out)
         nodes = tuple([x.node if n else None for x, n in zip(inputs, needs, strict=True)])
-        if pair.stands_in:
+        if pair.stands_in and pair.again is None:  # one that can be made again keeps what that takes
             saved = _without_what_can_be_made(saved, inputs)
         return Tensor(out, Node(pair, nodes, saved))
 

@@ -70,30 +70,31 @@ __device__ inline void apply(int function, const float* A, const float* B, const
         case 4: EACH(a / b)
         case 5: EACH(-a)
         case 6: EACH(c != 0.f ? a : b)
-        case 7: EACH(a > b || a != a ? a : b)
-        case 8: EACH(power(a, b))
-        case 9: EACH(expf(a))
-        case 10: EACH(logf(a))
-        case 11: EACH(sqrtf(a))
-        case 12: EACH(fabsf(a))
-        case 13: EACH(tanhf(a))
-        case 14: EACH(logistic(a))
-        case 15: EACH(a > 0.f || a != a ? a : 0.f)
-        case 16: EACH(a * logistic(a))
-        case 17: EACH(gelu(a))
-        case 18: EACH(gelu_tanh(a))
-        case 19: EACH(-(a / b) * (c / b))                        // div's second input: b, and c the first
-        case 20: EACH(b > c ? a : b == c ? 0.5f * a : 0.f)       // maximum's input b, beside c
-        case 21: EACH(a * c * power(b, c - 1.f))                 // power
-        case 22: EACH(a * expf(b))                               // the others: of the input b
-        case 23: EACH(a / (2.f * sqrtf(b)))
-        case 24: EACH(b > 0.f ? a : b < 0.f ? -a : 0.f)
-        case 25: EACH(a * tanh_slope(b))
-        case 26: EACH(a * logistic(b) * (1.f - logistic(b)))
-        case 27: EACH(b > 0.f ? a : 0.f)
-        case 28: EACH(a * silu_slope(b))
-        case 29: EACH(a * gelu_slope(b))
-        case 30: EACH(a * gelu_tanh_slope(b))
+        case 7: EACH(c != 0.f ? b : a)
+        case 8: EACH(a > b || a != a ? a : b)
+        case 9: EACH(power(a, b))
+        case 10: EACH(expf(a))
+        case 11: EACH(logf(a))
+        case 12: EACH(sqrtf(a))
+        case 13: EACH(fabsf(a))
+        case 14: EACH(tanhf(a))
+        case 15: EACH(logistic(a))
+        case 16: EACH(a > 0.f || a != a ? a : 0.f)
+        case 17: EACH(a * logistic(a))
+        case 18: EACH(gelu(a))
+        case 19: EACH(gelu_tanh(a))
+        case 20: EACH(-(a / b) * (c / b))                        // div's second input: b, and c the first
+        case 21: EACH(b > c ? a : b == c ? 0.5f * a : 0.f)       // maximum's input b, beside c
+        case 22: EACH(a * c * power(b, c - 1.f))                 // power
+        case 23: EACH(a * expf(b))                               // the others: of the input b
+        case 24: EACH(a / (2.f * sqrtf(b)))
+        case 25: EACH(b > 0.f ? a : b < 0.f ? -a : 0.f)
+        case 26: EACH(a * tanh_slope(b))
+        case 27: EACH(a * logistic(b) * (1.f - logistic(b)))
+        case 28: EACH(b > 0.f ? a : 0.f)
+        case 29: EACH(a * silu_slope(b))
+        case 30: EACH(a * gelu_slope(b))
+        case 31: EACH(a * gelu_tanh_slope(b))
     }
 }
 

@@ -1,0 +1,166 @@
+"""RMSNorm and LayerNorm: one launch each way. Beside x only the mean and the scale of each row are kept."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import cupy
+import numpy as np
+
+from refpeft import fused
+from refpeft.backend import Array
+from refpeft.cuda.kernels import Source, contiguous
+from refpeft.cuda.maps import lanes_of, summed
+from refpeft.cuda.override import override
+from refpeft.tensor import ADDED
+
+source = Source("norms.cu")
+float32 = np.dtype("f4")
+
+WIDEST = 16384
+"""Numbers of the longest row that a block keeps: two times eight for each of 1024 threads."""
+
+_PARTS = 128  # that the rows are split into for the gradient of a gain
+_ROWS = 64  # of a part, at least
+
+
+@override(fused.rms_norm, "bfloat16", "float32")
+def rms_norm(needs, x, w, *, eps):
+    return _forward(needs, x, w, None, eps) if _takes(x, w) else NotImplemented
+
+
+@rms_norm.recomputed
+def _(x, mean, scale, w, b, needs):
+    return _again(x, mean, scale, w, b)
+
+
+@rms_norm.backward(into=True)
+def _(g, x, mean, scale, w, b, needs, into):
+    return _backward(g, x, mean, scale, (w,), needs, into)
+
+
+@override(fused.layer_norm, "bfloat16", "float32")
+def layer_norm(needs, x, w, b, *, eps):
+    return _forward(needs, x, w, b, eps) if _takes(x, w, b) else NotImplemented
+
+
+@layer_norm.recomputed
+def _(x, mean, scale, w, b, needs):
+    return _again(x, mean, scale, w, b)
+
+
+@layer_norm.backward(into=True)
+def _(g, x, mean, scale, w, b, needs, into):
+    return _backward(g, x, mean, scale, (w, b), needs, into)
+
+
+def _takes(x: Any, *vectors: Any) -> bool:
+    if not x.ndim or not x.size:
+        return False
+    dim = x.shape[-1]
+    return (
+        dim % 8 == 0
+        and dim <= WIDEST
+        and all(vector.shape == (dim,) and vector.dtype in (float32, x.dtype) for vector in vectors)
+    )
+
+
+def _forward(needs: tuple[bool, ...], x: Array, w: Array, b: Array | None, eps: float) -> tuple[Array, tuple]:
+    rows = x.shape[:-1]
+    scale = cupy.empty(rows, float32)
+    mean = None if b is None else cupy.empty(rows, float32)
+    y = _normalized(x, mean, scale, w, b, known=False, eps=eps)
+    return y, (x, mean, scale, w, b, needs) if any(needs) else ()
+
+
+def _again(x: Array, mean: Array | None, scale: Array, w: Array, b: Array | None) -> Array:
+    return _normalized(x, mean, scale, w, b, known=True, eps=0.0)
+
+
+def _normalized(
+    x: Array, mean: Array | None, scale: Array, w: Array, b: Array | None, known: bool, eps: float
+) -> Array:
+    y = cupy.empty(x.shape, x.dtype)
+    rows, dim, lanes, blocks, block = _shared_out(x)
+    source("norm_forward", x.dtype)(
+        *(blocks, block),
+        *(aligned(x), _vector(w), _vector(b), y, mean, scale, known, rows, dim, lanes, float(eps)),
+    )
+    return y
+
+
+def _backward(
+    g: Array,
+    x: Array,
+    mean: Array | None,
+    scale: Array,
+    vectors: tuple[Array, ...],
+    needs: tuple[bool, ...],
+    into: tuple[Array | None, ...],
+) -> tuple:
+    g, x = aligned(g), aligned(x)
+    dx = _of_x(g, x, mean, scale, vectors[0], into[0]) if needs[0] else None
+    dtypes = [vector.dtype if need else None for vector, need in zip(vectors, needs[1:], strict=True)]
+    return (dx, *_of_vectors(g, x, mean, scale, dtypes, into[1:]))
+
+
+def _of_x(g: Array, x: Array, mean: Array | None, scale: Array, w: Array, into: Array | None) -> Any:
+    adds = into is not None and into.dtype == x.dtype and aligned(into) is into
+    dx = into if adds else cupy.empty(x.shape, x.dtype)
+    rows, dim, lanes, blocks, block = _shared_out(x)
+    source("norm_backward", x.dtype)(
+        *(blocks, block), *(x, _vector(w), g, mean, scale, into if adds else None, dx, rows, dim, lanes)
+    )
+    return ADDED if adds else dx
+
+
+def _of_vectors(
+    g: Array,
+    x: Array,
+    mean: Array | None,
+    scale: Array,
+    dtypes: list[np.dtype | None],
+    into: tuple[Array | None, ...],
+) -> list[Any]:
+    """The gradients of gain and shift in these dtypes (None: not wanted): sums of parts of the rows, then of them."""
+    if all(dtype is None for dtype in dtypes):
+        return dtypes
+    dim = x.shape[-1]
+    rows = x.size // dim
+    per = max(_ROWS, -(-rows // _PARTS))
+    parts = -(-rows // per)
+    partial = [None if dtype is None else cupy.empty((parts, dim), float32) for dtype in dtypes]
+    gains, shifts = (*partial, None)[:2]
+    source("norm_gains", x.dtype)((-(-dim // 256), parts), 256, x, g, mean, scale, gains, shifts, rows, dim, per)
+    found: list[Any] = []
+    for each, dtype, onto in zip(partial, dtypes, into, strict=True):
+        if each is None:
+            found.append(None)
+        elif onto is not None and onto.flags.c_contiguous:
+            summed("copy", each, shape=each.shape, axes=(0,), into=onto)
+            found.append(ADDED)
+        else:
+            found.append(summed("copy", each, shape=each.shape, axes=(0,), dtype=dtype))
+    return found
+
+
+def _shared_out(x: Array) -> tuple[int, int, int, int, int]:
+    """Rows, dim, how many threads share a row (a part of a warp or a block), blocks, and threads of a block."""
+    dim = x.shape[-1]
+    rows = x.size // dim
+    if dim <= 512:
+        lanes, block = lanes_of(dim), 256
+    else:
+        lanes = block = -(-dim // (2 * 8 * 32)) * 32
+    return rows, dim, lanes, -(-rows * lanes // block), block
+
+
+def _vector(array: Array | None) -> Array | None:
+    """A gain or a shift as the kernels read it."""
+    return None if array is None else aligned(array.astype(float32, copy=False))
+
+
+def aligned(array: Array) -> Array:
+    """`array` in C order, at an address from which sixteen bytes can be read at once: itself where it is so."""
+    found = contiguous(array)
+    return found if found.data.ptr % 16 == 0 else found.copy()
