@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from refpeft import learning
+from refpeft import fused, learning
 from refpeft.absent import counted, owner, zeros
 from refpeft.batches import IGNORE, Batch
 from refpeft.errors import RefpeftError
@@ -21,6 +22,8 @@ _PROBED = (2, 3, 4)  # tokens of the rows that are measured: what a row takes is
 _BACKWARD = 2.5
 """Of attention, as a multiple of its forward pass: four products, and the scores again, which are not kept."""
 
+MADE_AGAIN = (fused.rms_norm, fused.layer_norm, fused.silu_mul)
+"""Whose outputs a GPU makes again for who reads them (refpeft.cuda); it keeps no masks of dropout, either."""
 
 DEVICES = {
     "v100": 125.0,
@@ -43,7 +46,7 @@ UTILISATION = 0.4
 class Step:
     """A forward and a backward pass.
 
-    kept      bytes that the forward pass keeps for the backward pass, if computed in float32
+    kept      bytes that the forward pass keeps for the backward pass, if computed in float32; see `step` for others
     inputs    those where layers are computed again, without the layer that is; None where they cannot be
     forward   floating-point operations in products of matrices
     backward  those of the backward pass; where layers are computed again, `forward` comes on top
@@ -75,17 +78,18 @@ class Speed:
         return f"if it reaches {self.utilisation:.0%} of {self.tflops:g} TFLOP/s{whose}"
 
 
-def step(model: Model, rows: int, tokens: int) -> Step:
+def step(model: Model, rows: int, tokens: int, narrow: bool = False) -> Step:
     """A step over full rows, all tokens learned, of a model of refpeft.memory.skeleton.
 
     What a few tokens keep is measured, and their products are counted; attention is by a formula: 4 operations for a
-    number of each head, and for each pair of a query and a key that it sees.
+    number of each head, and for each pair of a query and a key that it sees. With `narrow` bytes are those of a GPU in
+    bfloat16: two for a number of a token, and none for outputs that are made again.
     """
-    kept, forward, backward = _scaled(model, rows, tokens, _passes)
+    kept, forward, backward = _scaled(model, rows, tokens, partial(_passes, narrow=narrow), narrow)
     try:
         learning.refuse_recomputation(model)
         model.checkpointing = True
-        inputs = _scaled(model, rows, tokens, lambda *few: np.array([_tape_bytes(model, _result(*few))], float))[0]
+        inputs = _scaled(model, rows, tokens, partial(_inputs, narrow=narrow), narrow)[0]
     except RefpeftError:
         inputs = None
     finally:
@@ -94,12 +98,20 @@ def step(model: Model, rows: int, tokens: int) -> Step:
     return Step(kept, inputs, forward + attention, backward + _BACKWARD * attention)
 
 
-def _scaled(model: Model, rows: int, tokens: int, measure: Callable[[Model, int, int], np.ndarray]) -> np.ndarray:
-    """What `measure` would find for so many rows of so many tokens: something once, and the same for each row."""
+def _scaled(
+    model: Model, rows: int, tokens: int, measure: Callable[[Model, int, int], np.ndarray], narrow: bool
+) -> np.ndarray:
+    """What `measure` would find for so many rows of so many tokens: something once, and the same for each row.
+
+    The first of what it finds is bytes, which a row has half of where its numbers are `narrow`.
+    """
     with np.errstate(all="ignore"):
         one, two = [measure(model, 1, few) for few in _PROBED], measure(model, 2, _PROBED[0])
     once = 2 * one[0] - two
-    return once + rows * (_longer(one, tokens) - once)
+    row = _longer(one, tokens) - once
+    if narrow:
+        row[0] /= 2
+    return once + rows * row
 
 
 def _longer(found: list[np.ndarray], tokens: int) -> np.ndarray:
@@ -120,7 +132,12 @@ def _pairs(config: Any, tokens: int) -> int:
     return width * config.layers * (half if isinstance(config, ModelConfig) else square)
 
 
-def _passes(model: Model, rows: int, tokens: int) -> np.ndarray:
+def _inputs(model: Model, rows: int, tokens: int, narrow: bool) -> np.ndarray:
+    """(bytes kept,) of so many tokens."""
+    return np.array([_tape_bytes(model, _result(model, rows, tokens), narrow)], float)
+
+
+def _passes(model: Model, rows: int, tokens: int, narrow: bool) -> np.ndarray:
     """(bytes kept, operations forward, operations backward) of so many tokens."""
     trained = [tensor for _, tensor in model.trained()]
     with counted() as forward, no_grad():
@@ -129,7 +146,7 @@ def _passes(model: Model, rows: int, tokens: int) -> np.ndarray:
         tensor.node.grad = zeros(tensor.shape)
     with counted() as both:
         result = _result(model, rows, tokens)
-        kept = _tape_bytes(model, result)
+        kept = _tape_bytes(model, result, narrow)
         result.backward()
     for tensor in trained:
         tensor.node.grad = None
@@ -153,7 +170,7 @@ def tape_bytes(model: Model, batch: Batch) -> int:
     return _tape_bytes(model, model.loss(batch))
 
 
-def _tape_bytes(model: Model, result: Tensor) -> int:
+def _tape_bytes(model: Model, result: Tensor, narrow: bool = False) -> int:
     held = [tensor.data for _, tensor in model.trained()]
     held += [weight.array for weight in model.frozen.values() if not weight.quantized]
     there = {owner(array)[0] for array in held}
@@ -161,14 +178,26 @@ def _tape_bytes(model: Model, result: Tensor) -> int:
     nodes, seen = [result.node], {result.node}
     while nodes:
         node = nodes.pop()
+        made_again = _made_again(node) if narrow else ()
         for array in _arrays(node.saved or ()):
             key, nbytes = owner(array)
-            if key not in there:
+            if key not in there and not (narrow and array.dtype == bool) and array.shape not in made_again:
                 owners[key] = max(nbytes, owners.get(key, 0))
         fresh = [parent for parent in node.parents if isinstance(parent, Node) and parent not in seen]
         seen.update(fresh)
         nodes += fresh
     return sum(owners.values())
+
+
+def _made_again(node: Node) -> set[tuple[int, ...]]:
+    """The shapes of the inputs that `node` need not keep on a GPU: outputs that are made again in the backward pass.
+
+    The ops that they are of save an array of the same shape first.
+    """
+    if node.op is fused.linear_cross_entropy:
+        return set()  # which keeps not its input, but that one's gradient
+    makers = [parent for parent in node.parents if isinstance(parent, Node) and parent.op in MADE_AGAIN]
+    return {parent.saved[0].shape for parent in makers if parent.saved[0] is not None}
 
 
 def _arrays(saved: Any) -> Iterator[np.ndarray]:

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from refpeft import api, fused, learning, report, sites, survey
+from refpeft import api, doctor, fused, learning, report, sites, survey
 from refpeft.absent import Absent, absent
 from refpeft.backend import COMPUTE_DTYPES, bfloat16
 from refpeft.config import RunConfig, Train
@@ -22,12 +22,15 @@ from refpeft.cost import Step
 from refpeft.cpu.losses import WORDS
 from refpeft.models.base import Model
 from refpeft.models.checkpoint import Checkpoint
+from refpeft.models.config import ModelConfig
 from refpeft.optim import OPTIMIZERS
 from refpeft.quant import PANEL, Quantizer
 from refpeft.sites import Site
 
 _SAMPLED = 2**20  # numbers of a weight that are quantized to learn how many bytes it takes
 _PACKED = 5 * 2**19  # bytes of what BLAS copies of matrices while it multiplies them, a thread
+_ON_GPU = 2 * 2**25  # bytes of what cuBLAS works with: on the main stream, and beside it
+_WAITING = 2**28  # bytes of what may wait to be read beside the main stream, see refpeft.cuda.aside
 BEFORE_ACTIVATIONS = 4  # so many parts of `by_part` are there before a step and after it
 
 # ---- the model without its weights -----------------------------------------------------------------------------------
@@ -153,24 +156,32 @@ def by_part(
     excess is the last part.
     """
     dtype, tokens, each = COMPUTE_DTYPES[config.dtype], rows * longest, -(-rows // shards)
-    recompute = config.train.checkpoint_activations
+    here, recompute = config.device == "cpu", config.train.checkpoint_activations
+    narrow = bfloat16 if is_narrow(config) else dtype  # of activations and dense weights, in products
     trained = sum(adapter.size for adapter in model.adapters) * dtype.itemsize
     state = OPTIMIZERS[config.train.optimizer].layout([t.shape for _, t in model.trained()], dtype, config.device)
     paged = f", {report.size(state.nbytes)} paged" if config.train.paged else ""
     states = sum(array.size for array in learning.states(model).values()) * dtype.itemsize
     also = ", and what methods keep" if states else ""
-    dense, panel = (_largest_dense(model, config.dtype, quantized, rows) for rows in (None, PANEL))
-    logits = shards * _logits(model, each * (longest if model.read == "all" else 1))
+    dense, panel = (_largest_dense(model, config, quantized, rows) for rows in (None, PANEL))
+    activations_there = kept.recomputed if recompute else kept.kept
+    positions = each * (longest if model.read == "all" else 1)
+    logits = shards * _logits(model, positions, here, narrow.itemsize)
     gradient = max((tensor.data.size for _, tensor in model.trained()), default=0)  # of a value, before it is added up
-    working = max(shards * gradient, _working(model, rows, longest) - logits)  # layers and logits are not there at once
-    here = config.device == "cpu"
-    made_dense = (shards * panel if here else dense) * dtype.itemsize
+    layer = _working(model, rows, longest, here) * narrow.itemsize  # layers and logits are not there at once
+    working = max(shards * gradient * dtype.itemsize, layer - logits)
+    made_dense = (shards * panel if here else dense) * narrow.itemsize
+    beside = shards * _PACKED if here else _ON_GPU
+    if narrow != dtype:
+        beside += trained // 2 + min(
+            _WAITING, activations_there // 2
+        )  # values in bfloat16, what waits for their gradients
     step = {
         "gradients": trained * shards,
         f"optimizer ({config.train.optimizer}{paged}){also}": states + (state.nbytes_near if paged else state.nbytes),
-        f"activations of {rows} x {longest:,} tokens": kept.recomputed if recompute else kept.kept,
-        "logits, a chunk at a time": logits * dtype.itemsize,
-        "other working arrays": working * dtype.itemsize + made_dense + here * shards * _PACKED,
+        f"activations of {rows} x {longest:,} tokens": activations_there,
+        "logits, a chunk at a time": logits,
+        "other working arrays": working + made_dense + beside,
     }
     most = {
         "while weights are quantized": 3 * dense * dtype.itemsize // 2 if quantized else 0,
@@ -191,6 +202,11 @@ class Activations:
     recomputed: int | None
 
 
+def is_narrow(config: RunConfig) -> bool:
+    """Whether hidden states are bfloat16, and not only stored weights."""
+    return config.device == "cuda" and config.dtype == "bfloat16"
+
+
 def activations(model: Model, step: Step, dtype: str) -> Activations:
     """What a step keeps in `dtype`; where layers are computed again, their inputs and one layer at a time."""
     scale = COMPUTE_DTYPES[dtype].itemsize / 4
@@ -208,22 +224,26 @@ def mixed_precision(trained: int, frozen: int = 0) -> dict[str, int]:
     return {"weights": 2 * (trained + frozen), "gradients": 2 * trained, "optimizer": 3 * 4 * trained}
 
 
-def _logits(model: Model, positions: int) -> int:
-    """Numbers of the logits of a shard that are there at once, and of what is made of them."""
+def _logits(model: Model, positions: int, here: bool, itemsize: int) -> int:
+    """Bytes of the logits of a shard that are there at once, and of what is made of them."""
     if not hasattr(model, "head"):
         return 0
     vocab, width = model.head.shape
-    if model.xp is np and not model.head.layers:  # some words at a time: see refpeft.cpu.losses
-        return min(fused.LOGITS_AT_ONCE, positions * min(vocab, WORDS)) + 3 * positions * width
-    return 2 * min(max(fused.LOGITS_AT_ONCE, vocab), positions * vocab)
+    if model.head.layers:  # an adapter's
+        return 2 * itemsize * min(max(fused.LOGITS_AT_ONCE, vocab), positions * vocab)
+    if here:  # some words at a time: see refpeft.cpu.losses
+        return itemsize * (min(fused.LOGITS_AT_ONCE, positions * min(vocab, WORDS)) + 3 * positions * width)
+    return min(fused.LOGITS_ON_GPU, positions * vocab * itemsize)  # in place
 
 
-def _working(model: Model, rows: int, longest: int) -> int:
+def _working(model: Model, rows: int, longest: int, here: bool) -> int:
     """Numbers of what a layer's MLP or attention has for a moment."""
-    config = model.config
-    mlp = 4 * rows * longest * max(config.ff, config.dim)
-    scores = rows * config.heads * min(fused.QUERY_BLOCK, longest) * longest
-    return max(mlp, 3 * scores + 4 * rows * longest * config.heads * config.head_dim)
+    config, tokens = model.config, rows * longest
+    mlp = 4 * tokens * max(config.ff, config.dim)
+    attention = 4 * tokens * config.heads * config.head_dim
+    if here or not isinstance(config, ModelConfig):
+        attention += 3 * rows * config.heads * min(fused.QUERY_BLOCK, longest) * longest  # scores
+    return max(mlp, attention)
 
 
 class _Asked(Exception):
@@ -304,11 +324,12 @@ def lighter(train: Train, device: str) -> list[str]:
     return [remedy for remedy, helps in possible.items() if helps]
 
 
-def _largest_dense(model: Model, dtype: str, quantized: bool, rows: int | None = None) -> int:
+def _largest_dense(model: Model, config: RunConfig, quantized: bool, rows: int | None = None) -> int:
     """Numbers of the largest weight that is made dense for a moment, so many rows at once; 0 where all are dense."""
     linear = [site for site in model.sites.values() if site.kind == "linear"]  # of embeddings only rows are taken
     names = {f"{site.tied or site.name}.weight" for site in linear}
-    names = names if dtype == "bfloat16" else names & model.quantizable if quantized else set()
+    widened = config.dtype == "bfloat16" and not is_narrow(config)
+    names = names if widened else names & model.quantizable if quantized else set()
     shapes = [model.frozen[name].shape for name in names]
     return max((min(out, rows or out) * width for out, width in shapes), default=0)
 
@@ -319,9 +340,12 @@ def _largest_dense(model: Model, dtype: str, quantized: bool, rows: int | None =
 def free_memory(device: str) -> int | None:
     """Bytes that are free on the device, within this process's memory limit; None where the system does not tell."""
     if device == "cuda":
+        if doctor.obstacle():
+            return None
         import cupy
 
-        return int(cupy.cuda.runtime.memGetInfo()[0])
+        unused = cupy.get_default_memory_pool().free_bytes()
+        return int(cupy.cuda.runtime.memGetInfo()[0]) + unused
     found = []
     for read in (_available, _left_of_limit):
         with contextlib.suppress(OSError, ValueError, IndexError):

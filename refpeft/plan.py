@@ -15,6 +15,7 @@ from refpeft import (
     adapters,
     backend,
     cost,
+    doctor,
     evaluation,
     inputs,
     learning,
@@ -153,7 +154,8 @@ def plan(resolved: Resolved, resume: bool = False) -> Plan:
     at_a_time = min(config.train.rows_at_a_time, len(batches.rows))
     libraries = report.resident()  # now, before anything is probed
     _, sizes = _sizes(resolved, checkpoint, at_a_time, batches.longest, read.task.name, read.task.labels, here=True)
-    sizes["memory"] = {"Python and its libraries": libraries} | sizes["memory"]
+    if config.device == "cpu":
+        sizes["memory"] = {"Python and its libraries": libraries} | sizes["memory"]
     steps = config.train.total_steps(batches.steps_per_epoch)
     free = memory.free_memory(config.device)
     return Plan(
@@ -166,7 +168,7 @@ def plan(resolved: Resolved, resume: bool = False) -> Plan:
         free=free,
         directory=str(directory),
         files=run.output_files(config),
-        notes=_advice(resolved, sizes["memory"], free),
+        notes=_here(config.device) + _advice(resolved, sizes["memory"], free),
     )
 
 
@@ -212,7 +214,7 @@ def _sizes(
     if here and config.device == "cpu":
         with backend.blas_threads(model.parameters(), config.train.threads):
             at_once = min(rows, shards.number(model, trained))
-    step = cost.step(model, rows, longest)
+    step = cost.step(model, rows, longest, memory.is_narrow(config))
     kept, quantized = memory.activations(model, step, config.dtype), bool(quantizer or checkpoint.quantized)
     return model, {
         "model": config.model,
@@ -254,6 +256,12 @@ def _formula(config: Any, steps_per_epoch: int, steps: int) -> str:
     if train.steps:
         return f"train.steps; {rate}"
     return f"{train.epochs:g} epochs of {steps_per_epoch:,} batches of {train.batch}; {rate}"
+
+
+def _here(device: str) -> list[str]:
+    """Why this is no machine for such a run, if it is not."""
+    reason = doctor.obstacle() if device == "cuda" else None
+    return [f"here device 'cuda' cannot be used: {reason}"] if reason else []
 
 
 def _advice(resolved: Resolved, parts: dict[str, int], free: int | None) -> list[str]:

@@ -202,11 +202,11 @@ def resident() -> int:
 
 
 def peak(device: str = "cpu") -> int:
-    """The most bytes that this process has held so far: of memory, or of the GPU's in CuPy's pool."""
+    """The most bytes that this process has held so far: of memory, or of the GPU's, without what CUDA itself takes."""
     if device == "cuda":
-        import cupy
+        from refpeft.cuda import graph
 
-        return cupy.get_default_memory_pool().total_bytes()  # a pool gives nothing back unasked
+        return graph.most_held()
     try:
         status = Path("/proc/self/status").read_text()
         return int(status.partition("VmHWM:")[2].split()[0]) * 1024

@@ -19,6 +19,7 @@ _PLANNED = (
     "train.paged",
     "train.batch",
     "data.length",
+    "device",
     "dtype",
 )
 _DEFAULTS = {"dtype": "bfloat16", "train.batch": 1}

@@ -175,6 +175,11 @@ def _context(device: int, stream: int) -> _Context:
     return _Context(stream)
 
 
+def workspaces() -> int:
+    """Bytes of all workspaces, which lie in no pool."""
+    return _context.cache_info().currsize * _WORKSPACE
+
+
 def _handle() -> ctypes.c_void_p:
     """The handle of the current stream of the current device."""
     return _context(cupy.cuda.runtime.getDevice(), cupy.cuda.get_current_stream().ptr).handle

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any
@@ -12,6 +13,7 @@ import cupy
 
 from refpeft.backend import Array
 from refpeft.capturing import capturing
+from refpeft.cuda import blas
 from refpeft.cuda.override import say_once
 from refpeft.rng import Slots
 
@@ -32,6 +34,7 @@ class Graphs:
         self._met: set[Hashable] = set()
         self._captured: OrderedDict[Hashable, tuple[Any, Array]] = OrderedDict()
         self._pool = cupy.cuda.MemoryPool(_allocate)
+        _all.add(self)
 
     def run(self, key: Hashable, step: int, work: Callable[[], Array]) -> Array:
         """What work() gives in a step, of what is now in the arrays that it reads; `key` says which arrays these are.
@@ -54,8 +57,14 @@ class Graphs:
     def __len__(self) -> int:
         return len(self._captured)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of their memory pool."""
+        return self._pool.total_bytes()
+
     def give_back(self) -> None:
         """Drops all graphs and their memory; they are captured again when the same comes."""
+        most_held()
         self._stream.synchronize()
         self._captured.clear()
         self._met.clear()
@@ -69,6 +78,7 @@ class Graphs:
             self._captured.popitem(last=False)
         try:
             with _without_collections(), cupy.cuda.using_allocator(self._pool.malloc), capturing():
+                most_held()
                 cupy.get_default_memory_pool().free_all_blocks()  # what eager work needed, the graph needs now
                 with self._slots.recording():
                     self._captured[key] = self._graph_of(work)
@@ -89,6 +99,21 @@ class Graphs:
                 self._stream.end_capture()
             raise
         return self._stream.end_capture(), found
+
+
+_all: weakref.WeakSet[Graphs] = weakref.WeakSet()
+_most = 0
+
+
+def most_held() -> int:
+    """The most bytes that memory pools and cuBLAS have held of the device, so far.
+
+    Pools give nothing back unasked, so it is enough that this is called before they are asked to.
+    """
+    global _most
+    pools = cupy.get_default_memory_pool().total_bytes() + sum(graphs.nbytes for graphs in _all)
+    _most = max(_most, pools + blas.workspaces())
+    return _most
 
 
 def own_stream() -> cupy.cuda.Stream:

@@ -16,9 +16,7 @@ from refpeft.cuda.blas import low, product
 from refpeft.cuda.kernels import Source, contiguous, row_block
 from refpeft.cuda.override import override
 
-AT_ONCE = 2**29
-"""Bytes of logits that are there at once of a frozen head: at least 2,048 rows of 128,256 words in bfloat16."""
-
+AT_ONCE = fused.LOGITS_ON_GPU
 _source = Source("losses.cu")
 _float32 = np.dtype("f4")
 
