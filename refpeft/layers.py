@@ -151,7 +151,7 @@ class Train:
         self._of_the_pass = (mode.seed, "draw", *purpose, mode.step, mode.part, *again)
         self._of_the_step = (mode.seed, "draw", *purpose[:-1], mode.step)
         self._mode, self._like, self._picked = mode, like, picked
-        self._method = purpose[1]
+        self._method = purpose[1] if purpose else "a method"
         self._calls = 0
         self._draws: Stream | None = None
 

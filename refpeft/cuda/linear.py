@@ -34,9 +34,7 @@ def _rows(x: Array) -> Array:
 @override(fused.frozen_linear, "bfloat16")
 def frozen_linear(needs, x, bias=None, *, weight):
     dense = _low_weight(weight)
-    y = cupy.empty((*x.shape[:-1], dense.shape[0]), bfloat16)
-    product(_rows(low(x)), dense.T, out=_rows(y))
-    _add_bias(y, bias)
+    y = _product_and_bias(low(x), dense, bias)
     return y, (weight if needs[0] else None, needs, getattr(bias, "dtype", None))
 
 
@@ -48,9 +46,7 @@ def _(g, weight, needs, bias, into):
 
 @override(ops.linear, "bfloat16")
 def linear(needs, x, w, b=None):
-    y = cupy.empty((*x.shape[:-1], w.shape[0]), bfloat16)
-    product(_rows(low(x)), low(w).T, out=_rows(y))
-    _add_bias(y, b)
+    y = _product_and_bias(low(x), low(w), b)
     dtypes = [getattr(array, "dtype", None) for array in (x, w, b)]
     return y, (w if needs[0] else None, x if needs[1] else None, needs, dtypes)
 
@@ -136,15 +132,15 @@ def _summed(gradient: Array, shape: tuple[int, ...], dtype: np.dtype) -> Array:
     return fit(gradient, shape).astype(dtype, copy=False)
 
 
-def _add_bias(y: Array, bias: Array | None) -> None:
-    """Adds bias (out,) to every row of y (..., out), in place."""
-    if bias is None:
-        return
-    expect("bias", bias, y.shape[-1])
-    width = y.shape[-1]
-    _source("add_bias")(
-        -(-y.size // 2048), 256, y, contiguous(bias.astype(_float32, copy=False)), np.int64(y.size), width
-    )
+def _product_and_bias(x: Array, w: Array, bias: Array | None) -> Array:
+    """x @ w.T + bias: the product is added to rows that the bias was written to, so that sums are rounded once."""
+    y = cupy.empty((*x.shape[:-1], w.shape[0]), bfloat16)
+    if bias is not None:
+        expect("bias", bias, y.shape[-1])
+        bias = contiguous(bias.astype(_float32, copy=False))
+        _source("write_rows")(-(-y.size // 2048), 256, y, bias, np.int64(y.size), y.shape[-1])
+    product(_rows(x), w.T, out=_rows(y), add=bias is not None)
+    return y
 
 
 def _column_sums(g: Array, dtype: np.dtype) -> Array:
