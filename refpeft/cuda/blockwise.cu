@@ -2,103 +2,97 @@
 // compiled for approximate division or without numbers below the normal ones.
 //
 // Decoding is bound by memory: of a 4-bit weight in blocks of 64 with double quantization it reads 0.5 + 1/64 bytes a
-// number and writes 2 (bfloat16) or 4 (float32). Codes are read 4 or 8 bytes a thread, side by side in a warp, four
-// reads under way at a time; levels lie in shared memory, where 16 of them are in 16 banks.
+// number and writes 2 (bfloat16) or 4 (float32). A unit is eight numbers, which a thread writes at once; neighbours in a
+// warp have neighbouring units. All that a thread reads for its units is under way before the first is waited for.
 
 #include "common.cuh"
 
-#define UNITS 4  // of eight numbers that a thread decodes
+#define UNITS 4  // that a thread decodes
 #define SMALLEST_NORMAL 1.17549435e-38f
 
 // ---- decoding --------------------------------------------------------------------------------------------------------
 
-// The eight codes of a unit as they lie in memory: one word of eight times four bits, or two of four times eight.
-template <int BITS>
-__device__ inline void load_codes(const unsigned char* codes, long long unit, long long count, unsigned int* raw) {
-    long long first = unit * BITS, end = (count * BITS + 7) / 8;  // in bytes
-    if (first + BITS <= end) {
-#pragma unroll
-        for (int i = 0; i < BITS / 4; i++) raw[i] = reinterpret_cast<const unsigned int*>(codes + first)[i];
-        return;
-    }
-#pragma unroll
-    for (int i = 0; i < BITS; i++) {
-        if (i % 4 == 0) raw[i / 4] = 0;
-        if (first + i < end) raw[i / 4] |= (unsigned int)codes[first + i] << 8 * (i % 4);
-    }
-}
+// The constants of blocks: absmax; or, where there are codes, levels[code] * absmax[block >> log_block] + offset. Where
+// there is no offset it is -0, which changes no number.
+struct Constants {
+    const float* absmax;
+    const unsigned char* codes;
+    const float* levels;
+    float offset;
+    int log_block;
 
-template <int BITS>
-__device__ inline unsigned int code_of(const unsigned int* raw, int i) {
-    if constexpr (BITS == 4) return raw[0] >> 4 * (i ^ 1) & 15;  // the first of two is the high half of a byte
-    else return raw[i / 4] >> 8 * (i % 4) & 255;
-}
+    __device__ inline float operator()(unsigned int block) const {
+        if (!codes) return absmax[block];
+        return __fadd_rn(levels[codes[block]] * absmax[block >> log_block], offset);
+    }
+};
 
-template <int BITS>
-__device__ inline void decode(
-    const unsigned char* codes, const float* levels, int level_count, const float* offset, int log_block,
-    const float* absmax, const unsigned char* inner_codes, const float* inner_levels, const float* inner_offset,
-    int inner_log_block, real* values, long long count, float* level
+// A block of threads decodes UNITS units a thread, and the first one what is behind the last whole unit. There are fewer
+// than 2^32 units; blocks are of 2^log_block numbers, eight at least.
+#define FIRST_UNIT (blockIdx.x * blockDim.x * UNITS + threadIdx.x)
+
+extern "C" __global__ void decode_4_bits(
+    const unsigned char* codes, const float* levels, int log_block, const float* absmax,
+    const unsigned char* inner_codes, const float* inner_levels, const float* inner_offset, int inner_log_block,
+    real* values, long long count
 ) {
-    long long first = (long long)blockIdx.x * blockDim.x * UNITS + threadIdx.x;
-    unsigned int raw[UNITS][BITS / 4], inner_code[UNITS];
+    unsigned int first = FIRST_UNIT, units = (unsigned int)(count / 8), raw[UNITS];
+    Constants constants = {absmax, inner_codes, inner_levels, inner_offset ? *inner_offset : -0.0f, inner_log_block};
+    float level = levels[threadIdx.x & 15], constant[UNITS];  // a warp has all 16 levels twice
+    if (units) {
+#pragma unroll
+        for (int u = 0; u < UNITS; u++) {
+            unsigned int unit = min(first + u * blockDim.x, units - 1);  // behind the end: read, and not written
+            raw[u] = reinterpret_cast<const unsigned int*>(codes)[unit];
+            constant[u] = constants(unit >> (log_block - 3));
+        }
+#pragma unroll
+        for (int u = 0; u < UNITS; u++) {
+            float number[8];
+#pragma unroll
+            for (int i = 0; i < 8; i++)  // from the lane of that code (modulo 32); the first of two is the high half
+                number[i] = __shfl_sync(0xffffffffu, level, raw[u] >> 4 * (i ^ 1)) * constant[u];
+            unsigned int unit = first + u * blockDim.x;
+            if (unit < units) store8(values + 8ll * unit, number);
+        }
+    }
+    long long at = 8ll * units + threadIdx.x;
+    if (blockIdx.x == 0 && at < count)
+        values[at] = narrow(levels[codes[at / 2] >> (at % 2 ? 0 : 4) & 15] * constants((unsigned int)(at >> log_block)));
+}
+
+extern "C" __global__ void decode_8_bits(
+    const unsigned char* codes, const float* levels, int level_count, const float* offset, int log_block,
+    const float* absmax, real* values, long long count
+) {
+    __shared__ float level[256];
+    unsigned int first = FIRST_UNIT, units = (unsigned int)(count / 8);
+    float shift = offset ? *offset : -0.0f;
+    uint2 raw[UNITS];
     float constant[UNITS];
 #pragma unroll
-    for (int u = 0; u < UNITS; u++) {  // all reads of codes begin before one of them is waited for
-        long long unit = first + u * blockDim.x, block = 8 * unit >> log_block;
-        if (8 * unit >= count) continue;
-        load_codes<BITS>(codes, unit, count, raw[u]);
-        if (inner_codes) inner_code[u] = inner_codes[block];
-        constant[u] = absmax[inner_codes ? block >> inner_log_block : block];
+    for (int u = 0; u < UNITS; u++) {
+        unsigned int unit = first + u * blockDim.x;
+        if (unit >= units) break;
+        raw[u] = reinterpret_cast<const uint2*>(codes)[unit];
+        constant[u] = absmax[unit >> (log_block - 3)];
     }
     for (int i = threadIdx.x; i < level_count; i += blockDim.x) level[i] = levels[i];
     __syncthreads();
 #pragma unroll
     for (int u = 0; u < UNITS; u++) {
-        long long at = 8 * (first + u * blockDim.x);
-        if (at >= count) continue;
-        if (inner_codes) constant[u] *= inner_levels[inner_code[u]];
-        if (inner_offset) constant[u] = __fadd_rn(constant[u], *inner_offset);
+        unsigned int unit = first + u * blockDim.x;
+        if (unit >= units) break;
         float number[8];
 #pragma unroll
         for (int i = 0; i < 8; i++) {
-            number[i] = level[code_of<BITS>(raw[u], i)] * constant[u];
-            if (offset) number[i] = __fadd_rn(number[i], *offset);
+            unsigned int code = (i < 4 ? raw[u].x : raw[u].y) >> 8 * (i % 4) & 255;
+            number[i] = __fadd_rn(level[code] * constant[u], shift);
         }
-        if (at + 8 <= count) {
-            store8(values + at, number);
-        } else {
-#pragma unroll
-            for (int i = 0; i < 8; i++)
-                if (at + i < count) values[at + i] = narrow(number[i]);
-        }
+        store8(values + 8ll * unit, number);
     }
-}
-
-// A block of threads decodes 8 * UNITS numbers a thread. Where `inner_codes` are given, `absmax` are the constants of
-// these codes' blocks; offsets are null pointers where there are none. Blocks are of 8 numbers at least.
-extern "C" __global__ void decode_4_bits(
-    const unsigned char* codes, const float* levels, int level_count, const float* offset, int log_block,
-    const float* absmax, const unsigned char* inner_codes, const float* inner_levels, const float* inner_offset,
-    int inner_log_block, real* values, long long count
-) {
-    __shared__ float level[16];
-    decode<4>(
-        codes, levels, level_count, offset, log_block, absmax, inner_codes, inner_levels, inner_offset, inner_log_block,
-        values, count, level
-    );
-}
-
-extern "C" __global__ void decode_8_bits(
-    const unsigned char* codes, const float* levels, int level_count, const float* offset, int log_block,
-    const float* absmax, const unsigned char* inner_codes, const float* inner_levels, const float* inner_offset,
-    int inner_log_block, real* values, long long count
-) {
-    __shared__ float level[256];
-    decode<8>(
-        codes, levels, level_count, offset, log_block, absmax, inner_codes, inner_levels, inner_offset, inner_log_block,
-        values, count, level
-    );
+    long long at = 8ll * units + threadIdx.x;
+    if (blockIdx.x == 0 && at < count) values[at] = narrow(__fadd_rn(level[codes[at]] * absmax[at >> log_block], shift));
 }
 
 // ---- encoding --------------------------------------------------------------------------------------------------------

@@ -22,31 +22,43 @@ from refpeft.cuda.override import say_once
 _source = Source("blockwise.cu")
 _float32 = np.dtype("f4")
 _THREADS, _UNITS = 256, 4  # a thread decodes so many times eight numbers
+_MOST = 1 << 35  # numbers of a weight
 
 
 def decode(blocks: Blocks, shape: tuple[int, ...], dtype: np.dtype) -> Array:
     """refpeft.blockwise.decode of a whole array."""
-    inner, absmax = None, blocks.absmax
-    if isinstance(absmax, Blocks):
-        inner, absmax = absmax, absmax.absmax
-    count, codes = prod(shape), blocks.codes.reshape(-1)
-    if isinstance(absmax, Blocks) or not (_whole_steps(blocks) and count) or codes.data.ptr % 8:
-        return NotImplemented
-    if inner is None:
-        constants = (absmax, None, None, None, 0)
-    elif _whole_steps(inner) and len(inner.levels) > 16:
-        constants = (absmax, inner.codes.reshape(-1), inner.levels, inner.offset, _log2(inner.block))
-    else:
+    nibbles, count = len(blocks.levels) == 16, prod(shape)
+    arguments = _of_4_bits(blocks) if nibbles else _of_8_bits(blocks)
+    if arguments is None or not (_in_units(blocks) and 0 < count < _MOST):
         return NotImplemented
     values = cupy.empty(shape, dtype if dtype == bfloat16 else _float32)
-    name = "decode_4_bits" if len(blocks.levels) == 16 else "decode_8_bits"
     try:
-        kernel = _source(name, values.dtype)
+        kernel = _source("decode_4_bits" if nibbles else "decode_8_bits", values.dtype)
     except KernelError as error:
         return _by_the_plain_code(error)
-    book = (blocks.levels, len(blocks.levels), blocks.offset, _log2(blocks.block))
-    kernel(-(-count // (8 * _UNITS * _THREADS)), _THREADS, codes, *book, *constants, values, np.int64(count))
+    kernel(-(-count // (8 * _UNITS * _THREADS)), _THREADS, *arguments, values, np.int64(count))
     return values.astype(dtype, copy=False)
+
+
+def _of_4_bits(blocks: Blocks) -> tuple | None:
+    """What decode_4_bits takes of these blocks; None where it does not take them."""
+    absmax, inner = blocks.absmax, (None, None, None, 0)
+    if blocks.offset is not None:
+        return None
+    if isinstance(absmax, Blocks):
+        if isinstance(absmax.absmax, Blocks) or len(absmax.levels) == 16 or not _in_units(absmax):
+            return None
+        inner = (absmax.codes.reshape(-1), absmax.levels, absmax.offset, _log2(absmax.block))
+        absmax = absmax.absmax
+    return blocks.codes.reshape(-1), blocks.levels, _log2(blocks.block), absmax, *inner
+
+
+def _of_8_bits(blocks: Blocks) -> tuple | None:
+    """The same of decode_8_bits."""
+    if isinstance(blocks.absmax, Blocks):
+        return None
+    codes, levels = blocks.codes.reshape(-1), blocks.levels
+    return codes, levels, len(levels), blocks.offset, _log2(blocks.block), blocks.absmax
 
 
 def encode(array: Array, block: int, book: Book, reciprocal: Callable[[Array], Array]) -> tuple[Array, Array]:
@@ -66,9 +78,9 @@ def encode(array: Array, block: int, book: Book, reciprocal: Callable[[Array], A
     return codes, absmax
 
 
-def _whole_steps(blocks: Blocks) -> bool:
-    """Whether blocks are powers of two that the eight numbers of a thread do not cross."""
-    return blocks.block % 8 == 0 and blocks.block & blocks.block - 1 == 0
+def _in_units(blocks: Blocks) -> bool:
+    """Whether blocks are powers of two, which no unit of eight numbers crosses, and units are read at once."""
+    return blocks.block % 8 == 0 and blocks.block & blocks.block - 1 == 0 and blocks.codes.data.ptr % 8 == 0
 
 
 def _log2(block: int) -> int:
