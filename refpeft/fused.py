@@ -23,6 +23,9 @@ QUERY_BLOCK = 256
 LOGITS_AT_ONCE = 2**22
 """How many logits the fused cross-entropy holds at once: 16 MiB of float32."""
 
+LOGITS_ON_GPU = 2**29
+"""Bytes of those that it holds there of a frozen head: at least 2,048 rows of 128,256 words in bfloat16."""
+
 
 # ---- linear --------------------------------------------------------------------------------------------------------
 
@@ -293,6 +296,8 @@ class Mask:
     asking: Array | None = None
     """(batch, queries) the queries' numbers, where they are of another text (cross-attention): it goes with `segments`,
     and is not causal."""
+    padded: bool = False
+    """Whether `segments` are known to be 0 and, behind these, -1: padding on the right, and nothing else."""
 
     def bias(self, start: int, stop: int, queries: int, keys: int, like: Array) -> Array | None:
         """What to add to the scores of queries start..stop with the first `keys` keys: 0 or -inf, or None for nothing.
