@@ -41,7 +41,7 @@ class Albert(Encoder):
     ) -> Tensor:
         hidden, virtual = self.tokens(ids, positions, types, cache)
         hidden = self.widen(self.first_norm(hidden))
-        mask = fused.Mask(ids.shape[1], None, segments, causal=False)
+        mask = fused.Mask(ids.shape[1], None, segments, causal=False, padded=positions is None)
         places, last = self.places(rows, ids, virtual), len(self.config.order) - 1
         for number, group in enumerate(self.config.order):
             wanted = places if number == last else None

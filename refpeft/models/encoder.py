@@ -53,7 +53,7 @@ class Encoder(Model):
     ) -> Tensor:
         hidden, virtual = self.tokens(ids, positions, types, cache)
         hidden = self.first_norm(hidden)
-        mask = fused.Mask(ids.shape[1], None, segments, causal=False)
+        mask = fused.Mask(ids.shape[1], None, segments, causal=False, padded=positions is None)
         places = self.places(rows, ids, virtual)
         for layer in self.layers:
             wanted = places if layer is self.layers[-1] else None
@@ -104,8 +104,8 @@ class Encoder(Model):
     ) -> Tensor:
         """The hidden states (batch, time, dim) of integer ids (batch, time); with a head what `outputs` says.
 
-        segments (batch, time) are 0, and -1 at padding, which no token sees; types (batch, time) tell the texts of a
-        pair apart, where the model does: 0 and 1.
+        segments (batch, time) are 0, and -1 at padding, which no token sees: on the right, unless positions are given.
+        types (batch, time) tell the texts of a pair apart, where the model does: 0 and 1.
         """
         hidden = self._hidden(ids, positions, segments, types=types)
         return hidden if self.task is None else self.outputs(hidden, segments)

@@ -1,0 +1,46 @@
+"""Rotary positions: one launch, which reads the heads where a linear layer left them and writes them likewise."""
+
+from __future__ import annotations
+
+import cupy
+import numpy as np
+
+from refpeft import fused
+from refpeft.backend import Array
+from refpeft.cuda.kernels import Source
+from refpeft.cuda.override import override
+
+_source = Source("rope.cu")
+_BLOCK = 256  # threads
+_HEADS_EACH = 4  # heads that a thread turns, as in rope.cu
+
+
+@override(fused.rope, "bfloat16", "float32")
+def rope(needs, x, *, cos, sin):
+    """For heads of a multiple of 16 numbers, and float32 tables."""
+    batch, _, time, dim = x.shape
+    fit = cos.shape == sin.shape == (len(cos), 1, time, dim // 2) and len(cos) in (1, batch)
+    if not fit or cos.dtype != np.float32 or sin.dtype != np.float32 or dim % 16 or not x.size:
+        return NotImplemented
+    cos, sin = cupy.ascontiguousarray(cos), cupy.ascontiguousarray(sin)
+    return _rotated(x, cos, sin, 1.0), (cos, sin)
+
+
+@rope.backward
+def _(g, cos, sin):
+    return (_rotated(g, cos, sin, -1.0),)
+
+
+def _rotated(x: Array, cos: Array, sin: Array, sign: float) -> Array:
+    """x (batch, heads, time, dim), turned: a view of memory (batch, time, heads, dim)."""
+    batch, heads, time, dim = x.shape
+    if x.strides[3] != x.itemsize or any(stride % 16 for stride in x.strides[:3]) or x.data.ptr % 16:
+        x = cupy.ascontiguousarray(x)
+    y = cupy.empty((batch, time, heads, dim), x.dtype)
+    threads = batch * time * -(-heads // _HEADS_EACH) * (dim // 16)
+    strides = [np.int64(stride // x.itemsize) for stride in x.strides[:3]]
+    table_row = np.int64(0 if len(cos) == 1 else time * dim // 2)
+    _source("rotate", x.dtype)(
+        -(-threads // _BLOCK), _BLOCK, x, *strides, cos, sin, table_row, y, batch, heads, time, dim // 2, sign
+    )
+    return y.transpose(0, 2, 1, 3)
