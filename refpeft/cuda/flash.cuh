@@ -28,22 +28,27 @@ struct Mask {
     int queries, keys;
     int extra;   // so many keys in front are the adapters'
     int causal;
-    int window;  // LARGEST: none
+    int window;  // more than there are keys: none
     const Numbers* of_queries;  // of this row of the batch; null: one document
     const Numbers* of_keys;
 
     // Where query i stands among the keys.
     __device__ int position(int i) const { return i + keys - queries; }
 
-    __device__ bool sees(int i, int j) const {
-        if (j >= keys || (causal && j > position(i))) return false;
-        if (j < extra) return true;
-        if (position(i) - j >= window) return false;
-        return !of_keys || of_queries[i / GRANULE].of[i % GRANULE] == of_keys[j / GRANULE].of[j % GRANULE];
+    // Whether query i sees key j, documents aside. Without branches, for it is asked of every score.
+    __device__ bool reaches(int i, int j) const {
+        int end = causal ? min(keys, position(i) + 1) : keys;
+        return (j < end) & ((j < extra) | (j > position(i) - window));
+    }
+
+    // Whether key j is of query i's document, or the adapters'.
+    __device__ bool same(int i, int j) const {
+        return (j < extra) | (of_queries[i / GRANULE].of[i % GRANULE] == of_keys[j / GRANULE].of[j % GRANULE]);
     }
 
     // Of queries i..i_end-1 and keys j..j_end-1; both may go beyond the last.
     __device__ Kind kind(int i, int i_end, int j, int j_end) const {
+        if (i >= queries || j >= keys) return HIDDEN;
         bool whole = j_end <= keys;
         i_end = min(i_end, queries);
         j_end = min(j_end, keys);
@@ -52,8 +57,8 @@ struct Mask {
         if (causal && j_end - 1 > first) whole = false;
         if (j_end <= extra) return whole ? WHOLE : PART;
         bool tokens = j >= extra;  // no key of the adapters
-        if (tokens && first - (j_end - 1) >= window) return HIDDEN;
-        if (last - max(j, extra) >= window) whole = false;
+        if (tokens && j_end - 1 <= first - window) return HIDDEN;
+        if (max(j, extra) <= last - window) whole = false;
         if (of_keys) {
             int asked_least, asked_most, least, most;
             range(of_queries, i, i_end, asked_least, asked_most);
@@ -67,6 +72,7 @@ struct Mask {
     __device__ static void range(const Numbers* numbers, int start, int end, int& least, int& most) {
         least = numbers[start / GRANULE].least;
         most = numbers[start / GRANULE].most;
+#pragma unroll 1
         for (int g = start / GRANULE + 1; g <= (end - 1) / GRANULE; g++) {
             least = min(least, numbers[g].least);
             most = max(most, numbers[g].most);
@@ -79,9 +85,10 @@ __device__ inline const Numbers* numbers_of(const Numbers* all, int b, int count
     return all ? all + (long long)b * ((count + 127) / 128 * (128 / GRANULE)) : nullptr;
 }
 
-// A warp's scores of what is not seen become -inf. Its first row and column are the given query and key, or key and query.
-template <bool KEYS_DOWN>
-__device__ inline void hide(float (&scores)[DOWN][ACROSS][4], const Mask& mask, int row, int column) {
+// A warp's scores of query i with key j become -inf where not seen(i, j). Its first row and column are the given query and
+// key, or, if KEYS_DOWN, key and query.
+template <bool KEYS_DOWN, class Seen>
+__device__ inline void keep(float (&scores)[DOWN][ACROSS][4], int row, int column, Seen seen) {
     int lane = threadIdx.x % 32;
 #pragma unroll
     for (int m = 0; m < DOWN; m++)
@@ -90,8 +97,15 @@ __device__ inline void hide(float (&scores)[DOWN][ACROSS][4], const Mask& mask, 
 #pragma unroll
             for (int e = 0; e < 4; e++) {
                 int down = row + 16 * m + e / 2 * 8 + lane / 4, across = column + 8 * n + lane % 4 * 2 + e % 2;
-                if (!(KEYS_DOWN ? mask.sees(across, down) : mask.sees(down, across))) scores[m][n][e] = -INFINITY;
+                if (!(KEYS_DOWN ? seen(across, down) : seen(down, across))) scores[m][n][e] = -INFINITY;
             }
+}
+
+// A warp's scores of what is not seen become -inf.
+template <bool KEYS_DOWN>
+__device__ inline void hide(float (&scores)[DOWN][ACROSS][4], const Mask& mask, int row, int column) {
+    keep<KEYS_DOWN>(scores, row, column, [&](int i, int j) { return mask.reaches(i, j); });
+    if (mask.of_keys) keep<KEYS_DOWN>(scores, row, column, [&](int i, int j) { return mask.same(i, j); });
 }
 
 // ---- tiles -----------------------------------------------------------------------------------------------------------
@@ -100,8 +114,9 @@ __device__ inline void hide(float (&scores)[DOWN][ACROSS][4], const Mask& mask, 
 template <int COUNT>
 __device__ inline void load_tile(real* tile, const real* from, long long stride, int first, int end) {
 #pragma unroll
-    for (int at = threadIdx.x; at < COUNT * WIDE; at += THREADS) {
-        int row = at / WIDE, column = at % WIDE * 8;
+    for (int i = 0; i < (COUNT * WIDE + THREADS - 1) / THREADS; i++) {
+        int at = threadIdx.x + i * THREADS, row = at / WIDE, column = at % WIDE * 8;
+        if (COUNT * WIDE % THREADS && at >= COUNT * WIDE) break;
         bool valid = first + row < end && column < DIM;
         cp_async_16(tile + row * STRIDE + column, valid ? from + (first + row) * stride + column : from, valid);
     }

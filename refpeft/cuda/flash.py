@@ -22,7 +22,7 @@ LONGEST = 256
 
 _PADDING = 128  # statistics and documents' numbers are padded to a multiple of so many queries or keys: of any block
 _GRANULE = 32  # queries or keys whose documents' numbers have a common range
-_NO_WINDOW = 2**31 - 1
+_NO_WINDOW = 2**30
 
 
 def supports(q: Array, k: Array, v: Array, mask: Mask, bias: Array | None) -> str | None:
@@ -186,5 +186,5 @@ def _mask(mask: Mask, batch: int, queries: int, keys: int, dim: int) -> tuple[An
         of_queries, of_keys = (cupy.empty((batch, count, _GRANULE + 2), np.int32) for count in granules)
         lay_out = _forward(dim).source("flash_numbers")
         lay_out((max(granules), batch, 2), 32, segments, asking, of_queries, of_keys, queries, keys, extra)
-    window = _NO_WINDOW if mask.window is None else int(mask.window)
+    window = _NO_WINDOW if mask.window is None else min(int(mask.window), _NO_WINDOW)
     return queries, keys, extra, mask.causal, window, of_queries, of_keys

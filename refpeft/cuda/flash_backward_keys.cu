@@ -60,9 +60,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) flash_backward_keys(
     if (query >= queries) head = group;  // no query sees any of these keys
     else load(head, query, 0);
     cp_async_commit();
-    for (int stage = 0; head < group; stage ^= 1) {
-        Kind now = kind;
-        int next_head = head, next = visible(query + COLUMNS);
+    for (int stage = 0, next_head, next; head < group; stage ^= 1, head = next_head, query = next) {
+        Kind now = kind == PART ? mask.kind(query, query + COLUMNS, row, row + ROWS) : kind;  // to this warp's keys
+        next_head = head;
+        next = visible(query + COLUMNS);
         if (next >= queries) {
             next_head++;
             next = visible(earliest);
@@ -71,6 +72,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) flash_backward_keys(
         __syncthreads();  // these tiles are here, and all have done with the ones before
         if (next_head < group) load(next_head, next, stage ^ 1);
         cp_async_commit();
+        if (now == HIDDEN) continue;
 
         const real* q_tile = buffers + stage * TILES;
         const real* g_tile = q_tile + COLUMNS * STRIDE;
@@ -106,8 +108,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) flash_backward_keys(
                 }
             add_weighted(of_k, dp, q_tile);
         }
-        head = next_head;
-        query = next;
     }
 
     cp_async_wait<0>();

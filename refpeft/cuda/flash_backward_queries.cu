@@ -75,13 +75,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) flash_backward_queries(
     int key = visible(0);
     if (key < end) load(key, 0);
     cp_async_commit();
-    for (int stage = 0; key < end; stage ^= 1) {
-        Kind now = kind;
-        int next = visible(key + COLUMNS);
+    for (int stage = 0, next; key < end; stage ^= 1, key = next) {
+        Kind now = kind == PART ? mask.kind(row, row + ROWS, key, key + COLUMNS) : kind;  // to this warp's queries
+        next = visible(key + COLUMNS);
         cp_async_wait<0>();
         __syncthreads();  // this tile is here, and all have done with the one before
         if (next < end) load(next, stage ^ 1);
         cp_async_commit();
+        if (now == HIDDEN) continue;
 
         const real* k_tile = buffers + stage * 2 * COLUMNS * STRIDE;
         float p[DOWN][ACROSS][4] = {}, dp[DOWN][ACROSS][4] = {};
@@ -96,7 +97,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) flash_backward_queries(
                 for (int e = 0; e < 4; e++)
                     dp[m][n][e] = exp2_fast(fmaf(p[m][n][e], per_score, -lse[m][e / 2])) * (dp[m][n][e] - delta[m][e / 2]);
         add_weighted(sums, dp, k_tile);
-        key = next;
     }
 
     cp_async_wait<0>();

@@ -70,13 +70,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) flash_forward(
     int key = visible(0);
     if (key < end) load(key, 0);
     cp_async_commit();
-    for (int stage = 0; key < end; stage ^= 1) {
-        Kind now = kind;
-        int next = visible(key + COLUMNS);
+    for (int stage = 0, next; key < end; stage ^= 1, key = next) {
+        Kind now = kind == PART ? mask.kind(row, row + ROWS, key, key + COLUMNS) : kind;  // to this warp's queries
+        next = visible(key + COLUMNS);
         cp_async_wait<0>();
         __syncthreads();  // this tile is here, and all have done with the one before
         if (next < end) load(next, stage ^ 1);
         cp_async_commit();
+        if (now == HIDDEN) continue;
 
         const real* k_tile = buffers + stage * 2 * COLUMNS * STRIDE;
         float p[DOWN][ACROSS][4] = {};
@@ -105,7 +106,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) flash_forward(
                 for (int i = 0; i < 2 * WIDE; i++) sums[m][i / 2][2 * half + i % 2] *= shrunk;
             }
         add_weighted(sums, p, k_tile + COLUMNS * STRIDE);
-        key = next;
     }
 
     cp_async_wait<0>();
