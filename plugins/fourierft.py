@@ -68,5 +68,4 @@ def peft_merge(weight, p, cfg, site):
 
 
 def _places(cfg, site, c):
-    chosen = torch_random.torch_choice(cfg.places_seed, site.shape[0] * site.shape[1], len(c))
-    return xp_of(c).asarray(chosen)
+    return torch_random.torch_choice(cfg.places_seed, site.shape[0] * site.shape[1], len(c), xp_of(c))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from math import prod
 
-from .backend import Array, xp_of
+from .backend import Array, matmul, xp_of
 from .rng import Stream
 from .tensor import Tensor, op
 
@@ -78,16 +78,16 @@ def _from_waves(waves: Array, size: int) -> Array:
 @op
 def spectral_linear(needs, x, c, *, places, shape):
     """x (..., in) @ W.T, W = `spectral_weight(c, ...)`; W is made for the product, and again for the gradients."""
-    y = x @ spectral_weight(c, places, shape).T
+    y = matmul(x, spectral_weight(c, places, shape).T)
     return y, (x if needs[1] else None, c, places, shape, needs[0])
 
 
 @spectral_linear.backward
 def _(g, x, c, places, shape, x_needed):
-    dx = g @ spectral_weight(c, places, shape) if x_needed else None
+    dx = matmul(g, spectral_weight(c, places, shape)) if x_needed else None
     if x is None:
         return dx, None
-    dw = g.reshape(-1, shape[0]).T @ x.reshape(-1, shape[1])
+    dw = matmul(g.reshape(-1, shape[0]).T, x.reshape(-1, shape[1]))
     down, across = places // shape[1], places % shape[1]
     mirrored = across > shape[1] // 2  # the other half is the same, turned around
     where_ = xp_of(g).where
@@ -160,7 +160,7 @@ def hadamard(x: Array) -> Array:
     rest = n = len(x)
     while rest > 1:  # H is a Kronecker product of small ones: each in turn meets the first axis, which then is the last
         size = min(rest, _CHUNK)
-        x = x.reshape(size, -1).T @ _hadamard_matrix(size, x)
+        x = matmul(x.reshape(size, -1).T, _hadamard_matrix(size, x))
         rest //= size
     return x.reshape(n)
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import ops
-from .backend import Array, xp_of
+from .backend import Array, matmul, xp_of
 from .ops import expect, logistic
 from .tensor import Tensor, op
 
@@ -43,14 +43,15 @@ def gated_linear(needs, x, w, log_alpha, *, u):
     """x @ (gates * w).T: x (..., in), w and log_alpha (out, in). Keeps u, and computes the gates again going back."""
     expect("log_alpha", log_alpha, *w.shape)
     gates, _ = _gates(log_alpha, u)
-    return x @ (gates * w).T, (x, w, log_alpha, u, needs)
+    return matmul(x, (gates * w).T), (x, w, log_alpha, u, needs)
 
 
 @gated_linear.backward
 def _(g, x, w, log_alpha, u, needs):
     gates, slope = _gates(log_alpha, u)
-    dx = g @ (gates * w) if needs[0] else None
-    dense = g.reshape(-1, g.shape[-1]).T @ x.reshape(-1, x.shape[-1]) if needs[1] or needs[2] else None
+    dx = matmul(g, gates * w) if needs[0] else None
+    weighed = needs[1] or needs[2]
+    dense = matmul(g.reshape(-1, g.shape[-1]).T, x.reshape(-1, x.shape[-1])) if weighed else None
     return dx, dense * gates if needs[1] else None, dense * w * slope if needs[2] else None
 
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import functools
+from types import ModuleType
 
 import numpy as np
+
+from .backend import Array
 
 LARGEST_CHOICE = (2**32 - 1) // 20 - 1
 
 
 @functools.lru_cache(maxsize=64)
-def torch_choice(seed: int, size: int, count: int) -> np.ndarray:
+def torch_choice(seed: int, size: int, count: int, xp: ModuleType = np) -> Array:
     """torch.randperm(size)[:count] of torch's generator on CPUs with this seed: PEFT keeps such places as a seed.
 
+    An array of `xp`, which stays where it is: a captured step copies nothing from the host.
     Raises ValueError where torch draws in another way: for sizes of 2^32 / 20 and more.
     """
     if size > LARGEST_CHOICE:
@@ -24,7 +28,7 @@ def torch_choice(seed: int, size: int, count: int) -> np.ndarray:
         j = i + drawn % (size - i)
         chosen[i] = moved.get(j, j)
         moved[j] = moved.get(i, i)
-    return chosen
+    return xp.asarray(chosen)
 
 
 def torch_uniform(seed: int, *wanted: tuple[float, tuple[int, ...]]) -> list[np.ndarray]:

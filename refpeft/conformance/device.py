@@ -3,7 +3,8 @@
 It is where refpeft looks for CuPy within `installed()`, and in a test of pytest after `install(monkeypatch)`. As with
 CuPy, a host array beside a device array is a TypeError, and so is a NumPy function of a device array. Within
 `capture()`, reading a value (bool, float, int, item, tolist, iteration, a boolean index, nonzero, asnumpy) raises
-HostRead, as it would break the capture of a step in a CUDA graph.
+HostRead, as it would break the capture of a step in a CUDA graph. So does bringing an array from the host, with
+`capture(uploads=False)`.
 """
 
 import contextlib
@@ -22,17 +23,18 @@ class HostRead(RuntimeError):
 
 
 _capturing = False
+_uploads = True
 
 
 @contextlib.contextmanager
-def capture() -> Iterator[None]:
-    """Within it, the host must not read."""
-    global _capturing
-    _capturing = True
+def capture(uploads: bool = True) -> Iterator[None]:
+    """Within it, the host must not read; nor, unless `uploads`, bring arrays."""
+    global _capturing, _uploads
+    _capturing, _uploads = True, uploads
     try:
         yield
     finally:
-        _capturing = False
+        _capturing, _uploads = False, True
 
 
 def _reads(what: Any) -> None:
@@ -106,6 +108,8 @@ class Module:
     def __call__(self, *args: Any, **options: Any) -> Any:
         if self._name in _READING:
             _reads(self._name)
+        if self._name in _CONVERTING and not _uploads and isinstance(args[0], np.ndarray | list | tuple):
+            _reads("none, but an array is brought from the host")
         convert = _plain if self._name in _CONVERTING else _host
         result = self._target(*convert(args), **convert(options))
         return _device(result.copy("K") if self._name in _CONVERTING and isinstance(args[0], np.ndarray) else result)
