@@ -123,15 +123,15 @@ def any_finite_number(subject: Subject) -> str:
 def dtypes(subject: Subject) -> str:
     weight = drawn(WHOLE)
     parts = subject.quantizer.pack(weight)
-    given = {dtype: subject.quantizer.dense(parts, WHOLE, np.dtype(dtype)) for dtype in ("f4", "f8")}
+    given = {
+        dtype: subject.quantizer.dense(parts, WHOLE, dtype) for dtype in (_FLOAT, np.dtype("f8"), backend.bfloat16)
+    }
     for dtype, back in given.items():
-        if back.dtype != np.dtype(dtype):
-            raise Failed(
-                f"quant_unpack gives {back.dtype} where {np.dtype(dtype)} is asked for: give its argument `dtype`"
-            )
-    if not np.array_equal(given["f4"], given["f8"].astype("f4")):
-        raise Failed("in float64 the weight is another: compute in float32, and cast what comes out")
-    return "float32 and float64, the same numbers"
+        if back.dtype != dtype:
+            raise Failed(f"quant_unpack gives {back.dtype} where {dtype} is asked for: give its argument `dtype`")
+        if not np.array_equal(back, given[_FLOAT].astype(dtype)):
+            raise Failed(f"in {dtype} the weight is another: compute in float32, and cast what comes out")
+    return "float32 and float64, the same numbers, and in bfloat16 these rounded"
 
 
 def some_rows(subject: Subject) -> str:
