@@ -366,7 +366,7 @@ class Op:
             arrays = [x.data if isinstance(x, Tensor) else _constant(x, dtype, like) for x in inputs]
             if pair.takes_over:
                 del tensors, x  # references that are counted
-                made = pair.forward(needs, *arrays, **options, spare=_spare(inputs))
+                made = pair.forward(needs, *arrays, **options, spare=bool(options) and _spare(inputs))
             else:
                 made = NotImplemented if low and pair is self else pair.forward(needs, *arrays, **options)
             if made is NotImplemented:
@@ -444,7 +444,10 @@ _fewest: list[tuple[int, int]] = []  # references to a Tensor that only a call k
 
 
 def _spare(inputs: tuple) -> bool:
-    """Whether nobody but this call knows its first input and that one's array: the caller made it on the spot."""
+    """Whether nobody but this call knows its first input and that one's array: the caller made it on the spot.
+
+    Of a call op(x, ..., name=value): Python holds one reference less where there are no options.
+    """
     x = inputs[0]
     if not isinstance(x, Tensor) or x.data.base is not None:
         return False
@@ -456,9 +459,9 @@ def _spare(inputs: tuple) -> bool:
 
 def _count_references() -> None:
     """Calls an op in the way that _spare is to recognize."""
-    probe = Op(lambda needs, x: (x, ()), "probe")
-    probe.override(np.ndarray, "f4", takes_over=True)(lambda needs, x, spare: (x, ()))
-    probe(Tensor(np.empty(1, "f4")))
+    probe = Op(lambda needs, x, option: (x, ()), "probe")
+    probe.override(np.ndarray, "f4", takes_over=True)(lambda needs, x, option, spare: (x, ()))
+    probe(Tensor(np.empty(1, "f4")), option=None)
 
 
 _count_references()

@@ -52,6 +52,40 @@ def factor(scale, x, **options):
     return float(y.data.ravel()[0])
 
 
+@pytest.fixture
+def doubled():
+    """An op that doubles, in the memory of its input where that is spare."""
+
+    @op
+    def doubled(needs, x, *, by):
+        return x * by, ()
+
+    @doubled.override(np.ndarray, "f4", takes_over=True)
+    def in_place(needs, x, *, by, spare):
+        return np.multiply(x, by, out=x if spare else None), ()
+
+    return doubled
+
+
+def test_a_pair_takes_over_an_array_that_nobody_else_has(doubled):
+    addresses = []
+
+    def made() -> Tensor:
+        array = matrix()
+        addresses.append(array.ctypes.data)
+        return Tensor(array)
+
+    y = doubled(made(), by=2)
+    assert y.data.ctypes.data == addresses[0]
+    array = matrix()
+    held = Tensor(array[:1].copy())
+    for x in (held, Tensor(array), Tensor(array[:1]), Tensor(array[:1].T)):
+        doubled(x, by=2)
+        assert (x.data == 1).all()
+    doubled(Tensor(array), by=2)
+    assert (array == 1).all()
+
+
 # ---- when it is taken ------------------------------------------------------------------------------------------------
 
 
