@@ -33,14 +33,14 @@ def _rows(x: Array) -> Array:
 
 @override(fused.frozen_linear, "bfloat16")
 def frozen_linear(needs, x, bias=None, *, weight):
-    dense = _low_weight(weight)
+    dense = low_weight(weight)
     y = _product_and_bias(low(x), dense, bias)
     return y, (weight if needs[0] else None, needs, getattr(bias, "dtype", None))
 
 
 @frozen_linear.backward(into=True)
 def _(g, weight, needs, bias, into):
-    dx = None if weight is None else _factor_gradient(g, _low_weight(weight), into[0])
+    dx = None if weight is None else _factor_gradient(g, low_weight(weight), into[0])
     return (dx, _column_sums(g, bias) if needs[1:] == (True,) else None)[: len(needs)]
 
 
@@ -102,7 +102,7 @@ def _(g, a_shape, a_dtype, b_shape, b_dtype, a, b, into):
     return da, db
 
 
-def _low_weight(weight: Callable[[], Array]) -> Array:
+def low_weight(weight: Callable[[], Array]) -> Array:
     """A frozen weight in bfloat16: a Dense or a Quantized one has that without a detour."""
     return weight.low() if isinstance(weight, Frozen) else low(weight())
 
@@ -115,7 +115,9 @@ def _factor_gradient(
     if into is not None and into.flags.c_contiguous:
         product(rows, w, out=_rows(into), alpha=alpha, add=True)
         return ADDED
-    return product(rows, w, dtype=dtype, alpha=alpha).reshape(*g.shape[:-1], w.shape[1])
+    found = cupy.empty((*g.shape[:-1], w.shape[1]), dtype)  # no view: more may be added to it
+    product(rows, w, out=_rows(found), alpha=alpha)
+    return found
 
 
 def _weight_gradient(g: Array, x: Array, into: Array | None, dtype: np.dtype, alpha: float = 1.0) -> Array | object:

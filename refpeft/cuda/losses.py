@@ -12,8 +12,9 @@ import numpy as np
 
 from refpeft import fused
 from refpeft.backend import Array, bfloat16
-from refpeft.cuda.blas import low, product
+from refpeft.cuda.blas import product
 from refpeft.cuda.kernels import Source, contiguous, row_block
+from refpeft.cuda.linear import low_weight
 from refpeft.cuda.override import override
 
 AT_ONCE = fused.LOGITS_ON_GPU
@@ -39,7 +40,7 @@ def _padded(words: int) -> int:
 
 @override(fused.linear_cross_entropy, "bfloat16", "float32")
 def linear_cross_entropy(needs, hidden, *, weight, targets, denominator, bias=None, weights=None):
-    head = low(weight()) if hidden.dtype == bfloat16 else weight()
+    head = low_weight(weight) if hidden.dtype == bfloat16 else weight()
     if hidden.ndim != 2 or head.dtype != hidden.dtype or head.shape[1:] != hidden.shape[1:]:
         return NotImplemented
     rows, words = len(hidden), len(head)
