@@ -29,8 +29,7 @@ from refpeft.sites import Site
 
 _SAMPLED = 2**20  # numbers of a weight that are quantized to learn how many bytes it takes
 _PACKED = 5 * 2**19  # bytes of what BLAS copies of matrices while it multiplies them, a thread
-_ON_GPU = 2 * 2**25  # bytes of what cuBLAS works with: on the main stream, and beside it
-_WAITING = 2**28  # bytes of what may wait to be read beside the main stream, see refpeft.cuda.aside
+_ON_GPU = 2**25  # bytes of what cuBLAS works with there
 BEFORE_ACTIVATIONS = 4  # so many parts of `by_part` are there before a step and after it
 
 # ---- the model without its weights -----------------------------------------------------------------------------------
@@ -173,9 +172,7 @@ def by_part(
     made_dense = (shards * panel if here else dense) * narrow.itemsize
     beside = shards * _PACKED if here else _ON_GPU
     if narrow != dtype:
-        beside += trained // 2 + min(
-            _WAITING, activations_there // 2
-        )  # values in bfloat16, what waits for their gradients
+        beside += trained // 2  # values in bfloat16
     step = {
         "gradients": trained * shards,
         f"optimizer ({config.train.optimizer}{paged}){also}": states + (state.nbytes_near if paged else state.nbytes),
