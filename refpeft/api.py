@@ -117,7 +117,8 @@ def build(
         oriented = array.T if transposed else array
         if linear and quantizer is not None and not checkpoint.quantized:
             # a device is given the file's own numbers, of half the bytes, and widens them itself
-            kept = quantizer(backend.single(oriented) if xp is np else xp.asarray(oriented), compute, name)
+            single = backend.single(oriented) if xp is np else backend.cast(xp.asarray(oriented), np.dtype("f4"))
+            kept = quantizer(single, compute, name)
         else:
             narrow = dtype == "bfloat16" and array.ndim == 2
             placed = xp.asarray(backend.cast(oriented, backend.bfloat16 if narrow else compute))

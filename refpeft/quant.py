@@ -246,8 +246,8 @@ def make_quantizer(name: str | None, options: Any = None, double_quant: bool = F
 
 
 def _refuse_what_has_no_code(array: Array, name: str) -> None:
-    usable = (array <= LARGEST) & (array >= -LARGEST)  # NaN is neither
-    if not usable.all():
+    if array.size and not (array.min() >= -LARGEST and array.max() <= LARGEST):  # NaN is the least and the largest
+        usable = (array <= LARGEST) & (array >= -LARGEST)
         place = np.unravel_index(int(usable.argmin()), array.shape)
         at = ", ".join(map(str, place))
         raise RefpeftError(

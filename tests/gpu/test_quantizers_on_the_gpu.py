@@ -1,6 +1,7 @@
 """Every quantizer has the same codes and values on the GPU and on the host, in a captured step too."""
 
 import json
+import re
 
 import cupy
 import numpy as np
@@ -13,6 +14,7 @@ import refpeft
 from refpeft import blockwise, compat, files, manager
 from refpeft.backend import bfloat16, to_host
 from refpeft.cuda import kernels
+from refpeft.errors import RefpeftError
 from refpeft.quant import make_quantizer
 
 NAMES = sorted(name for name, listing in manager.catalogue().items() if listing.kind == "quantizer")
@@ -184,3 +186,11 @@ def test_a_file_of_any_dtype_is_quantized_to_the_codes_of_the_host(tmp_path, fam
     for name in quantized:
         for key, part in here.frozen[name].parts.items():
             assert np.array_equal(to_host(there.frozen[name].parts[key]), part), (name, key)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, -(2.0**121)])
+def test_what_has_no_code_is_refused_by_its_place(bad: float):
+    weight = normal(2, 64)
+    weight[1, 3] = bad
+    with pytest.raises(RefpeftError, match=re.escape(f"holds {np.float32(bad)} at [1, 3]")):
+        make_quantizer("nf4")(cupy.asarray(weight), bfloat16)
