@@ -135,3 +135,30 @@ extern "C" __global__ void sum_runs(const real* g, const int* sorted, const int*
     real* into = y + (long)id * width + mine;
     *into = narrow(add ? wide(*into) + sum : sum);
 }
+
+// ---- of more ids: sums of whole numbers, which are the same in any order ----
+
+// What g is multiplied by, so that no sum passes 2**62: `size` is the sum of all |g|.
+__device__ inline double fineness(float size) {
+    int exponent;
+    frexpf(size, &exponent);  // size < 2**exponent
+    return ldexp(1.0, 61 - exponent);
+}
+
+// Adds g (n, width) to sums (rows, width) at the rows `ids`; `numbers` is n width.
+extern "C" __global__ void add_rows(const real* g, const int* ids, const float* size, long long* sums, long numbers, int rows,
+                                    int width) {
+    long mine = (long)blockIdx.x * blockDim.x + threadIdx.x;
+    if (mine >= numbers) return;
+    long place = wrapped(ids[mine / width], rows) * width + mine % width;
+    long long whole = llrint(wide(g[mine]) * fineness(*size));
+    atomicAdd(reinterpret_cast<unsigned long long*>(sums + place), static_cast<unsigned long long>(whole));
+}
+
+// y is the sums, or has them added; not a number where some g was none, or infinite.
+extern "C" __global__ void put_sums(const long long* sums, const float* size, real* y, int add, long numbers) {
+    long mine = (long)blockIdx.x * blockDim.x + threadIdx.x;
+    if (mine >= numbers) return;
+    float spoiled = *size - *size, sum = sums[mine] / fineness(*size);
+    y[mine] = narrow((add ? wide(y[mine]) : 0.f) + sum + spoiled);
+}

@@ -7,7 +7,6 @@ adding bfloat16 rows in place (`scatter_add` refuses them), and adding float32 r
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import cupy
@@ -16,14 +15,14 @@ import numpy as np
 from refpeft import fused, ops
 from refpeft.backend import Array, bfloat16
 from refpeft.cuda.kernels import Source, contiguous
-from refpeft.cuda.maps import mapped, merged, strides_of
+from refpeft.cuda.maps import mapped, merged, strides_of, summed
 from refpeft.cuda.override import override
 from refpeft.tensor import ADDED, Slice
 
 source = Source("gather.cu")
 
 _BLOCK = 256  # threads
-_MOST_IDS = 2**16  # that are sorted by comparing each with all
+_MOST_SORTED = 2**16  # ids, by comparing each with all
 _DTYPES = {np.dtype("f4"), bfloat16}
 
 
@@ -106,7 +105,7 @@ def _int32(ids: Array) -> Array:
 def _looked_up(x: Any, ids: Any) -> Array | None:
     """x[ids], or None where the kernels do not do it."""
     usable = isinstance(x, cupy.ndarray) and x.ndim and x.size and x.dtype in _DTYPES
-    if not usable or not _are_ids(ids) or ids.size > _MOST_IDS:
+    if not usable or not _are_ids(ids):
         return None
     try:
         return rows(x, ids)
@@ -118,14 +117,28 @@ def _summed(g: Array, ids: Array, shape: tuple[int, ...], into: Array | None) ->
     """The gradient of an array of `shape` whose rows `ids` were looked up: ADDED where it was added to `into`."""
     adds = into is not None and into.dtype == g.dtype and into.flags.c_contiguous
     y = into if adds else cupy.zeros(shape, g.dtype)
-    n, width = ids.size, math.prod(shape[1:])
-    if n and width:
-        g, flat = contiguous(g), _int32(ids)
-        sorted_ids, order = (cupy.empty(n, np.int32) for _ in range(2))
-        source("sort_ids")(-(-n // (_BLOCK // 32)), _BLOCK, flat, sorted_ids, order, n, shape[0])
-        in_eights = width % 8 == 0 and g.data.ptr % 16 == 0
-        source("sum_runs", g.dtype)(n * -(-width // _BLOCK), _BLOCK, g, sorted_ids, order, y, adds, n, width, in_eights)
+    if g.size:
+        add = _add_runs if ids.size <= _MOST_SORTED else _add_whole_numbers
+        add(contiguous(g), _int32(ids), y, adds)
     return ADDED if adds else y
+
+
+def _add_runs(g: Array, ids: Array, y: Array, adds: bool) -> None:
+    """Ids are sorted, and the rows of each one added up from the first to the last."""
+    n, width = ids.size, g.size // ids.size
+    ascending, order = (cupy.empty(n, np.int32) for _ in range(2))
+    source("sort_ids")(-(-n // (_BLOCK // 32)), _BLOCK, ids, ascending, order, n, len(y))
+    in_eights = width % 8 == 0 and g.data.ptr % 16 == 0
+    source("sum_runs", g.dtype)(n * -(-width // _BLOCK), _BLOCK, g, ascending, order, y, adds, n, width, in_eights)
+
+
+def _add_whole_numbers(g: Array, ids: Array, y: Array, adds: bool) -> None:
+    """Sums in 64 bits, as multiples of 2**-61 of the sum of all |g|, about: eight bytes for each number of y meanwhile."""
+    width = g.size // ids.size
+    size = summed("abs", g, shape=g.shape, axes=tuple(range(g.ndim)))
+    sums = cupy.zeros(y.size, np.int64)
+    source("add_rows", g.dtype)(-(-g.size // _BLOCK), _BLOCK, g, ids, size, sums, np.int64(g.size), len(y), width)
+    source("put_sums", g.dtype)(-(-y.size // _BLOCK), _BLOCK, sums, size, y, adds, np.int64(y.size))
 
 
 @override(fused.embedding, "bfloat16", "float32")

@@ -115,9 +115,13 @@ extern "C" __global__ void map(int function, unsigned int eights, int n1, int n2
                                const void* c, int c_kind, float c_value, int c0, int c1, int c2, int c3) {
     unsigned int mine = blockIdx.x * blockDim.x + threadIdx.x;
     if (mine >= eights) return;
-    unsigned int per_row = (n3 + 7) / 8, row = mine / per_row;
+    unsigned int per_row = (n3 + 7) / 8, row = 0;
+    long i0 = 0, i1 = 0, i2 = 0;
+    if (eights > per_row) {  // divisions take longer than all else, and where there is one row they are not needed
+        row = mine / per_row;
+        i2 = row % n2, i1 = row / n2 % n1, i0 = row / n2 / n1;
+    }
     long i3 = (long)(mine - row * per_row) * 8;
-    long i2 = row % n2, i1 = row / n2 % n1, i0 = row / n2 / n1;
     int count = (int)min(8l, n3 - i3);
     float A[8], B[8], C[8], Y[8];
     read8({a, a_kind, a_value}, i0 * a0 + i1 * a1 + i2 * a2 + i3 * a3, a3, count, A);

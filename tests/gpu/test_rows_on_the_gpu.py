@@ -395,6 +395,29 @@ def test_rows_are_looked_up_and_their_gradients_added_up(
     close(into, table + here.grad, dtype, 1.01 if dtype == bfloat16 else 16)
 
 
+@both
+@pytest.mark.parametrize("width", [1, 6])
+def test_the_rows_of_very_many_ids_are_added_up_with_the_same_bits(width: int, dtype: np.dtype, monkeypatch):
+    ids, g = np.random.default_rng(1).integers(-3, 12, 700), drawn(700, width, seed=2)
+    exact = np.zeros((20, width))
+    np.add.at(exact, ids, g)
+    pair = ops.take.overrides[cupy.ndarray, dtype]
+    _, saved = pair.forward((True,), on_device(drawn(20, width), dtype), indices=cupy.asarray(ids))
+    (sorted_first,) = pair.vjp(on_device(g, dtype), *saved, into=(None,))
+    monkeypatch.setattr(gather, "_MOST_SORTED", 0)
+    found = [pair.vjp(on_device(g, dtype), *saved, into=(None,))[0] for _ in range(2)]
+    close(found[0], exact, dtype, 1.01)
+    close(sorted_first, exact, dtype, 1.01 if dtype == bfloat16 else 16)
+    assert bits(found[0]) == bits(found[1])
+    into = on_device(np.ones((20, width)), dtype)
+    assert pair.vjp(on_device(g, dtype), *saved, into=(into,)) == (ADDED,)
+    close(into, 1 + exact, dtype, 1.01)
+    for spoiled in (np.nan, np.inf):
+        g[5, 0] = spoiled
+        assert not np.isfinite(to_host(pair.vjp(on_device(g, dtype), *saved, into=(None,))[0]).astype("f4")).any()
+    assert not to_host(pair.vjp(on_device(0 * drawn(700, width), dtype), *saved, into=(None,))[0]).any()
+
+
 def test_rows_of_views_in_another_dtype_and_of_no_ids():
     table, ids = drawn(6, 24), np.array([[5, 0], [5, -1]])
     for view in VIEWS:
