@@ -10,7 +10,7 @@ import contextlib
 import functools
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from functools import partial
 from typing import Any
@@ -115,6 +115,43 @@ def _topological(root: Node) -> list[Node]:
             order.append(node)
             stack.pop()
     return order
+
+
+class Pending(Tensor):
+    """What an op gives that may do its work together with the one that comes next: computed when it is first asked for.
+
+    `what` is for that one: see Op.together.
+    """
+
+    __slots__ = ("_compute", "_recording", "_result", "_shape", "what")
+
+    def __init__(self, compute: Callable[[], Tensor], shape: tuple[int, ...], what: tuple):
+        self._compute, self._shape, self.what = compute, shape, what
+        self._recording = _state.recording
+        self._result: Tensor | None = None
+
+    @property
+    def there(self) -> bool:
+        """Whether it has been computed."""
+        return self._result is not None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self._shape
+
+    @property
+    def data(self) -> Array:
+        return self._made().data
+
+    @property
+    def node(self) -> Node | None:
+        return self._made().node
+
+    def _made(self) -> Tensor:
+        if self._result is None:
+            with _recording(self._recording):
+                self._result = self._compute()
+        return self._result
 
 
 class Slice:
@@ -236,6 +273,16 @@ def _recording(on: bool) -> Iterator[None]:
         _state.recording = before
 
 
+def needs_of(inputs: Sequence[Any]) -> tuple[bool, ...]:
+    """Which inputs of an op want a gradient; none of them where nothing is recorded."""
+    needs = tuple([isinstance(x, Tensor) and x.node is not None for x in inputs])
+    if True in needs:
+        _state.touched = True
+        if not _state.recording:
+            return (False,) * len(inputs)
+    return needs
+
+
 def no_grad() -> contextlib.AbstractContextManager[None]:
     """Within it, ops record nothing."""
     return _recording(False)
@@ -288,6 +335,7 @@ class Op:
     into = False  # whether backward adds to gradients in place
     again: Callable[..., Array] | None = None  # (*saved) -> the output
     takes_over = False  # whether the output may have the memory of the first input
+    together: Callable[[tuple, dict[str, Any]], Tensor | None] | None = None  # see the method `shares_work`
 
     def __init__(
         self,
@@ -342,7 +390,23 @@ class Op:
         self.again = again
         return again
 
+    def shares_work(self, together: Callable[[tuple, dict[str, Any]], Tensor | None]) -> Callable[..., Tensor | None]:
+        """Decorator of (inputs, options) -> a Tensor in the place of this op's, or None: then it does its work alone.
+
+        It may put its work off, by a Pending, or do what is pending of its inputs with its own.
+        """
+        self.together = together
+        return together
+
     def __call__(self, *inputs: Tensor | Array | float | None, **options: Any) -> Tensor:
+        if self.together is not None and not _plain.get():
+            shared = self.together(inputs, options)
+            if shared is not None:
+                return shared
+        return self.alone(*inputs, **options)
+
+    def alone(self, *inputs: Tensor | Array | float | None, **options: Any) -> Tensor:
+        """The op, not together with others."""
         tensors = [x for x in inputs if isinstance(x, Tensor)]
         if not tensors:
             raise RefpeftError(f"{self.name}: expected at least one Tensor among {_describe(inputs)}")
@@ -353,11 +417,7 @@ class Op:
                 if {x.data.dtype, dtype} != _MIXED:
                     raise RefpeftError(f"{self.name}: the tensors differ in dtype: {_describe(inputs)}")
                 dtype = bfloat16
-        needs = tuple([isinstance(x, Tensor) and x.node is not None for x in inputs])
-        if True in needs:
-            _state.touched = True
-            if not _state.recording:
-                needs = (False,) * len(inputs)
+        needs = needs_of(inputs)
         pair = self
         if self.overrides and not _plain.get():
             pair = self.overrides.get((type(like), dtype), self)
@@ -380,10 +440,14 @@ class Op:
             raise RefpeftError(f"{self.name}({_describe(inputs)}{_say(options)}) gave {out.dtype}: expected {expected}")
         if True not in needs:
             return Tensor(out)
+        return pair.made(out, needs, inputs, saved)
+
+    def made(self, out: Array, needs: Sequence[bool], inputs: Sequence[Any], saved: tuple) -> Tensor:
+        """`out` as what this op made of `inputs`, on the tape."""
         nodes = tuple([x.node if n else None for x, n in zip(inputs, needs, strict=True)])
-        if pair.stands_in and pair.again is None:  # one that can be made again keeps what that takes
+        if self.stands_in and self.again is None:  # one that can be made again keeps what that takes
             saved = _without_what_can_be_made(saved, inputs)
-        return Tensor(out, Node(pair, nodes, saved))
+        return Tensor(out, Node(self, nodes, saved))
 
     def __repr__(self) -> str:
         return f"<op {self.name}>"
@@ -430,7 +494,7 @@ def _cast(x: Any, dtype: np.dtype) -> Any:
     return cast(x, dtype) if getattr(x, "dtype", None) in _MIXED else x
 
 
-def _without_what_can_be_made(saved: tuple, inputs: tuple) -> tuple:
+def _without_what_can_be_made(saved: tuple, inputs: Sequence[Any]) -> tuple:
     """`saved`, with an Again in the place of inputs whose nodes can make them again."""
     makers = {
         id(x.data): x.node

@@ -10,6 +10,7 @@ from refpeft.cuda import (  # noqa: F401  pairs register themselves
     gather,
     linear,
     losses,
+    lowrank,
     norms,
     rope,
 )

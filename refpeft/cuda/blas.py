@@ -213,6 +213,11 @@ def lowered(values: Array) -> Iterator[None]:
         _shadows.pop()
 
 
+def is_training() -> bool:
+    """Whether a pass of training is under way: values have been lowered."""
+    return bool(_shadows)
+
+
 def low(array: Array) -> Array:
     """`array` as a factor for products with bfloat16: itself, or a copy in bfloat16 of the same strides."""
     if array.dtype == bfloat16:

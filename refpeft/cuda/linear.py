@@ -26,7 +26,7 @@ _source = Source("linear.cu")
 _float32 = np.dtype("f4")
 
 
-def _rows(x: Array) -> Array:
+def rows_of(x: Array) -> Array:
     """(..., width) as (rows, width)."""
     return x.reshape(-1, x.shape[-1])
 
@@ -54,7 +54,7 @@ def linear(needs, x, w, b=None):
 @linear.backward(into=True)
 def _(g, w, x, needs, dtypes, into):
     dx = None if w is None else _factor_gradient(g, low(w), into[0], dtypes[0])
-    dw = None if x is None else _weight_gradient(g, x, into[1], dtypes[1])
+    dw = None if x is None else weight_gradient(g, x, into[1], dtypes[1])
     return (dx, dw, _column_sums(g, dtypes[2]) if needs[2:] == (True,) else None)[: len(needs)]
 
 
@@ -64,7 +64,7 @@ def addmm(needs, y, u, B, *, alpha, spare):
         return NotImplemented
     expect("y", y, *u.shape[:-1], len(B))
     total = y if spare and y.flags.c_contiguous else y.copy(order="C")
-    product(_rows(low(u)), low(B).T, out=_rows(total), alpha=float(alpha), add=True)
+    product(rows_of(low(u)), low(B).T, out=rows_of(total), alpha=float(alpha), add=True)
     saved_B, saved_u = (B if needs[1] else None), (u if needs[2] else None)
     return total, (float(alpha), saved_B, saved_u, needs[0], B.dtype, u.dtype)
 
@@ -72,7 +72,7 @@ def addmm(needs, y, u, B, *, alpha, spare):
 @addmm.backward(into=True)
 def _(g, alpha, B, u, y_needed, B_dtype, u_dtype, into):
     du = None if B is None else _factor_gradient(g, low(B), into[1], u_dtype, alpha)
-    dB = None if u is None else _weight_gradient(g, u, into[2], B_dtype, alpha)
+    dB = None if u is None else weight_gradient(g, u, into[2], B_dtype, alpha)
     return g if y_needed else None, du, dB
 
 
@@ -82,7 +82,7 @@ def matmul(needs, a, b):
         return NotImplemented
     if b.ndim == 2 and a.ndim > 2:
         y = cupy.empty((*a.shape[:-1], b.shape[1]), bfloat16)
-        product(_rows(low(a)), low(b), out=_rows(y))
+        product(rows_of(low(a)), low(b), out=rows_of(y))
     else:
         y = product(low(a), low(b))
     return y, (a.shape, a.dtype, b.shape, b.dtype, a if needs[1] else None, b if needs[0] else None)
@@ -93,7 +93,7 @@ def _(g, a_shape, a_dtype, b_shape, b_dtype, a, b, into):
     da = db = None
     if len(b_shape) == 2 and len(a_shape) > 2:  # one matrix for the whole stack: one product
         da = None if b is None else _factor_gradient(g, low(b).T, into[0], a_dtype)
-        db = None if a is None else _weight_gradient(a, g, into[1], b_dtype)
+        db = None if a is None else weight_gradient(a, g, into[1], b_dtype)
         return da, db
     if b is not None:
         da = _summed(product(low(g), low(b).swapaxes(-1, -2), dtype=_float32), a_shape, a_dtype)
@@ -111,18 +111,18 @@ def _factor_gradient(
     g: Array, w: Array, into: Array | None, dtype: np.dtype = bfloat16, alpha: float = 1.0
 ) -> Array | object:
     """alpha g @ w, of g (..., out) and w (out, in): (..., in), added to `into` where it can be."""
-    rows = _rows(low(g))
+    rows = rows_of(low(g))
     if into is not None and into.flags.c_contiguous:
-        product(rows, w, out=_rows(into), alpha=alpha, add=True)
+        product(rows, w, out=rows_of(into), alpha=alpha, add=True)
         return ADDED
     found = cupy.empty((*g.shape[:-1], w.shape[1]), dtype)  # no view: more may be added to it
-    product(rows, w, out=_rows(found), alpha=alpha)
+    product(rows, w, out=rows_of(found), alpha=alpha)
     return found
 
 
-def _weight_gradient(g: Array, x: Array, into: Array | None, dtype: np.dtype, alpha: float = 1.0) -> Array | object:
+def weight_gradient(g: Array, x: Array, into: Array | None, dtype: np.dtype, alpha: float = 1.0) -> Array | object:
     """alpha g.T @ x, of g (..., out) and x (..., in): (out, in), added to `into` where it can be."""
-    g, x = _rows(low(g)), _rows(low(x))
+    g, x = rows_of(low(g)), rows_of(low(x))
     if into is not None and into.flags.c_contiguous:
         aside.run(lambda: product(g.T, x, out=into, alpha=alpha, add=True), into, g, x)
         return ADDED
@@ -138,16 +138,21 @@ def _product_and_bias(x: Array, w: Array, bias: Array | None) -> Array:
     """x @ w.T + bias: the product is added to rows that the bias was written to, so that sums are rounded once."""
     y = cupy.empty((*x.shape[:-1], w.shape[0]), bfloat16)
     if bias is not None:
-        expect("bias", bias, y.shape[-1])
-        bias = contiguous(bias.astype(_float32, copy=False))
-        _source("write_rows")(-(-y.size // 2048), 256, y, bias, np.int64(y.size), y.shape[-1])
-    product(_rows(x), w.T, out=_rows(y), add=bias is not None)
+        write_bias(y, bias)
+    product(rows_of(x), w.T, out=rows_of(y), add=bias is not None)
     return y
+
+
+def write_bias(y: Array, bias: Array) -> None:
+    """Makes every row of y (..., out) the bias (out,)."""
+    expect("bias", bias, y.shape[-1])
+    bias = contiguous(bias.astype(_float32, copy=False))
+    _source("write_rows")(-(-y.size // 2048), 256, y, bias, np.int64(y.size), y.shape[-1])
 
 
 def _column_sums(g: Array, dtype: np.dtype) -> Array:
     """The sums of g (..., out) over all rows, added up in float32: a product with ones."""
-    rows = _rows(low(g))
+    rows = rows_of(low(g))
     return product(_ones(len(rows)), rows, dtype=dtype)[0]
 
 
