@@ -133,7 +133,7 @@ def _add_runs(g: Array, ids: Array, y: Array, adds: bool) -> None:
 
 
 def _add_whole_numbers(g: Array, ids: Array, y: Array, adds: bool) -> None:
-    """Sums in 64 bits, as multiples of 2**-61 of the sum of all |g|, about: eight bytes for each number of y meanwhile."""
+    """Sums in 64 bits, as multiples of about 2**-61 of the sum of all |g|: eight bytes a number of y meanwhile."""
     width = g.size // ids.size
     size = summed("abs", g, shape=g.shape, axes=tuple(range(g.ndim)))
     sums = cupy.zeros(y.size, np.int64)
