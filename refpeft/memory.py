@@ -227,7 +227,7 @@ def _logits(model: Model, positions: int, here: bool, itemsize: int) -> int:
         return 0
     vocab, width = model.head.shape
     if model.head.layers:  # an adapter's
-        return 2 * itemsize * min(max(fused.LOGITS_AT_ONCE, vocab), positions * vocab)
+        return 2 * itemsize * min(max(fused.logits_at_once(here, itemsize), vocab), positions * vocab)
     if here:  # some words at a time: see refpeft.cpu.losses
         return itemsize * (min(fused.LOGITS_AT_ONCE, positions * min(vocab, WORDS)) + 3 * positions * width)
     return min(fused.LOGITS_ON_GPU, positions * vocab * itemsize)  # in place
@@ -308,17 +308,31 @@ def lines(memory: dict[str, int], frozen: dict[str, dict[str, float]]) -> list[s
     return report.table([*rows, ("  in all", report.size(sum(memory.values())))])
 
 
-def lighter(train: Train, device: str) -> list[str]:
-    """What makes a step take less memory, in the words of options."""
+def lighter(train: Train, device: str, largest: str = "", quantized: bool = True) -> list[str]:
+    """What makes a run take less memory, in the words of options: first what helps with the `largest` part.
+
+    `quantized` says whether weights are that already.
+    """
     threads = device == "cpu" and train.threads != 1 and train.rows_at_a_time > 1
+    dense = largest == "weights" and not quantized
     possible = {
-        "--paged keeps the optimizer's state elsewhere": not train.paged,
-        "--optimizer adamw8bit keeps it in a quarter": train.optimizer == "adamw",
-        "--set train.checkpoint_activations=true keeps only the inputs of layers": not train.checkpoint_activations,
-        "--set train.threads=1 keeps gradients once, not for every thread": threads,
-        "--set train.micro_batch=1 computes the same step one row at a time": train.rows_at_a_time > 1,
+        "--quantizer nf4 --double-quant keeps weights in half a byte each, --dtype bfloat16 in two": ("weights", dense),
+        "--paged keeps the optimizer's state elsewhere": ("optimizer", not train.paged),
+        "--optimizer adamw8bit keeps it in a quarter": ("optimizer", train.optimizer == "adamw"),
+        "--set train.checkpoint_activations=true keeps only the inputs of layers": (
+            "activations",
+            not train.checkpoint_activations,
+        ),
+        "--set train.threads=1 keeps gradients once, not for every thread": ("gradients", threads),
+        "--set train.micro_batch=1 computes the same step one row at a time": ("activations", train.rows_at_a_time > 1),
     }
-    return [remedy for remedy, helps in possible.items() if helps]
+    helping = {remedy: part for remedy, (part, helps) in possible.items() if helps}
+    return sorted(helping, key=lambda remedy: not largest.startswith(helping[remedy]))
+
+
+def is_short(error: Exception) -> bool:
+    """Whether an error says that memory does not suffice, the host's or a device's."""
+    return isinstance(error, MemoryError) or "cudaErrorMemoryAllocation" in str(error)
 
 
 def _largest_dense(model: Model, config: RunConfig, quantized: bool, rows: int | None = None) -> int:

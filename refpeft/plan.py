@@ -273,6 +273,5 @@ def _advice(resolved: Resolved, parts: dict[str, int], free: int | None) -> list
     notes = [
         f"{report.size(total)} is more than the {report.size(free)} that are free; the largest part is {largest!r}"
     ]
-    if largest == "weights" and not resolved.run.quantizer:
-        notes.append("--quantizer nf4 --double-quant keeps weights in half a byte each, --dtype bfloat16 in two")
-    return notes + memory.lighter(resolved.run.train, resolved.run.device)
+    quantized = resolved.run.quantizer is not None
+    return notes + memory.lighter(resolved.run.train, resolved.run.device, largest, quantized)

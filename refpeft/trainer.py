@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from . import backend, files, learning, memory, schedule, survey, towards_base
+from . import backend, files, learning, memory, report, schedule, survey, towards_base
 from .backend import Array, to_host
 from .batches import Batch, Batches, split
 from .config import Train as Settings
@@ -269,16 +269,31 @@ class Trainer:
 
     @contextlib.contextmanager
     def _room(self) -> Iterator[None]:
-        """Within it, too little memory is told with what is free and what helps."""
+        """Within it, too little memory is told with what is free, what takes how much, and what helps."""
         try:
             yield
-        except MemoryError as error:
+        except Exception as error:
+            if not memory.is_short(error):
+                raise
             what = f": {str(error).rstrip('.')}" if str(error) else ""
             device = "cuda" if self._on_gpu else "cpu"
             free = memory.free_memory(device)
             left = f"; {free:,} bytes are free" if free is not None else ""
-            helps = "; ".join([*memory.lighter(self.settings, device), "a smaller rank, or fewer targets, train less"])
-            raise RefpeftError(f"out of memory{what}{left}. What helps: {helps}") from None
+            parts = self._held(device)
+            took = ", ".join(f"{part} {report.size(nbytes)}" for part, nbytes in parts.items())
+            remedies = memory.lighter(self.settings, device, next(iter(parts)), self.model.bits is not None)
+            helps = "; ".join([*remedies, "a smaller rank, or fewer targets, train less"])
+            raise RefpeftError(f"out of memory{what}{left}. Taken were: {took}. What helps: {helps}") from None
+
+    def _held(self, device: str) -> dict[str, int]:
+        """Bytes that were held at most, by what they are of, the largest part first."""
+        parts = {"weights": self.model.nbytes}
+        if hasattr(self, "optimizer"):  # there was room for what stays
+            state = 0 if self.settings.paged else sum(array.nbytes for array in self.optimizer.state.values())
+            parts["optimizer, values and gradients"] = state + 2 * self.flat.values.nbytes
+            step = "activations and working arrays" + (", with Python and its libraries" if device == "cpu" else "")
+            parts[step] = max(0, report.peak(device) - sum(parts.values()))
+        return dict(sorted(parts.items(), key=lambda part: -part[1]))
 
     def _tell(self, **record: Any) -> None:
         for listener in self.listeners:

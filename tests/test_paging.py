@@ -203,8 +203,8 @@ def test_a_run_says_once_that_it_is_not_paged(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("options", "helps"),
     [
-        ({}, "--paged keeps .*; --optimizer adamw8bit keeps .*; .*; --set train.micro_batch=1 .*; a smaller rank"),
-        ({"paged": True, "optimizer": "lion", "batch": 1}, "What helps: --set train.checkpoint.*; a smaller rank"),
+        ({}, r"Taken were: weights .*; --paged .*; --optimizer adamw8bit .*; --set train.micro_batch=1 .*; a smaller"),
+        ({"paged": True, "optimizer": "lion", "batch": 1}, "What helps: --quantizer .*; --set train.checkpoint.*; a"),
     ],
 )
 def test_memory_that_does_not_suffice_is_told_with_what_helps(options, helps, tmp_path, monkeypatch):

@@ -1,17 +1,24 @@
 """The plan of a run tells, without reading a weight, what the run would then do and hold."""
 
 import json
+import re
+from pathlib import Path
 
+import numpy as np
 import pytest
+import tiny
 import tiny_files
 
 import refpeft
-from refpeft import config, cost, memory, plan, report
+from refpeft import config, cost, doctor, memory, plan, report
+from refpeft.batches import Batches
+from refpeft.config import Train
 from refpeft.data import load_data
 from refpeft.errors import RefpeftError
 from refpeft.examples import Example
 from refpeft.models.checkpoint import Checkpoint
 from refpeft.optim import OPTIMIZERS, Flat
+from refpeft.trainer import Trainer
 
 
 @pytest.fixture
@@ -142,6 +149,78 @@ def test_too_little_memory_is_said_with_what_helps(resolve, monkeypatch):
     made = plan.plan(resolve())
     assert "is more than the 1000 B that are free" in made.notes[0]
     assert "more than" in made.text()
+
+
+def test_memory_that_a_step_does_not_find_is_told_with_what_took_it(monkeypatch):
+    model = tiny.model("llama", "float32")
+    refpeft.attach(model, "lora")
+    trainer = Trainer(model, Batches([Example(np.arange(9), np.ones(9, bool), 1)] * 4, 4, 9), None, Train(steps=1))
+
+    def short(*_):
+        raise MemoryError("Unable to allocate 9 GiB for an array.")
+
+    monkeypatch.setattr(model, "objective", short)
+    with pytest.raises(RefpeftError) as told:
+        trainer.run()
+    said = str(told.value)
+    assert said.startswith("out of memory: Unable to allocate 9 GiB for an array; ")
+    assert "Taken were: activations and working arrays, with Python and its libraries 1" in said  # hundreds of MiB
+    assert ", optimizer, values and gradients " in said and ", weights " in said
+    assert "What helps: --set train.checkpoint_activations=true" in said  # what helps with the largest part
+
+
+# ---- on a GPU --------------------------------------------------------------------------------------------------------
+
+
+def shape(*sets: str, rows: int = 4, length: int = 2048) -> plan.ShapePlan:
+    """Llama-3-8B under LoRA, planned for a GPU in bfloat16."""
+    tables = {"data.length": length, "train.batch": rows, "lora.targets": "all-linear", "lora.r": 16}
+    tables |= {"model": "llama-3-8b", "data.file": config.EMBEDDED, "device": "cuda", "dtype": "bfloat16"}
+    return plan.plan_shape(config.resolve(None, [("test", key, value) for key, value in tables.items()], sets))
+
+
+def part(made: plan.ShapePlan, begin: str) -> int:
+    return next(count for name, count in made.memory.items() if name.startswith(begin))
+
+
+def test_on_a_gpu_a_layer_keeps_two_bytes_a_number_and_no_outputs_that_are_made_again():
+    """Of a token: the inputs of both norms, q, k, v and what attention gives, gate and up, and u of seven factors."""
+    dim, ff, kv, layers, tokens = 4096, 14336, 1024, 32, 4 * 2048
+    numbers = 2 * dim + (dim + 2 * kv + dim) + 2 * ff + 7 * 16
+    expected = 2 * layers * tokens * numbers
+    assert part(shape(), "activations") == pytest.approx(expected, rel=0.01)
+
+
+def test_what_a_gpu_is_told_to_compute_again_is_kept_as_inputs_of_layers():
+    found = part(shape("train.checkpoint_activations=true", rows=1), "activations")
+    inputs = 2 * 32 * 2048 * 4096
+    assert inputs < found < inputs + part(shape(rows=1), "activations") / 28
+
+
+def test_float32_on_a_gpu_keeps_what_the_host_does():
+    gpu, host = (shape("dtype=float32", f"device={device}") for device in ("cuda", "cpu"))
+    assert part(gpu, "activations") == part(host, "activations") > 2 * part(shape(), "activations")
+
+
+def test_logits_and_dense_weights_of_a_gpu_are_bounded():
+    made = shape()
+    assert part(made, "logits") == 2**29
+    assert part(shape("quantizer='nf4'"), "other") - part(made, "other") == 2 * 4096 * 14336  # one weight, dense
+
+
+def test_the_pairs_that_make_outputs_again_are_those_that_plans_know_of():
+    folder = Path(refpeft.__file__).parent / "cuda"
+    found = {
+        name for file in folder.glob("*.py") for name in re.findall(r"^@(\w+)\.recomputed", file.read_text(), re.M)
+    }
+    assert found == {op.name for op in cost.MADE_AGAIN}
+
+
+def test_a_run_for_a_gpu_is_planned_where_there_is_none(resolve, monkeypatch):
+    monkeypatch.setattr(doctor, "obstacle", lambda: "there is no GPU: buy one")
+    made = plan.plan(resolve("device=cuda", "dtype=bfloat16"))
+    assert made.free is None and made.notes == ["here device 'cuda' cannot be used: there is no GPU: buy one"]
+    assert "Python and its libraries" not in made.memory  # which take the host's
 
 
 def test_wrong_targets_and_a_taken_directory_are_refused_as_in_training(resolve, tmp_path):
