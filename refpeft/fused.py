@@ -27,6 +27,11 @@ LOGITS_ON_GPU = 2**29
 """Bytes of those that it holds there of a frozen head: at least 2,048 rows of 128,256 words in bfloat16."""
 
 
+def logits_at_once(on_host: bool, itemsize: int) -> int:
+    """How many logits of a head that is not frozen are there at once: on a GPU beside as many of their derivatives."""
+    return LOGITS_AT_ONCE if on_host else LOGITS_ON_GPU // (2 * itemsize)
+
+
 # ---- linear --------------------------------------------------------------------------------------------------------
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from refpeft import fused, ops
 from refpeft.errors import RefpeftError
 from refpeft.tensor import Tensor, checkpoint
@@ -39,7 +41,7 @@ def by_chunks(model: Model, hidden: Tensor, term: Callable[[Tensor, slice], Tens
 
     Logits are computed again in the backward pass, so that they never exist as a whole.
     """
-    size = max(1, fused.LOGITS_AT_ONCE // model.head.shape[0])
+    size = max(1, fused.logits_at_once(model.xp is np, hidden.dtype.itemsize) // model.head.shape[0])
     total = None
     for at in range(0, max(hidden.shape[0], 1), size):
         here = slice(at, at + size)
