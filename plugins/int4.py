@@ -6,12 +6,13 @@ byte, the first in the high half; an unused half is the code of 0.
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
 from refpeft import hookimpl
 from refpeft.backend import xp_of
-from refpeft.blockwise import pack_nibbles
+from refpeft.blockwise import Blocks, decode, pack_nibbles
 from refpeft.rowwise import aligned, blocks_of, look_up, pack_rows, rows_of, unpack_rows
 
 ZERO = 8
@@ -48,4 +49,13 @@ def quant_unpack(parts, cfg, shape, dtype, rows):
         values, scale = aligned(values, min(cfg.group, shape[-1]), scale)
         values *= scale
 
+    if cfg.group % 2 == 0 and shape[-1] % cfg.group == 0:  # groups are blocks of the flattened weight
+        packed, scale = parts["packed"], parts["scale"]
+        return decode(Blocks(packed, scale, cfg.group, levels(xp_of(packed))), shape, dtype, rows)
     return unpack_rows(unpack, shape, dtype, (parts["packed"], parts["scale"]), rows=rows)
+
+
+@cache
+def levels(xp):
+    """What a code stands for."""
+    return xp.asarray(np.array(LEVELS, "f4"))

@@ -7,15 +7,18 @@ With `compat` weights become float16 first, as in bitsandbytes; on a CPU 127 / s
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
 from refpeft import hookimpl
 from refpeft.backend import xp_of
+from refpeft.blockwise import Blocks, decode
 from refpeft.compat import Compat
 from refpeft.errors import RefpeftError
 
 LEAST = np.float32(4e-37)  # 127 / scale of a smaller scale is more than float32 holds
+UNIT = np.float32(1 / 127)
 CHUNK = 1 << 20  # weights in work at a time
 
 
@@ -37,12 +40,22 @@ def quant_pack(weight, cfg):
 
 
 @hookimpl
-def quant_unpack(parts, dtype, rows):
+def quant_unpack(parts, shape, dtype, rows):
+    codes, scale = parts["codes"], parts["scale"]
+    if xp_of(codes) is not np:
+        blocks = Blocks(codes.view("u1"), scale, shape[-1], levels(xp_of(codes)), factor=UNIT)
+        return decode(blocks, shape, dtype, rows)
     some = ... if rows is None else rows
-    values = parts["codes"][some].astype("f4")
-    values *= parts["scale"][some][..., None]
-    values *= np.float32(1 / 127)
+    values = codes[some].astype("f4")  # faster here than to look levels up
+    values *= scale[some][..., None]
+    values *= UNIT
     return values.astype(dtype, copy=False)
+
+
+@cache
+def levels(xp):
+    """What a byte stands for."""
+    return xp.asarray(np.arange(256, dtype="u1").view("i1").astype("f4"))
 
 
 def _quantize(rows, compat):

@@ -6,8 +6,8 @@ The rules (refpeft.compat has those of bitsandbytes where they differ):
 - The code is that of the nearest level: a scaled value on the midpoint of two takes the lower, equal levels the first.
 - A block of zeros, or of magnitudes below float32's smallest normal number, has absmax 0 and decodes to zeros.
 - Codes of 16 levels lie two in a byte, the first in the high half; an unused half is the code of 0.
-- A decoded value is level * absmax, rounded to float32; with an offset, that is added and the sum rounded to float32;
-  then it is rounded to the dtype that is asked for.
+- A decoded value is level * absmax, rounded to float32, and so after a factor and an offset where there are these; then
+  it is rounded to the dtype that is asked for.
 - NaN, infinity and what is near it (above 2^120) are refused before (refpeft.quant).
 """
 
@@ -25,6 +25,8 @@ from .backend import Array, xp_of
 
 TINY = np.finfo("f4").tiny
 
+ONE = np.float32(1)
+
 FASTER: dict[Any, ModuleType] = {np: blockwise_numpy}
 """By array module: a module with `encode` and `decode`, the same bits as here, or NotImplemented."""
 
@@ -41,13 +43,14 @@ class Book(NamedTuple):
 
 
 class Blocks(NamedTuple):
-    """An encoded array: number i is levels[code i] * absmax[i // block], plus the offset where there is one."""
+    """An encoded array: number i is levels[code i] * absmax[i // block] * factor, plus an offset if any."""
 
     codes: Array  # uint8 of any shape, in C order; two in a byte where there are 16 levels
-    absmax: Array | Blocks  # float32 (blocks,), or these encoded themselves: double quantization
+    absmax: Array | Blocks  # float32, one a block, or these encoded themselves: double quantization
     block: int
     levels: Array  # float32
     offset: Array | None = None  # float32, 0-d
+    factor: np.float32 = ONE
 
 
 def nearest(levels: np.ndarray, xp: ModuleType = np) -> Book:
@@ -95,6 +98,8 @@ def decode(blocks: Blocks, shape: tuple[int, ...], dtype: np.dtype, rows: slice 
     if len(blocks.levels) == 16:
         codes = unpack_nibbles(codes, prod(shape))
     values = blocks.levels[codes] * blocks.absmax.repeat(blocks.block)[: codes.size]
+    if blocks.factor != ONE:
+        values *= blocks.factor
     if blocks.offset is not None:
         values += blocks.offset
     return values.reshape(shape).astype(dtype, copy=False)
@@ -106,7 +111,8 @@ def _decode_rows(blocks: Blocks, shape: tuple[int, ...], dtype: np.dtype, rows: 
     at, per_byte = first // blocks.block, 2 if len(blocks.levels) == 16 else 1
     start = at * blocks.block
     codes = blocks.codes.reshape(-1)[start // per_byte : -(-last // per_byte)]
-    values = decode(blocks._replace(codes=codes, absmax=_array(blocks.absmax)[at:]), (last - start,), dtype)
+    absmax = _array(blocks.absmax).reshape(-1)[at:]
+    values = decode(blocks._replace(codes=codes, absmax=absmax), (last - start,), dtype)
     return values[first - start :].reshape(-1, shape[1])
 
 

@@ -67,29 +67,32 @@ def encode(
 
 def decode(blocks: Blocks, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """refpeft.blockwise.decode of a whole array; constants that are encoded themselves have to be decoded before."""
-    codes, absmax, block, levels, offset = blocks
-    if not isinstance(absmax, np.ndarray):
+    codes, absmax, block, levels, offset, factor = blocks
+    if isinstance(absmax, tuple):  # Blocks
         return NotImplemented
-    codes = codes.reshape(-1)
+    codes, absmax = codes.reshape(-1), absmax.reshape(-1)
+    chunk = max(1, CHUNK // (2 * block)) * 2 * block  # whole blocks, and whole bytes
     count, per_byte = prod(shape), 2 if len(levels) == 16 else 1
     table = _pairs(levels) if per_byte == 2 else levels
     values = arena.empty((count + count % per_byte,), dtype)
 
     def span(start: int, stop: int) -> None:
         direct = dtype == np.float32
-        scratch = values if direct else np.empty(min(stop - start, CHUNK), "f4")
-        for at in range(start, stop, CHUNK):
-            end = min(at + CHUNK, stop)
+        scratch = values if direct else np.empty(min(stop - start, chunk), "f4")
+        for at in range(start, stop, chunk):
+            end = min(at + chunk, stop)
             part = values[at:end] if direct else scratch[: end - at]
             # mode="clip" because np.take with another mode writes to a copy first
             np.take(table, codes[at // per_byte : end // per_byte], out=part.view(table.dtype), mode="clip")
             part *= absmax[at // block : -(-end // block)].repeat(block)[: part.size]  # faster than by broadcasting
+            if factor != 1:
+                part *= factor
             if offset is not None:
                 part += offset
             if not direct:
                 values[at:end] = part
 
-    in_parallel(span, values.size, CHUNK)
+    in_parallel(span, values.size, chunk)
     return values[:count].reshape(shape)
 
 

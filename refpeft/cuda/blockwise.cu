@@ -28,7 +28,7 @@ struct Constants {
 };
 
 // A block of threads decodes UNITS units a thread, and the first one what is behind the last whole unit. There are fewer
-// than 2^32 units; blocks are of 2^log_block numbers, eight at least.
+// than 2^32 units, and they cross no ends of blocks. Those of four bits have 2^log_block numbers.
 #define FIRST_UNIT (blockIdx.x * blockDim.x * UNITS + threadIdx.x)
 
 extern "C" __global__ void decode_4_bits(
@@ -62,8 +62,8 @@ extern "C" __global__ void decode_4_bits(
 }
 
 extern "C" __global__ void decode_8_bits(
-    const unsigned char* codes, const float* levels, int level_count, const float* offset, int log_block,
-    const float* absmax, real* values, long long count
+    const unsigned char* codes, const float* levels, int level_count, int block, const float* absmax, float factor,
+    const float* offset, real* values, long long count
 ) {
     __shared__ float level[256];
     unsigned int first = FIRST_UNIT, units = (unsigned int)(count / 8);
@@ -75,7 +75,7 @@ extern "C" __global__ void decode_8_bits(
         unsigned int unit = first + u * blockDim.x;
         if (unit >= units) break;
         raw[u] = reinterpret_cast<const uint2*>(codes)[unit];
-        constant[u] = absmax[unit >> (log_block - 3)];
+        constant[u] = absmax[unit / (unsigned int)(block / 8)];
     }
     for (int i = threadIdx.x; i < level_count; i += blockDim.x) level[i] = levels[i];
     __syncthreads();
@@ -87,12 +87,13 @@ extern "C" __global__ void decode_8_bits(
 #pragma unroll
         for (int i = 0; i < 8; i++) {
             unsigned int code = (i < 4 ? raw[u].x : raw[u].y) >> 8 * (i % 4) & 255;
-            number[i] = __fadd_rn(level[code] * constant[u], shift);
+            number[i] = __fadd_rn(level[code] * constant[u] * factor, shift);
         }
         store8(values + 8ll * unit, number);
     }
     long long at = 8ll * units + threadIdx.x;
-    if (blockIdx.x == 0 && at < count) values[at] = narrow(__fadd_rn(level[codes[at]] * absmax[at >> log_block], shift));
+    if (blockIdx.x == 0 && at < count)
+        values[at] = narrow(__fadd_rn(level[codes[at]] * absmax[at / block] * factor, shift));
 }
 
 // ---- encoding --------------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ def decode(blocks: Blocks, shape: tuple[int, ...], dtype: np.dtype) -> Array:
     """refpeft.blockwise.decode of a whole array."""
     nibbles, count = len(blocks.levels) == 16, prod(shape)
     arguments = _of_4_bits(blocks) if nibbles else _of_8_bits(blocks)
-    if arguments is None or not (_in_units(blocks) and 0 < count < _MOST):
+    if arguments is None or blocks.block % 8 or blocks.codes.data.ptr % 8 or not 0 < count < _MOST:
         return NotImplemented
     values = cupy.empty(shape, dtype if dtype == bfloat16 else _float32)
     try:
@@ -43,22 +43,23 @@ def decode(blocks: Blocks, shape: tuple[int, ...], dtype: np.dtype) -> Array:
 def _of_4_bits(blocks: Blocks) -> tuple | None:
     """What decode_4_bits takes of these blocks; None where it does not take them."""
     absmax, inner = blocks.absmax, (None, None, None, 0)
-    if blocks.offset is not None:
+    if blocks.offset is not None or blocks.factor != blockwise.ONE or not _power_of_two(blocks.block):
         return None
     if isinstance(absmax, Blocks):
-        if isinstance(absmax.absmax, Blocks) or len(absmax.levels) == 16 or not _in_units(absmax):
+        plain = absmax.factor == blockwise.ONE and not isinstance(absmax.absmax, Blocks)
+        if not plain or len(absmax.levels) == 16 or not _power_of_two(absmax.block):
             return None
-        inner = (absmax.codes.reshape(-1), absmax.levels, absmax.offset, _log2(absmax.block))
+        inner = (absmax.codes, absmax.levels, absmax.offset, _log2(absmax.block))
         absmax = absmax.absmax
-    return blocks.codes.reshape(-1), blocks.levels, _log2(blocks.block), absmax, *inner
+    return blocks.codes, blocks.levels, _log2(blocks.block), absmax, *inner
 
 
 def _of_8_bits(blocks: Blocks) -> tuple | None:
     """The same of decode_8_bits."""
     if isinstance(blocks.absmax, Blocks):
         return None
-    codes, levels = blocks.codes.reshape(-1), blocks.levels
-    return codes, levels, len(levels), blocks.offset, _log2(blocks.block), blocks.absmax
+    levels, factor = blocks.levels, float(blocks.factor)
+    return blocks.codes, levels, len(levels), blocks.block, blocks.absmax, factor, blocks.offset
 
 
 def encode(array: Array, block: int, book: Book, reciprocal: Callable[[Array], Array]) -> tuple[Array, Array]:
@@ -78,9 +79,8 @@ def encode(array: Array, block: int, book: Book, reciprocal: Callable[[Array], A
     return codes, absmax
 
 
-def _in_units(blocks: Blocks) -> bool:
-    """Whether blocks are powers of two, which no unit of eight numbers crosses, and units are read at once."""
-    return blocks.block % 8 == 0 and blocks.block & blocks.block - 1 == 0 and blocks.codes.data.ptr % 8 == 0
+def _power_of_two(block: int) -> bool:
+    return block & block - 1 == 0
 
 
 def _log2(block: int) -> int:

@@ -98,6 +98,20 @@ def test_a_weight_in_bfloat16_is_that_in_float32_rounded(name: str, options: dic
         assert found.dtype == bfloat16 and to_host(found).tobytes() == expected.tobytes()
 
 
+@pytest.mark.parametrize("shape", [(64,), (7, 128), (64, 256), (3, 2, 192), (5, 1344)], ids=str)
+@pytest.mark.parametrize("name, kernel", [("int8", "decode_8_bits"), ("int4", "decode_4_bits")])
+def test_rows_of_whole_units_are_decoded_in_one_launch(
+    name: str, kernel: str, shape: tuple[int, ...], launches: list[str]
+):
+    quantizer = make_quantizer(name)
+    parts = quantizer.pack(normal(*shape))
+    for dtype in (np.dtype("f4"), bfloat16):
+        launches.clear()
+        found = quantizer.dense(on_the_gpu(parts), shape, dtype)
+        assert launches == [kernel] and found.dtype == dtype
+        assert to_host(found).tobytes() == quantizer.dense(parts, shape, dtype).tobytes()
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name, options, double_quant", BLOCKS, ids=str)
 def test_codes_in_blocks_are_decoded_in_one_launch(
