@@ -60,9 +60,10 @@ __device__ inline float power(float x, float exponent) { return exponent == 2.f 
     }                                             \
     break;
 
-// The functions, by their number in FUNCTIONS of maps.py. Where one is a gradient, a is that of the output.
-__device__ inline void apply(int function, const float* A, const float* B, const float* C, float* y) {
-    switch (function) {
+// The one function that this is compiled for, by its number in FUNCTIONS of maps.py: the constant FUNCTION. Where it is
+// a gradient, a is that of the output.
+__device__ inline void apply(const float* A, const float* B, const float* C, float* y) {
+    switch (FUNCTION) {
         case 0: EACH(a)
         case 1: EACH(a + b)
         case 2: EACH(a - b)
@@ -108,7 +109,7 @@ __device__ inline void write8(real* to, int step, bool in_eights, int count, con
 // y[i0, i1, i2, i3] = function(a, b, c at the same place), for `eights` groups of up to eight numbers along the last of
 // four axes, n0 ... n3 long. y0 ... are the strides of y, in numbers, a0 ... those of a. Where arrays are contiguous the
 // axes are one, of any length. Reads each array once and writes y: 6 bytes a number for the sum of two bfloat16 arrays.
-extern "C" __global__ void map(int function, unsigned int eights, int n1, int n2, long n3,  //
+extern "C" __global__ void map(unsigned int eights, int n1, int n2, long n3,  //
                                real* y, int y_in_eights, int y0, int y1, int y2, int y3,    //
                                const void* a, int a_kind, float a_value, int a0, int a1, int a2, int a3,
                                const void* b, int b_kind, float b_value, int b0, int b1, int b2, int b3,
@@ -127,7 +128,7 @@ extern "C" __global__ void map(int function, unsigned int eights, int n1, int n2
     read8({a, a_kind, a_value}, i0 * a0 + i1 * a1 + i2 * a2 + i3 * a3, a3, count, A);
     read8({b, b_kind, b_value}, i0 * b0 + i1 * b1 + i2 * b2 + i3 * b3, b3, count, B);
     read8({c, c_kind, c_value}, i0 * c0 + i1 * c1 + i2 * c2 + i3 * c3, c3, count, C);
-    apply(function, A, B, C, Y);
+    apply(A, B, C, Y);
     write8(y + i0 * y0 + i1 * y1 + i2 * y2 + i3 * y3, y3, y_in_eights, count, Y);
 }
 
@@ -140,7 +141,7 @@ __device__ inline void put(real* y, float* partial, int add, long at, float sum)
 // Sums of function(a, b, c) over the middle one of three axes (outer, n, width), by blocks of 256 columns, eight a thread
 // and eight rows at a time: y (outer, width), or partial (outer, parts, width) with sums over `per` rows each. The order
 // goes by the shape alone. Reads each array once.
-extern "C" __global__ void sum_columns(int function, real* y, float* partial, int add, int parts, int per, int n, int width,
+extern "C" __global__ void sum_columns(real* y, float* partial, int add, int parts, int per, int n, int width,
                                        const void* a, int a_kind, float a_value, int a0, int a1, int a2,
                                        const void* b, int b_kind, float b_value, int b0, int b1, int b2,
                                        const void* c, int c_kind, float c_value, int c0, int c1, int c2) {
@@ -156,7 +157,7 @@ extern "C" __global__ void sum_columns(int function, real* y, float* partial, in
         read8({a, a_kind, a_value}, outer * a0 + row * a1 + (long)column * a2, a2, count, A);
         read8({b, b_kind, b_value}, outer * b0 + row * b1 + (long)column * b2, b2, count, B);
         read8({c, c_kind, c_value}, outer * c0 + row * c1 + (long)column * c2, c2, count, C);
-        apply(function, A, B, C, Y);
+        apply(A, B, C, Y);
 #pragma unroll
         for (int k = 0; k < 8; k++) sums[k] += Y[k];
     }
@@ -169,7 +170,7 @@ extern "C" __global__ void sum_columns(int function, real* y, float* partial, in
 }
 
 // The same for a width of 1, by `lanes` threads a row: y (outer,), or partial (outer, parts).
-extern "C" __global__ void sum_rows(int function, real* y, float* partial, int add, int outers, int parts, long per, long n,
+extern "C" __global__ void sum_rows(real* y, float* partial, int add, int outers, int parts, long per, long n,
                                     int lanes,  //
                                     const void* a, int a_kind, float a_value, int a0, int a1,
                                     const void* b, int b_kind, float b_value, int b0, int b1,
@@ -183,7 +184,7 @@ extern "C" __global__ void sum_rows(int function, real* y, float* partial, int a
         read8({a, a_kind, a_value}, outer * a0 + at * a1, a1, count, A);
         read8({b, b_kind, b_value}, outer * b0 + at * b1, b1, count, B);
         read8({c, c_kind, c_value}, outer * c0 + at * c1, c1, count, C);
-        apply(function, A, B, C, Y);
+        apply(A, B, C, Y);
 #pragma unroll
         for (int k = 0; k < 8; k++) sum += k < count ? Y[k] : 0.f;
     }

@@ -6,6 +6,7 @@ computed in float32 and rounded once, to the dtype of the result.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +17,6 @@ import numpy as np
 from refpeft.backend import Array, bfloat16
 from refpeft.cuda.kernels import Source
 
-source = Source("maps.cu")
 float32 = np.dtype("f4")
 
 FUNCTIONS = (  # noqa: SIM905  a list would be 33 lines
@@ -24,7 +24,7 @@ FUNCTIONS = (  # noqa: SIM905  a list would be 33 lines
     "div_slope maximum_slope power_slope exp_slope sqrt_slope abs_slope tanh_slope sigmoid_slope relu_slope silu_slope "
     "gelu_slope gelu_tanh_slope"
 ).split()
-"""By their numbers in maps.cu, which says what each one computes of a, b and c."""
+"""By their numbers in maps.cu, which says what they compute of a, b and c; it is compiled for each that is used."""
 
 _BLOCK = 256  # threads
 _KINDS = {float32: 1, bfloat16: 2, np.dtype(bool): 3}
@@ -34,6 +34,11 @@ _BLOCKS = 1024  # that a sum is split into, about: several for each processor of
 _LEAST_ROWS, _LEAST_LENGTH = 64, 4096  # that it is not split below: of columns, and of a row
 
 Strides = list[int]
+
+
+@functools.cache
+def _source(function: str) -> Source:
+    return Source("maps.cu", FUNCTION=FUNCTIONS.index(function))
 
 
 def takes(*operands: Any) -> bool:
@@ -70,9 +75,9 @@ def mapped(
     n0, n1, n2, n3 = [1] * (4 - len(sizes)) + sizes
     of_out, *others = ([0] * (4 - len(each)) + each for each in strides)
     eights = n0 * n1 * n2 * -(-n3 // 8)
-    source("map", out.dtype)(
+    _source(function)("map", out.dtype)(
         *(-(-eights // _BLOCK), _BLOCK),
-        *(FUNCTIONS.index(function), np.uint32(eights), n1, n2, np.int64(n3)),
+        *(np.uint32(eights), n1, n2, np.int64(n3)),
         *(out, _in_eights(out, of_out), *of_out),
         *_arguments(operands, others, 4),
     )
@@ -134,16 +139,16 @@ def _sum(
         per = -(-n // parts)
     parts = -(-n // per)
     partial = cupy.empty((outer, parts, width), float32) if parts > 1 else None
-    result = (FUNCTIONS.index(function), out, partial, add and partial is None)
+    result = (out, partial, add and partial is None)
     if width == 1:
         lanes = lanes_of(per) if per <= 8 * 4 * 32 else _BLOCK
-        source("sum_rows", out.dtype)(
+        _source(function)("sum_rows", out.dtype)(
             *(-(-outer * parts // (_BLOCK // lanes)), _BLOCK),
             *(*result, outer, parts, np.int64(per), np.int64(n), lanes),
             *_arguments(operands, [each[:2] for each in strides], 2),
         )
     else:
-        source("sum_columns", out.dtype)(
+        _source(function)("sum_columns", out.dtype)(
             *(blocks * parts, _BLOCK),
             *(*result, parts, per, n, width),
             *_arguments(operands, strides, 3),
