@@ -72,15 +72,15 @@ def measure_on_a_gpu(rows: int, columns: int, name: str, double_quant: bool, rep
     from refpeft.backend import bfloat16, module
     from refpeft.quant import make_quantizer
 
-    weight = module("cuda").asarray(np.random.default_rng(0).normal(0, 0.02, (rows, columns)).astype("f4"))
-    quantizer = make_quantizer(name, double_quant=double_quant)
+    array = np.random.default_rng(0).normal(0, 0.02, (rows, columns)).astype("f4")
+    weight, quantizer = module("cuda").asarray(array), make_quantizer(name, double_quant=double_quant)
     kept = quantizer(weight, bfloat16)
     work = {"quantize": {"refpeft": lambda: quantizer.pack(weight)}, "dequantize": {"refpeft": kept}}
-    with contextlib.suppress(ImportError):
+    with contextlib.suppress(ImportError, AssertionError):  # torch asserts that it can use a GPU
         import torch
         from bitsandbytes import functional as bnb
 
-        tensor, how = torch.from_dlpack(weight), {"compress_statistics": double_quant, "quant_type": name}
+        tensor, how = torch.from_numpy(array).cuda(), {"compress_statistics": double_quant, "quant_type": name}
         packed, state = bnb.quantize_4bit(tensor, **how)
         state.dtype = torch.bfloat16
         work["quantize"]["bitsandbytes"] = lambda: bnb.quantize_4bit(tensor, **how)
