@@ -244,11 +244,8 @@ def test_t5_writes_the_tokens_that_the_host_writes():
 def test_a_directory_is_loaded_onto_the_gpu(tmp_path):
     directory = tiny_files.write_model(tmp_path / "model")
     ids = tiny.ids()
-    for dtype, limit in (
-        ("float64", 4096),
-        ("float32", 4096),
-        ("bfloat16", 4 * 2**16),
-    ):  # of bfloat16: 4 of its own eps
+    in_bfloat16 = 4 * 2**16  # 4 of its eps
+    for dtype, limit in (("float64", 4096), ("float32", 4096), ("bfloat16", in_bfloat16)):
         here, there = (refpeft.load(directory, dtype=dtype, device=device) for device in ("cpu", "cuda"))
         assert far(there(ids).data, here(ids).data) <= limit
     assert refpeft.load(directory, quantizer="nf4", device="cuda")(ids).data.dtype == np.float32
