@@ -54,6 +54,41 @@ def test_the_fast_code_has_the_bits_of_the_plain_code(on_device, monkeypatch, na
         assert values.tobytes() == plain_values.tobytes()
 
 
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize(
+    "name, block", [("two signs", 48), ("two signs", 1024), ("signed map", 7), ("signed map", 300)]
+)
+def test_constants_of_any_kind_and_blocks_of_any_size_are_decoded_alike(on_device, monkeypatch, name, block, nested):
+    monkeypatch.setattr(blockwise_numpy, "THREADS", 3)
+    monkeypatch.setattr(blockwise_numpy, "CHUNK", 128)
+    count, levels, rng = 2100, LEVELS[name], np.random.default_rng(block)
+
+    def blocks(xp):
+        codes = xp.asarray(rng.integers(0, 256, count // 2 if len(levels) == 16 else count, "u1"))
+        offset = xp.asarray(np.float32(0.1))
+        constants = xp.asarray(normal(-(-count // block)))
+        if nested:
+            inner = blockwise.nearest(LEVELS["signed map"], xp)
+            packed, absmax = blockwise.encode(constants, 64, inner)
+            constants = blockwise.Blocks(packed, absmax, 64, inner.levels, offset)
+        return blockwise.Blocks(codes, constants, block, xp.asarray(levels), offset, np.float32(1 / 127))
+
+    here = blocks(np)
+    rng = np.random.default_rng(block)  # the same codes once more
+    there = blocks(on_device)
+    for dtype in map(np.dtype, ("f4", ml_dtypes.bfloat16)):
+        values = blockwise.decode(here, (42, 50), dtype)
+        assert values.tobytes() == to_host(blockwise.decode(there, (42, 50), dtype)).tobytes()
+        assert np.array_equal(blockwise.decode(here, (42, 50), dtype, slice(8, 31)), values[8:31])
+    expected = levels[codes_of(here, levels)] * blockwise._array(here.absmax).repeat(block)[:count]
+    expected = expected * np.float32(1 / 127) + np.float32(0.1)
+    assert np.array_equal(blockwise.decode(here, (count,), np.dtype("f4")), expected)
+
+
+def codes_of(blocks, levels):
+    return blockwise.unpack_nibbles(blocks.codes, 2 * blocks.codes.size) if len(levels) == 16 else blocks.codes
+
+
 def test_neither_chunks_nor_threads_change_a_bit_of_a_large_weight(monkeypatch):
     weight = normal(1500, 801)
     book, found = blockwise.nearest(LEVELS["two signs"]), set()
