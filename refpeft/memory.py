@@ -163,11 +163,12 @@ def by_part(
     states = sum(array.size for array in learning.states(model).values()) * dtype.itemsize
     also = ", and what methods keep" if states else ""
     dense, panel = (_largest_dense(model, config, quantized, rows) for rows in (None, PANEL))
-    activations_there = kept.recomputed if recompute else kept.kept
+    again = kept.layer if recompute and not here else 0  # is not there together with logits; the host keeps its memory
+    activations_there = kept.recomputed - again if recompute else kept.kept
     positions = each * (longest if model.read == "all" else 1)
     logits = shards * _logits(model, positions, here, narrow.itemsize)
     gradient = max((tensor.data.size for _, tensor in model.trained()), default=0)  # of a value, before it is added up
-    layer = _working(model, rows, longest, here) * narrow.itemsize  # layers and logits are not there at once
+    layer = again + _working(model, rows, longest, here) * narrow.itemsize  # nor are layers and logits
     working = max(shards * gradient * dtype.itemsize, layer - logits)
     made_dense = (shards * panel if here else dense) * narrow.itemsize
     beside = shards * _PACKED if here else _ON_GPU
@@ -193,10 +194,14 @@ def by_part(
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes of what a forward pass keeps, and what that is where layers are computed again; None where they cannot."""
+    """Bytes of what a forward pass keeps, and what that is where layers are computed again; None where they cannot.
+
+    `layer` is how many of the latter are those of the one layer that was computed again.
+    """
 
     kept: int
     recomputed: int | None
+    layer: int = 0
 
 
 def is_narrow(config: RunConfig) -> bool:
@@ -208,8 +213,10 @@ def activations(model: Model, step: Step, dtype: str) -> Activations:
     """What a step keeps in `dtype`; where layers are computed again, their inputs and one layer at a time."""
     scale = COMPUTE_DTYPES[dtype].itemsize / 4
     layers = model.config.layers + getattr(model.config, "decoder_layers", 0)
-    recomputed = None if step.inputs is None else step.inputs + (step.kept - step.inputs) / layers
-    return Activations(round(step.kept * scale), None if recomputed is None else round(recomputed * scale))
+    if step.inputs is None:
+        return Activations(round(step.kept * scale), None)
+    layer = (step.kept - step.inputs) / layers
+    return Activations(round(step.kept * scale), round((step.inputs + layer) * scale), round(layer * scale))
 
 
 def mixed_precision(trained: int, frozen: int = 0) -> dict[str, int]:

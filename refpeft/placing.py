@@ -20,7 +20,7 @@ from .tensor import Tensor
 UNIT = 64
 """Lengths of rows, and numbers of positions that a loss is taken of, are multiples of it."""
 
-_LENGTHS, _POSITIONS = 8, 4  # how many of each there are between a power of two and the next
+LENGTHS, _POSITIONS = 8, 4  # how many of each there are between a power of two and the next
 _WASTE = 1.25  # the parts of a step get the same shape where that is at most so many times the work
 _MOST = 3 / 4  # a loss that would be taken of a larger share of the positions is taken of all
 
@@ -75,7 +75,7 @@ class Placing:
     def _lengths(self, lengths: list[int]) -> list[int]:
         if not self._stretches:
             return lengths
-        return _alike([int(max(n, min(rounded(n, _LENGTHS), self._room))) for n in lengths])
+        return _alike([int(max(n, min(rounded(n, LENGTHS), self._room))) for n in lengths])
 
     def _padded(self, part: Batch, time: int, said: int) -> Batch:
         """`part` with rows of so many tokens, and without `segments` where these say nothing to the model."""

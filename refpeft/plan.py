@@ -20,6 +20,7 @@ from refpeft import (
     inputs,
     learning,
     memory,
+    placing,
     report,
     run,
     schedule,
@@ -153,7 +154,10 @@ def plan(resolved: Resolved, resume: bool = False) -> Plan:
     batches = inputs.make_batches(config, rows, checkpoint.config)
     at_a_time = min(config.train.rows_at_a_time, len(batches.rows))
     libraries = report.resident()  # now, before anything is probed
-    _, sizes = _sizes(resolved, checkpoint, at_a_time, batches.longest, read.task.name, read.task.labels, here=True)
+    longest = batches.longest
+    if config.device == "cuda":  # where rows are of few lengths
+        longest = max(longest, min(placing.rounded(longest, placing.LENGTHS), checkpoint.config.context))
+    _, sizes = _sizes(resolved, checkpoint, at_a_time, longest, read.task.name, read.task.labels, here=True)
     if config.device == "cpu":
         sizes["memory"] = {"Python and its libraries": libraries} | sizes["memory"]
     steps = config.train.total_steps(batches.steps_per_epoch)

@@ -192,9 +192,17 @@ def test_on_a_gpu_a_layer_keeps_two_bytes_a_number_and_no_outputs_that_are_made_
 
 
 def test_what_a_gpu_is_told_to_compute_again_is_kept_as_inputs_of_layers():
-    found = part(shape("train.checkpoint_activations=true", rows=1), "activations")
-    inputs = 2 * 32 * 2048 * 4096
-    assert inputs < found < inputs + part(shape(rows=1), "activations") / 28
+    """And that of the last norm, and the gradient of what it gives."""
+    inputs = 2 * (32 + 2) * 2048 * 4096
+    assert part(shape("train.checkpoint_activations=true", rows=1), "activations") == pytest.approx(inputs, rel=0.01)
+
+
+def test_a_layer_that_is_computed_again_takes_the_place_of_the_logits():
+    """Of 8 rows of 2,048 tokens one layer keeps more than logits take, and needs as much again to compute with."""
+    again, kept = (shape(f"train.checkpoint_activations={on}", rows=8) for on in ("true", "false"))
+    layer = kept.activations.layer
+    assert layer > part(again, "logits")
+    assert part(again, "other") - part(kept, "other") == pytest.approx(layer, rel=0.01)
 
 
 def test_float32_on_a_gpu_keeps_what_the_host_does():
