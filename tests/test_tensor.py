@@ -210,3 +210,50 @@ def test_each_thread_records_for_itself():
     done.set()
     thread.join()
     assert seen["quiet"] is None and seen["main"] is not None
+
+
+# ---- what is made again ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_an_output_that_can_be_made_again_is_not_kept_by_who_reads_it(length: int):
+    """One that is made of another such output keeps that."""
+    made = []
+
+    @op
+    def cube(needs, x):
+        return x**3, (x,)
+
+    @cube.override(np.ndarray, "f8")
+    def fast(needs, x):
+        return x**3, (x,)
+
+    @fast.recomputed
+    def _(x):
+        made.append(x)
+        return x**3
+
+    @fast.backward
+    def _(g, x):
+        return (g * 3 * x**2,)
+
+    @op
+    def square(needs, x):
+        return x**2, (x,)
+
+    @square.override(np.ndarray, "f8")
+    def fast_square(needs, x):
+        return x**2, (x,)
+
+    @fast_square.backward
+    def _(g, x):
+        return (g * 2 * x,)
+
+    x = leaf(2, -1)
+    y = x
+    for _ in range(length):
+        y = cube(y)
+    (square(y) + square(y)).backward()
+    power = 2 * 3**length
+    assert np.array_equal(x.grad, 2 * power * x.data ** (power - 1))
+    assert len(made) == 1

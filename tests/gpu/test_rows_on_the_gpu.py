@@ -472,6 +472,7 @@ def test_a_graph_of_all_of_it_gives_the_same_bits():
         y.backward(w.astype(bfloat16))
         return [y.data, *(value.grad for value in values)]
 
+    cupy.cuda.get_current_stream().synchronize()  # the other stream would not wait for x and the others
     stream = cupy.cuda.Stream(non_blocking=True)
     with stream:
         eager = step()
