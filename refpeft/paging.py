@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from . import capturing
 from .backend import Array
 from .errors import RefpeftError
 
@@ -157,6 +158,7 @@ class ManagedArray(PagedArray):
 
     def _move(self, page: slice, where: _Location, stream: Any) -> None:
         """CuPy 14's own prefetch cannot name the host under CUDA 13: it takes every location for a device."""
+        capturing.refuse("pages of the optimizer's state come and go during a step")
         part = self.array[page]
         _call("cuMemPrefetchAsync_v2", part.data.ptr, part.nbytes, where, 0, ctypes.c_void_p(stream.ptr))
 

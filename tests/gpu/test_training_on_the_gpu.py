@@ -14,6 +14,7 @@ from refpeft.batches import Batches
 from refpeft.config import Train
 from refpeft.trainer import Trainer
 
+pytestmark = pytest.mark.filterwarnings("ignore:steps are not captured:refpeft.errors.RefpeftWarning")
 SETTINGS = Train(steps=3, batch=4, lr=0.01, schedule="constant", warmup=0)
 
 
