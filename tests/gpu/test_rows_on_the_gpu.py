@@ -165,7 +165,7 @@ def test_the_gradient_of_a_norm_is_added_to_one_that_is_there(name: str):
     close(into[0], there + host.grad, bfloat16, 1.01)
     for one, more in zip(alone[1:], into[1:], strict=True):
         close(more, 1 + to_host(one).astype("f8"), FLOAT32, 4)
-    unlike = inside(on_device(there))  # no place to add to
+    unlike = turned(on_device(there))  # no place to add to
     dx = pair.vjp(on_device(g), *saved, into=(unlike, *[None] * vectors))[0]
     assert bits(dx) == bits(alone[0]) and bits(unlike) == bits(on_device(there))
 
