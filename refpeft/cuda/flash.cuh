@@ -110,15 +110,20 @@ __device__ inline void hide(float (&scores)[DOWN][ACROSS][4], const Mask& mask, 
 
 // ---- tiles -----------------------------------------------------------------------------------------------------------
 
-// Starts to copy COUNT rows of DIM, from row `first` on, to a tile in shared memory; zeros from row `end` on.
+// Starts to copy COUNT rows of DIM, from row `first` on, to a tile in shared memory; zeros from row `end` on. A thread
+// copies 16 bytes of every AT_ONCE-th row: its addresses differ by one step.
 template <int COUNT>
 __device__ inline void load_tile(real* tile, const real* from, long long stride, int first, int end) {
+    constexpr int AT_ONCE = THREADS / WIDE;
+    int row = threadIdx.x / WIDE, column = threadIdx.x % WIDE * 8;
+    if (THREADS % WIDE && row >= AT_ONCE) return;
+    from += (first + row) * stride + column;
+    tile += row * STRIDE + column;
 #pragma unroll
-    for (int i = 0; i < (COUNT * WIDE + THREADS - 1) / THREADS; i++) {
-        int at = threadIdx.x + i * THREADS, row = at / WIDE, column = at % WIDE * 8;
-        if (COUNT * WIDE % THREADS && at >= COUNT * WIDE) break;
-        bool valid = first + row < end && column < DIM;
-        cp_async_16(tile + row * STRIDE + column, valid ? from + (first + row) * stride + column : from, valid);
+    for (int i = 0; i < COUNT; i += AT_ONCE) {
+        if (COUNT % AT_ONCE == 0 || i + row < COUNT)
+            cp_async_16(tile + i * STRIDE, from, first + i + row < end && column < DIM);
+        from += AT_ONCE * stride;
     }
 }
 
