@@ -50,6 +50,40 @@ def test_a_step_is_measured_and_its_gradients_are_those_of_transformers_in_float
     assert all(max(errors["loss"], errors["gradient"]) < 1e-5 for errors in found["check"].values())
 
 
+@pytest.mark.parametrize("case", ["1b", "1b-packed", "8b-qlora"])
+def test_a_step_for_the_gpu_is_measured_beside_the_peers(tmp_path, case):
+    file = tmp_path / "found.jsonl"
+    printed = run("gpu.py", case, "--tiny", "--quick", "--rounds", "1", "--turn", "0.01", "--start", "--out", file)
+    machine, *found = map(json.loads, file.read_text().splitlines())
+    rows = {line["system"]: line for line in found if "system" in line}
+    assert machine["systems"].keys() >= rows.keys() and f"### {case}\n" in printed
+    assert rows["refpeft"]["ms/step"] > 0 and rows["refpeft"]["x time"] == 1
+    if importlib.util.find_spec("peft") and case != "1b-packed":
+        assert rows.keys() >= {"refpeft", "peft"}
+    assert found[-1]["start"].keys() >= {"no kernel cached", "kernels cached"}
+
+
+def test_a_step_for_the_gpu_is_told_by_operation(tmp_path):
+    file = tmp_path / "found.jsonl"
+    printed = run("gpu.py", "1b", "--tiny", "--profile", "--out", file)
+    found = json.loads(file.read_text().splitlines()[-1])["profile"]["by operation"]
+    assert found["rms_norm, forward"][1] == 5 and found["optimizer"][1] == found["clipping"][1] == 1
+    assert all(ms >= 0 for ms, _ in found.values()) and "| frozen_linear, backward |" in printed
+
+
+def test_the_benchmark_of_the_gpu_says_what_is_wrong_and_that_there_is_none():
+    def refused(*arguments: str) -> str:
+        command = [sys.executable, HERE / "bench" / "gpu.py", *arguments]
+        environment = os.environ | {"PYTHONPATH": str(HERE.parent), "CUDA_VISIBLE_DEVICES": ""}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert done.returncode == 2 and "Traceback" not in done.stderr
+        return done.stderr
+
+    assert "--tiny runs it without one" in refused()
+    assert "unknown case 2b: expected some of 1b, " in refused("2b")
+    assert "unknown system hf: expected some of refpeft, " in refused("--systems", "hf")
+
+
 def test_what_the_cost_of_a_step_grows_with_is_drawn(tmp_path):
     printed = run("growth.py", tmp_path / "growth.svg", "--tiny", "--rounds", "1", "--threads", "1")
     assert printed.count("| exponent |") == 4

@@ -30,10 +30,10 @@ def gradients_of_refpeft(
 
     trainer = _trainer(case, folder, threads, quantized, steps=1, clip=0.0)
 
-    def keep_gradients(lr: float) -> None:
+    def keep_gradients() -> None:
         trainer.flat.values[...] = trainer.flat.grads
 
-    trainer.optimizer.step = keep_gradients
+    trainer.optimizer.apply = keep_gradients
     loss = trainer.run().train_losses[0]
     adapters.save(out, trainer.model)
     turns.ready(loss=loss)
