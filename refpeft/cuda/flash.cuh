@@ -1,18 +1,18 @@
 // What the kernels of attention share (FlashAttention-2: Dao, 2023, arXiv:2307.08691).
 //
-// A block of WARPS warps holds ROWS rows a warp of one side (queries, or keys) and walks over tiles of COLUMNS rows of the
-// other: scores exist as ROWS x COLUMNS tiles in the registers of a warp, and nowhere else. While a tile is computed with,
+// A block of WARPS warps holds ROWS rows a warp of one side (queries, or keys) and walks over tiles of COLUMNS rows of
+// the other: scores exist as ROWS x COLUMNS tiles in the registers of a warp, and nowhere else. While a tile is in use,
 // the next one is copied to the other half of a double buffer. DIM, ROWS, COLUMNS and WARPS are given when compiling.
 
 constexpr int WIDTH = (DIM + 15) / 16 * 16;  // of a row in shared memory, zeros behind DIM: products go in steps of 16
-constexpr int STRIDE = WIDTH + 8;  // an odd number of 16 bytes: the eight rows that ldmatrix reads lie in different banks
+constexpr int STRIDE = WIDTH + 8;  // an odd number of 16 bytes: eight rows that ldmatrix reads lie in different banks
 constexpr int THREADS = 32 * WARPS;
 constexpr int BLOCK = ROWS * WARPS;
-constexpr int DOWN = ROWS / 16, ACROSS = COLUMNS / 8, WIDE = WIDTH / 8;  // mma tiles of a warp's scores, and of its sums
+constexpr int DOWN = ROWS / 16, ACROSS = COLUMNS / 8, WIDE = WIDTH / 8;  // mma tiles of a warp's scores, of its sums
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr int LARGEST = 0x7fffffff;
 
-// ---- who sees whom: refpeft.fused.Mask -------------------------------------------------------------------------------
+// ---- who sees whom: refpeft.fused.Mask -----------------------------------------------------------------------------
 
 constexpr int GRANULE = 32;
 
@@ -85,8 +85,8 @@ __device__ inline const Numbers* numbers_of(const Numbers* all, int b, int count
     return all ? all + (long long)b * ((count + 127) / 128 * (128 / GRANULE)) : nullptr;
 }
 
-// A warp's scores of query i with key j become -inf where not seen(i, j). Its first row and column are the given query and
-// key, or, if KEYS_DOWN, key and query.
+// A warp's scores of query i with key j become -inf where not seen(i, j). Its first row and column are the given query
+// and key, or, if KEYS_DOWN, key and query.
 template <bool KEYS_DOWN, class Seen>
 __device__ inline void keep(float (&scores)[DOWN][ACROSS][4], int row, int column, Seen seen) {
     int lane = threadIdx.x % 32;
@@ -108,7 +108,7 @@ __device__ inline void hide(float (&scores)[DOWN][ACROSS][4], const Mask& mask, 
     if (mask.of_keys) keep<KEYS_DOWN>(scores, row, column, [&](int i, int j) { return mask.same(i, j); });
 }
 
-// ---- tiles -----------------------------------------------------------------------------------------------------------
+// ---- tiles ---------------------------------------------------------------------------------------------------------
 
 // Starts to copy COUNT rows of DIM, from row `first` on, to a tile in shared memory; zeros from row `end` on. A thread
 // copies 16 bytes of every AT_ONCE-th row: its addresses differ by one step.
@@ -149,8 +149,9 @@ __device__ inline void multiply_rows(float (&scores)[DOWN][ACROSS][4], const rea
     }
 }
 
-// sums += weights b for a warp: ROWS x COLUMNS of numbers in registers, rounded to bfloat16, and a tile of COLUMNS rows.
-__device__ inline void add_weighted(float (&sums)[DOWN][WIDE][4], const float (&weights)[DOWN][ACROSS][4], const real* b) {
+// sums += weights b for a warp: ROWS x COLUMNS numbers in registers, rounded to bfloat16, and a tile of COLUMNS rows.
+__device__ inline void add_weighted(float (&sums)[DOWN][WIDE][4], const float (&weights)[DOWN][ACROSS][4],
+                                    const real* b) {
     int lane = threadIdx.x % 32;
     const real* of_b = b + lane % 16 * STRIDE + lane / 16 * 8;
 #pragma unroll

@@ -2,12 +2,12 @@
 #include "mma.cuh"
 #include "flash.cuh"
 
-// dv = p^T g and dk = scale (p (g v^T - sum of g y))^T q, with p = exp(scale q k^T - lse) computed again: one of them, or
-// both, as the constants DK and DV say. All is transposed here: a warp holds rows of keys, so that p^T and dp^T are left
-// operands as they lie in its registers. A block treats BLOCK keys of a key head, blockIdx = (tile of keys, key head,
-// batch), and walks over the queries of the `group` heads which share that key head, in their order: sums are always
-// added up in the same order. dk and dv (batch, keys, kv_heads, DIM). `statistics` is made by flash_statistics.
-// A block's shared memory: a tile of k, one of v if DK; twice a tile of q, one of g, and COLUMNS statistics of either kind.
+// dv = p^T g and dk = scale (p (g v^T - sum of g y))^T q, with p = exp(scale q k^T - lse) computed again: one of them,
+// or both, as the constants DK and DV say. All is transposed here: a warp holds rows of keys, so that p^T and dp^T are
+// left operands as they lie in its registers. A block treats BLOCK keys of a key head, blockIdx = (tile of keys, key
+// head, batch), and walks over the queries of the `group` heads which share that key head, in their order: sums are
+// always added up in the same order. `statistics` is made by flash_statistics. A block's shared memory: a tile of k,
+// one of v if DK; twice a tile of q, one of g, and COLUMNS statistics of each kind.
 constexpr int TILES = 2 * COLUMNS * STRIDE + 4 * COLUMNS;  // of q and g and, as floats, the statistics
 
 extern "C" __global__ void __launch_bounds__(THREADS) flash_backward_keys(
@@ -15,7 +15,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) flash_backward_keys(
     const real* q, long long q_batch, long long q_head, long long q_time,
     const real* k, long long k_batch, long long k_head, long long k_time,
     const real* v, long long v_batch, long long v_head, long long v_time,
-    const float* statistics, real* dk, real* dv, int rows, int group, float scale,
+    const float* statistics, real* dk, long long dk_batch, long long dk_head, long long dk_time,
+    real* dv, long long dv_batch, long long dv_head, long long dv_time, int rows, int group, float scale,
     int queries, int keys, int extra, int causal, int window, const Numbers* of_queries, const Numbers* of_keys) {
     extern __shared__ __align__(16) unsigned char shared[];
     real* k_tile = reinterpret_cast<real*>(shared);
@@ -24,7 +25,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) flash_backward_keys(
 
     int kv_heads = gridDim.y, kv_head = blockIdx.y, b = blockIdx.z, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     int start = blockIdx.x * BLOCK, row = start + warp * ROWS;
-    Mask mask = {queries, keys, extra, causal, window, numbers_of(of_queries, b, queries), numbers_of(of_keys, b, keys)};
+    Mask mask = {queries, keys, extra, causal, window,
+                 numbers_of(of_queries, b, queries), numbers_of(of_keys, b, keys)};
     int first_head = kv_head * group;
     g += b * g_batch + first_head * g_head;
     q += b * q_batch + first_head * q_head;
@@ -112,9 +114,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) flash_backward_keys(
 
     cp_async_wait<0>();
     __syncthreads();  // where no query sees these keys, they are still on their way to what is used again below
-    long long place = (((long long)b * keys + row) * kv_heads + kv_head) * DIM, stride = (long long)kv_heads * DIM;
     if (DV) {
-        store_rows(of_v, k_tile + warp * ROWS * STRIDE, dv + place, stride, keys - row);
+        dv += b * dv_batch + kv_head * dv_head + row * dv_time;
+        store_rows(of_v, k_tile + warp * ROWS * STRIDE, dv, dv_time, keys - row);
         __syncwarp();  // before the rows in shared memory are used again
     }
     if (DK) {
@@ -124,6 +126,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) flash_backward_keys(
             for (int n = 0; n < WIDE; n++)
 #pragma unroll
                 for (int e = 0; e < 4; e++) of_k[m][n][e] *= scale;
-        store_rows(of_k, k_tile + warp * ROWS * STRIDE, dk + place, stride, keys - row);
+        dk += b * dk_batch + kv_head * dk_head + row * dk_time;
+        store_rows(of_k, k_tile + warp * ROWS * STRIDE, dk, dk_time, keys - row);
     }
 }

@@ -26,14 +26,15 @@ extern "C" __global__ void flash_statistics(
     }
 }
 
-// dq = scale (p (g v^T - sum of g y)) k, with p = exp(scale q k^T - lse) computed again. dq (batch, queries, heads, DIM);
-// blocks as in flash_forward. A block's shared memory: a tile of q, one of g, two of k, two of v.
+// dq = scale (p (g v^T - sum of g y)) k, with p = exp(scale q k^T - lse) computed again. Blocks as in flash_forward; a
+// block's shared memory: a tile of q, one of g, two of k, two of v.
 extern "C" __global__ void __launch_bounds__(THREADS) flash_backward_queries(
     const real* g, long long g_batch, long long g_head, long long g_time,
     const real* q, long long q_batch, long long q_head, long long q_time,
     const real* k, long long k_batch, long long k_head, long long k_time,
     const real* v, long long v_batch, long long v_head, long long v_time,
-    const float* statistics, real* dq, int rows, int group, float scale,
+    const float* statistics, real* dq, long long dq_batch, long long dq_head, long long dq_time,
+    int rows, int group, float scale,
     int queries, int keys, int extra, int causal, int window, const Numbers* of_queries, const Numbers* of_keys) {
     extern __shared__ __align__(16) unsigned char shared[];
     real* q_tile = reinterpret_cast<real*>(shared);
@@ -42,7 +43,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) flash_backward_queries(
 
     int heads = gridDim.y, head = blockIdx.y, b = blockIdx.z, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     int start = (gridDim.x - 1 - blockIdx.x) * BLOCK, row = start + warp * ROWS;
-    Mask mask = {queries, keys, extra, causal, window, numbers_of(of_queries, b, queries), numbers_of(of_keys, b, keys)};
+    Mask mask = {queries, keys, extra, causal, window,
+                 numbers_of(of_queries, b, queries), numbers_of(of_keys, b, keys)};
     g += b * g_batch + head * g_head;
     q += b * q_batch + head * q_head;
     k += b * k_batch + head / group * k_head;
@@ -94,8 +96,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) flash_backward_queries(
 #pragma unroll
             for (int n = 0; n < ACROSS; n++)
 #pragma unroll
-                for (int e = 0; e < 4; e++)
-                    dp[m][n][e] = exp2_fast(fmaf(p[m][n][e], per_score, -lse[m][e / 2])) * (dp[m][n][e] - delta[m][e / 2]);
+                for (int e = 0; e < 4; e++) {
+                    float weight = exp2_fast(fmaf(p[m][n][e], per_score, -lse[m][e / 2]));
+                    dp[m][n][e] = weight * (dp[m][n][e] - delta[m][e / 2]);
+                }
         add_weighted(sums, dp, k_tile);
     }
 
@@ -107,6 +111,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) flash_backward_queries(
         for (int n = 0; n < WIDE; n++)
 #pragma unroll
             for (int e = 0; e < 4; e++) sums[m][n][e] *= scale;
-    store_rows(sums, q_tile + warp * ROWS * STRIDE, dq + (((long long)b * queries + row) * heads + head) * DIM,
-               (long long)heads * DIM, queries - row);
+    dq += b * dq_batch + head * dq_head + row * dq_time;
+    store_rows(sums, q_tile + warp * ROWS * STRIDE, dq, dq_time, queries - row);
 }

@@ -2,7 +2,7 @@
 #include "mma.cuh"
 #include "flash.cuh"
 
-// The numbers of the documents that queries and keys belong to, 32 of them a block: blockIdx.z is 0 for queries. Queries
+// The numbers of the documents that queries and keys belong to, 32 of them a block: blockIdx.z is 0 for queries, which
 // are tokens, the last of the keys, where `asking` is null; virtual tokens have number 0.
 extern "C" __global__ void flash_numbers(const int* segments, const int* asking, Numbers* of_queries, Numbers* of_keys,
                                          int queries, int keys, int extra) {
@@ -28,14 +28,14 @@ extern "C" __global__ void flash_numbers(const int* segments, const int* asking,
 }
 
 // y = softmax(scale q k^T + mask) v, and the log of each row's sum of exponentials; +inf for a row that sees nothing,
-// whose y is 0. q (batch, heads, queries, DIM) etc. with the given strides; y (batch, queries, heads, DIM), lse (batch,
-// heads, queries). A block treats BLOCK queries of a head, blockIdx = (tile of queries, head, batch); tiles of many keys
-// come first. Its shared memory: a tile of queries, two of keys, two of values.
+// whose y is 0. q (batch, heads, queries, DIM) etc. with the given strides; lse (batch, heads, queries). A block treats
+// BLOCK queries of a head, blockIdx = (tile of queries, head, batch); tiles of many keys come first. Its shared memory:
+// a tile of queries, two of keys, two of values.
 extern "C" __global__ void __launch_bounds__(THREADS) flash_forward(
     const real* q, long long q_batch, long long q_head, long long q_time,
     const real* k, long long k_batch, long long k_head, long long k_time,
     const real* v, long long v_batch, long long v_head, long long v_time,
-    real* y, float* lse, int group, float scale,
+    real* y, long long y_batch, long long y_head, long long y_time, float* lse, int group, float scale,
     int queries, int keys, int extra, int causal, int window, const Numbers* of_queries, const Numbers* of_keys) {
     extern __shared__ __align__(16) unsigned char shared[];
     real* q_tile = reinterpret_cast<real*>(shared);
@@ -43,7 +43,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) flash_forward(
 
     int heads = gridDim.y, head = blockIdx.y, b = blockIdx.z, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     int start = (gridDim.x - 1 - blockIdx.x) * BLOCK, row = start + warp * ROWS;
-    Mask mask = {queries, keys, extra, causal, window, numbers_of(of_queries, b, queries), numbers_of(of_keys, b, keys)};
+    Mask mask = {queries, keys, extra, causal, window,
+                 numbers_of(of_queries, b, queries), numbers_of(of_keys, b, keys)};
     q += b * q_batch + head * q_head;
     k += b * k_batch + head / group * k_head;
     v += b * v_batch + head / group * v_head;
@@ -121,9 +122,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) flash_forward(
 #pragma unroll
             for (int i = 0; i < 2 * WIDE; i++) sums[m][i / 2][2 * half + i % 2] *= inverse;
             int i = row + 16 * m + 8 * half + lane / 4;
-            if (lane % 4 == 0 && i < queries)
-                lse[((long long)b * heads + head) * queries + i] = sum == 0 ? INFINITY : fmaf(top[m][half], scale, logf(sum));
+            float log_sum = sum == 0 ? INFINITY : fmaf(top[m][half], scale, logf(sum));
+            if (lane % 4 == 0 && i < queries) lse[((long long)b * heads + head) * queries + i] = log_sum;
         }
-    store_rows(sums, q_tile + warp * ROWS * STRIDE, y + (((long long)b * queries + row) * heads + head) * DIM,
-               (long long)heads * DIM, queries - row);
+    y += b * y_batch + head * y_head + row * y_time;
+    store_rows(sums, q_tile + warp * ROWS * STRIDE, y, y_time, queries - row);
 }

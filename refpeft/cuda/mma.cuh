@@ -1,5 +1,5 @@
-// The instructions of sm_80 and later that C++ has no words for: products of bfloat16 tiles on the tensor cores, loads of
-// their operands from shared memory, and copies to shared memory that run while a block computes (PTX ISA, "Matrix
+// The instructions of sm_80 and later that C++ has no words for: products of bfloat16 tiles on the tensor cores, loads
+// of their operands from shared memory, and copies to shared memory that run while a block computes (PTX ISA, "Matrix
 // multiply-accumulate operation using mma instruction", "cp.async").
 //
 // mma_bf16 multiplies a (16 x 16) by b (16 x 8) and adds to d (16 x 8), a warp together. With g = lane / 4 and
@@ -11,8 +11,8 @@
 
 #ifndef EMULATED
 
-// Four 8 x 8 matrices of bfloat16 from shared memory; lane l gives the address of row l % 8 of matrix l / 8 (16 bytes at
-// a multiple of 16). r[i] gets matrix i: row g, columns 2t and 2t + 1.
+// Four 8 x 8 matrices of bfloat16 from shared memory; lane l gives the address of row l % 8 of matrix l / 8 (16 bytes
+// at a multiple of 16). r[i] gets matrix i: row g, columns 2t and 2t + 1.
 __device__ inline void ldmatrix_x4(unsigned int r[4], const void* row) {
     unsigned int at = static_cast<unsigned int>(__cvta_generic_to_shared(row));
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -27,7 +27,8 @@ __device__ inline void ldmatrix_x4_trans(unsigned int r[4], const void* row) {
 }
 
 __device__ inline void mma_bf16(float d[4], const unsigned int a[4], const unsigned int b[2]) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
