@@ -59,7 +59,7 @@ def forward(q: Array, k: Array, v: Array, mask: Mask, scale: float) -> tuple[Arr
     batch, heads, queries, dim = q.shape
     y, lse = _like(q), cupy.empty(q.shape[:3], np.float32)
     masked = _mask(mask, batch, queries, k.shape[2], dim)
-    arrays = (*_view(q), *_view(k), *_view(v), y, lse)
+    arrays = (*_view(q), *_view(k), *_view(v), *_view(y), lse)
     _forward(dim)((queries, heads, batch), *arrays, heads // k.shape[1], float(scale), *masked)
     return y, lse
 
@@ -83,9 +83,9 @@ def backward(
     rest = (rows, heads // kv_heads, float(scale), *_mask(mask, batch, queries, keys, dim))
     dq, dk, dv = (_like(array) if needed else None for array, needed in zip((q, k, v), needs, strict=False))
     if dq is not None:
-        _backward_queries(dim)((queries, heads, batch), *arrays, dq, *rest)
+        _backward_queries(dim)((queries, heads, batch), *arrays, *_view(dq), *rest)
     for kernel in _backward_keys(dim, dk is not None, dv is not None):
-        kernel((keys, kv_heads, batch), *arrays, dk, dv, *rest)
+        kernel((keys, kv_heads, batch), *arrays, *_view(dk), *_view(dv), *rest)
     return dq, dk, dv
 
 
@@ -165,8 +165,10 @@ def _like(array: Array) -> Array:
     return cupy.empty((batch, time, heads, dim), bfloat16).transpose(0, 2, 1, 3)
 
 
-def _view(array: Array) -> tuple[Any, ...]:
+def _view(array: Array | None) -> tuple[Any, ...]:
     """An array, and its strides over batch, heads and time in numbers."""
+    if array is None:
+        return None, *[np.int64(0)] * 3
     return array, *(np.int64(stride // array.itemsize) for stride in array.strides[:3])
 
 
