@@ -27,7 +27,10 @@ from refpeft.trainer import Trainer
 
 MANAGED = cupy.cuda.runtime.memoryTypeManaged
 every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
-pytestmark = pytest.mark.filterwarnings("ignore:lora. r is")  # a rank that only makes the state large
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:lora. r is"),  # a rank that only makes the state large
+    pytest.mark.filterwarnings("ignore:steps are not captured:refpeft.errors.RefpeftWarning"),
+]
 pages = pytest.mark.skipif(bool(paging.obstacle(cupy)), reason=f"nothing is paged: {paging.obstacle(cupy)}")
 
 
