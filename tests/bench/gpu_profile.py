@@ -6,11 +6,13 @@ By kernel: the steps as they are in training, and what torch.profiler sees of th
 """
 
 import contextlib
+import gc
 import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 from gpu_cases import Case
 from gpu_systems import trainer_of
@@ -84,6 +86,9 @@ class Timeline:
 
     @contextlib.contextmanager
     def within(self, name: str) -> Iterator[None]:
+        if name == self._open[-1]:  # a pair that calls another one of the same op
+            yield
+            return
         self._open.append(name)
         self._mark()
         self.calls[name] += 1
@@ -131,32 +136,35 @@ def _marked(timeline: Timeline, trainer: Any) -> Iterator[None]:
     """Within it, operations both ways, clipping and the optimizer are on the timeline."""
     from refpeft import tensor
 
-    call, pass_on = tensor.Op.__call__, tensor._pass_on
+    with contextlib.ExitStack() as stack:
 
-    def forward(op: Any, *inputs: Any, **options: Any) -> Any:
-        with timeline.within(f"{op.name}, forward"):
-            return call(op, *inputs, **options)
+        def mark(owner: Any, attribute: str, name: str) -> None:
+            function = getattr(owner, attribute)
 
-    def backward(node: Any) -> None:
-        plain = "" if node.op.stands_in or node.op.name == "_recompute" else " (plain pair)"
-        with timeline.within(f"{node.op.name}, backward{plain}"):
-            pass_on(node)
+            def marked(*args: Any, **keywords: Any) -> Any:
+                with timeline.within(name):
+                    return function(*args, **keywords)
 
-    def named(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapped(*args: Any, **keywords: Any) -> Any:
-            with timeline.within(name):
-                return function(*args, **keywords)
+            stack.enter_context(mock.patch.object(owner, attribute, marked))
 
-        return wrapped
+        pass_on = tensor._pass_on
 
-    tensor.Op.__call__, tensor._pass_on = forward, backward
-    trainer.optimizer.apply = named("optimizer", trainer.optimizer.apply)
-    trainer.flat.clip = named("clipping", trainer.flat.clip)
-    try:
+        def backward(node: Any) -> None:
+            with timeline.within(f"{node.op.name}, backward{_kind(node.op)}"):
+                pass_on(node)
+
+        stack.enter_context(mock.patch.object(tensor, "_pass_on", backward))
+        for op in [each for each in gc.get_objects() if isinstance(each, tensor.Op)]:  # not Op.__call__, which counts
+            mark(op, "forward", f"{op.name}, forward{_kind(op)}")  # the references to what it is called with
+            if op.together:
+                mark(op, "together", f"{op.name}, forward")
+        mark(trainer.optimizer, "apply", "optimizer")
+        mark(trainer.flat, "clip", "clipping")
         yield
-    finally:
-        tensor.Op.__call__, tensor._pass_on = call, pass_on
-        del trainer.optimizer.apply, trainer.flat.clip
+
+
+def _kind(op: Any) -> str:
+    return "" if op.stands_in or op.name == "_recompute" else " (plain pair)"
 
 
 class _Instant:
