@@ -15,10 +15,11 @@ import sys
 import threading
 from bisect import bisect_left, insort
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
-from .backend import Array, xp_of
+from .backend import Array, bfloat16, xp_of
 
 SMALLEST = 2**15
 """Bytes below which arrays are left to malloc, which is as fast."""
@@ -173,4 +174,32 @@ def zeros(like: Array, shape: tuple[int, ...]) -> Array:
 
 def add(a: Array, b: Array) -> Array:
     """a + b of two arrays of one shape."""
-    return np.add(a, b, out=like(a)) if type(a) is type(b) is np.ndarray else a + b
+    if type(a) is type(b) is np.ndarray:
+        return np.add(a, b, out=like(a))
+    if a.dtype == bfloat16 and xp_of(a) is not np:
+        from .cuda import elementwise
+
+        return elementwise.total(a, b)
+    return a + b
+
+
+def add_to(a: Array, b: Array) -> None:
+    """a += b"""
+    if a.dtype == bfloat16 and xp_of(a) is not np:
+        from .cuda import elementwise
+
+        elementwise.total(a, b, out=a)
+    else:
+        a += b
+
+
+def put(array: Array, key: Any, g: Array, add: bool) -> None:
+    """array[key] = g, or += where that is asked; the key says no place twice."""
+    if array.dtype == bfloat16 and xp_of(array) is not np:
+        from .cuda import gather
+
+        gather.put(array, key, g, add)
+    elif add:
+        array[key] += g
+    else:
+        array[key] = g

@@ -165,7 +165,7 @@ class Slice:
     def whole(self) -> Array:
         """An array of `shape`, of nobody else."""
         found = arena.zeros(self.g, self.shape)
-        found[self.key] = self.g
+        arena.put(found, self.key, self.g, add=False)
         return found
 
 
@@ -173,19 +173,20 @@ ADDED = object()
 """What a backward returns in the place of a gradient that it has added already: see Op.backward."""
 
 
-def _references(node: Node) -> int:
-    """How many there are to its gradient."""
-    return sys.getrefcount(node.grad)
+def _references(node: Node) -> tuple[int, int]:
+    """How many there are to its gradient, and to what that is a view of."""
+    base = node.grad.base
+    return sys.getrefcount(node.grad), 0 if base is None else sys.getrefcount(base)
 
 
-def _alone() -> int:
-    """The references to a gradient that nothing else has."""
+def _fewest_references() -> tuple[int, int]:
+    """Those to a gradient that nothing else has, which is a view of what nothing else has."""
     node = Node()
-    node.grad = np.empty(0)
+    node.grad = np.empty(1)[:]
     return _references(node)
 
 
-_ALONE = _alone()
+_ALONE = _fewest_references()
 
 
 def _open(node: Node | None) -> Array | None:
@@ -194,7 +195,8 @@ def _open(node: Node | None) -> Array | None:
         return None
     if node.op is None or node.own:
         return node.grad
-    if node.grad.base is not None or _references(node) > _ALONE:
+    references = _references(node)
+    if references[0] > _ALONE[0] or references[1] > _ALONE[1]:
         return None
     node.own = True  # what gave it has forgotten it
     return node.grad
@@ -208,7 +210,7 @@ def _accumulate(node: Node, g: Array | Slice) -> None:
         if node.grad is None:
             node.grad, node.own = g, False  # g may be a view, or be the gradient of another parent too
         elif node.own:
-            node.grad += g
+            arena.add_to(node.grad, g)
         else:
             node.grad, node.own = arena.add(node.grad, g), True
         return
@@ -228,7 +230,7 @@ def _add_slice(node: Node, g: Slice) -> None:
         return
     if node.op is not None and not node.own:
         node.grad, node.own = node.grad.copy(), True
-    node.grad[g.key] += g.g
+    arena.put(node.grad, g.key, g.g, add=True)
 
 
 class Again:

@@ -1,5 +1,6 @@
-// The gated unit of MLPs, eight numbers a thread. `gate` and `up` may be halves of the rows of a wider array: their rows
-// are `gate_step` and `up_step` numbers apart. Where everything is contiguous there is one row.
+// The gated unit of MLPs, eight numbers a thread. `gate` and `up` may be halves of the rows of a wider array, and there
+// may be room behind the rows of what is made: their rows are `gate_step`, `up_step` and `own_step` numbers apart. Where
+// everything is contiguous there is one row.
 
 #include "common.cuh"
 
@@ -28,7 +29,7 @@ __device__ inline void write8(real* to, int count, const float* from) {
 
 // y = gate sigmoid(gate) up. Reads both, writes y: 6 bytes a number in bfloat16.
 extern "C" __global__ void silu_mul_forward(const real* gate, const real* up, real* y, unsigned int groups, long width,
-                                            long gate_step, long up_step) {
+                                            long gate_step, long up_step, long own_step) {
     Group at = my_group(groups, width);
     if (!at.count) return;
     float a[8], b[8];
@@ -36,20 +37,21 @@ extern "C" __global__ void silu_mul_forward(const real* gate, const real* up, re
     read8(up + at.row * up_step + at.column, at.count, b);
 #pragma unroll
     for (int k = 0; k < 8; k++) a[k] = a[k] / (1.f + expf(-a[k])) * b[k];
-    write8(y + at.row * width + at.column, at.count, a);
+    write8(y + at.row * own_step + at.column, at.count, a);
 }
 
-// The gradients of gate and up, either of which may be null, contiguous as g is. Reads three arrays, writes two: 10 bytes
-// a number in bfloat16.
+// The gradients of gate and up, either of which may be null; g is contiguous. Reads three arrays, writes two: 10 bytes a
+// number in bfloat16.
 extern "C" __global__ void silu_mul_backward(const real* gate, const real* up, const real* g, real* d_gate, real* d_up,
-                                             unsigned int groups, long width, long gate_step, long up_step) {
+                                             unsigned int groups, long width, long gate_step, long up_step,
+                                             long own_step) {
     Group at = my_group(groups, width);
     if (!at.count) return;
-    long own = at.row * width + at.column;
+    long own = at.row * own_step + at.column;
     float a[8], b[8], d[8], by_gate[8], by_up[8];
     read8(gate + at.row * gate_step + at.column, at.count, a);
     read8(up + at.row * up_step + at.column, at.count, b);
-    read8(g + own, at.count, d);
+    read8(g + at.row * width + at.column, at.count, d);
 #pragma unroll
     for (int k = 0; k < 8; k++) {
         float s = 1.f / (1.f + expf(-a[k]));

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import cupy
 import numpy as np
 
 from refpeft import fused, ops
 from refpeft.backend import Array
+from refpeft.cuda import margins
 from refpeft.cuda.elementwise import of_one
 from refpeft.cuda.kernels import Source
 from refpeft.cuda.maps import mapped, merged, strides_of, takes
@@ -31,32 +31,31 @@ def _(gate, up, needs):
 
 
 def _product(gate: Array, up: Array) -> Array:
-    y = cupy.empty(gate.shape, gate.dtype)
+    y = margins.rows(gate.shape, gate.dtype)
     if y.size:
-        gate, up, groups, *rows = _side_by_side(gate, up)
+        gate, up, groups, *rows = _side_by_side(gate, up, y)
         source("silu_mul_forward", y.dtype)(-(-groups // _BLOCK), _BLOCK, gate, up, y, np.uint32(groups), *rows)
     return y
 
 
 @silu_mul.backward
 def _(g, gate, up, needs):
-    grads = tuple(cupy.empty(gate.shape, gate.dtype) if need else None for need in needs)
+    grads = tuple(margins.rows(gate.shape, gate.dtype) if need else None for need in needs)
     if gate.size:
-        gate, up, groups, *rows = _side_by_side(gate, up)
+        gate, up, groups, *rows = _side_by_side(gate, up, next(grad for grad in grads if grad is not None))
         source("silu_mul_backward", gate.dtype)(
             -(-groups // _BLOCK), _BLOCK, gate, up, aligned(g), *grads, np.uint32(groups), *rows
         )
     return grads
 
 
-def _side_by_side(gate: Array, up: Array) -> tuple:
+def _side_by_side(gate: Array, up: Array, made: Array) -> tuple:
     """Both arrays as the kernels read them, the groups of eight, the width of a row, and the steps between rows."""
-    steps = [_step(array) for array in (gate, up)]
-    if None in steps or (gate.flags.c_contiguous and up.flags.c_contiguous):
-        gate, up = aligned(gate), aligned(up)
-        width, steps = gate.size, [0, 0]
+    gate, up = (array if _step(array) else aligned(array) for array in (gate, up))
+    if all(array.flags.c_contiguous for array in (gate, up, made)):
+        width, steps = gate.size, [0, 0, 0]
     else:
-        width = gate.shape[-1]
+        width, steps = gate.shape[-1], [_step(array) for array in (gate, up, made)]
     return gate, up, gate.size // width * -(-width // 8), *map(np.int64, (width, *steps))
 
 

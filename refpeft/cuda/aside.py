@@ -1,8 +1,8 @@
 """A second stream for gradients of values: nothing waits for them before the step's end.
 
 On the way back, each layer's gradient waits for that of the layer after it, and kernels are short beside the time that
-they take to start; those of values fill the gaps. The bits are those of one stream: no kernel changes, and each array is
-added to in the order of the calls.
+they take to start; those of values fill the gaps. The bits are those of one stream: no kernel changes, and each array
+is added to in the order of the calls.
 """
 
 from __future__ import annotations

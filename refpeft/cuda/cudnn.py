@@ -11,7 +11,6 @@ import contextlib
 import functools
 import os
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib import metadata
 from types import ModuleType
@@ -21,6 +20,7 @@ import cupy
 import numpy as np
 
 from refpeft.backend import Array, bfloat16
+from refpeft.cuda import margins
 from refpeft.cuda.kernels import Source, contiguous
 from refpeft.fused import Mask
 
@@ -111,7 +111,7 @@ def forward(q: Array, k: Array, v: Array, mask: Mask, scale: float) -> tuple[Arr
     q (batch, heads, queries, dim), k and v (batch, kv_heads, keys, dim) of bfloat16 that `supports` accepts. Comes
     back: y as q, a view of (batch, queries, heads, dim), and (batch, heads, queries) of float32.
     """
-    y, lse = _heads(q.shape), cupy.empty((*q.shape[:3], 1), np.float32)
+    y, lse = margins.heads(q.shape), cupy.empty((*q.shape[:3], 1), np.float32)
     _run(task_of(q, k, v, mask, scale), mask, {"q": q, "k": k, "v": v, "y": y, "lse": lse})
     return y, lse[..., 0]
 
@@ -123,26 +123,25 @@ def backward(
 
     They are bfloat16, views of (batch, queries or keys, heads or kv_heads, dim).
     """
-    task = task_of(q, k, v, mask, scale, backward=True)
-    blank = cupy.zeros if task.padded else cupy.empty  # cuDNN may leave out keys that nobody sees
-    made = {"dq": _heads(q.shape), "dk": _heads(k.shape, blank), "dv": _heads(v.shape, blank)}
-    _run(task, mask, {"q": q, "k": k, "v": v, "y": y, "lse": lse[..., None], "g": _like(y, g)} | made)
+    task = task_of(q, k, v, mask, scale, True, y)
+    blank = _zeros if task.padded else margins.heads  # cuDNN may leave out keys that nobody sees
+    made = {"dq": blank(q.shape), "dk": blank(k.shape), "dv": blank(v.shape)}
+    _run(task, mask, {"q": q, "k": k, "v": v, "y": y, "lse": lse[..., None], "g": _by_tokens(g)} | made)
     return tuple([gradient if needed else None for gradient, needed in zip(made.values(), needs, strict=False)])
 
 
-def _heads(shape: tuple[int, ...], blank: Callable[..., Array] = cupy.empty) -> Array:
-    """bfloat16 (batch, heads, time, dim), a view of memory (batch, time, heads, dim)."""
+def _zeros(shape: tuple[int, ...]) -> Array:
+    """bfloat16 (batch, heads, time, dim), a view of (batch, time, heads, dim)."""
     batch, heads, time, dim = shape
-    return blank((batch, time, heads, dim), bfloat16).transpose(0, 2, 1, 3)
+    return cupy.zeros((batch, time, heads, dim), bfloat16).transpose(0, 2, 1, 3)
 
 
-def _like(y: Array, g: Array) -> Array:
-    """`g`, or a copy, that lies in memory as `y`."""
-    if g.strides == y.strides and g.data.ptr % 16 == 0:
+def _by_tokens(g: Array) -> Array:
+    """`g` (batch, heads, time, dim), or a copy, that is a view of (batch, time, heads, dim)."""
+    by_tokens = g.transpose(0, 2, 1, 3)
+    if by_tokens.flags.c_contiguous and g.data.ptr % 16 == 0:
         return g
-    copy = _heads(g.shape)
-    copy[...] = g
-    return copy
+    return by_tokens.copy(order="C").transpose(0, 2, 1, 3)
 
 
 # ---- tasks -----------------------------------------------------------------------------------------------------------
@@ -157,6 +156,7 @@ class Task:
     padded     how many keys each row has is in an array, "seen"; "asked" is all queries
     in_memory  heads and kv_heads that lie in a row of the arrays, where the task is a part of another one
     strides    of q, k and v, of batch, heads and time, in numbers. All other arrays have memory of their own
+    margins    numbers behind all heads of a token, of y and of gradients (refpeft.cuda.margins)
     """
 
     batch: int
@@ -171,11 +171,14 @@ class Task:
     padded: bool
     in_memory: tuple[int, int]
     strides: tuple[tuple[int, ...], ...]
+    margins: tuple[int, int]
     backward: bool = False
 
 
-def task_of(q: Array, k: Array, v: Array, mask: Mask, scale: float, backward: bool = False) -> Task | str:
-    """The task that arrays and a mask are, or why they are none."""
+def task_of(
+    q: Array, k: Array, v: Array, mask: Mask, scale: float, backward: bool = False, y: Array | None = None
+) -> Task | str:
+    """The task that arrays and a mask are, or why they are none; y is None where it is yet to be made."""
     (batch, heads, queries, dim), (_, kv_heads, keys, _) = q.shape, k.shape
     if dim % 8 or dim > 256:
         return f"heads have {dim} dimensions, which is not a multiple of 8 up to 256"
@@ -187,7 +190,10 @@ def task_of(q: Array, k: Array, v: Array, mask: Mask, scale: float, backward: bo
     if seen is None:
         return "it has no such mask"
     strides = tuple(map(_strides, (q, k, v)))
-    return Task(batch, heads, kv_heads, queries, keys, dim, scale, *seen, (heads, kv_heads), strides, backward)
+    behind = margins.now() if y is None else y.strides[2] // y.itemsize - heads * dim if queries > 1 else 0
+    behind_gradients = 0 if seen[2] else margins.now()
+    lie = (heads, kv_heads), strides, (behind, behind_gradients)
+    return Task(batch, heads, kv_heads, queries, keys, dim, scale, *seen, *lie, backward)
 
 
 def _readable(array: Array) -> bool:
@@ -232,12 +238,13 @@ def described(task: Task, **device: Any) -> Any:
     def made(name: str, tensor: Any, shape: list[int], strides: list[int], dtype: Any = low) -> None:
         tensor.set_output(True).set_dim(shape).set_stride(strides).set_data_type(dtype).set_uid(_UID[name])
 
-    def own(time: int, heads: int) -> list[int]:
-        return [time * heads * task.dim, task.dim, heads * task.dim, 1]
+    def own(time: int, heads: int, margin: int = 0) -> list[int]:
+        token = heads * task.dim + margin
+        return [time * token, task.dim, token, 1]
 
     of_queries = [task.batch, task.heads, task.queries, task.dim]
     of_keys = [task.batch, task.kv_heads, task.keys, task.dim]
-    y_lies, k_lies = own(task.queries, task.in_memory[0]), own(task.keys, task.in_memory[1])
+    y_lies = own(task.queries, task.in_memory[0], task.margins[0])
     lse_shape, lse_lies = [*of_queries[:3], 1], [task.in_memory[0] * task.queries, task.queries, 1, 1]
 
     shapes = {"q": of_queries, "k": of_keys, "v": of_keys}
@@ -257,12 +264,16 @@ def described(task: Task, **device: Any) -> Any:
         made("y", y, of_queries, y_lies)
         made("lse", lse, lse_shape, lse_lies, single)
     else:
-        g, y = given("g", of_queries, y_lies), given("y", of_queries, y_lies)
+        g, y = given("g", of_queries, own(task.queries, task.in_memory[0])), given("y", of_queries, y_lies)
         lse = given("lse", lse_shape, lse_lies, single)
         gradients = graph.sdpa_backward(
             name="gradients", o=y, dO=g, stats=lse, use_deterministic_algorithm=True, **inputs, **options
         )
-        shapes = {"dq": (of_queries, y_lies), "dk": (of_keys, k_lies), "dv": (of_keys, k_lies)}
+        q_lies, k_lies = (
+            own(time, heads, task.margins[1])
+            for time, heads in zip((task.queries, task.keys), task.in_memory, strict=True)
+        )
+        shapes = {"dq": (of_queries, q_lies), "dk": (of_keys, k_lies), "dv": (of_keys, k_lies)}
         for tensor, (name, (shape, lies)) in zip(gradients, shapes.items(), strict=True):
             made(name, tensor, shape, lies)
     graph.validate()

@@ -14,6 +14,7 @@ import cupy
 import numpy as np
 
 from refpeft.backend import Array, bfloat16
+from refpeft.cuda import margins
 from refpeft.cuda.kernels import Source
 from refpeft.fused import Mask
 
@@ -161,8 +162,7 @@ def _readable(array: Array) -> bool:
 
 def _like(array: Array) -> Array:
     """An empty (batch, heads, time, dim) as models make them: a view of memory (batch, time, heads, dim)."""
-    batch, heads, time, dim = array.shape
-    return cupy.empty((batch, time, heads, dim), bfloat16).transpose(0, 2, 1, 3)
+    return margins.heads(array.shape)
 
 
 def _view(array: Array | None) -> tuple[Any, ...]:

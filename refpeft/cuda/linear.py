@@ -14,7 +14,7 @@ import numpy as np
 
 from refpeft import fused, ops
 from refpeft.backend import Array, bfloat16
-from refpeft.cuda import aside
+from refpeft.cuda import aside, margins
 from refpeft.cuda.blas import low, product
 from refpeft.cuda.kernels import Source, contiguous
 from refpeft.cuda.override import override
@@ -46,7 +46,8 @@ def _(g, weight, needs, bias, into):
 
 @override(ops.linear, "bfloat16")
 def linear(needs, x, w, b=None):
-    y = _product_and_bias(low(x), low(w), b)
+    behind = margins.behind(x, len(w)) if b is None else None
+    y = _product_and_bias(low(x), low(w), b, behind)
     dtypes = [getattr(array, "dtype", None) for array in (x, w, b)]
     return y, (w if needs[0] else None, x if needs[1] else None, needs, dtypes)
 
@@ -112,7 +113,7 @@ def _factor_gradient(
 ) -> Array | object:
     """alpha g @ w, of g (..., out) and w (out, in): (..., in), added to `into` where it can be."""
     rows = rows_of(low(g))
-    if into is not None and into.flags.c_contiguous:
+    if into is not None and margins.step(into) is not None:
         product(rows, w, out=rows_of(into), alpha=alpha, add=True)
         return ADDED
     found = cupy.empty((*g.shape[:-1], w.shape[1]), dtype)  # no view: more may be added to it
@@ -134,9 +135,9 @@ def _summed(gradient: Array, shape: tuple[int, ...], dtype: np.dtype) -> Array:
     return fit(gradient, shape).astype(dtype, copy=False)
 
 
-def _product_and_bias(x: Array, w: Array, bias: Array | None) -> Array:
+def _product_and_bias(x: Array, w: Array, bias: Array | None, y: Array | None = None) -> Array:
     """x @ w.T + bias: the product is added to rows that the bias was written to, so that sums are rounded once."""
-    y = cupy.empty((*x.shape[:-1], w.shape[0]), bfloat16)
+    y = cupy.empty((*x.shape[:-1], w.shape[0]), bfloat16) if y is None else y
     if bias is not None:
         write_bias(y, bias)
     product(rows_of(x), w.T, out=rows_of(y), add=bias is not None)

@@ -16,7 +16,7 @@ import cupy
 
 from refpeft import fused, ops
 from refpeft.backend import Array, bfloat16
-from refpeft.cuda import blas
+from refpeft.cuda import blas, margins
 from refpeft.cuda.blas import low, product
 from refpeft.cuda.linear import low_weight, rows_of, weight_gradient, write_bias
 from refpeft.tensor import ADDED, Op, Pending, Tensor, needs_of
@@ -42,17 +42,23 @@ def _(inputs: tuple, options: dict[str, Any]) -> Tensor | None:
         return None
     x, weight, bias = y.what
     alpha = float(options["alpha"])
-    out = _forward(x.data, u.data, weight, bias, B.data, alpha)
-    through = _down_projection(u, x)
-    if through is None:
-        parents, A = (x, u, B), None
-    else:
-        parents, A = (x, through[0], B), through[1]
+    A = _down_projection(u, x)
+    room = None if A is None else _room(x.data, u.data, weight, A.data, B.data, alpha)
+    out = _forward(x.data, u.data, weight, bias, B.data, alpha, room)
+    parents = (x, u if A is None else A, B)
     needs = needs_of(parents)
     if True not in needs:
         return Tensor(out)
-    saved = (x.data if A is not None and needs[1] else None, u.data if needs[2] else None)
-    return layer.made(out, needs, parents, (*saved, weight, A, B.data, alpha, needs))
+    kept_x = x.data if A is not None and needs[1] else None
+    kept_u = u.data if needs[2] else None
+    if kept_u is not None and _can_be_made_again(x):
+        kept_u = kept_u.copy()  # lest it keep x, behind whose rows it is
+    values = None if A is None else A.data, B.data, alpha
+    return layer.made(out, needs, parents, (kept_x, kept_u, weight, *values, room, needs))
+
+
+def _can_be_made_again(x: Tensor) -> bool:
+    return x.node is not None and x.node.op is not None and x.node.op.again is not None
 
 
 def _fit(y: Pending, u: Any, B: Any) -> bool:
@@ -62,18 +68,29 @@ def _fit(y: Pending, u: Any, B: Any) -> bool:
     return u.shape == (*y.shape[:-1], B.shape[1]) and y.shape[-1] == B.shape[0]
 
 
-def _down_projection(u: Tensor, x: Tensor) -> tuple[Tensor, Array] | None:
-    """The A of u = x A^T, as a parent and as an array, where u was made of this very x; None otherwise."""
+def _down_projection(u: Tensor, x: Tensor) -> Tensor | None:
+    """The A of u = x A^T, where u was made of this very x; None otherwise."""
     if u.node is None or u.node.op is not _linear or u.node.parents[0] is not x.node or x.node is None:
         return None
-    A = u.node.saved[0]
-    return Tensor(A, u.node.parents[1]), A
+    return Tensor(u.node.saved[0], u.node.parents[1])
 
 
-def _forward(x: Array, u: Array, weight: Any, bias: Array | None, B: Array, alpha: float) -> Array:
+def _room(x: Array, u: Array, weight: Any, A: Array, B: Array, alpha: float) -> margins.Room | None:
+    """The weight's room for both factors, where u lies behind the rows of x; None otherwise."""
+    if not margins.lies_behind(u, x):
+        return None
+    return margins.room(weight, A, B, alpha, margins.distance(x, u))
+
+
+def _forward(
+    x: Array, u: Array, weight: Any, bias: Array | None, B: Array, alpha: float, room: margins.Room | None
+) -> Array:
     y = cupy.empty((*x.shape[:-1], len(B)), bfloat16)
     if bias is not None:
         write_bias(y, bias)
+    if room is not None:
+        product(rows_of(margins.together(x, u)), room.forward.T, out=rows_of(y), add=bias is not None)
+        return y
     product(rows_of(u), low(B).T, out=rows_of(y), alpha=alpha, add=bias is not None)
     product(rows_of(x), low_weight(weight).T, out=rows_of(y), add=True)
     return y
@@ -84,21 +101,34 @@ layer.stands_in = True
 
 
 @layer.backward(into=True)
-def _(g, x, u, weight, A, B, alpha, needs, into):
+def _(g, x, u, weight, A, B, alpha, room, needs, into):
     g = low(g)
     du = dA = dB = dx = None
     if needs[1] or (A is not None and needs[0]):
-        du = product(rows_of(g), low(B), alpha=alpha)
+        place = None if room is None else margins.scratch(g, B.shape[1])
+        du = cupy.empty((*g.shape[:-1], B.shape[1]), bfloat16) if place is None else place
+        product(rows_of(g), low(B), out=rows_of(du), alpha=alpha)
     if needs[2]:
         dB = weight_gradient(g, u, into[2], B.dtype, alpha)
-    if A is not None and needs[1]:
+    if A is None:
+        dA = du if needs[1] else None  # the gradient of u, which has its own way
+    elif needs[1]:
         dA = weight_gradient(du, x, into[1], A.dtype)
     if needs[0]:
-        adds = into[0] is not None and into[0].flags.c_contiguous
+        adds = into[0] is not None and margins.step(into[0]) is not None
         dx = into[0] if adds else cupy.empty((*g.shape[:-1], weight.shape[1]), bfloat16)
-        if A is not None:
-            product(du, low(A), out=rows_of(dx), add=adds)
-        product(rows_of(g), low_weight(weight), out=rows_of(dx), add=adds or A is not None)
+        _add_gradient(g, du, weight, A, room, dx, adds)
         dx = ADDED if adds else dx
-    through = dA if A is not None or du is None else du.reshape(*g.shape[:-1], -1)
-    return dx, through, dB
+    return dx, dA, dB
+
+
+def _add_gradient(
+    g: Array, du: Array | None, weight: Any, A: Array | None, room: margins.Room | None, dx: Array, adds: bool
+) -> None:
+    """g W + du A into dx, or added to what is there."""
+    if room is not None and margins.lies_behind(du, g):
+        product(rows_of(margins.together(g, du)), room.backward, out=rows_of(dx), add=adds)
+        return
+    if A is not None:
+        product(rows_of(du), low(A), out=rows_of(dx), add=adds)
+    product(rows_of(g), low_weight(weight), out=rows_of(dx), add=adds or A is not None)

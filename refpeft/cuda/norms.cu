@@ -21,12 +21,12 @@ __device__ inline Row my_row(int rows, int lanes) {
 }
 
 // Reads x, writes y: 2 + 2 bytes a number in bfloat16 (gain and shift stay in the caches). With `known`, mean and scale
-// are those of an earlier call, and y is the same again, to the bit.
+// are those of an earlier call, and y is the same again, to the bit. The rows of y are `step` numbers apart.
 extern "C" __global__ void norm_forward(const real* x, const float* gain, const float* shift, real* y, float* mean,
-                                        float* scale, int known, int rows, int dim, int lanes, float eps) {
+                                        float* scale, int known, int rows, int dim, int lanes, float eps, int step) {
     Row row = my_row(rows, lanes);
     x += row.index * dim;
-    y += row.index * dim;
+    y += row.index * step;
     float kept[KEPT][8], sum = 0.f;
 #pragma unroll
     for (int k = 0; k < KEPT; k++) {
@@ -74,11 +74,12 @@ extern "C" __global__ void norm_forward(const real* x, const float* gain, const 
 }
 
 // dx = scale (d - mean(d) - n mean(d n)) with d = g gain, where mean(d) is left out of an RMSNorm; plus `onto`, which
-// may be null, or dx itself. Reads x, g and onto, writes dx: 8 bytes a number in bfloat16, 6 without `onto`.
+// may be null, or dx itself. Rows of these two are `step` numbers apart. Reads x, g and onto, writes dx: 8 bytes a number in bfloat16, 6 without `onto`.
 extern "C" __global__ void norm_backward(const real* x, const float* gain, const real* g, const float* mean,
-                                         const float* scale, const real* onto, real* dx, int rows, int dim, int lanes) {
+                                         const float* scale, const real* onto, real* dx, int rows, int dim, int lanes,
+                                         int step) {
     Row row = my_row(rows, lanes);
-    long start = row.index * dim;
+    long start = row.index * dim, there = row.index * step;
     float m = row.there && mean ? mean[row.index] : 0.f, r = row.there ? scale[row.index] : 0.f;
     float n[KEPT][8], d[KEPT][8], sum = 0.f, product = 0.f;
 #pragma unroll
@@ -104,13 +105,13 @@ extern "C" __global__ void norm_backward(const real* x, const float* gain, const
         int at = (row.lane + k * lanes) * 8;
         if (!row.there || at >= dim) continue;
         float before[8];
-        if (onto) load8(onto + start + at, before);
+        if (onto) load8(onto + there + at, before);
 #pragma unroll
         for (int j = 0; j < 8; j++) {
             float v = r * (d[k][j] - mean_d - n[k][j] * mean_dn);
             d[k][j] = onto ? before[j] + v : v;
         }
-        store8(dx + start + at, d[k]);
+        store8(dx + there + at, d[k]);
     }
 }
 

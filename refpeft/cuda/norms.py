@@ -9,6 +9,7 @@ import numpy as np
 
 from refpeft import fused
 from refpeft.backend import Array
+from refpeft.cuda import margins
 from refpeft.cuda.kernels import Source, contiguous
 from refpeft.cuda.maps import lanes_of, summed
 from refpeft.cuda.override import override
@@ -80,11 +81,24 @@ def _again(x: Array, mean: Array | None, scale: Array, w: Array, b: Array | None
 def _normalized(
     x: Array, mean: Array | None, scale: Array, w: Array, b: Array | None, known: bool, eps: float
 ) -> Array:
-    y = cupy.empty(x.shape, x.dtype)
+    y = margins.rows(x.shape, x.dtype) if x.ndim <= 3 else cupy.empty(x.shape, x.dtype)
     rows, dim, lanes, blocks, block = _shared_out(x)
     source("norm_forward", x.dtype)(
         *(blocks, block),
-        *(aligned(x), _vector(w), _vector(b), y, mean, scale, known, rows, dim, lanes, float(eps)),
+        *(
+            aligned(x),
+            _vector(w),
+            _vector(b),
+            y,
+            mean,
+            scale,
+            known,
+            rows,
+            dim,
+            lanes,
+            float(eps),
+            margins.step(y) or dim,
+        ),
     )
     return y
 
@@ -105,11 +119,12 @@ def _backward(
 
 
 def _of_x(g: Array, x: Array, mean: Array | None, scale: Array, w: Array, into: Array | None) -> Any:
-    adds = into is not None and into.dtype == x.dtype and aligned(into) is into
-    dx = into if adds else cupy.empty(x.shape, x.dtype)
+    adds = into is not None and into.dtype == x.dtype and in_rows(into)
+    dx = into if adds else margins.rows(x.shape, x.dtype) if x.ndim <= 3 else cupy.empty(x.shape, x.dtype)
     rows, dim, lanes, blocks, block = _shared_out(x)
     source("norm_backward", x.dtype)(
-        *(blocks, block), *(x, _vector(w), g, mean, scale, into if adds else None, dx, rows, dim, lanes)
+        *(blocks, block),
+        *(x, _vector(w), g, mean, scale, into if adds else None, dx, rows, dim, lanes, margins.step(dx) or dim),
     )
     return ADDED if adds else dx
 
@@ -158,6 +173,12 @@ def _shared_out(x: Array) -> tuple[int, int, int, int, int]:
 def _vector(array: Array | None) -> Array | None:
     """A gain or a shift as the kernels read it."""
     return None if array is None else aligned(array.astype(float32, copy=False))
+
+
+def in_rows(array: Array) -> bool:
+    """Whether its rows (..., dim) are at equal distances, each at an address that sixteen bytes can be read from."""
+    step = margins.step(array)
+    return step is not None and step % 8 == 0 and array.data.ptr % 16 == 0
 
 
 def aligned(array: Array) -> Array:

@@ -3,7 +3,7 @@
 // Rotary positions (refpeft.fused.rope): pairs (j, j + half) of each head are turned by the angle of their token.
 //
 // x (batch, heads, time, 2 half) with the given strides, in numbers; cos and sin (batch, 1, time, half), or one row for
-// all, whose `table_row` is 0; y (batch, time, heads, 2 half). `half` is a multiple of 8, and each head begins at a
+// all, whose `table_row` is 0; y (batch, time, heads, 2 half), its tokens `y_step` numbers apart. `half` is a multiple of 8, and each head begins at a
 // multiple of 16 bytes. `sign` is 1, or -1 to turn back.
 //
 // A thread turns eight pairs of HEADS_EACH heads of a token, so that their cosines and sines are read once for these.
@@ -12,7 +12,7 @@
 constexpr int HEADS_EACH = 4;
 
 extern "C" __global__ void rotate(const real* x, long long x_row, long long x_head, long long x_time,
-                                  const float* cos, const float* sin, long long table_row, real* y,
+                                  const float* cos, const float* sin, long long table_row, real* y, long long y_step,
                                   unsigned rows, unsigned heads, unsigned time, unsigned half, float sign) {
     unsigned eights = half / 8, lanes = (heads + HEADS_EACH - 1) / HEADS_EACH;
     unsigned thread = blockIdx.x * blockDim.x + threadIdx.x;
@@ -25,7 +25,7 @@ extern "C" __global__ void rotate(const real* x, long long x_row, long long x_he
     load8(cos + row * table_row + (long long)t * half + pair, c);
     load8(sin + row * table_row + (long long)t * half + pair, s);
     x += row * x_row + t * x_time + pair;
-    y += (long long)token * heads * 2 * half + pair;
+    y += token * y_step + pair;
     for (unsigned head = lane; head < heads; head += lanes) {
         float a[8], b[8], turned_a[8], turned_b[8];
         load8(x + head * x_head, a);

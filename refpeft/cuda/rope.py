@@ -7,6 +7,7 @@ import numpy as np
 
 from refpeft import fused
 from refpeft.backend import Array
+from refpeft.cuda import margins
 from refpeft.cuda.kernels import Source
 from refpeft.cuda.override import override
 
@@ -36,11 +37,24 @@ def _rotated(x: Array, cos: Array, sin: Array, sign: float) -> Array:
     batch, heads, time, dim = x.shape
     if x.strides[3] != x.itemsize or any(stride % 16 for stride in x.strides[:3]) or x.data.ptr % 16:
         x = cupy.ascontiguousarray(x)
-    y = cupy.empty((batch, time, heads, dim), x.dtype)
+    y = margins.heads(x.shape, x.dtype)
     threads = batch * time * -(-heads // _HEADS_EACH) * (dim // 16)
     strides = [np.int64(stride // x.itemsize) for stride in x.strides[:3]]
     table_row = np.int64(0 if len(cos) == 1 else time * dim // 2)
     _source("rotate", x.dtype)(
-        -(-threads // _BLOCK), _BLOCK, x, *strides, cos, sin, table_row, y, batch, heads, time, dim // 2, sign
+        -(-threads // _BLOCK),
+        _BLOCK,
+        x,
+        *strides,
+        cos,
+        sin,
+        table_row,
+        y,
+        np.int64(y.strides[2] // y.itemsize),
+        batch,
+        heads,
+        time,
+        dim // 2,
+        sign,
     )
-    return y.transpose(0, 2, 1, 3)
+    return y

@@ -12,7 +12,7 @@ import numpy as np
 
 from refpeft.backend import Array, bfloat16, to_host
 from refpeft.batches import Batches
-from refpeft.cuda import blas, graph
+from refpeft.cuda import graph, margins
 from refpeft.cuda.ahead import Ahead
 from refpeft.models.base import Model
 from refpeft.optim import Flat
@@ -58,7 +58,7 @@ class Steps:
         def work() -> Array:
             denominator, *arrays = self._ahead.arrays()
             lowered = (
-                blas.lowered(self._flat.values) if self._model.activations == bfloat16 else contextlib.nullcontext()
+                margins.lowered(self._flat.values) if self._model.activations == bfloat16 else contextlib.nullcontext()
             )
             with lowered:
                 loss, norm = gradients(_over(parts, arrays), denominator)

@@ -10,7 +10,7 @@ from test_linear_on_the_gpu import EPS, close, drawn
 
 from refpeft import fused, ops, sites, tensor
 from refpeft.backend import bfloat16, to_host
-from refpeft.cuda import blas, lowrank
+from refpeft.cuda import lowrank, margins
 from refpeft.optim import Flat
 from refpeft.quant import Dense, make_quantizer
 from refpeft.tensor import Pending, Tensor, no_grad, parameter
@@ -48,13 +48,37 @@ class Problem:
         return {"y": y.data, "x": x.grad, "A": A.grad, "B": B.grad}
 
 
+def behind(array):
+    """The same numbers in rows with room behind them."""
+    found = margins.rows(array.shape)
+    found[...] = array
+    return found
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize("margin", [False, True])
 @pytest.mark.parametrize("options", [{}, {"bias": True}, {"rows": (64,), "width": 64, "r": 16}, {"trained_x": False}])
-def test_it_is_one_op_with_the_values_and_gradients_of_two(options: dict):
+def test_it_is_one_op_with_the_values_and_gradients_of_two(options: dict, margin: bool, passes: int):
+    """With room behind the rows of x and g, or without; also where the weight has room from an earlier pass."""
     problem = Problem(**options)
-    with blas.lowered(problem.flat.values):
-        y = problem.layer(problem.x)
-        assert y.node.op is lowrank.layer
-        y.backward(cupy.asarray(problem.g).astype(bfloat16))
+    before = problem.weight.array
+    for _ in range(passes):
+        problem.flat.grads.fill(0)
+        problem.flat.values *= -1
+        with margins.lowered(problem.flat.values):
+            if margin:
+                problem.x.data, g = behind(problem.x.data), behind(cupy.asarray(problem.g).astype(bfloat16))
+            else:
+                g = cupy.asarray(problem.g).astype(bfloat16)
+            if problem.x.node:
+                problem.x.node.grad = None
+            y = problem.layer(problem.x)
+            assert y.node.op is lowrank.layer
+            y.backward(g)
+    assert (problem.weight.array is not before) == (margin and problem.x.node is not None)
+    if passes % 2:
+        problem.flat.values *= -1
+        problem.flat.grads *= -1
     found = {"y": y.data, "A": problem.A.grad, "B": problem.B.grad}
     found |= {"x": problem.x.grad} if problem.x.node else {}
     expected = problem.expected()
@@ -71,7 +95,7 @@ def test_outside_of_training_the_ops_do_their_work_alone():
 
 def test_what_waits_is_computed_where_something_else_asks_for_it():
     problem = Problem()
-    with blas.lowered(problem.flat.values):
+    with margins.lowered(problem.flat.values):
         waiting = fused.frozen_linear(problem.x, weight=problem.weight)
         assert type(waiting) is Pending and waiting.shape == (2, 5, 32) and not waiting.there
         doubled = waiting * 2.0
@@ -86,7 +110,7 @@ def test_what_waits_is_computed_where_something_else_asks_for_it():
 def test_another_input_of_the_factors_has_its_own_gradient():
     """As with dropout before A."""
     problem = Problem()
-    with blas.lowered(problem.flat.values):
+    with margins.lowered(problem.flat.values):
         y = fused.addmm(
             fused.frozen_linear(problem.x, weight=problem.weight),
             ops.linear(problem.x * 0.5, problem.A), problem.B, alpha=3.0,
@@ -100,7 +124,7 @@ def test_another_input_of_the_factors_has_its_own_gradient():
 
 def test_nothing_is_recorded_without_gradients():
     problem = Problem()
-    with blas.lowered(problem.flat.values), no_grad():
+    with margins.lowered(problem.flat.values), no_grad():
         y = problem.layer(problem.x)
     assert y.node is None
     close(y.data, problem.expected()["y"], EPS["bfloat16"], 2)
@@ -117,7 +141,7 @@ def test_a_model_learns_the_same_with_it(name: str, quantizer: str | None, check
         tiny.scramble(model.adapters[-1])
         flat = Flat(model.trained())
         model.mode.training, model.checkpointing = True, checkpointing
-        with blas.lowered(flat.values) if together else contextlib.nullcontext():
+        with margins.lowered(flat.values) if together else contextlib.nullcontext():
             loss = model.loss(tiny.batch())
             loss.backward()
         results.append((float(loss.data), to_host(flat.grads).astype("f8")))
@@ -128,5 +152,5 @@ def test_a_model_learns_the_same_with_it(name: str, quantizer: str | None, check
 
 def test_plain_pairs_know_nothing_of_it():
     problem = Problem()
-    with blas.lowered(problem.flat.values), tensor.plain():
+    with margins.lowered(problem.flat.values), tensor.plain():
         assert type(fused.frozen_linear(problem.x, weight=problem.weight)) is Tensor
