@@ -70,7 +70,9 @@ def test_the_stream_goes_on_behind_it(dtype: np.dtype):
 @every_dtype
 def test_a_captured_step_has_the_masks_of_the_step_that_it_runs_as(dtype: np.dtype):
     x = drawn(5, 24, dtype=dtype)
-    there, slots = cupy.asarray(x), Slots(cupy)
+    graphs = cupy.cuda.Stream(non_blocking=True)
+    with graphs:  # which waits for nothing on the default stream
+        there, slots = cupy.asarray(x), Slots(cupy)
 
     def step(number: int):
         found = []
@@ -83,17 +85,16 @@ def test_a_captured_step_has_the_masks_of_the_step_that_it_runs_as(dtype: np.dty
         uniform = Stream(7, "gates", Step(number), xp=cupy).uniform(0, 1, (3, 5))
         return [*found, uniform]
 
-    stream = cupy.cuda.Stream(non_blocking=True)
-    with stream:
+    with graphs:
         step(0)
         with slots.recording():
-            stream.begin_capture()
+            graphs.begin_capture()
             captured = step(1)
-            graph = stream.end_capture()
+            graph = graphs.end_capture()
         for number in (1, 2, 300):
             slots.refill(number)
-            graph.launch(stream)
-            stream.synchronize()
+            graph.launch(graphs)
+            graphs.synchronize()
             for site in range(3):
                 expected = dropped(x, 0.3, Stream(7, "dropout", site, number, 0).skip(4 * site))
                 assert np.array_equal(to_host(captured[2 * site]), expected)

@@ -71,9 +71,10 @@ def test_nothing_is_added_up_where_there_is_nothing():
 
 
 def test_a_product_can_be_captured_and_gives_the_same_bits():
-    a, b = (cupy.asarray(drawn(64, 64, seed=i)).astype(bfloat16) for i in (0, 1))
-    stream, out = cupy.cuda.Stream(non_blocking=True), cupy.zeros((64, 64), "f4")
-    with stream:
+    stream = cupy.cuda.Stream(non_blocking=True)
+    with stream:  # which waits for nothing on the default stream
+        a, b = (cupy.asarray(drawn(64, 64, seed=i)).astype(bfloat16) for i in (0, 1))
+        out = cupy.zeros((64, 64), "f4")
         eager = blas.product(a, b, dtype=np.dtype("f4"))
         stream.begin_capture()
         blas.product(a, b, out=out)
