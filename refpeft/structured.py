@@ -44,7 +44,7 @@ def skew(above: Tensor, n: int) -> Tensor:
     return ops.take(ops.concat(zero, up, -up), indices=_places(xp, n)).transpose(2, 0, 1)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache
 def _places(xp: ModuleType, n: int) -> Array:
     """Where each element of a skew-symmetric matrix stands among a zero, what is above the diagonal, and its negatives.
 

@@ -12,7 +12,7 @@ from .backend import Array
 LARGEST_CHOICE = (2**32 - 1) // 20 - 1
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache
 def torch_choice(seed: int, size: int, count: int, xp: ModuleType = np) -> Array:
     """torch.randperm(size)[:count] of torch's generator on CPUs with this seed: PEFT keeps such places as a seed.
 

@@ -15,11 +15,12 @@ from variants import attached, needed_quantizer
 
 from refpeft import layers, learning, placing, sites, survey, towards_base
 from refpeft.batches import IGNORE, Batches
-from refpeft.capturing import NotCapturable, capturing, refuse
+from refpeft.capturing import NotCapturable, capturing, keep, refuse
 from refpeft.config import Train
 from refpeft.conformance import device
 from refpeft.errors import RefpeftError
 from refpeft.layers import Mode
+from refpeft.models.rope import frequencies
 from refpeft.optim import AdamW, Flat
 from refpeft.placing import Placed, Placing, rounded
 from refpeft.tensor import plain
@@ -189,3 +190,12 @@ def test_only_what_is_being_captured_is_refused():
     with pytest.raises(NotCapturable, match=r"^anything$"), capturing():
         refuse("anything")
     refuse("anything")
+
+
+def test_what_lies_in_caches_is_held_by_the_graph_that_reads_it():
+    model = tiny.model("llama")
+    with capturing() as held:
+        model(tiny.ids())
+    assert any(array is frequencies(np, model.config.rope, model.config.head_dim, 9)[0] for array in held)
+    before = len(held)
+    assert keep("elsewhere") == "elsewhere" and len(held) == before

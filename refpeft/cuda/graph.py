@@ -32,7 +32,7 @@ class Graphs:
         self._stream, self._wanted = stream, wanted
         self._slots = Slots(cupy)
         self._met: set[Hashable] = set()
-        self._captured: OrderedDict[Hashable, tuple[Any, Array]] = OrderedDict()
+        self._captured: OrderedDict[Hashable, tuple[Any, Array, list[Any]]] = OrderedDict()
         self._pool = cupy.cuda.MemoryPool(_allocate)
         _all.add(self)
 
@@ -47,7 +47,7 @@ class Graphs:
             self._capture(key, work)
         if key in self._captured:
             self._captured.move_to_end(key)
-            graph, found = self._captured[key]
+            graph, found, _ = self._captured[key]
             self._slots.refill(step)
             graph.launch(self._stream)
             return found
@@ -77,11 +77,11 @@ class Graphs:
         while len(self._captured) >= MOST:
             self._captured.popitem(last=False)
         try:
-            with _without_collections(), cupy.cuda.using_allocator(self._pool.malloc), capturing():
+            with _without_collections(), cupy.cuda.using_allocator(self._pool.malloc), capturing() as held:
                 most_held()
                 cupy.get_default_memory_pool().free_all_blocks()  # what eager work needed, the graph needs now
                 with self._slots.recording():
-                    self._captured[key] = self._graph_of(work)
+                    self._captured[key] = *self._graph_of(work), held
         except Exception as error:  # whatever it is, it is the capture's: the same work was done before
             reason = str(error).partition("\n")[0] or type(error).__name__
         else:

@@ -16,6 +16,7 @@ import numpy as np
 
 from refpeft import fused, ops
 from refpeft.backend import Array, xp_of
+from refpeft.capturing import keep
 from refpeft.models.base import Cache, Frozen
 from refpeft.models.block import Places, beside, chosen
 from refpeft.models.deberta_config import PREFIX, DebertaConfig
@@ -63,7 +64,7 @@ class Deberta(Encoder):
             hidden = first = hidden * real
         distances = self.distances(self.xp.arange(2 * span))
         distances = self.distance_norm(distances) if self.distance_norm else distances
-        buckets = _buckets_on(self.xp, time, self.config.buckets, self.config.distance)
+        buckets = keep(_buckets_on(self.xp, time, self.config.buckets, self.config.distance))
         mask = fused.Mask(ids.shape[1], None, segments, causal=False)
         places = self.places(rows, ids, virtual)
         around = {"mask": mask, "distances": distances, "buckets": buckets, "cache": None}

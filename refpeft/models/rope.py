@@ -7,17 +7,19 @@ from types import ModuleType
 import numpy as np
 
 from refpeft.backend import Array
+from refpeft.capturing import keep
 from refpeft.errors import RefpeftError
 from refpeft.models.config import RopeConfig
 
 
 def frequencies(xp: ModuleType, rope: RopeConfig, head_dim: int, length: int) -> tuple[Array, float]:
     """inverse_frequencies as an array of `xp`, which stays there: a captured step copies nothing from the host."""
-    return _kept(xp, rope, head_dim, length if rope.kind == "dynamic" else 0)
+    inverse, factor = _cached(xp, rope, head_dim, length if rope.kind == "dynamic" else 0)
+    return keep(inverse), factor
 
 
 @functools.lru_cache(maxsize=256)
-def _kept(xp: ModuleType, rope: RopeConfig, head_dim: int, length: int) -> tuple[Array, float]:
+def _cached(xp: ModuleType, rope: RopeConfig, head_dim: int, length: int) -> tuple[Array, float]:
     inverse, factor = inverse_frequencies(rope, head_dim, length)
     return xp.asarray(inverse), factor
 

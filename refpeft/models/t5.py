@@ -16,6 +16,7 @@ import numpy as np
 
 from refpeft import fused
 from refpeft.backend import Array
+from refpeft.capturing import keep
 from refpeft.layers import Part
 from refpeft.models.base import Cache, Frozen, Model
 from refpeft.models.block import Block, Places, beside, chosen
@@ -128,7 +129,7 @@ class Side:
     def bias(self, queries: range, keys: int, both: bool) -> Tensor:
         """The bias of relative positions: (1, heads, queries, keys)."""
         config = self.model.config
-        buckets = t5_buckets_on(self.model.xp, queries, keys, config.buckets, config.distance, both)
+        buckets = keep(t5_buckets_on(self.model.xp, queries, keys, config.buckets, config.distance, both))
         return self.relative(buckets).transpose(2, 0, 1)[None]
 
     def __call__(self, hidden: Tensor, places: Places | None = None, **around: object) -> Tensor:
