@@ -14,6 +14,7 @@ import numpy as np
 
 from refpeft import fused, ops
 from refpeft.backend import Array, bfloat16
+from refpeft.capturing import keep
 from refpeft.cuda import aside, margins
 from refpeft.cuda.blas import low, product
 from refpeft.cuda.kernels import Source, contiguous
@@ -154,7 +155,7 @@ def write_bias(y: Array, bias: Array) -> None:
 def _column_sums(g: Array, dtype: np.dtype) -> Array:
     """The sums of g (..., out) over all rows, added up in float32: a product with ones."""
     rows = rows_of(low(g))
-    return product(_ones(len(rows)), rows, dtype=dtype)[0]
+    return product(keep(_ones(len(rows))), rows, dtype=dtype)[0]
 
 
 @functools.lru_cache(maxsize=64)
