@@ -11,6 +11,7 @@ import cupy
 import numpy as np
 
 from refpeft.backend import Array
+from refpeft.cuda import aside
 from refpeft.cuda.kernels import KernelError, Source
 from refpeft.cuda.override import say_once
 from refpeft.optim import KERNELS, AdamW, Flat
@@ -42,6 +43,7 @@ def _for(kind: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 def clip(flat: Flat, limit: float) -> Array:
     """Flat.clip: the device makes a factor of the norm, and touches gradients only where that is below 1."""
     grads = flat.grads
+    aside.join()
     if grads.dtype != _float32:
         return NotImplemented
     blocks = min(_MOST_BLOCKS, -(-grads.size // 1024))

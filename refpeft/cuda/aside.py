@@ -16,7 +16,8 @@ import cupy
 from refpeft import tensor
 from refpeft.backend import Array
 
-_MOST_HELD = 2**28  # bytes of what waits to be read there
+_MOST_READ = 2**24
+"""Bytes that such a product reads at most: a larger one fills the GPU by itself, and would hold what it reads."""
 
 
 class _Aside:
@@ -25,8 +26,7 @@ class _Aside:
     def __init__(self, gradients: Array):
         self.gradients = gradients
         self._stream = _stream()
-        self._waiting: deque[tuple[cupy.cuda.Event, int, tuple[Array, ...]]] = deque()
-        self._held = 0  # bytes
+        self._waiting: deque[tuple[cupy.cuda.Event, tuple[Array, ...]]] = deque()
 
     def has(self, array: Array) -> bool:
         """Whether an array is a part of the flat buffer."""
@@ -40,10 +40,8 @@ class _Aside:
         with self._stream:
             work()
         done.record(self._stream)
-        size = sum(array.nbytes for array in reads)
-        self._waiting.append((done, size, reads))
-        self._held += size
-        while self._held > _MOST_HELD:
+        self._waiting.append((done, reads))
+        while len(self._waiting) > _MOST_WAITING:
             self._let_go()
 
     def join(self) -> None:
@@ -52,10 +50,11 @@ class _Aside:
             self._let_go()
 
     def _let_go(self) -> None:
-        done, size, _ = self._waiting.popleft()
+        done, _ = self._waiting.popleft()
         cupy.cuda.get_current_stream().wait_event(done)  # before the arrays' memory is used again there
-        self._held -= size
 
+
+_MOST_WAITING = 32  # products: their arrays are held for so long
 
 _streams: dict[int, cupy.cuda.Stream] = {}
 _current: list[_Aside] = []
@@ -83,7 +82,13 @@ def gradients_aside(gradients: Array) -> Iterator[None]:
 
 def run(work: Callable[[], None], out: Array, *reads: Array) -> None:
     """Starts `work`, which reads some arrays and adds to `out`: beside the main stream, where that is wanted."""
-    if _current and _current[-1].has(out):
+    if _current and _current[-1].has(out) and sum(array.nbytes for array in reads) <= _MOST_READ:
         _current[-1].run(work, reads)
     else:
         work()
+
+
+def join() -> None:
+    """Lets the main stream wait for all that runs beside it: before it reads gradients."""
+    if _current:
+        _current[-1].join()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import weakref
 from collections import OrderedDict
@@ -13,7 +14,7 @@ import cupy
 
 from refpeft.backend import Array
 from refpeft.capturing import capturing
-from refpeft.cuda import blas
+from refpeft.cuda import blas, margins
 from refpeft.cuda.override import say_once
 from refpeft.rng import Slots
 
@@ -112,14 +113,20 @@ def most_held() -> int:
     """
     global _most
     pools = cupy.get_default_memory_pool().total_bytes() + sum(graphs.nbytes for graphs in _all)
-    _most = max(_most, pools + blas.workspaces())
+    _most = max(_most, pools + blas.workspaces() + margins.nbytes())
     return _most
 
 
 def own_stream() -> cupy.cuda.Stream:
     """The current stream, or another one where that is the default one, on which nothing can be captured."""
     current = cupy.cuda.get_current_stream()
-    return cupy.cuda.Stream(non_blocking=True) if current == cupy.cuda.Stream.null else current
+    return _stream_of(cupy.cuda.runtime.getDevice()) if current == cupy.cuda.Stream.null else current
+
+
+@functools.cache
+def _stream_of(device: int) -> cupy.cuda.Stream:
+    """One for all runs: cuBLAS works in memory of its own for each stream."""
+    return cupy.cuda.Stream(non_blocking=True)
 
 
 @contextlib.contextmanager

@@ -50,12 +50,12 @@ def linear(needs, x, w, b=None):
     behind = margins.behind(x, len(w)) if b is None else None
     y = _product_and_bias(low(x), low(w), b, behind)
     dtypes = [getattr(array, "dtype", None) for array in (x, w, b)]
-    return y, (w if needs[0] else None, x if needs[1] else None, needs, dtypes)
+    return y, (w, x if needs[1] else None, needs, dtypes)
 
 
 @linear.backward(into=True)
 def _(g, w, x, needs, dtypes, into):
-    dx = None if w is None else _factor_gradient(g, low(w), into[0], dtypes[0])
+    dx = _factor_gradient(g, low(w), into[0], dtypes[0]) if needs[0] else None
     dw = None if x is None else weight_gradient(g, x, into[1], dtypes[1])
     return (dx, dw, _column_sums(g, dtypes[2]) if needs[2:] == (True,) else None)[: len(needs)]
 

@@ -70,7 +70,9 @@ def _fit(y: Pending, u: Any, B: Any) -> bool:
 
 def _down_projection(u: Tensor, x: Tensor) -> Tensor | None:
     """The A of u = x A^T, where u was made of this very x; None otherwise."""
-    if u.node is None or u.node.op is not _linear or u.node.parents[0] is not x.node or x.node is None:
+    if u.node is None or u.node.op is not _linear or u.node.parents[0] is not x.node:
+        return None
+    if x.node is None and not margins.lies_behind(u.data, x.data):
         return None
     return Tensor(u.node.saved[0], u.node.parents[1])
 

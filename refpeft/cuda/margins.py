@@ -125,14 +125,24 @@ class Room:
     def __init__(self, weight: Dense, A: Array, B: Array, alpha: float, offset: int):
         out, width = self.shape = weight.shape
         self.key = _key(A, B, alpha, offset)
-        whole = cupy.zeros((out + len(A), width + offset + B.shape[1]), bfloat16)
+        with cupy.cuda.using_allocator(_pool.malloc):
+            whole = cupy.zeros((out + len(A), width + offset + B.shape[1]), bfloat16)
         whole[:out, :width] = weight.low()
         weight.array = whole[:out, :width]
+        cupy.get_default_memory_pool().free_all_blocks()  # where the weight was, which fits nothing else
         self.copies = (B, whole[:out, width + offset :], alpha), (A, whole[out:, :width], 1.0)
         for factor, place, scale in self.copies:
             place[...] = factor * np.float32(scale)
         self.forward = whole[:out]  # [W 0 alphaB]
         self.backward = whole[:, :width]  # [W; A]
+
+
+_pool = cupy.cuda.MemoryPool()  # in which rooms lie: in pools of arrays that come and go they would leave gaps
+
+
+def nbytes() -> int:
+    """Bytes that rooms take."""
+    return _pool.total_bytes()
 
 
 _rooms: weakref.WeakKeyDictionary[Dense, Room] = weakref.WeakKeyDictionary()

@@ -24,20 +24,25 @@ def rope(needs, x, *, cos, sin):
     if not fit or cos.dtype != np.float32 or sin.dtype != np.float32 or dim % 16 or not x.size:
         return NotImplemented
     cos, sin = cupy.ascontiguousarray(cos), cupy.ascontiguousarray(sin)
-    return _rotated(x, cos, sin, 1.0), (cos, sin)
+    return _rotated(x, cos, sin, 1.0, _by_tokens(x)), (cos, sin)
 
 
 @rope.backward
 def _(g, cos, sin):
-    return (_rotated(g, cos, sin, -1.0),)
+    return (_rotated(g, cos, sin, -1.0, margins.heads(g.shape, g.dtype)),)  # which a linear layer reads
 
 
-def _rotated(x: Array, cos: Array, sin: Array, sign: float) -> Array:
-    """x (batch, heads, time, dim), turned: a view of memory (batch, time, heads, dim)."""
+def _by_tokens(x: Array) -> Array:
+    """Empty heads as x, a view of (batch, time, heads, dim)."""
+    batch, heads, time, dim = x.shape
+    return cupy.empty((batch, time, heads, dim), x.dtype).transpose(0, 2, 1, 3)
+
+
+def _rotated(x: Array, cos: Array, sin: Array, sign: float, y: Array) -> Array:
+    """x (batch, heads, time, dim), turned, in y, whose heads lie side by side."""
     batch, heads, time, dim = x.shape
     if x.strides[3] != x.itemsize or any(stride % 16 for stride in x.strides[:3]) or x.data.ptr % 16:
         x = cupy.ascontiguousarray(x)
-    y = margins.heads(x.shape, x.dtype)
     threads = batch * time * -(-heads // _HEADS_EACH) * (dim // 16)
     strides = [np.int64(stride // x.itemsize) for stride in x.strides[:3]]
     table_row = np.int64(0 if len(cos) == 1 else time * dim // 2)

@@ -12,7 +12,7 @@ import numpy as np
 
 from refpeft.backend import Array, bfloat16, to_host
 from refpeft.batches import Batches
-from refpeft.cuda import graph, margins
+from refpeft.cuda import aside, graph, margins
 from refpeft.cuda.ahead import Ahead
 from refpeft.models.base import Model
 from refpeft.optim import Flat
@@ -60,7 +60,7 @@ class Steps:
             lowered = (
                 margins.lowered(self._flat.values) if self._model.activations == bfloat16 else contextlib.nullcontext()
             )
-            with lowered:
+            with lowered, aside.gradients_aside(self._flat.grads):
                 loss, norm = gradients(_over(parts, arrays), denominator)
             update()
             return cupy.stack((loss, norm))
