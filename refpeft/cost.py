@@ -16,7 +16,8 @@ from refpeft.batches import IGNORE, Batch
 from refpeft.errors import RefpeftError
 from refpeft.models.base import Model
 from refpeft.models.config import ModelConfig
-from refpeft.tensor import Node, Tensor, no_grad
+from refpeft.tape import Node
+from refpeft.tensor import Tensor, no_grad
 
 _PROBED = (2, 3, 4)  # tokens of the rows that are measured: what a row takes is a polynomial of degree 2 of its tokens
 _BACKWARD = 2.5

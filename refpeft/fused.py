@@ -15,7 +15,8 @@ from .backend import Array, matmul, xp_of
 from .ops import expect, logistic
 from .rng import Stream
 from .special import erf
-from .tensor import Slice, op
+from .tape import Slice
+from .tensor import op
 
 QUERY_BLOCK = 256
 """Queries that attention treats at once: what it holds beside its inputs is (batch, heads, QUERY_BLOCK, keys)."""

@@ -11,7 +11,8 @@ from numpy.lib.array_utils import normalize_axis_tuple
 
 from .backend import Array, xp_of
 from .backend import matmul as product
-from .tensor import Slice, Tensor, op
+from .tape import Slice
+from .tensor import Tensor, op
 
 
 def fit(g: Array, shape: tuple[int, ...]) -> Array:

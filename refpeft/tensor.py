@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from functools import partial
@@ -17,21 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from . import arena
 from .backend import Array, bfloat16, cast, xp_of
 from .errors import RefpeftError
-
-
-class Node:
-    """One step of the tape: the op, where its inputs came from, and what its backward needs. A leaf has no op."""
-
-    __slots__ = ("again", "grad", "op", "own", "parents", "saved")
-
-    def __init__(self, op: Op | None = None, parents: tuple[Node | None, ...] = (), saved: tuple | None = ()):
-        self.op, self.parents, self.saved = op, parents, saved
-        self.grad: Array | None = None
-        self.own = False  # whether nothing else has the array `grad`, so that more may be added to it in place
-        self.again: Again | None = None  # what later ops keep in the place of this one's output
+from .tape import ADDED, Again, Node, Slice, before_leaves, propagate, recording, state  # noqa: F401
 
 
 class Tensor:
@@ -77,44 +64,7 @@ class Tensor:
             raise RefpeftError(
                 f"backward(): grad has shape {list(grad.shape)}: expected {list(self.shape)}, as the tensor"
             )
-        order = _topological(self.node)
-        _accumulate(self.node, grad)
-        while order:
-            node = order.pop()
-            if node.op is None:
-                continue
-            if node.saved is None:
-                raise RefpeftError(f"backward() twice through the same {node.op.name}: the first call freed the tape")
-            if node.grad is not None:  # None where checkpoint() found an input unused
-                _pass_on(node)
-            node.parents, node.saved, node.grad = (), None, None
-
-
-def _pass_on(node: Node) -> None:
-    """Adds the gradients of what `node` was made from to theirs."""
-    op, saved = node.op, node.saved
-    if op.stands_in:
-        saved = tuple([part.output() if type(part) is Again else part for part in saved])
-    into = {"into": tuple([_open(parent) for parent in node.parents])} if op.into else {}
-    for parent, g in zip(node.parents, op.vjp(node.grad, *saved, **into), strict=True):
-        if parent is not None and g is not None and g is not ADDED:
-            _accumulate(parent, g)
-
-
-def _topological(root: Node) -> list[Node]:
-    """The nodes below `root`, each after all that it was made from. Iterative: deep models pass Python's limit."""
-    order, seen, stack = [], {root}, [(root, iter(root.parents))]
-    while stack:
-        node, parents = stack[-1]
-        for parent in parents:
-            if parent is not None and parent not in seen:
-                seen.add(parent)
-                stack.append((parent, iter(parent.parents)))
-                break
-        else:
-            order.append(node)
-            stack.pop()
-    return order
+        propagate(self.node, grad)
 
 
 class Pending(Tensor):
@@ -127,7 +77,7 @@ class Pending(Tensor):
 
     def __init__(self, compute: Callable[[], Tensor], shape: tuple[int, ...], what: tuple):
         self._compute, self._shape, self.what = compute, shape, what
-        self._recording = _state.recording
+        self._recording = state.recording
         self._result: Tensor | None = None
 
     @property
@@ -149,155 +99,24 @@ class Pending(Tensor):
 
     def _made(self) -> Tensor:
         if self._result is None:
-            with _recording(self._recording):
+            with recording(self._recording):
                 self._result = self._compute()
         return self._result
-
-
-class Slice:
-    """The gradient of an array of which an op read a part: `g` at `key`, zeros elsewhere, which are not there."""
-
-    __slots__ = ("g", "key", "shape")
-
-    def __init__(self, shape: tuple[int, ...], key: Any, g: Array):
-        self.shape, self.key, self.g = shape, key, g
-
-    def whole(self) -> Array:
-        """An array of `shape`, of nobody else."""
-        found = arena.zeros(self.g, self.shape)
-        arena.put(found, self.key, self.g, add=False)
-        return found
-
-
-ADDED = object()
-"""What a backward returns in the place of a gradient that it has added already: see Op.backward."""
-
-
-def _references(node: Node) -> tuple[int, int]:
-    """How many there are to its gradient, and to what that is a view of."""
-    base = node.grad.base
-    return sys.getrefcount(node.grad), 0 if base is None else sys.getrefcount(base)
-
-
-def _fewest_references() -> tuple[int, int]:
-    """Those to a gradient that nothing else has, which is a view of what nothing else has."""
-    node = Node()
-    node.grad = np.empty(1)[:]
-    return _references(node)
-
-
-_ALONE = _fewest_references()
-
-
-def _open(node: Node | None) -> Array | None:
-    """The gradient that is there of `node`, if more may be added to it in place."""
-    if node is None or node.grad is None:
-        return None
-    if node.op is None or node.own:
-        return node.grad
-    references = _references(node)
-    if references[0] > _ALONE[0] or references[1] > _ALONE[1]:
-        return None
-    node.own = True  # what gave it has forgotten it
-    return node.grad
-
-
-def _accumulate(node: Node, g: Array | Slice) -> None:
-    if isinstance(g, Slice):
-        _add_slice(node, g)
-        return
-    if node.op is not None:
-        if node.grad is None:
-            node.grad, node.own = g, False  # g may be a view, or be the gradient of another parent too
-        elif node.own:
-            arena.add_to(node.grad, g)
-        else:
-            node.grad, node.own = arena.add(node.grad, g), True
-        return
-    if _state.before_leaf is not None:
-        _state.before_leaf()
-    if node.grad is None:
-        node.grad = g.copy()  # g may be a view, or be the gradient of another parent too
-    else:
-        node.grad += g  # into the flat gradient buffer, where there is one
-
-
-def _add_slice(node: Node, g: Slice) -> None:
-    if node.op is None and _state.before_leaf is not None:
-        _state.before_leaf()
-    if node.grad is None:
-        node.grad, node.own = g.whole(), True
-        return
-    if node.op is not None and not node.own:
-        node.grad, node.own = node.grad.copy(), True
-    arena.put(node.grad, g.key, g.g, add=True)
-
-
-class Again:
-    """Stands on the tape for the output of a node that is made again when it is asked for, as often as it was kept."""
-
-    __slots__ = ("array", "askers", "node")
-
-    def __init__(self, node: Node):
-        self.node, self.askers = node, 0
-        self.array: Array | None = None
-
-    @classmethod
-    def of(cls, node: Node) -> Again:
-        """The one of `node`, for one asker more."""
-        node.again = node.again or cls(node)
-        node.again.askers += 1
-        return node.again
-
-    def output(self) -> Array:
-        """What the node gave. It is held until the last asker has it."""
-        self.askers -= 1
-        found = self.node.op.again(*self.node.saved) if self.array is None else self.array
-        self.array = found if self.askers else None
-        return found
-
-
-class _State(threading.local):
-    recording = True
-    before_leaf: Callable[[], None] | None = None  # what is done before a leaf's gradient is added to
-    touched = False  # whether an op met an input that wants a gradient, recorded or not, since checkpoint() cleared it
-
-
-_state = _State()
-
-
-@contextlib.contextmanager
-def _recording(on: bool) -> Iterator[None]:
-    before, _state.recording = _state.recording, on
-    try:
-        yield
-    finally:
-        _state.recording = before
 
 
 def needs_of(inputs: Sequence[Any]) -> tuple[bool, ...]:
     """Which inputs of an op want a gradient; none of them where nothing is recorded."""
     needs = tuple([isinstance(x, Tensor) and x.node is not None for x in inputs])
     if True in needs:
-        _state.touched = True
-        if not _state.recording:
+        state.touched = True
+        if not state.recording:
             return (False,) * len(inputs)
     return needs
 
 
 def no_grad() -> contextlib.AbstractContextManager[None]:
     """Within it, ops record nothing."""
-    return _recording(False)
-
-
-@contextlib.contextmanager
-def before_leaves(call: Callable[[], None]) -> Iterator[None]:
-    """Within it, `call` is made before the tape adds to the gradient of a leaf, but not before backward pairs do."""
-    before, _state.before_leaf = _state.before_leaf, call
-    try:
-        yield
-    finally:
-        _state.before_leaf = before
+    return recording(False)
 
 
 _plain = ContextVar("plain", default=False)  # whether overrides are left aside; shards take it over
@@ -380,7 +199,7 @@ class Op:
         """Decorator that gives the op its other half.
 
         With `into` it is called with a keyword of that name, which has for each input the array that its gradient may
-        be added to in place, or None; for one that it added it returns ADDED.
+        be added to in place, or None; for one that it added it returns tape.ADDED.
         """
         if vjp is None:
             return partial(self.backward, into=into)
@@ -563,10 +382,10 @@ def astype(x: Tensor, dtype: np.dtype) -> Tensor:
     """`x` in another floating dtype, itself where it has that; its gradient comes back in its own."""
     if x.dtype == dtype:
         return x
-    if x.node is None or not _state.recording:
-        _state.touched |= x.node is not None
+    if x.node is None or not state.recording:
+        state.touched |= x.node is not None
         return Tensor(cast(x.data, dtype))
-    _state.touched = True
+    state.touched = True
     return Tensor(cast(x.data, dtype), Node(_astype, (x.node,), (x.dtype,)))
 
 
@@ -585,12 +404,12 @@ def checkpoint(fn: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
 
     What `fn` reads beside its inputs must be constants and parameters, and it must compute the same again.
     """
-    if not _state.recording:  # also within another checkpoint, whose `touched` then goes on
+    if not state.recording:  # also within another checkpoint, whose `touched` then goes on
         return fn(*inputs)
-    _state.touched = False
+    state.touched = False
     with no_grad():
         out = fn(*inputs)
-    if not _state.touched:
+    if not state.touched:
         return out
     nodes = tuple(x.node for x in inputs)
     return Tensor(out.data, Node(_recompute, nodes, (fn, tuple(x.data for x in inputs), tuple(map(bool, nodes)))))
@@ -604,7 +423,7 @@ def _recompute(needs, *arrays):
 @_recompute.backward
 def _(g, fn, arrays, needs):
     inputs = [Tensor(x, Node() if need else None) for x, need in zip(arrays, needs, strict=True)]
-    with _recording(True):
+    with recording(True):
         out = fn(*inputs)
     if out.node is not None:
         out.backward(g)

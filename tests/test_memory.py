@@ -11,7 +11,8 @@ import tiny
 from refpeft import fused, manager, sites
 from refpeft.models.base import Model
 from refpeft.quant import Quantizer
-from refpeft.tensor import Node, Tensor, parameter
+from refpeft.tape import Node
+from refpeft.tensor import Tensor, parameter
 
 SIZE = 4  # bytes of a float32
 BATCH, TIME, RANK = 2, 9, 8

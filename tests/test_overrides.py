@@ -11,6 +11,7 @@ from refpeft import ops, tensor
 from refpeft.absent import absent
 from refpeft.conformance import device
 from refpeft.errors import RefpeftError
+from refpeft.tape import Slice
 from refpeft.tensor import Tensor, no_grad, op, parameter
 
 
@@ -226,5 +227,5 @@ def test_a_gradient_that_two_have_is_not_written_into():
 
 
 def test_a_slice_is_an_array_of_the_whole():
-    found = tensor.Slice((3, 4), np.s_[1:, 0], np.ones(2, "f4")).whole()
+    found = Slice((3, 4), np.s_[1:, 0], np.ones(2, "f4")).whole()
     assert found.dtype == np.float32 and np.array_equal(found, [[0] * 4, [1, 0, 0, 0], [1, 0, 0, 0]])

@@ -134,7 +134,7 @@ def _by_operation(turns: Turns, case: Case) -> None:
 @contextlib.contextmanager
 def _marked(timeline: Timeline, trainer: Any) -> Iterator[None]:
     """Within it, operations both ways, clipping and the optimizer are on the timeline."""
-    from refpeft import tensor
+    from refpeft import tape, tensor
 
     with contextlib.ExitStack() as stack:
 
@@ -147,13 +147,13 @@ def _marked(timeline: Timeline, trainer: Any) -> Iterator[None]:
 
             stack.enter_context(mock.patch.object(owner, attribute, marked))
 
-        pass_on = tensor._pass_on
+        pass_on = tape._pass_on
 
         def backward(node: Any) -> None:
             with timeline.within(f"{node.op.name}, backward{_kind(node.op)}"):
                 pass_on(node)
 
-        stack.enter_context(mock.patch.object(tensor, "_pass_on", backward))
+        stack.enter_context(mock.patch.object(tape, "_pass_on", backward))
         for op in [each for each in gc.get_objects() if isinstance(each, tensor.Op)]:  # not Op.__call__, which counts
             mark(op, "forward", f"{op.name}, forward{_kind(op)}")  # the references to what it is called with
             if op.together:
