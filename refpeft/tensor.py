@@ -18,7 +18,7 @@ import numpy as np
 
 from .backend import Array, bfloat16, cast, xp_of
 from .errors import RefpeftError
-from .tape import ADDED, Again, Node, Slice, before_leaves, propagate, recording, state  # noqa: F401
+from .tape import Again, Node, Slice, propagate, recording, state
 
 
 class Tensor:

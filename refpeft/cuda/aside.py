@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 
 import cupy
 
-from refpeft import tensor
+from refpeft import tape
 from refpeft.backend import Array
 
 _MOST_READ = 2**24
@@ -73,7 +73,7 @@ def gradients_aside(gradients: Array) -> Iterator[None]:
     aside = _Aside(gradients)
     _current.append(aside)
     try:
-        with tensor.before_leaves(aside.join):  # what is added there by others waits
+        with tape.before_leaves(aside.join):  # what is added there by others waits
             yield
     finally:
         _current.pop()

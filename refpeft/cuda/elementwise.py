@@ -14,7 +14,8 @@ from refpeft.backend import Array, bfloat16
 from refpeft.cuda.kernels import Source, contiguous
 from refpeft.cuda.maps import lanes_of, mapped, summed, takes
 from refpeft.cuda.override import override
-from refpeft.tensor import ADDED, Op
+from refpeft.tape import ADDED
+from refpeft.tensor import Op
 
 softmax_source = Source("softmax.cu")
 

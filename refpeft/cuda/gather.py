@@ -17,7 +17,7 @@ from refpeft.backend import Array, bfloat16
 from refpeft.cuda.kernels import Source, contiguous
 from refpeft.cuda.maps import mapped, merged, strides_of, summed
 from refpeft.cuda.override import override
-from refpeft.tensor import ADDED, Slice
+from refpeft.tape import ADDED, Slice
 
 source = Source("gather.cu")
 

@@ -21,7 +21,7 @@ from refpeft.cuda.kernels import Source, contiguous
 from refpeft.cuda.override import override
 from refpeft.ops import expect, fit
 from refpeft.quant import Frozen
-from refpeft.tensor import ADDED
+from refpeft.tape import ADDED
 
 _source = Source("linear.cu")
 _float32 = np.dtype("f4")

@@ -19,7 +19,8 @@ from refpeft.backend import Array, bfloat16
 from refpeft.cuda import blas, margins
 from refpeft.cuda.blas import low, product
 from refpeft.cuda.linear import low_weight, rows_of, weight_gradient, write_bias
-from refpeft.tensor import ADDED, Op, Pending, Tensor, needs_of
+from refpeft.tape import ADDED
+from refpeft.tensor import Op, Pending, Tensor, needs_of
 
 _linear = ops.linear.overrides[cupy.ndarray, bfloat16]
 

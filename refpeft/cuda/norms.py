@@ -13,7 +13,7 @@ from refpeft.cuda import margins
 from refpeft.cuda.kernels import Source, contiguous
 from refpeft.cuda.maps import lanes_of, summed
 from refpeft.cuda.override import override
-from refpeft.tensor import ADDED
+from refpeft.tape import ADDED
 
 source = Source("norms.cu")
 float32 = np.dtype("f4")

@@ -9,7 +9,8 @@ import pytest
 from refpeft import fused, ops, tensor
 from refpeft.backend import bfloat16, to_host
 from refpeft.cuda import activations, elementwise, gather, maps, norms  # noqa: F401  pairs register themselves
-from refpeft.tensor import ADDED, Op, Tensor, parameter
+from refpeft.tape import ADDED
+from refpeft.tensor import Op, Tensor, parameter
 
 FLOAT32 = np.dtype("f4")
 EPS = {bfloat16: 2.0**-8, FLOAT32: 2.0**-23}
