@@ -5,6 +5,7 @@ A step's batch can be asked for in any order, so a resumed run continues with th
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, insort
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -40,6 +41,10 @@ class Share:
     whole: int
     asked: range
     whole_asked: int
+
+    def asks_all(self, batch: Batch) -> bool:
+        """Whether all targets count of the batch that `batch` is this share of."""
+        return self.whole_asked == self.whole * math.prod(batch.targets.shape[self.axis + 1 :])
 
 
 @dataclass(frozen=True)

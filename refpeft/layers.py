@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 from . import capturing, fused, manager
 from .backend import Array, xp_of
 from .errors import RefpeftError
-from .rng import Step, Stream
+from .rng import Order, Step, Stream
 from .tensor import Tensor
 
 if TYPE_CHECKING:
     from .batches import Share
+    from .placing import Placed
     from .sites import Site
 
 INPUTS = {
@@ -133,6 +134,7 @@ class Mode:
     again: int = 0  # how often the same rows were computed before, for methods that compare passes
     chunk: int = 0  # where the rows begin that the head is given, of those with a target
     share: Share | None = None  # of what the batch is one, where several are computed at the same time
+    placed: Placed | None = None  # the batch, where it lies otherwise than on the host
     run: int = 0  # of a layer that a model runs several times (ALBERT)
     task: Any = None  # which data set of several rows are of: one number, or one for each row
 
@@ -140,17 +142,25 @@ class Mode:
 class Train:
     """What a hook knows of training: the optimizer's step, and random numbers, the same in every run of a seed.
 
-    They are also the same for every row, whatever share of a micro-batch it is in. An array has rows if it begins with
-    the axes `like`: those of the batch, or if `picked` of the rows that have a target.
+    They are also the same for every row, whatever share of a micro-batch it is in, and on every device. An array has
+    rows if it begins with the axes `like`: those of the batch (with `said`, of what its decoder reads), or if `picked`
+    of the rows that have a target.
     """
 
-    def __init__(self, mode: Mode, purpose: tuple[str, ...], like: tuple[int, ...] | None = None, picked: bool = False):
+    def __init__(
+        self,
+        mode: Mode,
+        purpose: tuple[str, ...],
+        like: tuple[int, ...] | None = None,
+        picked: bool = False,
+        said: bool = False,
+    ):
         again = ("again", mode.again) if mode.again else ()
         again += ("run", mode.run) if mode.run else ()
         self._key = (mode.seed, "dropout", *purpose, Step(mode.step), mode.part, *again)
         self._of_the_pass = (mode.seed, "draw", *purpose, mode.step, mode.part, *again)
         self._of_the_step = (mode.seed, "draw", *purpose[:-1], mode.step)
-        self._mode, self._like, self._picked = mode, like, picked
+        self._mode, self._like, self._picked, self._said = mode, like, picked, said
         self._method = purpose[1] if purpose else "a method"
         self._calls = 0
         self._draws: Stream | None = None
@@ -186,7 +196,8 @@ class Train:
         """What the numbers of `x` are drawn from, so many words each: a stream for each call, of the whole batch."""
         self._calls += 1
         stream = Stream(*self._key, self._calls, xp=xp_of(x.data))
-        return stream.skip(words * self._before(x.shape))
+        order = self._order(x.shape)
+        return stream.skip(words * self._before(x.shape)) if order is None else stream.of(order)
 
     def _before(self, shape: tuple[int, ...]) -> int:
         """How many numbers of the whole batch come before those of an array of this shape."""
@@ -196,6 +207,23 @@ class Train:
         if self._picked:
             return (self._mode.chunk + (share.asked.start if share else 0)) * math.prod(shape[1:])
         return share.here.start * math.prod(shape[share.axis + 1 :]) if share else 0
+
+    def _order(self, shape: tuple[int, ...]) -> Order | None:
+        """Which of the host's numbers an array of this shape has, where its rows lie otherwise here; else None."""
+        like, placed = self._like, self._mode.placed
+        if placed is None or like is None or shape[: len(like)] != like or not math.prod(shape):
+            return None
+        if self._picked:
+            begins = placed.places_of_rows(self._mode.chunk, shape[0])
+        elif len(like) == 1:
+            begins = placed.lines
+        else:
+            begins = placed.places_of_tokens(like[1], self._said)
+        if begins is None or len(begins) != shape[0]:
+            return None
+        tokens = 1 if len(like) == 1 else like[1]
+        row = math.prod(shape[1:])
+        return Order(begins, row, row // tokens)
 
 
 @dataclass
@@ -294,7 +322,9 @@ class Layer:
         if reads is None:
             return Train(self.mode, self._purpose)
         axes = {"embedding": 2, "attention": 1}.get(self.site.kind, len(reads) - 1)
-        return Train(self.mode, self._purpose, reads[:axes], picked=len(reads) == 2 and axes == 1)
+        of_source = {"cross_k", "cross_v"} & set(self.site.roles)
+        said = self.site.name.startswith("decoder.") and not of_source
+        return Train(self.mode, self._purpose, reads[:axes], len(reads) == 2 and axes == 1, said)
 
     @property
     def row_by_row(self) -> bool:

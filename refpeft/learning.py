@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,7 +13,7 @@ from .batches import Batch
 from .errors import RefpeftError
 from .layers import Layer, Part
 from .models.base import Model
-from .placing import Placed
+from .placing import Placed, compares_texts, laid_out
 from .tensor import Tensor
 
 
@@ -79,22 +78,9 @@ def shares(model: Model, batch: Batch, n: int) -> list[Batch]:
     Without padding where that is possible; one part alone where rows are told from one another, or what is placed for a
     device.
     """
-    if isinstance(batch, Placed):
+    if isinstance(batch, Placed) or compares_texts(model, batch):
         return [batch]
-    coupled = model.task == "embed" and batch.targets.dtype.kind == "i"
-    return [batch] if coupled else batches.shares(unpadded(model, batch.by_turns()), n)
-
-
-def unpadded(model: Model, batch: Batch) -> Batch:
-    """`batch` in one row without padding, if that is the same to the model and what is attached; else as it is.
-
-    Only rows that are texts of their own can be joined: not pairs, and no sources of answers.
-    """
-    whole = batch.tokens == batch.ids.size or batch.said is not None or batch.rows_each > 1
-    layers = (layer for adapter in model.adapters for layer in adapter.layers)
-    if whole or not model.joins(batch.ids.shape[1]) or not all(layer.text_by_text for layer in layers):
-        return batch
-    return replace(batch, task=None).unpadded()
+    return batches.shares(laid_out(model, batch), n)
 
 
 def penalties(model: Model) -> Iterator[Tensor]:

@@ -11,12 +11,13 @@ import math
 import zlib
 from collections.abc import Iterator
 from contextvars import ContextVar
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-from .backend import Array
+from .backend import Array, xp_of
 from .errors import RefpeftError
 from .feed import feed
 
@@ -55,6 +56,25 @@ class Step(int):
     """The number of the optimizer's step as part of a purpose: what differs when a captured step runs again."""
 
 
+@dataclass(frozen=True)
+class Order:
+    """Which of a stream's numbers an array has that lies in other rows than the stream counts by.
+
+    The array's number i is that at begins[i // row] * width + i % row; `begins` (rows,) is int32, and lies where the
+    array does.
+    """
+
+    begins: Array
+    row: int
+    width: int
+
+    def places(self, words: int) -> Array:
+        """Where the words are of each number, of so many words each: uint64, one after the other."""
+        xp = xp_of(self.begins)
+        numbers = self.begins[:, None].astype("u8") * np.uint64(self.width) + xp.arange(self.row, dtype="u8")
+        return (numbers[..., None] * np.uint64(words) + xp.arange(words, dtype="u8")).reshape(-1)
+
+
 class Stream:
     """Random numbers of one purpose: `Stream(seed, "init", "lora", site.name)`.
 
@@ -68,10 +88,16 @@ class Stream:
         self.seed, self.purpose, self.xp = seed, purpose, xp
         self.words = _words("\0".join(map(str, purpose)))  # the upper half of counters
         self._next = 0  # index of the next word, of 32 bits; a counter gives four
+        self.order: Order | None = None
 
     def skip(self, words: int) -> Stream:
         """This stream, from `words` of 32 bits further on; a float64 is made of two."""
         self._next += words
+        return self
+
+    def of(self, order: Order) -> Stream:
+        """This stream, for one array of another order."""
+        self.order = order
         return self
 
     @property
@@ -103,25 +129,39 @@ class Stream:
     def _pieces(self, n: int) -> Iterator[Any]:
         """The next `n` uint32, array after array."""
         xp = self.xp
+        if self.order is not None:
+            yield self._at(self.order.places(n // (len(self.order.begins) * self.order.row)))
+            return
         if n >= 2**60:  # where NumPy has another exception
             raise MemoryError(f"{n:,} random numbers are wanted at once")
         taken = self.take(n)
         first, end, start = taken // 4, -(-(taken + n) // 4), taken % 4
-        slot = self.slot
         size = _BLOCK if xp is np else 2**32
         for block in range(first // size, -(-end // size)):
             low, stop = max(first, block * size), min(end, (block + 1) * size)
             index = xp.arange(
                 low % 2**32, low % 2**32 + stop - low, dtype="u8"
             )  # the upper half is one number in a block
-            upper = self.words if slot is None else [xp.broadcast_to(slot[i], index.shape) for i in range(2)]
-            key = self.seed & 0xFFFFFFFF, self.seed >> 32 & 0xFFFFFFFF
             words = xp.empty((len(index), 4), "u4")
-            for column, word in enumerate(philox4x32(index, np.uint64(low >> 32), *upper, *key)):
+            for column, word in enumerate(self._four(index, np.uint64(low >> 32))):
                 words[:, column] = word
             piece = words.reshape(-1)[start : start + n]
             start, n = 0, n - len(piece)
             yield piece
+
+    def _at(self, places: Any) -> Any:
+        """The uint32 at these places, which are uint64."""
+        counter, lane = places >> np.uint64(2), places & np.uint64(3)
+        first, *others = self._four(counter & _LOW, counter >> _32)
+        for number, words in enumerate(others, 1):
+            first = self.xp.where(lane == number, words, first)
+        return first.astype("u4")
+
+    def _four(self, low: Any, high: Any) -> tuple[Any, ...]:
+        """The four words of counters whose lower half has these two."""
+        slot = self.slot
+        upper = self.words if slot is None else [self.xp.broadcast_to(slot[i], low.shape) for i in range(2)]
+        return philox4x32(low, high, *upper, self.seed & 0xFFFFFFFF, self.seed >> 32 & 0xFFFFFFFF)
 
     def _unit(self, n: int) -> Any:
         """`n` float64 in [0, 1), 53 bits each."""

@@ -31,6 +31,7 @@ from .errors import RefpeftError
 from .evaluation import Evaluation, Several, better
 from .models.base import Model
 from .optim import OPTIMIZERS, OPTIONS, Flat
+from .placing import Placed
 from .quant import Quantized
 from .rng import Step
 from .shards import Shards
@@ -253,10 +254,11 @@ class Trainer:
         mode.training, mode.seed, mode.step, mode.part = True, self.seed, Step(step), number
         if part:
             mode.task, mode.share = part.task, part.share
+            mode.placed = part if isinstance(part, Placed) else None
         try:
             yield
         finally:
-            mode.training, mode.task, mode.share = False, None, None
+            mode.training, mode.task, mode.share, mode.placed = False, None, None, None
 
     def _not_finite(self, what: str) -> str:
         if not self.summary.steps:

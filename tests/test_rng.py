@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from refpeft import rng
 from refpeft.conformance import device
 from refpeft.errors import RefpeftError
-from refpeft.rng import Slots, Step, Stream, philox4x32
+from refpeft.rng import Order, Slots, Step, Stream, philox4x32
 
 # Random123 (Salmon et al., 2011), kat_vectors, philox4x32 with 10 rounds: counter, key, answer
 KNOWN = [
@@ -50,6 +50,15 @@ def test_the_stream_is_philox_of_its_counters_whatever_the_block(skipped, n, see
 def test_what_is_kept_are_the_words_of_a_size(skipped, n, rate):
     words, kept = Stream(3).skip(skipped).bits(n), Stream(3).skip(skipped).keeps(n, rate)
     assert kept.dtype == bool and np.array_equal(kept, words >= min(round(rate * 2**32), 2**32 - 1))
+
+
+@given(st.lists(st.integers(0, 99), min_size=1, max_size=5), st.integers(1, 9), st.integers(1, 5))
+def test_numbers_of_another_order_are_those_of_the_stream(begins, row, width):
+    order = Order(np.array(begins, "i4"), row, width)
+    places = (np.array(begins)[:, None] * width + np.arange(row)).reshape(-1)
+    assert np.array_equal(Stream(3).of(order).bits(places.size), Stream(3).bits(600)[places])
+    assert np.array_equal(Stream(3).of(order).keeps(places.size, 0.4), Stream(3).keeps(600, 0.4)[places])
+    assert np.array_equal(Stream(3).of(order).uniform(0, 1, places.size), Stream(3).uniform(0, 1, 600)[places])
 
 
 def test_the_stream_is_pinned():

@@ -10,13 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from variants import VARIANTS, attached, bare
 
-from refpeft import fused, learning, manager, sites
+from refpeft import fused, learning, manager, placing, sites
 from refpeft.batches import IGNORE, Batch, Batches, shares
 from refpeft.errors import RefpeftError
 from refpeft.evaluation import mean_loss
 from refpeft.examples import Example
 from refpeft.layers import Mode, Train
 from refpeft.models.deberta import Deberta
+from refpeft.placing import Placed
 from refpeft.rng import Stream
 from refpeft.tensor import Tensor, plain
 
@@ -103,17 +104,17 @@ def results(model, parts: list[Batch], denominator: float, training: bool = Fals
     mode, loss = model.mode, 0.0
     mode.training = training
     for part in parts:
-        mode.share, mode.task = part.share, part.task
+        mode.share, mode.task, mode.placed = part.share, part.task, part if isinstance(part, Placed) else None
         found = learning.objective(model, part, denominator)
         found.backward()
         loss = loss + found.data
-    mode.training, mode.share, mode.task = False, None, None
+    mode.training, mode.share, mode.task, mode.placed = False, None, None, None
     return {"loss": loss} | {n: t.data * 0 if t.grad is None else t.grad.copy() for n, t in trained.items()}
 
 
-def assert_same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+def assert_same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray], limit: float = 1e-12) -> None:
     largest = max(abs(array).max() for array in expected.values())
-    assert max(abs(found[name] - expected[name]).max() for name in expected) <= 1e-12 * largest
+    assert max(abs(found[name] - expected[name]).max() for name in expected) <= limit * largest
 
 
 BATCH = padded([9, 4, 7, 2, 8])
@@ -226,42 +227,42 @@ def single(family: str = "qwen2", method: str = "lora", **options):
 
 
 def test_padded_rows_are_joined_where_attention_goes_by_documents():
-    assert learning.unpadded(single(), BATCH).ids.shape == (1, BATCH.tokens)
-    assert learning.unpadded(tiny.model("qwen2"), BATCH) is BATCH  # of float64, all tokens would meet
+    assert placing.unpadded(single(), BATCH).ids.shape == (1, BATCH.tokens)
+    assert placing.unpadded(tiny.model("qwen2"), BATCH) is BATCH  # of float64, all tokens would meet
     with plain():
-        assert learning.unpadded(single(), BATCH) is BATCH
+        assert placing.unpadded(single(), BATCH) is BATCH
 
 
 def test_other_batches_stay_as_they_are():
     model = single()
     full, pairs = padded([6, 6]), padded([5, 6], rows_each=2)
-    assert learning.unpadded(model, full) is full and learning.unpadded(model, pairs) is pairs
-    assert learning.unpadded(single(method="prompt_tuning", tokens=2), BATCH) is BATCH
+    assert placing.unpadded(model, full) is full and placing.unpadded(model, pairs) is pairs
+    assert placing.unpadded(single(method="prompt_tuning", tokens=2), BATCH) is BATCH
     t5 = replace(BATCH, said=BATCH.ids)
-    assert learning.unpadded(model, t5) is t5
+    assert placing.unpadded(model, t5) is t5
 
 
 def test_models_to_which_a_rows_length_or_its_places_matter_keep_rows():
     model = single()
     model.config = replace(model.config, windows=(None, 5))
-    assert learning.unpadded(model, BATCH) is BATCH
-    assert learning.unpadded(model, short := padded([5, 3])) is not short
+    assert placing.unpadded(model, BATCH) is BATCH
+    assert placing.unpadded(model, short := padded([5, 3])) is not short
     model.config = replace(model.config, windows=(None, None), rope=replace(model.config.rope, kind="dynamic"))
-    assert learning.unpadded(model, BATCH) is BATCH
+    assert placing.unpadded(model, BATCH) is BATCH
     assert not tiny_tasks.model("deberta-v3", "classify").joins(3) and not tiny_tasks.model("t5", "seq2seq").joins(3)
 
 
 @pytest.mark.parametrize("family", ["qwen2", "gpt2"])
 def test_what_is_learned_is_the_same_in_single_precision(family):
     model = single(family)
-    joined = learning.unpadded(model, BATCH)
+    joined = placing.unpadded(model, BATCH)
     found, expected = (results(model, [one], BATCH.denominator) for one in (joined, BATCH))
     assert all(abs(found[name] - expected[name]).max() < 1e-5 for name in found)
 
 
 def test_joined_rows_may_be_longer_together_than_the_model_has_positions_for():
     model, long = single("gpt2"), padded([60, 40, 50])
-    joined = learning.unpadded(model, long)
+    joined = placing.unpadded(model, long)
     assert joined.ids.size > model.config.context
     assert abs(model.loss(joined).data - model.loss(long).data) < 1e-5
     with pytest.raises(RefpeftError, match="65 positions were asked for: this model has 64"):
@@ -272,5 +273,5 @@ def test_an_evaluation_is_the_same_with_and_without_padding(monkeypatch):
     lines = [Example(tiny.ids(1, n, seed=n)[0], np.ones(n, bool), n) for n in (9, 4, 7, 2)]
     batches = Batches(lines, 4, 9, shuffle=False)
     found = mean_loss(single(), batches)
-    monkeypatch.setattr(learning, "unpadded", lambda model, batch: batch)
+    monkeypatch.setattr(placing, "unpadded", lambda model, batch: batch)
     assert abs(found - mean_loss(single(), batches)) < 1e-5

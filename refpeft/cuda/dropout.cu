@@ -21,11 +21,19 @@ __device__ inline Words philox(unsigned long long counter, Key key) {
     return {c0, c1, c2, c3};
 }
 
-// y[i] is x[i] * scale where word `first` + i is at least `least`, else 0: eight numbers a thread. The purpose is in
-// `slot` where that is given, else it is (crc, adler). With `eights`, first is a multiple of four and x and y of 16
-// bytes. Reads x and writes y once; ten rounds for four numbers take about as long as that.
-extern "C" __global__ void dropout(const real* x, real* y, long long size, long long first,
-                                   const unsigned long long* slot, unsigned int crc, unsigned int adler,
+// Which word is that of number `at`: `first` + at, or in rows that lie otherwise (rng.Order), as `begins` says.
+__device__ inline long long word_of(long long at, long long first, const int* begins, int row, int width) {
+    if (!begins) return first + at;
+    unsigned int line = (unsigned int)at / row;  // there are fewer than 2^32 numbers then
+    return (long long)begins[line] * width + ((unsigned int)at - line * row);
+}
+
+// y[i] is x[i] * scale where its word is at least `least`, else 0: eight numbers a thread. The purpose is in `slot`
+// where that is given, else it is (crc, adler). With `eights`, eight numbers have words that follow one another from a
+// multiple of four on, and x and y are at multiples of 16 bytes. Reads x and writes y once; ten rounds for four numbers
+// take about as long as that.
+extern "C" __global__ void dropout(const real* x, real* y, long long size, long long first, const int* begins, int row,
+                                   int width, const unsigned long long* slot, unsigned int crc, unsigned int adler,
                                    unsigned int seed, unsigned int upper_seed, unsigned int least, float scale,
                                    int eights) {
     const long long at = 8 * ((long long)blockIdx.x * blockDim.x + threadIdx.x);
@@ -36,11 +44,12 @@ extern "C" __global__ void dropout(const real* x, real* y, long long size, long 
         key.purpose[1] = (unsigned int)slot[1];
     }
     if (eights && at + 8 <= size) {
+        const long long word = word_of(at, first, begins, row, width);
         float part[8];
         load8(x + at, part);
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            Words words = philox((first + at) / 4 + half, key);
+            Words words = philox(word / 4 + half, key);
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 float* number = part + 4 * half + i;
@@ -51,7 +60,7 @@ extern "C" __global__ void dropout(const real* x, real* y, long long size, long 
         return;
     }
     for (long long i = at; i < at + 8 && i < size; i++) {
-        Words words = philox((first + i) / 4, key);
-        y[i] = narrow(words.of[(first + i) % 4] >= least ? wide(x[i]) * scale : 0.f);
+        const long long word = word_of(i, first, begins, row, width);
+        y[i] = narrow(philox(word / 4, key).of[word % 4] >= least ? wide(x[i]) * scale : 0.f);
     }
 }

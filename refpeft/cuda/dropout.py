@@ -20,6 +20,9 @@ class _Mask(NamedTuple):
     """Which elements are kept, and times what: the kernel's arguments from `first` to `scale`, by its names."""
 
     first: np.int64
+    begins: Array | None
+    row: int
+    width: int
     slot: Array | None
     crc: np.uint32
     adler: np.uint32
@@ -31,11 +34,15 @@ class _Mask(NamedTuple):
 
 @override(fused.dropout, "bfloat16", "float32")
 def dropout(needs, x, *, rate, stream: Stream):
-    if not 0 <= rate < 1 or not x.size:
+    order = stream.order
+    if not 0 <= rate < 1 or not x.size or (order is not None and x.size >= 2**32):
         return NotImplemented
+    first, lies = stream.take(x.size), (None, 1, 1)
+    if order is not None:
+        first, lies = 0, (order.begins, order.row, order.width)
     seed = stream.seed & 0xFFFFFFFF, stream.seed >> 32 & 0xFFFFFFFF
     numbers = (np.uint32(number) for number in (*stream.words, *seed, least_kept(rate)))
-    mask = _Mask(np.int64(stream.take(x.size)), stream.slot, *numbers, np.float32(1 / (1 - rate)))
+    mask = _Mask(np.int64(first), *lies, stream.slot, *numbers, np.float32(1 / (1 - rate)))
     return _masked(x, mask), (mask,)
 
 
@@ -47,6 +54,7 @@ def _(g, mask):
 def _masked(x: Array, mask: _Mask) -> Array:
     x = contiguous(x)
     y = cupy.empty(x.shape, x.dtype)
-    eights = mask.first % 4 == 0 and x.data.ptr % 16 == 0
+    in_fours = mask.first % 4 == 0 if mask.begins is None else mask.row % 8 == 0 and mask.width % 4 == 0
+    eights = in_fours and x.data.ptr % 16 == 0
     _source("dropout", x.dtype)(-(-x.size // 2048), 256, x, y, np.int64(x.size), *mask, bool(eights))
     return y

@@ -206,7 +206,8 @@ class Model:
 
     def states(self, batch: Any, rows: np.ndarray) -> Tensor:
         """What the head reads at `rows`, positions of the flattened targets of a Batch: (len(rows), dim)."""
-        hidden = self.hidden_of(batch, None if len(rows) == batch.targets.size else rows)
+        everywhere = len(rows) == batch.targets.size and (batch.share is None or batch.share.asks_all(batch))
+        hidden = self.hidden_of(batch, None if everywhere else rows)
         return self.finish(hidden.reshape(-1, hidden.shape[-1]))
 
     def hidden_of(self, batch: Any, rows: np.ndarray | None = None) -> Tensor:
@@ -282,12 +283,8 @@ class Model:
         return self.config.context - self.first_position(virtual, None)
 
     def joins(self, longest: int) -> bool:
-        """Whether texts of at most so many tokens may be computed one after the other, as documents of one row.
-
-        That must be the same to the model, and no more to compute than rows of their own with padding: attention has to
-        go document by document.
-        """
-        return fused.attention.overridden(self.xp.ndarray, self.activations)
+        """Whether it is the same to the model if texts of at most so many tokens are documents of one row."""
+        return True
 
     # ---- what subclasses share ----
 

@@ -129,9 +129,10 @@ class DisentangledLayer(Layer):
 
         It is of all rows of a batch, so its dropout is that of the whole batch in every share.
         """
-        share, self.mode.share = self.mode.share, None
+        mode = self.mode
+        before, (mode.share, mode.placed) = (mode.share, mode.placed), (None, None)
         found = projection(distances)
-        self.mode.share = share
+        mode.share, mode.placed = before
         return self.in_heads(found[None])
 
     def bounded(self, buckets: Array) -> Array:

@@ -55,7 +55,7 @@ class Decoder(Model):
 
     def joins(self, longest: int) -> bool:
         wide = all(window is None or window >= longest for window in self.config.windows)
-        return super().joins(longest) and wide and self.config.rope.kind != "dynamic"  # which goes by the row's length
+        return wide and self.config.rope.kind != "dynamic"  # which goes by the row's length
 
     def _tables(self, positions: Array, length: int) -> tuple[Array, Array]:
         """cos and sin (batch or 1, 1, time, head_dim / 2) at `positions`; `length` decides dynamic scaling."""

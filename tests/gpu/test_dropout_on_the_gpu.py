@@ -6,8 +6,8 @@ import pytest
 
 from refpeft import fused
 from refpeft.backend import bfloat16, to_host
-from refpeft.rng import Slots, Step, Stream
-from refpeft.tensor import parameter
+from refpeft.rng import Order, Slots, Step, Stream
+from refpeft.tensor import parameter, plain
 
 every_dtype = pytest.mark.parametrize("dtype", [bfloat16, np.dtype("f4")], ids=lambda dtype: dtype.name)
 
@@ -36,6 +36,27 @@ def test_it_is_the_hosts_bit_for_bit(dtype: np.dtype, shape: tuple[int, ...], sk
     out.backward(cupy.asarray(g))
     assert leaf.grad.dtype == dtype
     assert np.array_equal(to_host(leaf.grad), dropped(g, rate, Stream(seed, "mask").skip(skipped)))
+
+
+@every_dtype
+@pytest.mark.parametrize(
+    ("shape", "width"), [((5, 3, 16), 16), ((5, 4, 6), 6), ((7, 40), 40), ((3, 5), 5), ((2, 8, 3), 3)]
+)
+def test_rows_that_lie_otherwise_on_the_host_have_its_masks(dtype: np.dtype, shape: tuple[int, ...], width: int):
+    x, row = drawn(*shape, dtype=dtype), int(np.prod(shape[1:]))
+    begins = np.random.default_rng(1).permutation(40)[: shape[0]].astype("i4")
+    order = begins[:, None] * width + np.arange(row)
+    keep = Stream(1, "mask").keeps(40 * width + row, 0.3)[order].reshape(shape)
+    leaf = parameter(cupy.asarray(x))
+    stream = Stream(1, "mask", xp=cupy).of(Order(cupy.asarray(begins), row, width))
+    out = fused.dropout(leaf, rate=0.3, stream=stream)
+    assert out.node.op.stands_in
+    out.backward(cupy.asarray(x))
+    expected = (x.astype("f4") * keep * np.float32(1 / 0.7)).astype(dtype)
+    assert np.array_equal(to_host(out.data), expected) and np.array_equal(to_host(leaf.grad), expected)
+    with plain():
+        again = fused.dropout(parameter(cupy.asarray(x)), rate=0.3, stream=stream)
+    assert np.array_equal(to_host(again.data), expected)
 
 
 @every_dtype
