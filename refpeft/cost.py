@@ -12,12 +12,13 @@ import numpy as np
 
 from refpeft import fused, learning
 from refpeft.absent import counted, owner, zeros
+from refpeft.backend import bfloat16
 from refpeft.batches import IGNORE, Batch
 from refpeft.errors import RefpeftError
 from refpeft.models.base import Model
 from refpeft.models.config import ModelConfig
 from refpeft.tape import Node
-from refpeft.tensor import Tensor, no_grad
+from refpeft.tensor import WORTH_MAKING_AGAIN, Tensor, no_grad
 
 _PROBED = (2, 3, 4)  # tokens of the rows that are measured: what a row takes is a polynomial of degree 2 of its tokens
 _BACKWARD = 2.5
@@ -86,11 +87,12 @@ def step(model: Model, rows: int, tokens: int, narrow: bool = False) -> Step:
     number of each head, and for each pair of a query and a key that it sees. With `narrow` bytes are those of a GPU in
     bfloat16: two for a number of a token, and none for outputs that are made again.
     """
-    kept, forward, backward = _scaled(model, rows, tokens, partial(_passes, narrow=narrow), narrow)
+    all_tokens = rows * tokens if narrow else 0
+    kept, forward, backward = _scaled(model, rows, tokens, partial(_passes, narrow=all_tokens), narrow)
     try:
         learning.refuse_recomputation(model)
         model.checkpointing = True
-        inputs = _scaled(model, rows, tokens, partial(_inputs, narrow=narrow), narrow)[0]
+        inputs = _scaled(model, rows, tokens, partial(_inputs, narrow=all_tokens), narrow)[0]
     except RefpeftError:
         inputs = None
     finally:
@@ -133,13 +135,16 @@ def _pairs(config: Any, tokens: int) -> int:
     return width * config.layers * (half if isinstance(config, ModelConfig) else square)
 
 
-def _inputs(model: Model, rows: int, tokens: int, narrow: bool) -> np.ndarray:
+def _inputs(model: Model, rows: int, tokens: int, narrow: int) -> np.ndarray:
     """(bytes kept,) of so many tokens."""
-    return np.array([_tape_bytes(model, _result(model, rows, tokens), narrow)], float)
+    return np.array([_tape_bytes(model, _result(model, rows, tokens), narrow / (rows * tokens))], float)
 
 
-def _passes(model: Model, rows: int, tokens: int, narrow: bool) -> np.ndarray:
-    """(bytes kept, operations forward, operations backward) of so many tokens."""
+def _passes(model: Model, rows: int, tokens: int, narrow: int) -> np.ndarray:
+    """(bytes kept, operations forward, operations backward) of so many tokens.
+
+    `narrow` is how many tokens the step has that this is for, on a GPU in bfloat16; 0: it is not.
+    """
     trained = [tensor for _, tensor in model.trained()]
     with counted() as forward, no_grad():
         _result(model, rows, tokens)
@@ -147,7 +152,7 @@ def _passes(model: Model, rows: int, tokens: int, narrow: bool) -> np.ndarray:
         tensor.node.grad = zeros(tensor.shape)
     with counted() as both:
         result = _result(model, rows, tokens)
-        kept = _tape_bytes(model, result, narrow)
+        kept = _tape_bytes(model, result, narrow / (rows * tokens))
         result.backward()
     for tensor in trained:
         tensor.node.grad = None
@@ -171,7 +176,8 @@ def tape_bytes(model: Model, batch: Batch) -> int:
     return _tape_bytes(model, model.loss(batch))
 
 
-def _tape_bytes(model: Model, result: Tensor, narrow: bool = False) -> int:
+def _tape_bytes(model: Model, result: Tensor, narrow: float = 0.0) -> int:
+    """Bytes that are kept; `narrow` is how many times as many tokens a step on a GPU in bfloat16 has (0: elsewhere)."""
     held = [tensor.data for _, tensor in model.trained()]
     held += [weight.array for weight in model.frozen.values() if not weight.quantized]
     there = {owner(array)[0] for array in held}
@@ -179,7 +185,7 @@ def _tape_bytes(model: Model, result: Tensor, narrow: bool = False) -> int:
     nodes, seen = [result.node], {result.node}
     while nodes:
         node = nodes.pop()
-        made_again = _made_again(node) if narrow else ()
+        made_again = _made_again(node, narrow) if narrow else ()
         for array in _arrays(node.saved or ()):
             key, nbytes = owner(array)
             if key not in there and not (narrow and array.dtype == bool) and array.shape not in made_again:
@@ -190,15 +196,18 @@ def _tape_bytes(model: Model, result: Tensor, narrow: bool = False) -> int:
     return sum(owners.values())
 
 
-def _made_again(node: Node) -> set[tuple[int, ...]]:
+def _made_again(node: Node, times: float) -> set[tuple[int, ...]]:
     """The shapes of the inputs that `node` need not keep on a GPU: outputs that are made again in the backward pass.
+
+    They are those that are large enough for that where there are so many times as many tokens, in bfloat16.
 
     The ops that they are of save an array of the same shape first.
     """
     if node.op is fused.linear_cross_entropy:
         return set()  # which keeps not its input, but that one's gradient
     makers = [parent for parent in node.parents if isinstance(parent, Node) and parent.op in MADE_AGAIN]
-    return {parent.saved[0].shape for parent in makers if parent.saved[0] is not None}
+    made = [parent.saved[0] for parent in makers if parent.saved[0] is not None]
+    return {array.shape for array in made if array.size * bfloat16.itemsize * times >= WORTH_MAKING_AGAIN}
 
 
 def _arrays(saved: Any) -> Iterator[np.ndarray]:

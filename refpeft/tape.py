@@ -117,7 +117,7 @@ def propagate(root: Node, grad: Array) -> None:
             raise RefpeftError(f"backward() twice through the same {node.op.name}: the first call freed the tape")
         if node.grad is not None:  # None where checkpoint() found an input unused
             _pass_on(node)
-        node.parents, node.saved, node.grad = (), None, None
+        node.parents, node.saved, node.grad, node.again = (), None, None, None
 
 
 def _topological(root: Node) -> list[Node]:

@@ -68,15 +68,15 @@ class Tensor:
 
 
 class Pending(Tensor):
-    """What an op gives that may do its work together with the one that comes next: computed when it is first asked for.
+    """What `op` gives that may do its work together with the one that comes next: computed when it is first asked for.
 
-    `what` is for that one: see Op.together.
+    `what` is for that one, which may say what this `becomes`: see Op.shares_work.
     """
 
-    __slots__ = ("_compute", "_recording", "_result", "_shape", "what")
+    __slots__ = ("_compute", "_dtype", "_recording", "_result", "_shape", "op", "what")
 
-    def __init__(self, compute: Callable[[], Tensor], shape: tuple[int, ...], what: tuple):
-        self._compute, self._shape, self.what = compute, shape, what
+    def __init__(self, op: Op, compute: Callable[[], Tensor], shape: tuple[int, ...], dtype: np.dtype, what: tuple):
+        self.op, self._compute, self._shape, self._dtype, self.what = op, compute, shape, dtype, what
         self._recording = state.recording
         self._result: Tensor | None = None
 
@@ -85,9 +85,21 @@ class Pending(Tensor):
         """Whether it has been computed."""
         return self._result is not None
 
+    def becomes(self, result: Tensor) -> None:
+        """Says what has been computed elsewhere."""
+        self._result = result
+
     @property
     def shape(self) -> tuple[int, ...]:
         return self._shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self._dtype
+
+    @property
+    def ndim(self) -> int:
+        return len(self._shape)
 
     @property
     def data(self) -> Array:
@@ -315,13 +327,20 @@ def _cast(x: Any, dtype: np.dtype) -> Any:
     return cast(x, dtype) if getattr(x, "dtype", None) in _MIXED else x
 
 
+WORTH_MAKING_AGAIN = 2**24
+"""Bytes from which on an output is not kept if it can be made again: smaller ones cost less than the time."""
+
+
+def is_made_again(x: Any) -> bool:
+    """Whether the tape keeps nothing of an input of an op: what gave it can make it again."""
+    if not isinstance(x, Tensor) or x.node is None or x.node.op is None or x.node.op.again is None:
+        return False
+    return x.data.nbytes >= WORTH_MAKING_AGAIN
+
+
 def _without_what_can_be_made(saved: tuple, inputs: Sequence[Any]) -> tuple:
     """`saved`, with an Again in the place of inputs whose nodes can make them again."""
-    makers = {
-        id(x.data): x.node
-        for x in inputs
-        if isinstance(x, Tensor) and x.node is not None and x.node.op is not None and x.node.op.again is not None
-    }
+    makers = {id(x.data): x.node for x in inputs if is_made_again(x)}
     return tuple([Again.of(makers[id(part)]) if id(part) in makers else part for part in saved]) if makers else saved
 
 

@@ -3,6 +3,7 @@ what was broadcast. Nothing is kept but inputs: what backward needs is computed 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import cupy
@@ -11,11 +12,12 @@ from numpy.lib.array_utils import normalize_axis_tuple
 
 from refpeft import ops
 from refpeft.backend import Array, bfloat16
+from refpeft.cuda import blas
 from refpeft.cuda.kernels import Source, contiguous
 from refpeft.cuda.maps import lanes_of, mapped, summed, takes
 from refpeft.cuda.override import override
 from refpeft.tape import ADDED
-from refpeft.tensor import Op
+from refpeft.tensor import Op, Pending, Tensor, needs_of
 
 softmax_source = Source("softmax.cu")
 
@@ -88,6 +90,26 @@ def _of_two(op: Op, function: str, by_a: tuple[str, str], by_b: tuple[str, str])
 
 
 _of_two(ops.add, "add", ("copy", ""), ("copy", ""))
+
+
+@ops.add.shares_work
+def _(inputs: tuple, options: dict[str, Any]) -> Tensor | None:
+    """In training a sum waits: a norm of it may add up what it reads."""
+    wanted = blas.is_training() and all(isinstance(x, Tensor) and x.dtype == bfloat16 for x in inputs)
+    if not wanted or inputs[0].shape != inputs[1].shape or type(inputs[0].data) is not cupy.ndarray:
+        return None
+    return Pending(ops.add, partial(ops.add.alone, *inputs), inputs[0].shape, bfloat16, inputs)
+
+
+def added(a: Tensor, b: Tensor, total: Array) -> Tensor:
+    """ops.add of two tensors of one shape, whose sum is in `total`."""
+    needs = needs_of((a, b))
+    pair = ops.add.overrides[cupy.ndarray, bfloat16]
+    return (
+        pair.made(total, needs, (a, b), (*_likes(needs, a.data, b.data), None, None)) if any(needs) else Tensor(total)
+    )
+
+
 _of_two(ops.sub, "sub", ("copy", ""), ("neg", ""))
 _of_two(ops.mul, "mul", ("mul", "b"), ("mul", "a"))
 _of_two(ops.div, "div", ("div", "b"), ("div_slope", "ba"))

@@ -10,6 +10,7 @@ Where there is room behind the rows of x and W (refpeft.cuda.margins), the narro
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import cupy
@@ -20,7 +21,7 @@ from refpeft.cuda import blas, margins
 from refpeft.cuda.blas import low, product
 from refpeft.cuda.linear import low_weight, rows_of, weight_gradient, write_bias
 from refpeft.tape import ADDED
-from refpeft.tensor import Op, Pending, Tensor, needs_of
+from refpeft.tensor import Op, Pending, Tensor, is_made_again, needs_of
 
 _linear = ops.linear.overrides[cupy.ndarray, bfloat16]
 
@@ -33,13 +34,14 @@ def _(inputs: tuple, options: dict[str, Any]) -> Tensor | None:
         return None
     weight = options["weight"]
     shape = (*x.shape[:-1], weight.shape[0])
-    return Pending(lambda: fused.frozen_linear.alone(*inputs, **options), shape, (x, weight, bias))
+    compute = partial(fused.frozen_linear.alone, *inputs, **options)
+    return Pending(fused.frozen_linear, compute, shape, bfloat16, (x, weight, bias))
 
 
 @fused.addmm.shares_work
 def _(inputs: tuple, options: dict[str, Any]) -> Tensor | None:
     y, u, B = inputs
-    if type(y) is not Pending or y.there or not _fit(y, u, B):
+    if type(y) is not Pending or y.op is not fused.frozen_linear or y.there or not _fit(y, u, B):
         return None
     x, weight, bias = y.what
     alpha = float(options["alpha"])
@@ -52,14 +54,10 @@ def _(inputs: tuple, options: dict[str, Any]) -> Tensor | None:
         return Tensor(out)
     kept_x = x.data if A is not None and needs[1] else None
     kept_u = u.data if needs[2] else None
-    if kept_u is not None and _can_be_made_again(x):
+    if kept_u is not None and is_made_again(x):
         kept_u = kept_u.copy()  # lest it keep x, behind whose rows it is
     values = None if A is None else A.data, B.data, alpha
     return layer.made(out, needs, parents, (kept_x, kept_u, weight, *values, room, needs))
-
-
-def _can_be_made_again(x: Tensor) -> bool:
-    return x.node is not None and x.node.op is not None and x.node.op.again is not None
 
 
 def _fit(y: Pending, u: Any, B: Any) -> bool:

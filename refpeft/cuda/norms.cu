@@ -21,9 +21,11 @@ __device__ inline Row my_row(int rows, int lanes) {
 }
 
 // Reads x, writes y: 2 + 2 bytes a number in bfloat16 (gain and shift stay in the caches). With `known`, mean and scale
-// are those of an earlier call, and y is the same again, to the bit. The rows of y are `step` numbers apart.
+// are those of an earlier call, and y is the same again, to the bit. The rows of y are `step` numbers apart. With `plus` it is the norm of x + plus,
+// which goes to `total`: 4 bytes a number more.
 extern "C" __global__ void norm_forward(const real* x, const float* gain, const float* shift, real* y, float* mean,
-                                        float* scale, int known, int rows, int dim, int lanes, float eps, int step) {
+                                        float* scale, int known, int rows, int dim, int lanes, float eps, int step,
+                                        const real* plus, real* total) {
     Row row = my_row(rows, lanes);
     x += row.index * dim;
     y += row.index * step;
@@ -33,6 +35,13 @@ extern "C" __global__ void norm_forward(const real* x, const float* gain, const 
         int at = (row.lane + k * lanes) * 8;
         if (!row.there || at >= dim) continue;
         load8(x + at, kept[k]);
+        if (plus) {
+            float more[8];
+            load8(plus + row.index * dim + at, more);
+#pragma unroll
+            for (int j = 0; j < 8; j++) kept[k][j] = wide(narrow(kept[k][j] + more[j]));
+            store8(total + row.index * dim + at, kept[k]);
+        }
 #pragma unroll
         for (int j = 0; j < 8; j++) sum += kept[k][j];
     }

@@ -7,13 +7,15 @@ from typing import Any
 import cupy
 import numpy as np
 
-from refpeft import fused
+from refpeft import fused, ops
 from refpeft.backend import Array
 from refpeft.cuda import margins
-from refpeft.cuda.kernels import Source, contiguous
+from refpeft.cuda.elementwise import added
+from refpeft.cuda.kernels import KernelError, Source, contiguous
 from refpeft.cuda.maps import lanes_of, summed
 from refpeft.cuda.override import override
 from refpeft.tape import ADDED
+from refpeft.tensor import Op, Pending, Tensor, needs_of
 
 source = Source("norms.cu")
 float32 = np.dtype("f4")
@@ -66,41 +68,71 @@ def _takes(x: Any, *vectors: Any) -> bool:
     )
 
 
-def _forward(needs: tuple[bool, ...], x: Array, w: Array, b: Array | None, eps: float) -> tuple[Array, tuple]:
+def _forward(
+    needs: tuple[bool, ...], x: Array, w: Array, b: Array | None, eps: float, of: tuple[Array, Array] | None = None
+) -> tuple[Array, tuple]:
+    """What the pairs give; with `of`, x is yet to be written: the sum of these two."""
     rows = x.shape[:-1]
     scale = cupy.empty(rows, float32)
     mean = None if b is None else cupy.empty(rows, float32)
-    y = _normalized(x, mean, scale, w, b, known=False, eps=eps)
+    y = _normalized(x, mean, scale, w, b, known=False, eps=eps, of=of)
     return y, (x, mean, scale, w, b, needs) if any(needs) else ()
 
 
 def _again(x: Array, mean: Array | None, scale: Array, w: Array, b: Array | None) -> Array:
-    return _normalized(x, mean, scale, w, b, known=True, eps=0.0)
+    return _normalized(x, mean, scale, w, b, known=True)
 
 
 def _normalized(
-    x: Array, mean: Array | None, scale: Array, w: Array, b: Array | None, known: bool, eps: float
+    x: Array,
+    mean: Array | None,
+    scale: Array,
+    w: Array,
+    b: Array | None,
+    known: bool,
+    eps: float = 0.0,
+    of: tuple[Array, Array] | None = None,
 ) -> Array:
     y = margins.rows(x.shape, x.dtype) if x.ndim <= 3 else cupy.empty(x.shape, x.dtype)
+    first, plus, total = (x, None, None) if of is None else (*of, x)
     rows, dim, lanes, blocks, block = _shared_out(x)
-    source("norm_forward", x.dtype)(
-        *(blocks, block),
-        *(
-            aligned(x),
-            _vector(w),
-            _vector(b),
-            y,
-            mean,
-            scale,
-            known,
-            rows,
-            dim,
-            lanes,
-            float(eps),
-            margins.step(y) or dim,
-        ),
-    )
+    arrays = (aligned(first), _vector(w), _vector(b), y, mean, scale)
+    numbers = (known, rows, dim, lanes, float(eps), margins.step(y) or dim)
+    plus = None if plus is None else aligned(plus)
+    source("norm_forward", x.dtype)(blocks, block, *arrays, *numbers, plus, total)
     return y
+
+
+@fused.rms_norm.shares_work
+def _(inputs: tuple, options: dict[str, Any]) -> Tensor | None:
+    return _of_a_sum(fused.rms_norm, inputs, options)
+
+
+@fused.layer_norm.shares_work
+def _(inputs: tuple, options: dict[str, Any]) -> Tensor | None:
+    return _of_a_sum(fused.layer_norm, inputs, options)
+
+
+def _of_a_sum(op: Op, inputs: tuple, options: dict[str, Any]) -> Tensor | None:
+    """The norm of a sum that waits, and the sum, in one launch."""
+    x, *vectors = inputs
+    if type(x) is not Pending or x.op is not ops.add or x.there:
+        return None
+    arrays = [vector.data if isinstance(vector, Tensor) else vector for vector in vectors]
+    a, b = x.what
+    if not _takes(a.data, *arrays):
+        return None
+    total = cupy.empty(x.shape, x.dtype)
+    try:
+        source("norm_forward", x.dtype)
+    except KernelError:
+        return None  # and the pair says so
+    x.becomes(added(a, b, total))
+    needs = needs_of(inputs)
+    gain, shift = (*arrays, None)[:2]
+    y, saved = _forward(needs, total, gain, shift, options["eps"], of=(a.data, b.data))
+    pair = op.overrides[cupy.ndarray, x.dtype]
+    return pair.made(y, needs, inputs, saved) if any(needs) else Tensor(y)
 
 
 def _backward(

@@ -1,5 +1,6 @@
 """Norms, activations, arithmetic, sums and rows on the GPU, beside the plain pairs in float64 on the host."""
 
+import contextlib
 import itertools
 
 import cupy
@@ -8,9 +9,9 @@ import pytest
 
 from refpeft import fused, ops, tensor
 from refpeft.backend import bfloat16, to_host
-from refpeft.cuda import activations, elementwise, gather, maps, norms  # noqa: F401  pairs register themselves
+from refpeft.cuda import activations, blas, elementwise, gather, maps, norms  # noqa: F401  pairs register themselves
 from refpeft.tape import ADDED
-from refpeft.tensor import Op, Tensor, parameter
+from refpeft.tensor import Op, Pending, Tensor, parameter
 
 FLOAT32 = np.dtype("f4")
 EPS = {bfloat16: 2.0**-8, FLOAT32: 2.0**-23}
@@ -483,3 +484,38 @@ def test_a_graph_of_all_of_it_gives_the_same_bits():
         graph.launch(stream)
     stream.synchronize()
     assert [bits(array) for array in captured] == [bits(array) for array in eager]
+
+
+# ---- a norm of a sum -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("dim", [8, 64, 576, 2048])
+def test_in_training_a_norm_adds_up_what_it_reads_to_the_same_bits(dim: int, centred: bool):
+    rng = np.random.default_rng(0)
+    numbers = [rng.standard_normal((2, 5, dim)) for _ in range(3)] + [rng.standard_normal(dim) for _ in range(2)]
+    results = []
+    for together in (True, False):
+        a, b, g = (cupy.asarray(array).astype(bfloat16) for array in numbers[:3])
+        gain, shift = (cupy.asarray(array).astype("f4") for array in numbers[3:])
+        a, b = parameter(a), parameter(b)
+        with blas.lowered(gain) if together else contextlib.nullcontext():
+            total = a + b
+            assert (type(total) is Pending) == together
+            if centred:
+                normed = fused.layer_norm(total, gain, shift, eps=1e-5)
+            else:
+                normed = fused.rms_norm(total, gain, eps=1e-5)
+            assert not together or total.there
+            (normed * 1.0 + total).backward(g)
+        results.append([to_host(array).tobytes() for array in (normed.data, total.data, a.grad, b.grad)])
+    assert results[0] == results[1]
+
+
+def test_a_sum_that_no_norm_reads_is_computed_when_it_is_asked_for():
+    a = parameter(cupy.ones((2, 8), bfloat16))
+    with blas.lowered(cupy.ones(4, "f4")):
+        total = a + a
+        assert total.shape == (2, 8) and total.dtype == bfloat16 and total.ndim == 2 and not total.there
+        (total * 2.0).backward()
+    assert (to_host(a.grad) == 4).all()
