@@ -66,8 +66,12 @@ class Machine:
 
 @pytest.fixture
 def machine(monkeypatch, tmp_path):
+    there = set(sys.modules)
     yield Machine(monkeypatch, tmp_path)
     backend.module.cache_clear()
+    for name in sys.modules.keys() - there:
+        if name.startswith("refpeft.cuda"):  # imported over what imitates CuPy
+            del sys.modules[name]
 
 
 WHEEL = {"cupy-cuda13x": "14.2.0"}
