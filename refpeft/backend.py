@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from types import ModuleType
 from typing import Any
@@ -76,6 +77,31 @@ def matmul(a: Array, b: Array, out: Array | None = None) -> Array:
     if blas is None or not isinstance(a, blas.cupy.ndarray):
         return xp_of(a).matmul(a, b, out=out)
     return blas.product(a, b, out)
+
+
+_TOGETHER = 8  # arrays: of more, CuPy brings the addresses from the host, which a captured step cannot
+
+
+def concatenate(arrays: Sequence[Array], axis: int = 0) -> Array:
+    """The arrays, of one dtype, one after another along an axis that exists."""
+    xp = xp_of(arrays[0])
+    if xp is np or len(arrays) <= _TOGETHER:
+        return xp.concatenate(arrays, axis=axis)
+    axis %= arrays[0].ndim
+    shape = list(arrays[0].shape)
+    shape[axis] = sum(array.shape[axis] for array in arrays)
+    whole, at = xp.empty(shape, arrays[0].dtype), 0
+    for array in arrays:
+        end = at + array.shape[axis]
+        whole[(slice(None),) * axis + (slice(at, end),)] = array
+        at = end
+    return whole
+
+
+def stack(arrays: Sequence[Array], axis: int = 0) -> Array:
+    """The arrays, of one shape and dtype, one after another along a new axis."""
+    xp = xp_of(arrays[0])
+    return concatenate([xp.expand_dims(array, axis) for array in arrays], axis)
 
 
 def to_host(array: Array) -> np.ndarray:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.lib.array_utils import normalize_axis_tuple
 
-from .backend import Array, xp_of
+from .backend import Array, concatenate, xp_of
 from .backend import matmul as product
+from .backend import stack as stacked
 from .tape import Slice
 from .tensor import Tensor, op
 
@@ -363,7 +364,7 @@ def _(g, shape):
 def concat(needs, *xs, axis=0):
     """The tensors one after another along an axis that exists."""
     sizes = [x.shape[axis] for x in xs]
-    return xp_of(xs[0]).concatenate(xs, axis=axis), (np.cumsum(sizes)[:-1].tolist(), axis, needs)
+    return concatenate(xs, axis), (np.cumsum(sizes)[:-1].tolist(), axis, needs)
 
 
 @concat.backward
@@ -374,7 +375,7 @@ def _(g, cuts, axis, needs):
 @op(moves=True)
 def stack(needs, *xs, axis=0):
     """The tensors one after another along a new axis."""
-    return xp_of(xs[0]).stack(xs, axis=axis), (axis, needs)
+    return stacked(xs, axis), (axis, needs)
 
 
 @stack.backward

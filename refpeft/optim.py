@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from . import blockwise, paging
+from . import backend, blockwise, paging
 from .backend import Array, cast, xp_of
 from .errors import RefpeftError
 from .feed import feed
@@ -81,7 +81,7 @@ class Flat:
     def _clip(self, limit: float) -> Array:
         xp, page = xp_of(self.grads), PAGES[_device(self.grads)]
         parts = (self.grads[at : at + page] for at in range(0, self.grads.size, page))  # whose squares take no room
-        norm = xp.sqrt(xp.stack([(part * part).sum() for part in parts]).sum())
+        norm = xp.sqrt(backend.stack([(part * part).sum() for part in parts]).sum())
         if limit:
             self.grads *= xp.minimum(self.grads.dtype.type(limit) / (norm + self.grads.dtype.type(1e-6)), 1)
         return norm

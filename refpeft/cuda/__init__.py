@@ -13,4 +13,5 @@ from refpeft.cuda import (  # noqa: F401  pairs register themselves
     lowrank,
     norms,
     rope,
+    solve,
 )

@@ -27,9 +27,6 @@ NOT_CAPTURED = {
     "sparse_adapter": "sparse_adapter acts around",
     "adapterdrop": "adapterdrop draws",
     "adamix": "adamix draws",
-    "boft": "cuSOLVER",
-    "oft": "cuSOLVER",
-    "hra": "cuSOLVER",
     "c3a": "cuBLAS",
 }
 """Methods whose steps stay eager, and what is said of it."""
