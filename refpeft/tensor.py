@@ -87,7 +87,7 @@ class Pending(Tensor):
 
     def becomes(self, result: Tensor) -> None:
         """Says what has been computed elsewhere."""
-        self._result = result
+        self._result, self.what = result, ()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -112,7 +112,7 @@ class Pending(Tensor):
     def _made(self) -> Tensor:
         if self._result is None:
             with recording(self._recording):
-                self._result = self._compute()
+                self.becomes(self._compute())
         return self._result
 
 

@@ -26,7 +26,8 @@ class _Aside:
     def __init__(self, gradients: Array):
         self.gradients = gradients
         self._stream = _stream()
-        self._waiting: deque[tuple[cupy.cuda.Event, tuple[Array, ...]]] = deque()
+        self._waiting: deque[tuple[cupy.cuda.Event, int, tuple[Array, ...]]] = deque()
+        self._held = 0  # bytes
 
     def has(self, array: Array) -> bool:
         """Whether an array is a part of the flat buffer."""
@@ -40,8 +41,10 @@ class _Aside:
         with self._stream:
             work()
         done.record(self._stream)
-        self._waiting.append((done, reads))
-        while len(self._waiting) > _MOST_WAITING:
+        size = sum(_held_by(array) for array in reads)
+        self._waiting.append((done, size, reads))
+        self._held += size
+        while self._held > _MOST_HELD:
             self._let_go()
 
     def join(self) -> None:
@@ -50,11 +53,18 @@ class _Aside:
             self._let_go()
 
     def _let_go(self) -> None:
-        done, _ = self._waiting.popleft()
+        done, size, _ = self._waiting.popleft()
+        self._held -= size
         cupy.cuda.get_current_stream().wait_event(done)  # before the arrays' memory is used again there
 
 
-_MOST_WAITING = 32  # products: their arrays are held for so long
+_MOST_HELD = 2**26  # bytes of what waits to be read there
+
+
+def _held_by(array: Array) -> int:
+    """Bytes that are not given back while an array is there, which may be a view."""
+    return array.nbytes if array.base is None else array.base.nbytes
+
 
 _streams: dict[int, cupy.cuda.Stream] = {}
 _current: list[_Aside] = []
@@ -82,7 +92,7 @@ def gradients_aside(gradients: Array) -> Iterator[None]:
 
 def run(work: Callable[[], None], out: Array, *reads: Array) -> None:
     """Starts `work`, which reads some arrays and adds to `out`: beside the main stream, where that is wanted."""
-    if _current and _current[-1].has(out) and sum(array.nbytes for array in reads) <= _MOST_READ:
+    if _current and _current[-1].has(out) and sum(map(_held_by, reads)) <= _MOST_READ:
         _current[-1].run(work, reads)
     else:
         work()

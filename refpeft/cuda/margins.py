@@ -20,7 +20,7 @@ import cupy
 import numpy as np
 
 from refpeft.backend import Array, bfloat16
-from refpeft.cuda import blas
+from refpeft.cuda import aside, blas
 from refpeft.cuda.kernels import Source
 from refpeft.quant import Dense
 
@@ -95,7 +95,13 @@ def behind(x: Array, width: int) -> Array | None:
 def scratch(g: Array, width: int) -> Array | None:
     """Room right behind the rows of g (..., n): until the next one asks for it."""
     found = _whole(g)
-    return None if found is None or width % 8 or width > MARGIN else _columns(found[0], g.shape, g.shape[-1], width)
+    if found is None or width % 8 or width > MARGIN:
+        return None
+    whole, taken = found
+    if taken[0]:
+        aside.join()  # what was there before may still be read beside the main stream
+    taken[0] = width
+    return _columns(whole, g.shape, g.shape[-1], width)
 
 
 def together(x: Array, u: Array) -> Array:

@@ -10,7 +10,7 @@ from test_linear_on_the_gpu import EPS, close, drawn
 
 from refpeft import fused, ops, sites, tensor
 from refpeft.backend import bfloat16, to_host
-from refpeft.cuda import lowrank, margins
+from refpeft.cuda import aside, lowrank, margins
 from refpeft.optim import Flat
 from refpeft.quant import Dense, make_quantizer
 from refpeft.tensor import Pending, Tensor, no_grad, parameter
@@ -154,3 +154,23 @@ def test_plain_pairs_know_nothing_of_it():
     problem = Problem()
     with margins.lowered(problem.flat.values), tensor.plain():
         assert type(fused.frozen_linear(problem.x, weight=problem.weight)) is Tensor
+
+
+def test_gradients_aside_are_those_of_one_stream():
+    """Also where layers in turn use the room behind the same rows, as readers of a residual stream do."""
+    results = []
+    for together in (True, False, True):
+        problems = [Problem(rows=(64,), width=512, out=512, r=16) for _ in range(8)]
+        flat = Flat((f"{i}.{name}", getattr(each, name)) for i, each in enumerate(problems) for name in "AB")
+        g = cupy.asarray(problems[0].g).astype(bfloat16)
+        with margins.lowered(flat.values), aside.gradients_aside(flat.grads) if together else contextlib.nullcontext():
+            x = problems[0].x.data
+            for each in problems:
+                each.x.data = behind(x)
+            total = None
+            for each in problems:
+                y = each.layer(each.x)
+                total = y if total is None else total + y
+            total.backward(behind(g))
+        results.append(to_host(flat.grads))
+    assert all(np.array_equal(results[0], other) for other in results[1:])

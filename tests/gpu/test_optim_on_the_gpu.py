@@ -102,6 +102,7 @@ def test_captured_steps_are_eager_ones_bit_for_bit(name: str):
             cupy.cuda.Stream(non_blocking=True),
         )
         flat, graph, norms = optimizer.flat, None, []
+        cupy.cuda.Device().synchronize()  # what was made on another stream is there
         with stream:
             for step in range(6):
                 flat.grads[...] = cupy.asarray(gradients(step, flat.grads.size))
