@@ -27,6 +27,9 @@ _BACKWARD = 2.5
 MADE_AGAIN = (fused.rms_norm, fused.layer_norm, fused.silu_mul)
 """Whose outputs a GPU makes again for who reads them (refpeft.cuda); it keeps no masks of dropout, either."""
 
+MARGIN = 64
+"""Numbers behind each row of these outputs, and of attention's, on a GPU in bfloat16: see refpeft.cuda.margins."""
+
 DEVICES = {
     "v100": 125.0,
     "t4": 65.0,
@@ -182,6 +185,7 @@ def _tape_bytes(model: Model, result: Tensor, narrow: float = 0.0) -> int:
     held += [weight.array for weight in model.frozen.values() if not weight.quantized]
     there = {owner(array)[0] for array in held}
     owners: dict[int, int] = {}
+    margins = 0
     nodes, seen = [result.node], {result.node}
     while nodes:
         node = nodes.pop()
@@ -190,24 +194,38 @@ def _tape_bytes(model: Model, result: Tensor, narrow: float = 0.0) -> int:
             key, nbytes = owner(array)
             if key not in there and not (narrow and array.dtype == bool) and array.shape not in made_again:
                 owners[key] = max(nbytes, owners.get(key, 0))
+        if narrow:
+            margins += _rows_with_margin(node, narrow) * MARGIN * np.dtype("f4").itemsize
         fresh = [parent for parent in node.parents if isinstance(parent, Node) and parent not in seen]
         seen.update(fresh)
         nodes += fresh
-    return sum(owners.values())
+    return sum(owners.values()) + margins
 
 
 def _made_again(node: Node, times: float) -> set[tuple[int, ...]]:
     """The shapes of the inputs that `node` need not keep on a GPU: outputs that are made again in the backward pass.
 
-    They are those that are large enough for that where there are so many times as many tokens, in bfloat16.
-
-    The ops that they are of save an array of the same shape first.
+    They are those that are large enough for that (see _is_large). Their ops save an array of the same shape first.
     """
     if node.op is fused.linear_cross_entropy:
         return set()  # which keeps not its input, but that one's gradient
     makers = [parent for parent in node.parents if isinstance(parent, Node) and parent.op in MADE_AGAIN]
     made = [parent.saved[0] for parent in makers if parent.saved[0] is not None]
-    return {array.shape for array in made if array.size * bfloat16.itemsize * times >= WORTH_MAKING_AGAIN}
+    return {array.shape for array in made if _is_large(array, times)}
+
+
+def _is_large(array: np.ndarray, times: float) -> bool:
+    """Whether an output like this one is made again where there are so many times as many tokens, in bfloat16."""
+    return array.size * bfloat16.itemsize * times >= WORTH_MAKING_AGAIN
+
+
+def _rows_with_margin(node: Node, times: float) -> int:
+    """How many rows a GPU keeps of what `node` gave that have a margin."""
+    if node.op is not None and node.op.name == fused.attention.name:  # or a faster pair, which keeps the same first
+        batch, _, queries, _ = node.saved[1].shape
+        return batch * queries
+    like = node.saved[0] if node.op in MADE_AGAIN else None
+    return 0 if like is None or _is_large(like, times) else math.prod(like.shape[:-1])
 
 
 def _arrays(saved: Any) -> Iterator[np.ndarray]:

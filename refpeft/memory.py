@@ -18,7 +18,7 @@ from refpeft import api, doctor, fused, learning, report, sites, survey
 from refpeft.absent import Absent, absent
 from refpeft.backend import COMPUTE_DTYPES, bfloat16
 from refpeft.config import RunConfig, Train
-from refpeft.cost import Step
+from refpeft.cost import MARGIN, Step
 from refpeft.cpu.losses import WORDS
 from refpeft.models.base import Model
 from refpeft.models.checkpoint import Checkpoint
@@ -168,12 +168,13 @@ def by_part(
     positions = each * (longest if model.read == "all" else 1)
     logits = shards * _logits(model, positions, here, narrow.itemsize)
     gradient = max((tensor.data.size for _, tensor in model.trained()), default=0)  # of a value, before it is added up
-    layer = again + _working(model, rows, longest, here) * narrow.itemsize  # nor are layers and logits
+    behind = 0 if narrow == dtype else MARGIN
+    layer = again + _working(model, rows, longest, here, behind) * narrow.itemsize  # nor are layers and logits
     working = max(shards * gradient * dtype.itemsize, layer - logits)
     made_dense = (shards * panel if here else dense) * narrow.itemsize
     beside = shards * _PACKED if here else _ON_GPU
     if narrow != dtype:
-        beside += trained // 2  # values in bfloat16
+        beside += trained // 2 + _rooms(model) * narrow.itemsize  # values in bfloat16
     step = {
         "gradients": trained * shards,
         f"optimizer ({config.train.optimizer}{paged}){also}": states + (state.nbytes_near if paged else state.nbytes),
@@ -240,14 +241,27 @@ def _logits(model: Model, positions: int, here: bool, itemsize: int) -> int:
     return min(fused.LOGITS_ON_GPU, positions * vocab * itemsize)  # in place
 
 
-def _working(model: Model, rows: int, longest: int, here: bool) -> int:
-    """Numbers of what a layer's MLP or attention has for a moment."""
+def _working(model: Model, rows: int, longest: int, here: bool, behind: int) -> int:
+    """Numbers of what a layer's MLP or attention has for a moment, with so many `behind` each row."""
     config, tokens = model.config, rows * longest
-    mlp = 4 * tokens * max(config.ff, config.dim)
-    attention = 4 * tokens * config.heads * config.head_dim
+    mlp = 4 * tokens * (max(config.ff, config.dim) + behind)
+    attention = 4 * tokens * (config.heads * config.head_dim + behind)
     if here or not isinstance(config, ModelConfig):
         attention += 3 * rows * config.heads * min(fused.QUERY_BLOCK, longest) * longest  # scores
     return max(mlp, attention)
+
+
+def _rooms(model: Model) -> int:
+    """Numbers of low-rank factors that lie once more beside the dense weights they are added to: see cuda.margins."""
+    found = 0
+    for layer in (layer for adapter in model.adapters for layer in adapter.layers):
+        A, B = map(layer.values.get, "AB")
+        if layer.site.kind != "linear" or layer.site.quantized or A is None or B is None:
+            continue
+        rank, trained = A.shape[0], A.node is not None and B.node is not None
+        if trained and (A.ndim, B.shape[1:]) == (2, (rank,)) and rank % 8 == 0 and rank <= MARGIN:
+            found += A.data.size + B.data.size
+    return found
 
 
 class _Asked(Exception):
