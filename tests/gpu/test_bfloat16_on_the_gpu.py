@@ -9,10 +9,12 @@ from variants import TO_FIT, needed_quantizer
 
 from refpeft import fused, manager, sites, tensor
 from refpeft.backend import bfloat16, to_host
+from refpeft.models.base import Model
 from refpeft.tensor import parameter
 
 METHODS = sorted(name for name, listing in manager.catalogue().items() if listing.kind == "method")
 OPTIONS = TO_FIT | {"lora": {"dropout": 0.2}, "bitfit": {"create": True}}
+OPTIONS["randlora"] = TO_FIT["randlora"] | {"alpha": 10}  # at 640 scores are in the hundreds: gradients are noise
 LOSSES = {fused.cross_entropy, fused.linear_cross_entropy}
 EPS = 2.0**-7
 
@@ -48,9 +50,12 @@ def test_an_op_is_that_of_the_host_in_float64_rounded(case: Case, values: bool):
         assert off(other.grad, one.grad) <= 4
 
 
-def learned(model, method: str) -> dict:
+def learned(model, method: str, like: Model | None = None) -> dict:
+    """The loss and the gradients of a step, with the values of `like`: decompositions may choose other signs."""
     sites.attach(model, method, OPTIONS.get(method))
     tiny.scramble(model.adapters[-1])
+    for (_, value), (_, other) in zip(model.trained(), like.trained() if like else (), strict=like is not None):
+        value.data = model.xp.asarray(other.data)
     model.mode.training = True
     loss = model.loss(tiny.batch())
     loss.backward()
@@ -72,7 +77,7 @@ def test_a_method_learns_what_it_learns_on_the_host(name: str, method: str):
     ]
     with tensor.plain():
         exact, rough = learned(models[0], method), learned(models[1], method)
-    there = learned(models[2], method)
+    there = learned(models[2], method, like=models[1])
     assert there.keys() == exact.keys()
     assert abs(float(there["loss"]) - float(exact["loss"])) < 0.02 * float(exact["loss"])
     total = {which: 0.0 for which in ("exact", "rough", "there")}
