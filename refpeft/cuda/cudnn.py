@@ -19,15 +19,16 @@ from typing import Any
 import cupy
 import numpy as np
 
+from refpeft import fused
 from refpeft.backend import Array, bfloat16
 from refpeft.cuda import margins
-from refpeft.cuda.kernels import Source, contiguous
+from refpeft.cuda.kernels import Source, are_started, contiguous
 from refpeft.fused import Mask
 
 OLDEST = (1, 27)
 """Of nvidia-cudnn-frontend: those before import PyTorch where it is installed."""
 
-MOST_MEMORY = 2 << 30
+MOST_MEMORY = fused.ATTENTION_ON_GPU
 """Bytes that a plan may work in. A deterministic backward pass wants a gradient of all queries for every 128 or 256
 keys; where that is more, it is done in parts, of some rows or heads."""
 
@@ -332,6 +333,8 @@ def _run(task: Task, mask: Mask, arrays: dict[str, Array]) -> None:
     if task.padded:
         arrays = arrays | _lengths(mask, task)
     memory = _memory(device, plan.memory)
+    if not are_started():
+        return  # lengths of rows are not there
     for row in range(0, task.batch, part.batch):
         for head in range(0, task.kv_heads, part.kv_heads):
             pointers = {_UID[name]: _address(array, row, head, task) for name, array in arrays.items()}

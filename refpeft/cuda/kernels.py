@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
+from collections.abc import Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +56,24 @@ class Source:
         return cupy.RawModule(code=self.text, options=("--std=c++17", *define, *self.constants))
 
 
+_started: ContextVar[bool] = ContextVar("started", default=True)
+
+
+def are_started() -> bool:
+    """Whether launches do something, here and now."""
+    return _started.get()
+
+
+@contextlib.contextmanager
+def unstarted() -> Iterator[None]:
+    """Within it, kernels are compiled, and launches of them do nothing: arrays that they would fill are not filled."""
+    token = _started.set(False)
+    try:
+        yield
+    finally:
+        _started.reset(token)
+
+
 class Launch:
     """A compiled kernel."""
 
@@ -63,6 +84,8 @@ class Launch:
         """Starts it on the current stream; `shared` is bytes of dynamic shared memory a block."""
         if shared > _MOST_SHARED and self._function.max_dynamic_shared_size_bytes < shared:
             self._function.max_dynamic_shared_size_bytes = shared
+        if not are_started():
+            return
         grid = grid if isinstance(grid, tuple) else (grid,)
         self._function(grid, (block,), tuple(map(_argument, args)), shared_mem=shared)
 
