@@ -24,8 +24,11 @@ QUERY_BLOCK = 256
 LOGITS_AT_ONCE = 2**22
 """How many logits the fused cross-entropy holds at once: 16 MiB of float32."""
 
-LOGITS_ON_GPU = 2**29
-"""Bytes of those that it holds there of a frozen head: at least 2,048 rows of 128,256 words in bfloat16."""
+LOGITS_ON_GPU = 2**28
+"""Bytes of those that it holds there of a frozen head: about 1,000 rows of 128,256 words in bfloat16."""
+
+ATTENTION_ON_GPU = 5 * 2**27
+"""Bytes that cuDNN's attention may work in there, going back; where it wants more, that is done in parts."""
 
 
 def logits_at_once(on_host: bool, itemsize: int) -> int:

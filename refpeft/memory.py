@@ -6,6 +6,7 @@ Activations are measured on a few tokens (refpeft.cost); the rest follows from s
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from refpeft.sites import Site
 
 _SAMPLED = 2**20  # numbers of a weight that are quantized to learn how many bytes it takes
 _PACKED = 5 * 2**19  # bytes of what BLAS copies of matrices while it multiplies them, a thread
+_PLANNED = 2**22  # scores from which on attention is cuDNN's: see refpeft.cuda.attention
 _ON_GPU = 2**25  # bytes of what cuBLAS works with there
 BEFORE_ACTIVATIONS = 4  # so many parts of `by_part` are there before a step and after it
 
@@ -175,6 +177,7 @@ def by_part(
     beside = shards * _PACKED if here else _ON_GPU
     if narrow != dtype:
         beside += trained // 2 + _rooms(model) * narrow.itemsize  # values in bfloat16
+        beside += _attention(model, rows, longest)
     step = {
         "gradients": trained * shards,
         f"optimizer ({config.train.optimizer}{paged}){also}": states + (state.nbytes_near if paged else state.nbytes),
@@ -262,6 +265,18 @@ def _rooms(model: Model) -> int:
         if trained and (A.ndim, B.shape[1:]) == (2, (rank,)) and rank % 8 == 0 and rank <= MARGIN:
             found += A.data.size + B.data.size
     return found
+
+
+def _attention(model: Model, rows: int, longest: int) -> int:
+    """Bytes that cuDNN's attention works in, going back: a gradient of all queries for every 128 keys, in float32."""
+    if importlib.util.find_spec("cudnn") is None:
+        return 0
+    config = model.config
+    row = config.heads * config.head_dim * longest * -(-longest // 128) * np.dtype("f4").itemsize
+    if rows * config.heads * longest**2 < _PLANNED:
+        return 0
+    at_once = max((n for n in range(1, rows + 1) if rows % n == 0 and n * row <= fused.ATTENTION_ON_GPU), default=0)
+    return at_once * row or fused.ATTENTION_ON_GPU  # of some heads
 
 
 class _Asked(Exception):

@@ -10,7 +10,7 @@ import tiny
 import tiny_files
 
 import refpeft
-from refpeft import config, cost, doctor, memory, plan, report
+from refpeft import config, cost, doctor, fused, memory, plan, report
 from refpeft.batches import Batches
 from refpeft.config import Train
 from refpeft.data import load_data
@@ -212,7 +212,7 @@ def test_float32_on_a_gpu_keeps_what_the_host_does():
 
 def test_logits_and_dense_weights_of_a_gpu_are_bounded():
     made = shape()
-    assert part(made, "logits") == 2**29
+    assert part(made, "logits") == fused.LOGITS_ON_GPU
     one_dense, factors = 2 * 4096 * 14336, 2 * made.trained  # which lie beside the weights, where these are dense
     assert part(shape("quantizer='nf4'"), "other") - part(made, "other") == one_dense - factors
 

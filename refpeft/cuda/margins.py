@@ -4,7 +4,7 @@ With u = x A^T behind the rows of x, and alpha B behind those of W, x W^T + alph
 whose sums are a little longer, in the place of three passes over memory. Going back, with du = alpha g B behind the
 rows of g, and A below W, g W + du A is [g du] [W; A].
 
-Arrays get such room where they are made (`rows`), frozen weights when they are first used so (`Room.of`). What is
+Arrays get such room where they are made (`rows`), frozen weights when they are first used so (`room`). What is
 trained is copied there at the start of every pass.
 """
 
@@ -40,7 +40,8 @@ def rows(shape: tuple[int, ...], dtype: np.dtype = bfloat16) -> Array:
     if dtype != bfloat16 or len(shape) < 2 or shape[-1] % 8 or not now():
         return cupy.empty(shape, dtype)
     whole = cupy.empty((*shape[:-1], shape[-1] + MARGIN), dtype)
-    _made[whole.data.ptr] = weakref.ref(whole), [0]
+    address = whole.data.ptr
+    _made[address] = weakref.ref(whole, lambda _: _made.pop(address)), [0]
     return whole[..., : shape[-1]]
 
 
@@ -139,6 +140,7 @@ class Room:
         self.copies = (B, whole[:out, width + offset :], alpha), (A, whole[out:, :width], 1.0)
         for factor, place, scale in self.copies:
             place[...] = factor * np.float32(scale)
+        self.whole = whole
         self.forward = whole[:out]  # [W 0 alphaB]
         self.backward = whole[:, :width]  # [W; A]
 
@@ -160,7 +162,7 @@ def room(weight: Any, A: Array, B: Array, alpha: float, offset: int) -> Room | N
     if not _passes or not isinstance(weight, Dense) or len(A) % 8 or not (_passes[-1].has(A) and _passes[-1].has(B)):
         return None
     found = _rooms.get(weight)
-    if found is not None and found.key == _key(A, B, alpha, offset):
+    if found is not None and found.key == _key(A, B, alpha, offset) and weight.array.base is found.whole:
         return found if found in _passes[-1].filled else None
     if cupy.cuda.get_current_stream().is_capturing():
         return None  # the copy of the weight would be a part of the graph
