@@ -29,11 +29,12 @@ AGAIN = ("--set", "train.checkpoint_activations=true")
 
 def run(directory: Path, *command: str | Path) -> str:
     """What Python prints that runs this."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]  # where CuPy may come from
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     done = subprocess.run(
         [sys.executable, *command], cwd=directory, env=environment, capture_output=True, text=True, timeout=600
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, "\n".join(done.stderr.splitlines()[-8:])
     return done.stdout
 
 
