@@ -16,8 +16,8 @@ import cupy
 from refpeft import tape
 from refpeft.backend import Array
 
-_MOST_READ = 2**24
-"""Bytes that such a product reads at most: a larger one fills the GPU by itself, and would hold what it reads."""
+_MOST_READ = 2**21
+"""Bytes that such a product reads at most. Larger ones fill the GPU by themselves, and slow down what is beside them."""
 
 
 class _Aside:
