@@ -17,7 +17,7 @@ from refpeft import tape
 from refpeft.backend import Array
 
 _MOST_READ = 2**21
-"""Bytes that such a product reads at most. Larger ones fill the GPU by themselves, and slow down what is beside them."""
+"""Bytes that such a product reads at most. Larger ones fill the GPU by themselves, and slow down others."""
 
 
 class _Aside:
