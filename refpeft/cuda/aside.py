@@ -8,6 +8,7 @@ is added to in the order of the calls.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections import deque
 from collections.abc import Callable, Iterator
 
@@ -19,13 +20,15 @@ from refpeft.backend import Array
 _MOST_READ = 2**21
 """Bytes that such a product reads at most. Larger ones fill the GPU by themselves, and slow down others."""
 
+_MOST_HELD = 2**26  # bytes of what waits to be read there
+
 
 class _Aside:
     """The second stream, for gradients that lie in one flat buffer."""
 
     def __init__(self, gradients: Array):
         self.gradients = gradients
-        self._stream = _stream()
+        self._stream = _stream_of(cupy.cuda.runtime.getDevice())
         self._waiting: deque[tuple[cupy.cuda.Event, int, tuple[Array, ...]]] = deque()
         self._held = 0  # bytes
 
@@ -58,23 +61,17 @@ class _Aside:
         cupy.cuda.get_current_stream().wait_event(done)  # before the arrays' memory is used again there
 
 
-_MOST_HELD = 2**26  # bytes of what waits to be read there
-
-
 def _held_by(array: Array) -> int:
     """Bytes that are not given back while an array is there, which may be a view."""
     return array.nbytes if array.base is None else array.base.nbytes
 
 
-_streams: dict[int, cupy.cuda.Stream] = {}
 _current: list[_Aside] = []
 
 
-def _stream() -> cupy.cuda.Stream:
-    device = cupy.cuda.runtime.getDevice()
-    if device not in _streams:
-        _streams[device] = cupy.cuda.Stream(non_blocking=True)
-    return _streams[device]
+@functools.cache
+def _stream_of(device: int) -> cupy.cuda.Stream:
+    return cupy.cuda.Stream(non_blocking=True)
 
 
 @contextlib.contextmanager

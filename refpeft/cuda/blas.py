@@ -21,10 +21,7 @@ from refpeft.errors import RefpeftError
 _WORKSPACE = 32 << 20  # bytes: NVIDIA's figure for Hopper
 _KEEP_FLOAT32_SUMS = 16  # CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION: also where a product is split along k
 _TYPES = {bfloat16: 14, np.dtype("f4"): 0, np.dtype("f8"): 1}  # cudaDataType
-_FLOAT32, _FLOAT32_BY_TF32, _FLOAT64 = 68, 77, 70  # cublasComputeType
-
-tensor_float = False
-"""Whether products of float32 round their factors to TF32 (10 bits after the point), for the tensor cores."""
+_FLOAT32, _FLOAT64 = 68, 70  # cublasComputeType
 
 
 def product(
@@ -194,8 +191,7 @@ def _computed(dtype: np.dtype, alpha: float, add: bool) -> tuple[int, object, ob
     """(how cuBLAS computes with factors of this dtype, alpha, beta)."""
     if dtype == np.float64:
         return _FLOAT64, ctypes.byref(ctypes.c_double(alpha)), ctypes.byref(ctypes.c_double(add))
-    compute = _FLOAT32_BY_TF32 if tensor_float and dtype == np.float32 else _FLOAT32
-    return compute, ctypes.byref(ctypes.c_float(alpha)), ctypes.byref(ctypes.c_float(add))
+    return _FLOAT32, ctypes.byref(ctypes.c_float(alpha)), ctypes.byref(ctypes.c_float(add))
 
 
 # ---- values in bfloat16 ----------------------------------------------------------------------------------------------

@@ -68,8 +68,8 @@ def _fit(y: Pending, u: Any, B: Any) -> bool:
 
 
 def _down_projection(u: Tensor, x: Tensor) -> Tensor | None:
-    """The A of u = x A^T, where u was made of this very x; None otherwise."""
-    if u.node is None or u.node.op is not _linear or u.node.parents[0] is not x.node:
+    """The A of u = x A^T, where u was made of this very x, and of nothing else; None otherwise."""
+    if u.node is None or u.node.op is not _linear or u.node.parents[0] is not x.node or len(u.node.parents) > 2:
         return None
     if x.node is None and not margins.lies_behind(u.data, x.data):
         return None

@@ -122,6 +122,19 @@ def test_another_input_of_the_factors_has_its_own_gradient():
         close(leaf.grad, expected[name], EPS["bfloat16"], 2)
 
 
+def test_a_bias_of_the_factors_has_its_own_gradient():
+    problem = Problem()
+    bias = parameter(cupy.ones(8, "f4"))
+    with margins.lowered(problem.flat.values):
+        u = ops.linear(problem.x, problem.A, bias)
+        y = fused.addmm(fused.frozen_linear(problem.x, weight=problem.weight), u, problem.B, alpha=1.5)
+        y.backward(cupy.asarray(problem.g).astype(bfloat16))
+    expected = problem.expected()
+    for name, leaf in {"x": problem.x, "A": problem.A}.items():
+        close(leaf.grad, expected[name], EPS["bfloat16"], 2)
+    close(bias.grad, 1.5 * problem.g.reshape(-1, 32).sum(axis=0) @ problem.exact["B"], EPS["bfloat16"], 2)
+
+
 def test_nothing_is_recorded_without_gradients():
     problem = Problem()
     with margins.lowered(problem.flat.values), no_grad():
