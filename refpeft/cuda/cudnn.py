@@ -246,7 +246,7 @@ def described(task: Task, **device: Any) -> Any:
     of_queries = [task.batch, task.heads, task.queries, task.dim]
     of_keys = [task.batch, task.kv_heads, task.keys, task.dim]
     y_lies = own(task.queries, task.in_memory[0], task.margins[0])
-    lse_shape, lse_lies = [*of_queries[:3], 1], [task.in_memory[0] * task.queries, task.queries, 1, 1]
+    lse_shape, lse_lies = [*of_queries[:3], 1], [task.heads * task.queries, task.queries, 1, 1]
 
     shapes = {"q": of_queries, "k": of_keys, "v": of_keys}
     inputs = {name: given(name, shapes[name], [*lies, 1]) for name, lies in zip("qkv", task.strides, strict=True)}
@@ -306,7 +306,11 @@ def _plan(task: Task, device: int) -> Plan | str:
 
 @functools.cache
 def _planned(task: Task, device: int) -> tuple[Task, Plan] | str:
-    """(the task, or what is to be done for each part of it; its plan), or why there is none."""
+    """(the task, or what is to be done for each part of it; its plan), or why there is none.
+
+    Heads are parted where one row is too much for memory. So the `lse` of a part is one piece of the whole task's, as
+    cuDNN before 9.26 asks for.
+    """
     part = task
     while True:
         plan = _plan(part, device)

@@ -244,6 +244,26 @@ def test_a_backward_pass_that_takes_much_memory_is_done_in_parts(monkeypatch):
     cudnn._planned.cache_clear()
 
 
+@pytest.mark.parametrize("batch", [1, 4, 6, 7])
+@pytest.mark.parametrize("kv_heads", [1, 3, 8])
+def test_heads_are_parted_of_single_rows_alone(monkeypatch, batch: int, kv_heads: int):
+    """Of several rows, the statistics of a part of the heads would not be one piece."""
+    arrays, mask = Asked(Mask(300), 300, 300, batch=batch, heads=(2 * kv_heads, kv_heads)).there()
+    task, found = cudnn.task_of(*arrays[:3], mask, 0.1, True), set()
+
+    def plan(part: cudnn.Task, device: int) -> cudnn.Plan:
+        return cudnn.Plan(None, 100 + part.batch * part.kv_heads * 1000)
+
+    monkeypatch.setattr(cudnn, "_plan", plan)
+    for most in range(1100, 60_000, 700):
+        monkeypatch.setattr(cudnn, "MOST_MEMORY", most)
+        part, its_plan = cudnn._planned.__wrapped__(task, 0)
+        assert its_plan.memory <= most and batch % part.batch == kv_heads % part.kv_heads == 0
+        assert part.heads == 2 * part.kv_heads and (part.batch == 1 or part.kv_heads == kv_heads)
+        found.add((part.batch, part.kv_heads))
+    assert {(batch, kv_heads), (1, 1)} <= found
+
+
 def test_what_it_was_not_written_for_is_left_to_the_plain_pair(wanted: ModuleType):
     (q, k, v, _), mask = CASES["causal"].there()
     bias = cupy.zeros((1, 6, 133, 133), bfloat16)
