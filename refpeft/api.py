@@ -11,6 +11,7 @@ import numpy as np
 
 from . import backend, manager
 from .backend import COMPUTE_DTYPES
+from .choices import TF32_ON_THE_HOST
 from .errors import RefpeftError
 from .files import let_go
 from .models import heads
@@ -55,7 +56,9 @@ def load(
                (a model that is quantized already needs none and stays so; "gguf" keeps a GGUF file's own blocks)
     double_quant  quantize the quantizer's float32 constants, too
     dtype      "float32", "float64", or "bfloat16": frozen weights are kept in it, and on a GPU hidden states and
-               factors of products too, which add up in float32; the host computes in float32
+               factors of products too, which add up in float32; the host computes in float32. "tf32", on a GPU: all
+               is float32, and tensor cores round the factors of products to 10 bits behind the point. That holds for
+               the whole process, until a model is loaded otherwise
     device     "cpu" or "cuda"
     plugins    plugin files, folders or module names to make known first
     task       what the model ends in: "classify", "regress", "tag", "mlm", "embed", or what it is without a head
@@ -67,6 +70,8 @@ def load(
     """
     if dtype not in COMPUTE_DTYPES:
         raise RefpeftError(f"dtype is {dtype!r}: expected one of {', '.join(COMPUTE_DTYPES)}")
+    if dtype == "tf32" and device == "cpu":
+        raise RefpeftError(TF32_ON_THE_HOST)
     manager.add(*plugins)
     xp = backend.module(device)
     chosen = make_quantizer(quantizer, options, double_quant)
@@ -130,8 +135,13 @@ def build(
 
     config = checkpoint.config
     model = class_of(config)(config, weights, compute, xp)
-    if dtype == "bfloat16" and xp is not np:
-        model.activations = backend.bfloat16
+    if xp is not np:
+        from .cuda import blas
+
+        model.tf32 = dtype == "tf32"
+        blas.use_tf32(model.tf32)
+        if dtype == "bfloat16":
+            model.activations = backend.bfloat16
     model.checkpoint, model.tokenizer = checkpoint, tokenizer or checkpoint.tokenizer()
     own, names = heads.read_from(config.raw)
     if task in (None, own):

@@ -18,8 +18,16 @@ from .errors import RefpeftError
 Array = Any  # numpy.ndarray or cupy.ndarray
 
 bfloat16 = np.dtype(ml_dtypes.bfloat16)
-COMPUTE_DTYPES = {"float32": np.dtype("f4"), "bfloat16": np.dtype("f4"), "float64": np.dtype("f8")}
-"""What is computed in for each `--dtype`; bfloat16 is a way to store frozen weights (see quant.Dense)."""
+COMPUTE_DTYPES = {
+    "float32": np.dtype("f4"),
+    "tf32": np.dtype("f4"),
+    "bfloat16": np.dtype("f4"),
+    "float64": np.dtype("f8"),
+}
+"""What is computed in for each `--dtype`.
+
+bfloat16 is a way to store frozen weights (see quant.Dense), tf32 one to multiply matrices on a GPU (see cuda.blas).
+"""
 
 PIECE = 1 << 20
 """Numbers that `single` casts at a time."""

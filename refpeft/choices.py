@@ -3,7 +3,7 @@
 from typing import Literal, get_args
 
 Device = Literal["cpu", "cuda"]
-Dtype = Literal["float32", "bfloat16", "float64"]
+Dtype = Literal["float32", "tf32", "bfloat16", "float64"]
 Optimizer = Literal["adamw", "adamw8bit", "sgd", "lion", "adafactor"]
 Overlong = Literal["error", "drop", "truncate", "split"]
 Supervise = Literal["response", "all"]
@@ -17,3 +17,6 @@ OVERLONG: tuple[str, ...] = get_args(Overlong)
 SUPERVISE: tuple[str, ...] = get_args(Supervise)
 TASKS: tuple[str, ...] = get_args(Task)
 INTO: tuple[str, ...] = get_args(Into)
+
+TF32_ON_THE_HOST = "dtype 'tf32' is for a GPU's tensor cores: choose device 'cuda' with it, or dtype 'float32'"
+"""Said where both are asked for that do not go together."""

@@ -23,6 +23,7 @@ from typing import Any
 from pydantic import BaseModel, Field, ValidationError, create_model
 
 from refpeft import manager, toml
+from refpeft.choices import TF32_ON_THE_HOST
 from refpeft.errors import RefpeftError, nearest
 from refpeft.files import expanded
 from refpeft.optim import OPTIMIZERS, OPTIONS
@@ -380,6 +381,8 @@ def _cross_checks(run: RunConfig, given: Layer, problems: Problems) -> None:
         problems.add(given.get(key), message)
 
     data, train = run.data, run.train
+    if run.dtype == "tf32" and run.device == "cpu":
+        problem("dtype", TF32_ON_THE_HOST)
     if run.double_quant and not run.quantizer:
         problem("double_quant", "double_quant quantizes a quantizer's constants: give a quantizer, such as nf4")
     if not run.methods:

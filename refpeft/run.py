@@ -79,12 +79,17 @@ def base_model(adapter: str | Path) -> str:
     return name
 
 
-def how_kept(adapter: str | Path | None, quantizer: str | None = None) -> dict[str, Any]:
-    """How an adapter's run kept its frozen weights, as keywords of refpeft.load; `quantizer` wins, "none" is dense."""
+def how_kept(adapter: str | Path | None, quantizer: str | None = None, device: str = "cpu") -> dict[str, Any]:
+    """How an adapter's run kept its frozen weights, as keywords of refpeft.load on a device.
+
+    `quantizer` wins, "none" is dense.
+    """
     said = config.written(adapter)
     chosen = None if quantizer == "none" else quantizer or said.get("quantizer")
     double_quant = quantizer in (None, said.get("quantizer")) and said.get("double_quant", False)
     dtype = said.get("dtype", "float32")
+    if dtype == "tf32" and device == "cpu":  # which are the same weights
+        dtype = "float32"
     return {"quantizer": chosen, "double_quant": double_quant, "options": said.get(chosen), "dtype": dtype}
 
 

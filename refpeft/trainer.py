@@ -161,8 +161,9 @@ class Trainer:
         """Within it the host, or the device, computes as a run does, and too little memory is told as such."""
         with contextlib.ExitStack() as stack:
             if self._on_gpu:
-                from .cuda import graph
+                from .cuda import blas, graph
 
+                blas.use_tf32(self.model.tf32)  # another model may have been loaded since
                 self._stream = self._stream or graph.own_stream()
                 stack.enter_context(graph.on(self._stream))
             stack.enter_context(backend.blas_threads(self.model.parameters(), self.settings.threads))
@@ -350,7 +351,7 @@ class Trainer:
             "shares of data sets": list(self.train.shares),
             "metric": self.metric,
             "rows' checksum": crc,
-            "dtype": self.model.dtype.name,
+            "dtype": "tf32" if self.model.tf32 else self.model.dtype.name,
             "bytes of frozen weights": self.model.nbytes,
             "quantizers of frozen weights": sorted(formats),
         }

@@ -116,7 +116,7 @@ lr = 1
         "run.toml:9: train.schedule is \"cosin\": expected 'constant', 'linear' or 'cosine'; did you mean 'cosine'?",
         "run.toml:11: data.file missing.jsonl does not exist",
         "run.toml:13: unknown table [tarin]; did you mean 'train'?",
-        "--dtype: dtype is \"f64\": expected 'float32', 'bfloat16' or 'float64'; did you mean 'float64'?",
+        "--dtype: dtype is \"f64\": expected 'float32', 'tf32', 'bfloat16' or 'float64'; did you mean 'float64'?",
         "--set train.clip: train.clip is -1: expected a value of at least 0",
     ]
 
@@ -214,6 +214,7 @@ def test_a_set_without_key_or_value_is_refused(write, text):
         ),
         ("[train]\nsteps = 5\nwarmup = 6\n", "run.toml:4: train.warmup is 6 steps, more than the 5 of train.steps"),
         ("[train]\nwarmup = 1.5\n", "run.toml:3: train.warmup is 1.5: expected an integer or a value below 1"),
+        ('dtype = "tf32"\n', "run.toml:2: dtype 'tf32' is for a GPU's tensor cores: choose device 'cuda' with it, or"),
         ('out = "data.jsonl"\n', "run.toml:2: out data.jsonl cannot be written: data.jsonl is a file"),
         ('out = "data.jsonl/run"\n', "run.toml:2: out data.jsonl/run cannot be written: /"),
         (

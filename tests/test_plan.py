@@ -210,6 +210,11 @@ def test_float32_on_a_gpu_keeps_what_the_host_does():
     assert part(gpu, "activations") == part(host, "activations") > 2 * part(shape(), "activations")
 
 
+def test_tf32_takes_what_float32_does():
+    exact, fast = (shape(f"dtype={dtype}") for dtype in ("float32", "tf32"))
+    assert fast.memory == exact.memory and fast.frozen == exact.frozen
+
+
 def test_logits_and_dense_weights_of_a_gpu_are_bounded():
     made = shape()
     assert part(made, "logits") == fused.LOGITS_ON_GPU

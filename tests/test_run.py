@@ -9,6 +9,7 @@ import tiny_files
 
 import refpeft
 from refpeft import adapters, config, inputs, run
+from refpeft.commands import options
 from refpeft.errors import RefpeftError
 from refpeft.files import read_safetensors
 
@@ -55,6 +56,20 @@ def test_the_adapter_gives_the_loss_that_was_reported(resolve):
     rows = inputs.read(outcome_run(outcome), model.config, model.tokenizer).rows
     batches = inputs.make_batches(outcome_run(outcome), rows, model.config, shuffle=False)
     assert refpeft.evaluation.mean_loss(model, batches) == pytest.approx(outcome.summary.after["loss"], rel=1e-5)
+
+
+def test_an_adapter_of_a_run_in_tf32_is_used_in_float32_on_the_host(resolve):
+    outcome = train(resolve())
+    written = outcome.directory / config.FILE
+    written.write_text(written.read_text().replace('dtype = "float32"', 'dtype = "tf32"'))
+    assert [run.how_kept(outcome.directory, device=device)["dtype"] for device in ("cpu", "cuda")] == [
+        "float32",
+        "tf32",
+    ]
+    model = options.load(None, str(outcome.directory), None, False, None, "cpu")
+    assert model.dtype == np.float32 and not model.tf32
+    with pytest.raises(RefpeftError, match="'tf32' is for a GPU's tensor cores: choose device 'cuda' with it"):
+        refpeft.load("model", dtype="tf32")
 
 
 def outcome_run(outcome: run.Outcome) -> config.RunConfig:

@@ -110,7 +110,7 @@ def load(
             hub.resolve(model)
         except RefpeftError as error:
             raise RefpeftError(f"{error}; it is the model of {adapter}: give --model if it has moved") from None
-    how = run.how_kept(adapter, quantizer)
+    how = run.how_kept(adapter, quantizer, device)
     how["double_quant"] |= double_quant
     how["dtype"] = dtype or how["dtype"]
     return api.load(model, adapter, device=device, task=task, labels=labels, **how)

@@ -1,7 +1,7 @@
 """Matrix products by cuBLAS, through ctypes: CuPy's own calls of it refuse to be captured in a CUDA graph.
 
-Products of bfloat16 add up in float32, and may be wanted in float32. Frozen and trained values meet here: `low` gives
-the bfloat16 copy of float32 values that a product takes.
+Products of bfloat16 add up in float32, and may be wanted in float32; factors of float32 may be rounded to TF32. Frozen
+and trained values meet here: `low` gives the bfloat16 copy of float32 values that a product takes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,15 @@ from refpeft.errors import RefpeftError
 _WORKSPACE = 32 << 20  # bytes: NVIDIA's figure for Hopper
 _KEEP_FLOAT32_SUMS = 16  # CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION: also where a product is split along k
 _TYPES = {bfloat16: 14, np.dtype("f4"): 0, np.dtype("f8"): 1}  # cudaDataType
-_FLOAT32, _FLOAT64 = 68, 70  # cublasComputeType
+_FLOAT32, _TF32, _FLOAT64 = 68, 77, 70  # cublasComputeType
+
+_of_float32 = _FLOAT32
+
+
+def use_tf32(wanted: bool) -> None:
+    """From now on, factors of float32 are rounded to TF32 where tensor cores multiply them, or are not."""
+    global _of_float32
+    _of_float32 = _TF32 if wanted else _FLOAT32
 
 
 def product(
@@ -191,7 +199,8 @@ def _computed(dtype: np.dtype, alpha: float, add: bool) -> tuple[int, object, ob
     """(how cuBLAS computes with factors of this dtype, alpha, beta)."""
     if dtype == np.float64:
         return _FLOAT64, ctypes.byref(ctypes.c_double(alpha)), ctypes.byref(ctypes.c_double(add))
-    return _FLOAT32, ctypes.byref(ctypes.c_float(alpha)), ctypes.byref(ctypes.c_float(add))
+    compute = _of_float32 if dtype == np.float32 else _FLOAT32
+    return compute, ctypes.byref(ctypes.c_float(alpha)), ctypes.byref(ctypes.c_float(add))
 
 
 # ---- values in bfloat16 ----------------------------------------------------------------------------------------------

@@ -65,6 +65,8 @@ class Model:
         self.config, self.dtype, self.xp = config, np.dtype(dtype), xp
         self.activations = self.dtype
         """What hidden states are kept in. Where it is bfloat16, `dtype` is float32: of values, statistics, logits."""
+        self.tf32 = False
+        """Whether a training on a GPU multiplies matrices of float32 in TF32."""
         self.sites: dict[str, Site] = {}
         self.frozen: dict[str, Frozen] = {}
         """Checkpoint name -> frozen weight, each stored once."""
