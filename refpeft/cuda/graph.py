@@ -14,7 +14,7 @@ import cupy
 
 from refpeft.backend import Array
 from refpeft.capturing import capturing
-from refpeft.cuda import blas, margins
+from refpeft.cuda import blas, rooms
 from refpeft.cuda.override import say_once
 from refpeft.rng import Slots
 
@@ -27,10 +27,12 @@ class Graphs:
 
     They have a memory pool of their own, all the same one, since one is launched after the other: a replay writes to
     the arrays of its capture, which eager work must not be given. So a pool holds as much as the largest of them needs.
+
+    refused  why work is done without graphs, where that is so because it cannot be captured
     """
 
     def __init__(self, stream: cupy.cuda.Stream, wanted: bool = True):
-        self._stream, self._wanted = stream, wanted
+        self._stream, self._wanted, self.refused = stream, wanted, ""
         self._slots = Slots(cupy)
         self._met: set[Hashable] = set()
         self._captured: OrderedDict[Hashable, tuple[Any, Array, list[Any]]] = OrderedDict()
@@ -84,12 +86,12 @@ class Graphs:
                 with self._slots.recording():
                     self._captured[key] = *self._graph_of(work), held
         except Exception as error:  # whatever it is, it is the capture's: the same work was done before
-            reason = str(error).partition("\n")[0] or type(error).__name__
+            self.refused = str(error).partition("\n")[0] or type(error).__name__
         else:
             return
         self._wanted = False
         self.give_back()
-        say_once(f"steps are not captured in a CUDA graph, and may take longer: {reason}")
+        say_once(f"steps are not captured in a CUDA graph, and may take longer: {self.refused}")
 
     def _graph_of(self, work: Callable[[], Array]) -> tuple[Any, Array]:
         self._stream.begin_capture()
@@ -113,8 +115,15 @@ def most_held() -> int:
     """
     global _most
     pools = cupy.get_default_memory_pool().total_bytes() + sum(graphs.nbytes for graphs in _all)
-    _most = max(_most, pools + blas.workspaces() + margins.nbytes())
+    _most = max(_most, pools + blas.workspaces() + rooms.nbytes())
     return _most
+
+
+def forget_most() -> None:
+    """From now on `most_held` counts anew, with what is in use now."""
+    global _most
+    cupy.get_default_memory_pool().free_all_blocks()
+    _most = 0
 
 
 def own_stream() -> cupy.cuda.Stream:

@@ -47,8 +47,7 @@ def _(g, weight, needs, bias, into):
 
 @override(ops.linear, "bfloat16")
 def linear(needs, x, w, b=None):
-    behind = margins.behind(x, len(w)) if b is None else None
-    y = _product_and_bias(low(x), low(w), b, behind)
+    y = _product_and_bias(low(x), low(w), b)
     dtypes = [getattr(array, "dtype", None) for array in (x, w, b)]
     return y, (w, x if needs[1] else None, needs, dtypes)
 
@@ -136,9 +135,9 @@ def _summed(gradient: Array, shape: tuple[int, ...], dtype: np.dtype) -> Array:
     return fit(gradient, shape).astype(dtype, copy=False)
 
 
-def _product_and_bias(x: Array, w: Array, bias: Array | None, y: Array | None = None) -> Array:
+def _product_and_bias(x: Array, w: Array, bias: Array | None) -> Array:
     """x @ w.T + bias: the product is added to rows that the bias was written to, so that sums are rounded once."""
-    y = cupy.empty((*x.shape[:-1], w.shape[0]), bfloat16) if y is None else y
+    y = cupy.empty((*x.shape[:-1], w.shape[0]), bfloat16)
     if bias is not None:
         write_bias(y, bias)
     product(rows_of(x), w.T, out=rows_of(y), add=bias is not None)

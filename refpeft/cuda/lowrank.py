@@ -1,11 +1,12 @@
-"""A frozen layer with a low-rank method on it, y = x W^T + alpha (x A^T) B^T, as one op.
+"""Frozen layers with low-rank methods on them, y = x W^T + alpha (x A^T) B^T: as one op, and all that read x as one.
 
-Each of its parts is a product that adds to what another one left. A wide product reads what it adds to while it
+A method says base(x) and then addmm(base(x), linear(x, A), B). All of it waits until its result is asked for, and is
+computed together with what else waits for the same x, such as k and v beside q. Where the weights have room for the
+factors (refpeft.cuda.rooms), it takes two products forward, and four going back.
+
+Elsewhere each part is a product that adds to what another one left. A wide product reads what it adds to while it
 computes, which costs little; a narrow one, such as u B^T, takes as long as its memory does. So narrow products come
-first and write, wide ones add: forward and backward, nothing of the layer's size is read and written for the sake of a
-sum. A method says base(x) and then addmm(...): base(x) waits until it is known what comes after it.
-
-Where there is room behind the rows of x and W (refpeft.cuda.margins), the narrow products are part of the wide ones.
+first and write, wide ones add: nothing of the layer's size is read and written for the sake of a sum.
 """
 
 from __future__ import annotations
@@ -17,25 +18,97 @@ import cupy
 
 from refpeft import fused, ops
 from refpeft.backend import Array, bfloat16
-from refpeft.cuda import blas, margins
+from refpeft.cuda import aside, blas, margins, rooms
 from refpeft.cuda.blas import low, product
 from refpeft.cuda.linear import low_weight, rows_of, weight_gradient, write_bias
-from refpeft.tape import ADDED
+from refpeft.cuda.rooms import Factors, Part, Room
+from refpeft.tape import ADDED, Node, state
 from refpeft.tensor import Op, Pending, Tensor, is_made_again, needs_of
 
-_linear = ops.linear.overrides[cupy.ndarray, bfloat16]
+# ---- what waits ------------------------------------------------------------------------------------------------------
+
+
+class _Layer:
+    """A frozen layer that waits, with the low-rank factors that it has been given, as tensors, or none."""
+
+    def __init__(self, part: Part):
+        self.part = part
+        self.values: tuple[Tensor, ...] = ()
+        self.result: Pending | None = None
+
+    def frozen(self, x: Tensor) -> Tensor:
+        """What it gives without the factors."""
+        inputs = (x,) if self.part.bias is None else (x, self.part.bias)
+        return fused.frozen_linear.alone(*inputs, weight=self.part.weight)
+
+    def alone(self, x: Tensor) -> Tensor:
+        if not self.values:
+            return self.frozen(x)
+        A, B = self.values
+        return _single(x, self.part, ops.linear.alone(x, A), B, self.part.factors.alpha)
+
+
+class _Readers:
+    """Layers that read the same x, and wait until one of them is asked for."""
+
+    def __init__(self, x: Tensor):
+        self.x, self.recording = x, state.recording
+        self.waiting: list[_Layer] = []
+
+    def add(self, part: Part) -> Pending:
+        """The result of one layer more."""
+        layer = _Layer(part)
+        self.waiting.append(layer)
+        layer.result = self._pending(fused.frozen_linear, layer, partial(self._frozen, layer))
+        return layer.result
+
+    def add_factors(self, layer: _Layer, A: Tensor, B: Tensor, alpha: float) -> Pending:
+        """The result of a layer that waits, with these factors; without them it still can be asked for."""
+        layer.part.factors, layer.values = Factors(A.data, B.data, alpha), (A, B)
+        layer.result = self._pending(fused.addmm, layer, partial(self._computed, layer))
+        return layer.result
+
+    def _pending(self, op: Op, layer: _Layer, compute: Any) -> Pending:
+        shape = (*self.x.shape[:-1], layer.part.weight.shape[0])
+        return Pending(op, compute, shape, bfloat16, (self, layer))
+
+    def _frozen(self, layer: _Layer) -> Tensor:
+        return layer.frozen(self.x) if layer.values else self._computed(layer)
+
+    def _computed(self, layer: _Layer) -> Tensor:
+        """What a layer gives. Others that wait are computed with it, where they can be one product."""
+        if layer not in self.waiting:
+            return layer.alone(self.x)
+        for chosen in (self.waiting, [layer]):
+            made = _together(self.x, chosen)
+            if made is not None:
+                self.waiting = [each for each in self.waiting if each not in chosen]
+                for each, result in zip(chosen, made, strict=True):
+                    each.result.becomes(result)
+                return made[chosen.index(layer)]
+        self.waiting.remove(layer)
+        return layer.alone(self.x)
+
+
+_latest: list[_Readers] = []  # the readers that the last layer was added to
 
 
 @fused.frozen_linear.shares_work
 def _(inputs: tuple, options: dict[str, Any]) -> Tensor | None:
     x, bias = (*inputs, None)[:2]
-    wanted = blas.is_training() and type(x) is Tensor and type(x.data) is cupy.ndarray and x.dtype == bfloat16
-    if not wanted or isinstance(bias, Tensor):
+    if not _are_rows_in_training(x) or isinstance(bias, Tensor):
         return None
-    weight = options["weight"]
-    shape = (*x.shape[:-1], weight.shape[0])
-    compute = partial(fused.frozen_linear.alone, *inputs, **options)
-    return Pending(fused.frozen_linear, compute, shape, bfloat16, (x, weight, bias))
+    if not _latest or _latest[0].x is not x or _latest[0].recording is not state.recording:
+        _latest[:] = [_Readers(x)]
+    return _latest[0].add(Part(options["weight"], bias))
+
+
+@ops.linear.shares_work
+def _(inputs: tuple, options: dict[str, Any]) -> Tensor | None:
+    x, A, bias = (*inputs, None)[:3]
+    if bias is not None or type(A) is not Tensor or not _are_rows_in_training(x) or not rooms.is_trained(A.data):
+        return None
+    return Pending(ops.linear, partial(ops.linear.alone, x, A), (*x.shape[:-1], len(A.data)), bfloat16, (x, A))
 
 
 @fused.addmm.shares_work
@@ -43,21 +116,18 @@ def _(inputs: tuple, options: dict[str, Any]) -> Tensor | None:
     y, u, B = inputs
     if type(y) is not Pending or y.op is not fused.frozen_linear or y.there or not _fit(y, u, B):
         return None
-    x, weight, bias = y.what
+    readers, layer = y.what
+    if layer not in readers.waiting or layer.values:
+        return None
     alpha = float(options["alpha"])
-    A = _down_projection(u, x)
-    room = None if A is None else _room(x.data, u.data, weight, A.data, B.data, alpha)
-    out = _forward(x.data, u.data, weight, bias, B.data, alpha, room)
-    parents = (x, u if A is None else A, B)
-    needs = needs_of(parents)
-    if True not in needs:
-        return Tensor(out)
-    kept_x = x.data if A is not None and needs[1] else None
-    kept_u = u.data if needs[2] else None
-    if kept_u is not None and is_made_again(x):
-        kept_u = kept_u.copy()  # lest it keep x, behind whose rows it is
-    values = None if A is None else A.data, B.data, alpha
-    return layer.made(out, needs, parents, (kept_x, kept_u, weight, *values, room, needs))
+    if type(u) is Pending and u.op is ops.linear and not u.there and u.what[0] is readers.x:
+        return readers.add_factors(layer, u.what[1], B, alpha)
+    readers.waiting.remove(layer)
+    return _single(readers.x, layer.part, u, B, alpha)
+
+
+def _are_rows_in_training(x: Any) -> bool:
+    return blas.is_training() and type(x) is Tensor and type(x.data) is cupy.ndarray and x.dtype == bfloat16
 
 
 def _fit(y: Pending, u: Any, B: Any) -> bool:
@@ -67,47 +137,175 @@ def _fit(y: Pending, u: Any, B: Any) -> bool:
     return u.shape == (*y.shape[:-1], B.shape[1]) and y.shape[-1] == B.shape[0]
 
 
+# ---- layers in one room ----------------------------------------------------------------------------------------------
+
+
+def _together(x: Tensor, waiting: list[_Layer]) -> list[Tensor] | None:
+    """What layers that read x give, computed as one; None where they have no room for that, or nothing is gained."""
+    parts = [layer.part for layer in waiting]
+    rank = sum(part.rank for part in parts)
+    offset = margins.taken(x.data, rank) if rank else 0
+    if offset is None or (not rank and len(parts) == 1):
+        return None
+    room = rooms.room(parts, offset)
+    if room is None:
+        return None
+    u = margins.behind(x.data, rank) if rank else None
+    y = _forward(x.data, u, room)
+    parents = (x, *(value for layer in waiting for value in layer.values))
+    needs = needs_of(parents)
+    if True in needs:
+        if rank and is_made_again(x):
+            u = u.copy()  # lest it keep x, behind whose rows it is
+        whole = layers.made(y, needs, parents, (x.data if rank else None, u, room, needs[0]))
+    else:
+        whole = Tensor(y)
+    return [whole] if len(parts) == 1 else _columns(whole, room.widths)
+
+
+def _forward(x: Array, u: Array | None, room: Room) -> Array:
+    y = cupy.empty((*x.shape[:-1], len(room.forward)), bfloat16)
+    if room.bias is not None:
+        write_bias(y, room.bias)
+    if u is not None:
+        product(rows_of(x), room.down.T, out=rows_of(u))
+        x = margins.together(x, u)
+    product(rows_of(x), room.forward.T, out=rows_of(y), add=room.bias is not None)
+    return y
+
+
+layers = Op(_forward, "frozen layers with low-rank factors")
+layers.stands_in = True
+
+
+@layers.backward(into=True)
+def _(g, x, u, room, x_needed, into):
+    g, du, values = g.whole() if isinstance(g, _Gathered) else low(g), None, []
+    if u is not None:
+        du = margins.scratch(g, u.shape[-1])
+        du = cupy.empty(u.shape, bfloat16) if du is None else du
+        product(rows_of(g), room.up, out=rows_of(du))
+        values = _value_gradients(g, du, x, u, room, into[1:])
+    if not x_needed:
+        return None, *values
+    adds = into[0] is not None and margins.step(into[0]) is not None
+    dx = into[0] if adds else cupy.empty((*g.shape[:-1], room.backward.shape[1]), bfloat16)
+    if du is None or margins.lies_behind(du, g):
+        g = g if du is None else margins.together(g, du)
+        product(rows_of(g), room.backward, out=rows_of(dx), add=adds)
+    else:
+        product(rows_of(du), room.down, out=rows_of(dx), add=adds)
+        product(rows_of(g), room.backward[: g.shape[-1]], out=rows_of(dx), add=True)
+    return ADDED if adds else dx, *values
+
+
+def _value_gradients(g: Array, du: Array, x: Array, u: Array, room: Room, into: tuple) -> list[Array | object]:
+    """The gradients of A and B of each layer in turn."""
+    both, dA, dB = room.blank_gradients()
+
+    def compute() -> None:
+        product(rows_of(du).T, rows_of(x), out=dA)
+        product(rows_of(g).T, rows_of(u), out=dB)
+
+    def add() -> None:
+        compute()
+        room.add_gradients(both, into)
+
+    if room.adds_gradients(into):
+        aside.run(add, into[0], both, du, x, g, u)
+        return [ADDED] * len(into)
+    compute()
+    return room.gradients(dA, dB)
+
+
+# ---- the columns of one result ---------------------------------------------------------------------------------------
+
+
+class _Gathered:
+    """The gradients of columns, in the place of that of the array that they are columns of."""
+
+    def __init__(self, shape: tuple[int, ...], widths: list[int]):
+        self.shape, self.widths = shape, widths
+        self.parts: list[Array | None] = [None] * len(widths)
+
+    def whole(self) -> Array:
+        """One array, which is there already where the parts lie side by side."""
+        if all(part is not None for part in self.parts):
+            parts = list(map(low, self.parts))
+            found = margins.beside(parts)
+            if found is not None:
+                return found
+        found = margins.rows(self.shape)
+        for place, part in zip(margins.columns(found, self.widths), self.parts, strict=True):
+            place[...] = cupy.zeros(place.shape, bfloat16) if part is None else low(part)
+        return found
+
+
+def _columns(whole: Tensor, widths: list[int]) -> list[Tensor]:
+    """Views of whole (..., sum of widths), on whose way back the gradients are gathered."""
+    views = margins.columns(whole.data, widths)
+    if whole.node is None:
+        return list(map(Tensor, views))
+    gathered = _Gathered(whole.shape, widths)
+    return [Tensor(view, Node(_column, (whole.node,), (gathered, at))) for at, view in enumerate(views)]
+
+
+_column = Op(lambda needs, whole: (whole, ()), "column")
+
+
+@_column.backward
+def _(g, gathered, at):
+    first = all(part is None for part in gathered.parts)
+    gathered.parts[at] = g
+    return (gathered if first else ADDED,)
+
+
+# ---- one layer without a room ----------------------------------------------------------------------------------------
+
+_linear = ops.linear.overrides[cupy.ndarray, bfloat16]
+
+
+def _single(x: Tensor, part: Part, u: Tensor, B: Tensor, alpha: float) -> Tensor:
+    """x W^T + alpha u B^T; where u is x A^T, and of nothing else, its way back is a part of this one's."""
+    A = _down_projection(u, x)
+    out = _added(x.data, u.data, part.weight, part.bias, B.data, alpha)
+    parents = (x, u if A is None else A, B)
+    needs = needs_of(parents)
+    if True not in needs:
+        return Tensor(out)
+    kept_x = x.data if A is not None and needs[1] else None
+    kept_u = u.data if needs[2] else None
+    values = None if A is None else A.data, B.data, alpha
+    return single.made(out, needs, parents, (kept_x, kept_u, part.weight, *values, needs))
+
+
 def _down_projection(u: Tensor, x: Tensor) -> Tensor | None:
     """The A of u = x A^T, where u was made of this very x, and of nothing else; None otherwise."""
     if u.node is None or u.node.op is not _linear or u.node.parents[0] is not x.node or len(u.node.parents) > 2:
         return None
-    if x.node is None and not margins.lies_behind(u.data, x.data):
-        return None
-    return Tensor(u.node.saved[0], u.node.parents[1])
+    A, kept_x, *_ = u.node.saved
+    return None if x.node is None and kept_x is not x.data else Tensor(A, u.node.parents[1])
 
 
-def _room(x: Array, u: Array, weight: Any, A: Array, B: Array, alpha: float) -> margins.Room | None:
-    """The weight's room for both factors, where u lies behind the rows of x; None otherwise."""
-    if not margins.lies_behind(u, x):
-        return None
-    return margins.room(weight, A, B, alpha, margins.distance(x, u))
-
-
-def _forward(
-    x: Array, u: Array, weight: Any, bias: Array | None, B: Array, alpha: float, room: margins.Room | None
-) -> Array:
+def _added(x: Array, u: Array, weight: Any, bias: Array | None, B: Array, alpha: float) -> Array:
     y = cupy.empty((*x.shape[:-1], len(B)), bfloat16)
     if bias is not None:
         write_bias(y, bias)
-    if room is not None:
-        product(rows_of(margins.together(x, u)), room.forward.T, out=rows_of(y), add=bias is not None)
-        return y
     product(rows_of(u), low(B).T, out=rows_of(y), alpha=alpha, add=bias is not None)
     product(rows_of(x), low_weight(weight).T, out=rows_of(y), add=True)
     return y
 
 
-layer = Op(_forward, "frozen_linear and addmm")
-layer.stands_in = True
+single = Op(_added, "frozen_linear and addmm")
+single.stands_in = True
 
 
-@layer.backward(into=True)
-def _(g, x, u, weight, A, B, alpha, room, needs, into):
+@single.backward(into=True)
+def _(g, x, u, weight, A, B, alpha, needs, into):
     g = low(g)
     du = dA = dB = dx = None
     if needs[1] or (A is not None and needs[0]):
-        place = None if room is None else margins.scratch(g, B.shape[1])
-        du = cupy.empty((*g.shape[:-1], B.shape[1]), bfloat16) if place is None else place
+        du = cupy.empty((*g.shape[:-1], B.shape[1]), bfloat16)
         product(rows_of(g), low(B), out=rows_of(du), alpha=alpha)
     if needs[2]:
         dB = weight_gradient(g, u, into[2], B.dtype, alpha)
@@ -118,18 +316,8 @@ def _(g, x, u, weight, A, B, alpha, room, needs, into):
     if needs[0]:
         adds = into[0] is not None and margins.step(into[0]) is not None
         dx = into[0] if adds else cupy.empty((*g.shape[:-1], weight.shape[1]), bfloat16)
-        _add_gradient(g, du, weight, A, room, dx, adds)
+        if A is not None:
+            product(rows_of(du), low(A), out=rows_of(dx), add=adds)
+        product(rows_of(g), low_weight(weight), out=rows_of(dx), add=adds or A is not None)
         dx = ADDED if adds else dx
     return dx, dA, dB
-
-
-def _add_gradient(
-    g: Array, du: Array | None, weight: Any, A: Array | None, room: margins.Room | None, dx: Array, adds: bool
-) -> None:
-    """g W + du A into dx, or added to what is there."""
-    if room is not None and margins.lies_behind(du, g):
-        product(rows_of(margins.together(g, du)), room.backward, out=rows_of(dx), add=adds)
-        return
-    if A is not None:
-        product(rows_of(du), low(A), out=rows_of(dx), add=adds)
-    product(rows_of(g), low_weight(weight), out=rows_of(dx), add=adds or A is not None)

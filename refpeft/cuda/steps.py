@@ -12,7 +12,7 @@ import numpy as np
 
 from refpeft.backend import Array, bfloat16, to_host
 from refpeft.batches import Batches
-from refpeft.cuda import aside, graph, margins
+from refpeft.cuda import aside, graph, rooms
 from refpeft.cuda.ahead import Ahead
 from refpeft.models.base import Model
 from refpeft.optim import Flat
@@ -58,7 +58,7 @@ class Steps:
         def work() -> Array:
             denominator, *arrays = self._ahead.arrays()
             lowered = (
-                margins.lowered(self._flat.values) if self._model.activations == bfloat16 else contextlib.nullcontext()
+                rooms.lowered(self._flat.values) if self._model.activations == bfloat16 else contextlib.nullcontext()
             )
             with lowered, aside.gradients_aside(self._flat.grads):
                 loss, norm = gradients(_over(parts, arrays), denominator)
@@ -81,6 +81,11 @@ class Steps:
             self._send(step + 1)
         loss, norm = to_host(found).tolist()
         return Taken(loss, norm, tokens, supervised)
+
+    @property
+    def refused(self) -> str:
+        """Why steps are not captured, where they cannot be; else empty."""
+        return self._graphs.refused
 
     def beside(self, work: Callable[[], Any]) -> Any:
         """What work() gives, which is no step; the graphs are given back where memory does not suffice beside them."""

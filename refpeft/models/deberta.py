@@ -111,7 +111,8 @@ class DisentangledLayer(Layer):
         distances: Tensor,
         buckets: Array,
     ) -> Tensor:
-        q, k, v = (self.in_heads(f(x)) for f in (self.q, self.k, self.v))
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        q, k, v = map(self.in_heads, (q, k, v))
         scale = 1 / math.sqrt(q.shape[-1] * self.terms)
         bias = None
         if self.position_key:

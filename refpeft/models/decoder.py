@@ -108,7 +108,8 @@ class Layer(Block):
         cache: Cache | None,
     ) -> Tensor:
         batch, time, _ = x.shape
-        q, k, v = (f(x).reshape(batch, time, -1, self.config.head_dim) for f in (self.q, self.k, self.v))
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        q, k, v = (a.reshape(batch, time, -1, self.config.head_dim) for a in (q, k, v))
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (a.transpose(0, 2, 1, 3) for a in (q, k, v))

@@ -142,7 +142,8 @@ class Layer(Block):
         return self.norm2(x + self.mlp_out(x))
 
     def _attention(self, x: Tensor, *, rows: Places | None, mask: fused.Mask, cache: None) -> Tensor:
-        q, k, v = (self.in_heads(f(x)) for f in (self.q, self.k, self.v))
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        q, k, v = map(self.in_heads, (q, k, v))
         return self.o(beside(self.attend(q, k, v, mask=mask), rows))
 
     def in_heads(self, x: Tensor) -> Tensor:

@@ -214,7 +214,8 @@ class Attention:
         return x.reshape(*x.shape[:2], self.heads, self.head_dim).transpose(0, 2, 1, 3)
 
     def keys_and_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.in_heads(self.k(x)), self.in_heads(self.v(x))
+        k, v = self.k(x), self.v(x)
+        return self.in_heads(k), self.in_heads(v)
 
     def __call__(
         self,

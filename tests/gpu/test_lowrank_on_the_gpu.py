@@ -10,10 +10,11 @@ from test_linear_on_the_gpu import EPS, close, drawn
 
 from refpeft import fused, ops, sites, tensor
 from refpeft.backend import bfloat16, to_host
-from refpeft.cuda import aside, lowrank, margins
+from refpeft.cuda import aside, lowrank, margins, rooms
 from refpeft.optim import Flat
 from refpeft.quant import Dense, make_quantizer
-from refpeft.tensor import Pending, Tensor, no_grad, parameter
+from refpeft.tape import Node
+from refpeft.tensor import Op, Pending, Tensor, no_grad, parameter
 
 
 class Problem:
@@ -65,7 +66,7 @@ def test_it_is_one_op_with_the_values_and_gradients_of_two(options: dict, margin
     for _ in range(passes):
         problem.flat.grads.fill(0)
         problem.flat.values *= -1
-        with margins.lowered(problem.flat.values):
+        with rooms.lowered(problem.flat.values):
             if margin:
                 problem.x.data, g = behind(problem.x.data), behind(cupy.asarray(problem.g).astype(bfloat16))
             else:
@@ -73,7 +74,7 @@ def test_it_is_one_op_with_the_values_and_gradients_of_two(options: dict, margin
             if problem.x.node:
                 problem.x.node.grad = None
             y = problem.layer(problem.x)
-            assert y.node.op is lowrank.layer
+            assert y.node.op is (lowrank.layers if margin else lowrank.single)
             y.backward(g)
     assert (problem.weight.array is not before) == margin
     if passes % 2:
@@ -87,6 +88,81 @@ def test_it_is_one_op_with_the_values_and_gradients_of_two(options: dict, margin
         close(array, expected[name], EPS["bfloat16"], 2)  # u is rounded before it is multiplied
 
 
+class Siblings:
+    """Layers of different widths that read the same x; of those with `ranks` 0 nothing is trained."""
+
+    def __init__(self, ranks=(8, 0, 16), widths=(32, 16, 16), bias=False):
+        self.ranks, self.width, self.rows = ranks, 24, (2, 5)
+        self.x = drawn(*self.rows, self.width)
+        self.w = [drawn(out, self.width, seed=10 + i) for i, out in enumerate(widths)]
+        self.b = [drawn(out, seed=20 + i) if bias and i != 1 else None for i, out in enumerate(widths)]
+        self.g = [drawn(*self.rows, out, seed=30 + i) for i, out in enumerate(widths)]
+        self.values = {
+            f"{i}.{name}": drawn(*shape, seed=40 + 2 * i + len(shape))
+            for i, (out, r) in enumerate(zip(widths, ranks, strict=True)) if r
+            for name, shape in (("A", (r, self.width)), ("B", (out, r)))
+        }  # fmt: skip
+        self.weights = [Dense(cupy.asarray(w).astype(bfloat16), np.dtype("f4")) for w in self.w]
+        self.biases = [None if b is None else cupy.asarray(b).astype("f4") for b in self.b]
+        self.trained = {name: parameter(cupy.asarray(v).astype("f4")) for name, v in self.values.items()}
+        self.flat = Flat(self.trained.items()) if self.trained else None
+
+    def outputs(self, x, values, weights, biases) -> list[Tensor]:
+        found = []
+        for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+            y = fused.frozen_linear(x, bias, weight=weight)
+            if self.ranks[i]:
+                y = fused.addmm(y, ops.linear(x, values[f"{i}.A"]), values[f"{i}.B"], alpha=1.0 + i)
+            found.append(y)
+        return found
+
+    def expected(self) -> tuple[list[np.ndarray], np.ndarray, dict[str, np.ndarray]]:
+        x, values = parameter(self.x), {name: parameter(v) for name, v in self.values.items()}
+        ys = self.outputs(x, values, [lambda w=w: w for w in self.w], self.b)
+        for y, g in zip(ys, self.g, strict=True):
+            y.backward(g)
+        return [y.data for y in ys], x.grad, {name: v.grad for name, v in values.items()}
+
+
+def backward(outputs: list[Tensor], gradients: list) -> None:
+    """The way back from several results at once."""
+    root = Op(None, "all of these")
+    root.backward(lambda g: tuple(gradients))
+    Tensor(gradients[0], Node(root, tuple(y.node for y in outputs))).backward(gradients[0])
+
+
+@pytest.mark.parametrize("side_by_side", [True, False])
+@pytest.mark.parametrize("options", [{}, {"bias": True}, {"ranks": (8, 8, 8)}, {"ranks": (0, 8), "widths": (16, 16)}])
+def test_layers_that_read_the_same_rows_are_one_product(options: dict, side_by_side: bool):
+    """Their gradients come as columns of one array, or not; in the second pass values come by the launch for all."""
+    problem = Siblings(**options)
+    for sign in (-1, -1):
+        problem.flat.values *= sign
+        problem.flat.grads.fill(0)
+        with rooms.lowered(problem.flat.values):
+            x = parameter(behind(cupy.asarray(problem.x).astype(bfloat16)))
+            ys = problem.outputs(x, problem.trained, problem.weights, problem.biases)
+            assert all(type(y) is Pending and not y.there for y in ys)
+            first = ys[0].node
+            assert all(y.there for y in ys)
+            assert all(y.node.parents == first.parents for y in ys) and first.parents[0].op is lowrank.layers
+            gradients = [cupy.asarray(g).astype(bfloat16) for g in problem.g]
+            if side_by_side:
+                whole = margins.rows((*problem.rows, sum(g.shape[-1] for g in gradients)))
+                places = margins.columns(whole, [g.shape[-1] for g in gradients])
+                for place, g in zip(places, gradients, strict=True):
+                    place[...] = g
+                gradients = places
+            assert (margins.beside(gradients) is not None) == side_by_side
+            backward(ys, gradients)
+    outputs, dx, values = problem.expected()
+    for y, expected in zip(ys, outputs, strict=True):
+        close(y.data, expected, EPS["bfloat16"], 2)
+    close(x.grad, dx, EPS["bfloat16"], 2)
+    for name, expected in values.items():
+        close(problem.trained[name].grad, expected, EPS["bfloat16"], 2)
+
+
 def test_outside_of_training_the_ops_do_their_work_alone():
     problem = Problem()
     assert type(fused.frozen_linear(problem.x, weight=problem.weight)) is Tensor
@@ -95,14 +171,14 @@ def test_outside_of_training_the_ops_do_their_work_alone():
 
 def test_what_waits_is_computed_where_something_else_asks_for_it():
     problem = Problem()
-    with margins.lowered(problem.flat.values):
+    with rooms.lowered(problem.flat.values):
         waiting = fused.frozen_linear(problem.x, weight=problem.weight)
         assert type(waiting) is Pending and waiting.shape == (2, 5, 32) and not waiting.there
         doubled = waiting * 2.0
         assert waiting.there
         close(doubled.data, 2 * problem.exact["x"] @ problem.w.T, EPS["bfloat16"], 1.1)
         y = fused.addmm(waiting, ops.linear(problem.x, problem.A), problem.B, alpha=1.5)
-        assert y.node.op is not lowrank.layer
+        assert y.node.op is not lowrank.single
         (y + doubled).backward()
     assert problem.x.grad.shape == problem.x.shape
 
@@ -110,12 +186,12 @@ def test_what_waits_is_computed_where_something_else_asks_for_it():
 def test_another_input_of_the_factors_has_its_own_gradient():
     """As with dropout before A."""
     problem = Problem()
-    with margins.lowered(problem.flat.values):
+    with rooms.lowered(problem.flat.values):
         y = fused.addmm(
             fused.frozen_linear(problem.x, weight=problem.weight),
             ops.linear(problem.x * 0.5, problem.A), problem.B, alpha=3.0,
         )  # fmt: skip
-        assert y.node.op is lowrank.layer
+        assert y.node.op is lowrank.single
         y.backward(cupy.asarray(problem.g).astype(bfloat16))
     expected = problem.expected()
     for name, leaf in {"x": problem.x, "A": problem.A, "B": problem.B}.items():
@@ -125,7 +201,7 @@ def test_another_input_of_the_factors_has_its_own_gradient():
 def test_a_bias_of_the_factors_has_its_own_gradient():
     problem = Problem()
     bias = parameter(cupy.ones(8, "f4"))
-    with margins.lowered(problem.flat.values):
+    with rooms.lowered(problem.flat.values):
         u = ops.linear(problem.x, problem.A, bias)
         y = fused.addmm(fused.frozen_linear(problem.x, weight=problem.weight), u, problem.B, alpha=1.5)
         y.backward(cupy.asarray(problem.g).astype(bfloat16))
@@ -137,7 +213,7 @@ def test_a_bias_of_the_factors_has_its_own_gradient():
 
 def test_nothing_is_recorded_without_gradients():
     problem = Problem()
-    with margins.lowered(problem.flat.values), no_grad():
+    with rooms.lowered(problem.flat.values), no_grad():
         y = problem.layer(problem.x)
     assert y.node is None
     close(y.data, problem.expected()["y"], EPS["bfloat16"], 2)
@@ -154,7 +230,7 @@ def test_a_model_learns_the_same_with_it(name: str, quantizer: str | None, check
         tiny.scramble(model.adapters[-1])
         flat = Flat(model.trained())
         model.mode.training, model.checkpointing = True, checkpointing
-        with margins.lowered(flat.values) if together else contextlib.nullcontext():
+        with rooms.lowered(flat.values) if together else contextlib.nullcontext():
             loss = model.loss(tiny.batch())
             loss.backward()
         results.append((float(loss.data), to_host(flat.grads).astype("f8")))
@@ -165,7 +241,7 @@ def test_a_model_learns_the_same_with_it(name: str, quantizer: str | None, check
 
 def test_plain_pairs_know_nothing_of_it():
     problem = Problem()
-    with margins.lowered(problem.flat.values), tensor.plain():
+    with rooms.lowered(problem.flat.values), tensor.plain():
         assert type(fused.frozen_linear(problem.x, weight=problem.weight)) is Tensor
 
 
@@ -176,7 +252,7 @@ def test_gradients_aside_are_those_of_one_stream():
         problems = [Problem(rows=(64,), width=512, out=512, r=16) for _ in range(8)]
         flat = Flat((f"{i}.{name}", getattr(each, name)) for i, each in enumerate(problems) for name in "AB")
         g = cupy.asarray(problems[0].g).astype(bfloat16)
-        with margins.lowered(flat.values), aside.gradients_aside(flat.grads) if together else contextlib.nullcontext():
+        with rooms.lowered(flat.values), aside.gradients_aside(flat.grads) if together else contextlib.nullcontext():
             x = problems[0].x.data
             for each in problems:
                 each.x.data = behind(x)
