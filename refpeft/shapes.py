@@ -1,11 +1,15 @@
-"""The shapes of public models by name, for plans of runs on models that are not at hand."""
+"""The shapes of public models by name, for plans and timings of runs on models that are not at hand."""
 
 from __future__ import annotations
 
+import zlib
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from refpeft.backend import bfloat16
 from refpeft.errors import RefpeftError, nearest
 from refpeft.files import expanded, read_json
 from refpeft.models.checkpoint import Checkpoint, Stored, expected_tensors
@@ -97,18 +101,56 @@ def checkpoint_of(shape: str) -> Checkpoint:
 
     In names, hyphens and the case of letters do not matter: llama3-8b is llama-3-8b.
     """
-    path, known = expanded(shape), {_plain(name): raw for name, raw in SHAPES.items()}
-    if _plain(shape) in known:
-        raw = known[_plain(shape)]
-    elif (path / "config.json").is_file() or path.is_file():
-        raw = read_json(path if path.is_file() else path / "config.json")
-    else:
-        hint = nearest(shape, SHAPES) or f"; there are {', '.join(SHAPES)}"
-        raise RefpeftError(f"{shape!r} is no config.json and no shape that is known{hint}")
-    config = from_hf(raw)
-    dtype = np.dtype("f4")
+    config, dtype = from_hf(read(shape)), np.dtype("f4")
     stored = {name: Stored(Path(shape), size, dtype, None) for name, size in expected_tensors(config).items()}
     return Checkpoint(Path(shape), config, stored)
+
+
+def read(shape: str) -> dict[str, Any]:
+    """The config.json of a shape; see `checkpoint_of`."""
+    path, known = expanded(shape), {_plain(name): raw for name, raw in SHAPES.items()}
+    if _plain(shape) in known:
+        return known[_plain(shape)]
+    if (path / "config.json").is_file() or path.is_file():
+        return read_json(path if path.is_file() else path / "config.json")
+    hint = nearest(shape, SHAPES) or f"; there are {', '.join(SHAPES)}"
+    raise RefpeftError(f"{shape!r} is no config.json and no shape that is known{hint}")
+
+
+def known(model: str) -> bool:
+    """Whether this is a shape, and not a model's directory or hub id: a name in SHAPES, or a config.json alone."""
+    return _plain(model) in map(_plain, SHAPES) or Path(model).suffix == ".json"
+
+
+class Filled(Checkpoint):
+    """A checkpoint of random numbers in bfloat16 that no file holds, to measure what does not depend on weights.
+
+    `raw` is its config.json. Each tensor is a part of the same few numbers, from a place of its own; norms are ones.
+    """
+
+    def __init__(self, raw: dict[str, Any]):
+        config, path = from_hf(raw), Path("random")
+        super().__init__(
+            path,
+            config,
+            {
+                name: Stored(path, shape, bfloat16, lambda name=name, shape=shape: self._made(name, shape))
+                for name, shape in expected_tensors(config).items()
+            },
+        )
+
+    @cached_property
+    def _numbers(self) -> np.ndarray:
+        return (np.random.default_rng(0).standard_normal(2**24, np.float32) * np.float32(0.02)).astype(bfloat16)
+
+    def _made(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        if len(shape) == 1:
+            return np.ones(shape, bfloat16)
+        start = zlib.crc32(name.encode()) % (len(self._numbers) // 2)
+        return np.resize(self._numbers[start:], shape)
+
+    def tokenizer(self) -> None:
+        return None  # no text is read
 
 
 def _plain(name: str) -> str:

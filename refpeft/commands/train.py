@@ -135,14 +135,22 @@ def train(
     "--shots", metavar="K,K,...", callback=lambda ctx, option, text: _counts(text),
     help="Also ask the untrained model, with so many examples before every prompt: 0,4.",
 )  # fmt: skip
+@click.option(
+    "--bench", is_flag=True,
+    help="Only time a step of each beside LoRA's, over full rows of random tokens; --model may be a shape of `plan`.",
+)  # fmt: skip
+@click.option(
+    "--limit", type=click.FloatRange(min=0, min_open=True), metavar="S",
+    help="With --bench, leave a method that takes longer. Default: 120.",
+)  # fmt: skip
 @click.option("--resume", is_flag=True, help="Leave what is finished in the directory, and train the rest.")
 @_seeds
 @options.as_json
 @options.plugins
 @click.pass_context
 def compare(
-    ctx: click.Context, config: str | None, methods: str | None, sets: tuple[str, ...], shots: list[int], resume: bool,
-    seeds: int | None, as_json: bool, out: str | None, **given: Any,
+    ctx: click.Context, config: str | None, methods: str | None, sets: tuple[str, ...], shots: list[int], bench: bool,
+    limit: float | None, resume: bool, seeds: int | None, as_json: bool, out: str | None, **given: Any,
 ) -> None:  # fmt: skip
     """Trains several methods on the same model, data and steps, one after the other, and prints a table.
 
@@ -151,8 +159,15 @@ def compare(
     directory in --out; one that fails does not keep the others from running, but the exit code is 1.
     """
     from refpeft import comparing, run
+    from refpeft.errors import RefpeftError
 
+    if bench and (shots or resume or seeds):
+        raise RefpeftError("--bench trains nothing to its end: leave out --shots, --seeds and --resume")
+    if limit and not bench:
+        raise RefpeftError("--limit is of --bench")
     directory = run.free_directory(out, "compare", resume)
+    if bench:
+        ctx.exit(_bench(directory, methods, config, given, sets, limit, as_json))
     resolve = partial(comparing.resolve, methods, config, said(given), sets)
     with _going_on(directory):
         if seeds:
@@ -160,6 +175,27 @@ def compare(
         else:
             rows = comparing.compare(resolve(directory), directory, resume, _aloud, shots)
     ctx.exit(_show(directory, rows, None, as_json))
+
+
+def _bench(
+    directory: Path, methods: str | None, config: str | None, given: dict[str, Any], sets: Sequence[str],
+    limit: float | None, as_json: bool,
+) -> int:  # fmt: skip
+    """Times methods and prints the table; the exit code: 1 where one failed."""
+    from refpeft import comparing, timing
+    from refpeft.config import EMBEDDED
+
+    unread = [("--bench", "data.file", EMBEDDED)] if config or given["model"] else []
+    if methods and timing.BESIDE not in methods.split(",") and methods != "all":
+        methods = f"{timing.BESIDE},{methods}"
+    resolved = comparing.resolve(methods, config, [*unread, *said(given)], sets, directory)
+    steps = int(given["train_steps"] or timing.STEPS)
+    rows = timing.bench(resolved, directory, steps, limit or timing.LIMIT, _aloud)
+    if as_json:
+        options.echo_json({"directory": str(directory), "rows": [dataclasses.asdict(row) for row in rows]})
+    else:
+        click.echo(timing.text(rows), nl=False)
+    return 1 if any(row.error for row in rows) else 0
 
 
 def _train_seeds(resolved: Any, seeds: int, resume: bool, as_json: bool) -> int:

@@ -1,22 +1,20 @@
 """The cases of gpu.py: which model is trained, over which rows, and how many operations a step of it takes."""
 
-import zlib
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from refpeft import cost, memory, sites
-from refpeft.backend import bfloat16, single, to_host
+from refpeft.backend import single, to_host
 from refpeft.batches import Batches
 from refpeft.examples import Example
-from refpeft.models.checkpoint import Checkpoint, Stored, expected_tensors, linear_weights
-from refpeft.models.config import from_hf
+from refpeft.models.checkpoint import linear_weights
 from refpeft.models.quantized_files import Packed
 from refpeft.quant import Quantizer
+from refpeft.shapes import Filled
 
 LORA = {"r": 16, "alpha": 32.0, "targets": "all-linear"}
 _LLAMA3 = {"model_type": "llama", "vocab_size": 128256, "rope_theta": 500000.0, "max_position_embeddings": 8192}
@@ -100,35 +98,13 @@ CASES = {
 }
 
 
-class Random(Checkpoint):
-    """A checkpoint of random numbers in bfloat16 that no file holds: writing 16 GB would take longer than the steps.
-
-    Each tensor is a part of the same few numbers, from a place of its own; norms are ones. What a quantizer takes is
-    quantized once for each shape, where `xp` computes.
-    """
+class Random(Filled):
+    """Random weights; what a quantizer takes is quantized once for each shape, where `xp` computes, to save time."""
 
     def __init__(self, raw: dict[str, Any], xp: ModuleType = np):
-        self._xp, config, path = xp, from_hf(raw), Path("random")
-        super().__init__(
-            path,
-            config,
-            {
-                name: Stored(path, shape, bfloat16, lambda name=name, shape=shape: self._made(name, shape))
-                for name, shape in expected_tensors(config).items()
-            },
-        )
-        self._linear = linear_weights(config)
+        super().__init__(raw)
+        self._xp, self._linear = xp, linear_weights(self.config)
         self._packed: dict[tuple[int, ...], Packed] = {}
-
-    @cached_property
-    def _numbers(self) -> np.ndarray:
-        return (np.random.default_rng(0).standard_normal(2**24, np.float32) * np.float32(0.02)).astype(bfloat16)
-
-    def _made(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        if len(shape) == 1:
-            return np.ones(shape, bfloat16)
-        start = zlib.crc32(name.encode()) % (len(self._numbers) // 2)
-        return np.resize(self._numbers[start:], shape)
 
     def packed(self, name: str, quantizer: Quantizer | None) -> Packed | None:
         if quantizer is None or name not in self._linear:
@@ -138,6 +114,3 @@ class Random(Checkpoint):
             parts = quantizer.pack(self._xp.asarray(single(self.tensor(name))))
             self._packed[shape] = Packed(quantizer, {part: to_host(array) for part, array in parts.items()})
         return self._packed[shape]
-
-    def tokenizer(self) -> None:
-        return None  # no text is read
