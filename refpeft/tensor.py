@@ -87,7 +87,7 @@ class Pending(Tensor):
 
     def becomes(self, result: Tensor) -> None:
         """Says what has been computed elsewhere."""
-        self._result, self.what = result, ()
+        self._result, self.what, self._compute = result, (), None  # lest it keep what it was computed of
 
     @property
     def shape(self) -> tuple[int, ...]:
