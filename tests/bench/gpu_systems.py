@@ -122,15 +122,16 @@ def _quantize(model: Any) -> None:
             compress_statistics=True, quant_type="nf4", device="meta",
         )  # fmt: skip
         packed.weight = bitsandbytes.nn.Params4bit(
-            layer.weight.data.cpu(), requires_grad=False, compress_statistics=True, quant_type="nf4"
-        ).to("cuda")
+            layer.weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4"
+        ).to(layer.weight.device)
         parent, _, own = name.rpartition(".")
         setattr(model.get_submodule(parent), own, packed)
     model.is_loaded_in_4bit = True
     model.quantization_method = "bitsandbytes"
     gc.collect()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
+    if model.device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 def _batch(case: Case, device: Any) -> dict[str, Any]:
@@ -207,7 +208,7 @@ def systems(case: Case) -> dict[str, Callable[[Turns], None]]:
     if case.fill == "packed" or not all(map(importlib.util.find_spec, ("torch", "transformers", "peft"))):
         return found  # sdpa knows of no texts within a row
     peft = partial(train_peft, case=case)
-    if case.quantized and importlib.util.find_spec("bitsandbytes") and not case.tiny:
+    if case.quantized and importlib.util.find_spec("bitsandbytes"):
         for narrow, suffix in ((False, ""), (True, "-bf16")):
             found[f"bnb{suffix}"] = partial(peft, compiled=False, narrow=narrow, quantized=True)
     for compiled, how in ((False, ""), (True, "-compiled")):
