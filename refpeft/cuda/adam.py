@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,8 +10,8 @@ import numpy as np
 
 from refpeft.backend import Array
 from refpeft.cuda import aside
-from refpeft.cuda.kernels import KernelError, Source
-from refpeft.cuda.override import say_once
+from refpeft.cuda.kernels import Source
+from refpeft.cuda.override import or_else
 from refpeft.optim import KERNELS, AdamW, Flat
 
 _source = Source("adam.cu")
@@ -21,25 +19,7 @@ _float32 = np.dtype("f4")
 _MOST_BLOCKS = 1024  # whose threads go on with what is left: about as many as run at the same time
 
 
-def _for(kind: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorator: registers what stands in for array code of `kind`, which does the work where a kernel fails."""
-
-    def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(function)
-        def guarded(*args: Any, **options: Any) -> Any:
-            try:
-                return function(*args, **options)
-            except KernelError as error:
-                say_once(f"{error}; {kind.__name__} is array code instead, which is slower")
-                return NotImplemented
-
-        KERNELS[kind, cupy.ndarray] = guarded
-        return guarded
-
-    return register
-
-
-@_for(Flat)
+@or_else("clips gradients")
 def clip(flat: Flat, limit: float) -> Array:
     """Flat.clip: the device makes a factor of the norm, and touches gradients only where that is below 1."""
     grads = flat.grads
@@ -55,7 +35,7 @@ def clip(flat: Flat, limit: float) -> Array:
     return norm
 
 
-@_for(AdamW)
+@or_else("takes AdamW's steps")
 def adamw(optimizer: AdamW, p: Array, g: Array, now: SimpleNamespace, m: Array, v: Array) -> Any:
     """AdamW.change of a part, of any size."""
     if p.dtype != _float32:
@@ -70,3 +50,6 @@ def adamw(optimizer: AdamW, p: Array, g: Array, now: SimpleNamespace, m: Array, 
 
 def _kernel(name: str) -> Any:
     return _source(name, _float32)
+
+
+KERNELS |= {(Flat, cupy.ndarray): clip, (AdamW, cupy.ndarray): adamw}

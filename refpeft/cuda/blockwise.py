@@ -16,8 +16,8 @@ import numpy as np
 from refpeft import blockwise
 from refpeft.backend import Array, bfloat16
 from refpeft.blockwise import Blocks, Book
-from refpeft.cuda.kernels import KernelError, Source
-from refpeft.cuda.override import say_once
+from refpeft.cuda.kernels import Source
+from refpeft.cuda.override import or_else
 
 _source = Source("blockwise.cu")
 _float32 = np.dtype("f4")
@@ -25,6 +25,7 @@ _THREADS, _UNITS = 256, 4  # a thread decodes so many times eight numbers
 _MOST = 1 << 35  # numbers of a weight
 
 
+@or_else("decodes quantized weights")
 def decode(blocks: Blocks, shape: tuple[int, ...], dtype: np.dtype) -> Array:
     """refpeft.blockwise.decode of a whole array."""
     nibbles, count = len(blocks.levels) == 16, prod(shape)
@@ -32,10 +33,7 @@ def decode(blocks: Blocks, shape: tuple[int, ...], dtype: np.dtype) -> Array:
     if arguments is None or blocks.block % 8 or blocks.codes.data.ptr % 8 or not 0 < count < _MOST:
         return NotImplemented
     values = cupy.empty(shape, dtype if dtype == bfloat16 else _float32)
-    try:
-        kernel = _source("decode_4_bits" if nibbles else "decode_8_bits", values.dtype)
-    except KernelError as error:
-        return _by_the_plain_code(error)
+    kernel = _source("decode_4_bits" if nibbles else "decode_8_bits", values.dtype)
     kernel(-(-count // (8 * _UNITS * _THREADS)), _THREADS, *arguments, values, np.int64(count))
     return values.astype(dtype, copy=False)
 
@@ -62,6 +60,7 @@ def _of_8_bits(blocks: Blocks) -> tuple | None:
     return blocks.codes, levels, len(levels), blocks.block, blocks.absmax, factor, blocks.offset
 
 
+@or_else("quantizes weights")
 def encode(array: Array, block: int, book: Book, reciprocal: Callable[[Array], Array]) -> tuple[Array, Array]:
     """refpeft.blockwise.encode."""
     if reciprocal is not blockwise.reciprocal or block % 2 or not array.size or array.dtype != _float32:
@@ -69,10 +68,7 @@ def encode(array: Array, block: int, book: Book, reciprocal: Callable[[Array], A
     nibbles = len(book.levels) == 16
     codes = cupy.empty(-(-array.size // 2) if nibbles else array.size, "u1")
     absmax = cupy.empty(-(-array.size // block), _float32)
-    try:
-        kernel = _source("encode_4_bits" if nibbles else "encode_8_bits", _float32)
-    except KernelError as error:
-        return _by_the_plain_code(error)
+    kernel = _source("encode_4_bits" if nibbles else "encode_8_bits", _float32)
     flat, ranks = array.reshape(-1), (book.bounds, book.codes, len(book.bounds))
     warps = _THREADS // 32
     kernel(-(-absmax.size // warps), _THREADS, flat, np.int64(flat.size), block, *ranks, codes, absmax)
@@ -85,11 +81,6 @@ def _power_of_two(block: int) -> bool:
 
 def _log2(block: int) -> int:
     return block.bit_length() - 1
-
-
-def _by_the_plain_code(error: KernelError) -> object:
-    say_once(f"{error}; quantized weights are computed by array code instead, which is slower")
-    return NotImplemented
 
 
 blockwise.FASTER[cupy] = sys.modules[__name__]

@@ -16,7 +16,7 @@ from refpeft import fused, ops
 from refpeft.backend import Array, bfloat16
 from refpeft.cuda.kernels import Source, contiguous
 from refpeft.cuda.maps import mapped, merged, strides_of, summed
-from refpeft.cuda.override import override
+from refpeft.cuda.override import or_else, override
 from refpeft.tape import ADDED, Slice
 
 source = Source("gather.cu")
@@ -37,6 +37,13 @@ def rows(table: Array, ids: Array, dtype: np.dtype | None = None) -> Array:
     return out
 
 
+def _put(array: Array, key: Any, g: Array, add: bool) -> None:
+    wide, g = (each.astype(np.float32) for each in (array, g))
+    wide[key] = wide[key] + g if add else g
+    array[...] = wide.astype(array.dtype)
+
+
+@or_else("puts gradients of parts in their place", _put)
 def put(array: Array, key: Any, g: Array, add: bool) -> None:
     """array[key] = g, or += with `add`, in place: for the keys that a Slice has, which say no place twice.
 

@@ -41,14 +41,21 @@ class Source:
         """The file, with our own headers in the place of their includes: so CuPy's cache sees them change."""
         return _INCLUDE.sub(lambda found: (_HERE / found[1]).read_text(), (_HERE / self.name).read_text())
 
-    @functools.cache  # noqa: B019  there are as many as files
     def __call__(self, kernel: str, dtype: np.dtype = bfloat16) -> Launch:
         """The launcher of a kernel. Raises KernelError where it does not compile."""
+        found = self._tried(kernel, dtype)
+        if isinstance(found, str):
+            raise KernelError(found)
+        return found
+
+    @functools.cache  # noqa: B019  there are as many as files
+    def _tried(self, kernel: str, dtype: np.dtype) -> Launch | str:
+        """The launcher, or why there is none, which is not tried again."""
         try:
             return Launch(self._module(np.dtype(dtype)).get_function(kernel))
         except (cupy.cuda.compiler.CompileException, cupy.cuda.driver.CUDADriverError, RuntimeError, OSError) as error:
             first = next((line for line in str(error).splitlines() if "error" in line), str(error)[:200])
-            raise KernelError(f"{self.name}: {kernel} in {np.dtype(dtype).name} does not compile: {first}") from error
+            return f"{self.name}: {kernel} in {np.dtype(dtype).name} does not compile: {first}"
 
     @functools.cache  # noqa: B019
     def _module(self, dtype: np.dtype) -> cupy.RawModule:

@@ -18,7 +18,7 @@ from refpeft.capturing import keep
 from refpeft.cuda import aside, margins
 from refpeft.cuda.blas import low, product
 from refpeft.cuda.kernels import Source, contiguous
-from refpeft.cuda.override import override
+from refpeft.cuda.override import or_else, override
 from refpeft.ops import expect, fit
 from refpeft.quant import Frozen
 from refpeft.tape import ADDED
@@ -144,6 +144,12 @@ def _product_and_bias(x: Array, w: Array, bias: Array | None) -> Array:
     return y
 
 
+def _write_bias(y: Array, bias: Array) -> None:
+    expect("bias", bias, y.shape[-1])
+    y[...] = bias.astype(bfloat16)
+
+
+@or_else("copies biases", _write_bias)
 def write_bias(y: Array, bias: Array) -> None:
     """Makes every row of y (..., out) the bias (out,)."""
     expect("bias", bias, y.shape[-1])

@@ -103,6 +103,7 @@ class _Losses:
         there = isinstance(denominator, cupy.ndarray)
         self._denominator = (_in_float32(denominator), 1.0) if there else (None, float(denominator))
         self._losses = cupy.empty(targets.shape, _float32)
+        self._mean = _source("mean_loss", _float32)  # first: after `take` it is too late for another pair
 
     def take(self, part: slice, logits: Array, slope: Array | None) -> None:
         """The rows `part`, whose logits these are; `slope` becomes the derivative of `mean()` by them."""
@@ -120,7 +121,7 @@ class _Losses:
     def mean(self) -> Array:
         """Their sum over the denominator."""
         loss = cupy.empty((), _float32)
-        _source("mean_loss", _float32)(1, 1024, self._losses, loss, *self._denominator, self._losses.size)
+        self._mean(1, 1024, self._losses, loss, *self._denominator, self._losses.size)
         return loss
 
 

@@ -11,9 +11,9 @@ from refpeft import fused, ops
 from refpeft.backend import Array
 from refpeft.cuda import margins
 from refpeft.cuda.elementwise import added
-from refpeft.cuda.kernels import KernelError, Source, contiguous
+from refpeft.cuda.kernels import Source, contiguous
 from refpeft.cuda.maps import lanes_of, summed
-from refpeft.cuda.override import override
+from refpeft.cuda.override import override, works
 from refpeft.tape import ADDED
 from refpeft.tensor import Op, Pending, Tensor, needs_of
 
@@ -122,16 +122,14 @@ def _of_a_sum(op: Op, inputs: tuple, options: dict[str, Any]) -> Tensor | None:
     a, b = x.what
     if not _takes(a.data, *arrays):
         return None
-    total = cupy.empty(x.shape, x.dtype)
-    try:
-        source("norm_forward", x.dtype)
-    except KernelError:
-        return None  # and the pair says so
-    x.becomes(added(a, b, total))
-    needs = needs_of(inputs)
+    total, pair = cupy.empty(x.shape, x.dtype), op.overrides[cupy.ndarray, x.dtype]
+    result = added(a, b, total)
+    needs = needs_of((result, *vectors))
+    if not works(pair, needs, total, *arrays, **options):
+        return None
+    x.becomes(result)
     gain, shift = (*arrays, None)[:2]
     y, saved = _forward(needs, total, gain, shift, options["eps"], of=(a.data, b.data))
-    pair = op.overrides[cupy.ndarray, x.dtype]
     return pair.made(y, needs, inputs, saved) if any(needs) else Tensor(y)
 
 

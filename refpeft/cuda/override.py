@@ -15,6 +15,7 @@ from refpeft.cuda.kernels import KernelError, unstarted
 from refpeft.errors import RefpeftWarning
 from refpeft.tensor import Op
 
+_works: dict[tuple, bool] = {}  # by pairs and kinds of inputs, once asked
 _said: set[str] = set()
 
 
@@ -27,12 +28,10 @@ def override(op: Op, *dtypes: str, takes_over: bool = False) -> Callable[[Callab
     """
 
     def register(forward: Callable[..., Any]) -> Op:
-        works: dict[tuple, bool] = {}  # by kinds of inputs, once asked
-
         @functools.wraps(forward)
         def guarded(needs: tuple[bool, ...], *arrays: Any, **options: Any) -> Any:
-            kind = (needs, *map(_kind, arrays))
-            known = works.get(kind)
+            kind = _kind(pair, needs, arrays, options)
+            known = _works.get(kind)
             if known is False:
                 return NotImplemented
             try:
@@ -40,10 +39,10 @@ def override(op: Op, *dtypes: str, takes_over: bool = False) -> Callable[[Callab
                 if known is None and made is not NotImplemented:
                     if True in needs and not takes_over:
                         _compile_backward(pair, *made, len(arrays))
-                    works[kind] = True
+                    _works[kind] = True
                 return made
             except KernelError as error:
-                works[kind] = False
+                _works[kind] = False
                 say_once(f"{error}; {op.name} is computed by the plain pair instead, which is slower")
                 return NotImplemented
 
@@ -53,9 +52,19 @@ def override(op: Op, *dtypes: str, takes_over: bool = False) -> Callable[[Callab
     return register
 
 
-def _kind(array: Any) -> Any:
-    """What kernels are chosen by: the dtype, and the size of the last axis."""
-    return (array.dtype, *array.shape[-1:]) if isinstance(array, cupy.ndarray) else type(array)
+def works(pair: Op, needs: tuple[bool, ...], *arrays: Any, **options: Any) -> bool:
+    """Whether an override takes these inputs, and the kernels of both its halves compile: asked once of each kind."""
+    kind = _kind(pair, needs, arrays, options)
+    if kind not in _works:
+        with unstarted():
+            pair.forward(needs, *arrays, **options)
+    return _works.get(kind, False)
+
+
+def _kind(pair: Op, needs: tuple[bool, ...], arrays: tuple, options: dict[str, Any]) -> tuple:
+    """What kernels are chosen by: dtypes, numbers of axes, the size of the last one, and options that are on or off."""
+    each = [(a.dtype, a.ndim, *a.shape[-1:]) if isinstance(a, cupy.ndarray) else type(a) for a in arrays]
+    return pair, needs, *each, *(value for value in options.values() if isinstance(value, bool))
 
 
 def _compile_backward(pair: Op, out: Array, saved: tuple, inputs: int) -> None:
@@ -63,6 +72,26 @@ def _compile_backward(pair: Op, out: Array, saved: tuple, inputs: int) -> None:
     into = {"into": (None,) * inputs} if pair.into else {}
     with unstarted(), contextlib.suppress(MemoryError):  # gradients that would be added in place take room here
         pair.vjp(cupy.empty(out.shape, out.dtype), *saved, **into)
+
+
+def or_else(does: str, instead: Callable[..., Any] | None = None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator of a function that starts kernels; where one does not compile, it is said once what array code `does`.
+
+    That is `instead`; without it NotImplemented comes back, and who has asked does it.
+    """
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def guarded(*args: Any, **options: Any) -> Any:
+            try:
+                return function(*args, **options)
+            except KernelError as error:
+                say_once(f"{error}; array code {does} instead, which is slower")
+                return NotImplemented if instead is None else instead(*args, **options)
+
+        return guarded
+
+    return register
 
 
 def say_once(what: str) -> None:

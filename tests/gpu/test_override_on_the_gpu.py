@@ -81,3 +81,18 @@ def test_going_through_backward_starts_nothing_and_changes_no_result():
         out.backward(x)
         found.append([to_host(array).view("u2") for array in (out.data, leaf.grad)])
     assert all(np.array_equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_what_does_not_compile_is_tried_once_and_told_in_a_line(monkeypatch):
+    tried = []
+
+    def fails(self, dtype):
+        tried.append(dtype)
+        raise RuntimeError("in kernel.cu\nkernel.cu(3): error: expected a )\n1 error detected")
+
+    monkeypatch.setattr(Source, "_module", fails)
+    source = Source("norms.cu")
+    for _ in range(2):
+        with pytest.raises(KernelError, match=r"^norms\.cu: nothing in bfloat16 does not compile: .*expected a \)$"):
+            source("nothing")
+    assert tried == [bfloat16]
