@@ -15,6 +15,7 @@ HOST_ONLY = [("schedule", None), ("template", None), ("loss", "targets"), ("loss
 ON_THE_HOST = [case for case in cases() if {(case.kind, None), (case.kind, case.name)} & set(HOST_ONLY)]
 ELSEWHERE = [case for case in cases() if case not in ON_THE_HOST]
 ONE_OF_EACH = list({(case.kind, case.at): case for case in ELSEWHERE}.values())
+IN_BFLOAT16 = [case for case in cases() if "bfloat16" in case.dtypes]
 
 
 @pytest.fixture
@@ -38,6 +39,18 @@ def test_a_case_of_each_kind_and_place_is_answered_on_the_device(on_the_device, 
 @pytest.mark.parametrize("case", ELSEWHERE, ids=str)
 def test_every_case_is_answered_on_the_device(on_the_device, case):
     check(on_the_device, case, "float32")
+
+
+@pytest.mark.parametrize("case", {(case.kind, case.at): case for case in IN_BFLOAT16}.values(), ids=str)
+def test_a_case_of_each_kind_and_place_in_bfloat16(case):
+    check(Refpeft(), case, "bfloat16")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", IN_BFLOAT16, ids=str)
+def test_every_case_in_bfloat16(case):
+    """As a GPU computes it, by the plain pairs."""
+    check(Refpeft(), case, "bfloat16")
 
 
 @pytest.mark.parametrize("case", ON_THE_HOST, ids=str)
@@ -76,3 +89,4 @@ def test_quantizers_are_defined_in_float32_alone():
 def test_it_says_what_and_where_it_is(on_the_device):
     assert (Refpeft.version, Refpeft.dtypes) == (refpeft.__version__, ("float64", "float32"))
     assert on_the_device.name == "refpeft on cuda"
+    assert on_the_device.dtypes == ("float64", "float32", "bfloat16")

@@ -7,10 +7,10 @@ import tiny
 from cases import FUSED, OPS, Case, Place
 from variants import TO_FIT, needed_quantizer
 
-from refpeft import fused, manager, sites, tensor
+from refpeft import fused, manager, ops, sites, tensor
 from refpeft.backend import bfloat16, to_host
 from refpeft.models.base import Model
-from refpeft.tensor import parameter
+from refpeft.tensor import astype, checkpoint, parameter
 
 METHODS = sorted(name for name, listing in manager.catalogue().items() if listing.kind == "method")
 OPTIONS = TO_FIT | {"lora": {"dropout": 0.2}, "bitfit": {"create": True}}
@@ -48,6 +48,16 @@ def test_an_op_is_that_of_the_host_in_float64_rounded(case: Case, values: bool):
     for one, other, dtype in zip(here, there, dtypes, strict=True):
         assert other.grad.dtype == dtype
         assert off(other.grad, one.grad) <= 4
+
+
+def test_rounding_and_computing_again_keep_the_dtypes_too():
+    """Of these nodes the table of ops has no case, as functions make them."""
+    x = parameter(cupy.full(3, 1 + 2.0**-10, "f4"))
+    y = checkpoint(ops.tanh, astype(x, bfloat16))
+    z = astype(y, np.dtype("f4"))
+    assert (y.dtype, z.dtype) == (bfloat16, np.float32)
+    z.backward()
+    assert x.grad.dtype == np.float32 and off(x.grad, 1 - np.tanh(np.ones(3)) ** 2) <= 2
 
 
 def learned(model, method: str, like: Model | None = None) -> dict:

@@ -40,6 +40,8 @@ class Refpeft:
     def __init__(self, device: str = "cpu"):
         self.name = "refpeft" if device == "cpu" else f"refpeft on {device}"
         self._xp = backend.module(device)
+        if device == "cuda":  # the host computes in float32 where bfloat16 is asked for
+            self.dtypes = (*self.dtypes, "bfloat16")
 
     def run(self, case: Case, given: Arrays, dtype: str) -> Arrays:
         """The outputs of a case by name, from its inputs by name, floats in `dtype`.

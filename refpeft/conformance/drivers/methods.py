@@ -19,7 +19,7 @@ from refpeft.tensor import parameter
 from ..vectors import Arrays, Case
 from .drawn import as_drawn
 from .files import run_load, run_save
-from .models import as_in_file, batch_of, frozen, gradients_of, logits_of, model_of
+from .models import as_in_file, batch_of, frozen, gradients_of, logits_of, made, model_of
 from .operations import placed
 from .places import attached, run_place, set_values
 from .together import run_combined, run_restored, run_two
@@ -86,7 +86,7 @@ def _run_steps(case: Case, given: Arrays, dtype: str, xp: ModuleType) -> Arrays:
     total, lr = options.pop("steps"), options.pop("lr")
     shapes = {site: (len(given[f"{site}.P"]), given[f"{site}.Q"].shape[1]) for site in "ab"}
     zeros = {f"{site}.weight": np.zeros(shape, dtype) for site, shape in shapes.items()}
-    model = Model(None, frozen(zeros, dtype, xp), np.dtype(dtype), xp)
+    model = made(frozen(zeros, dtype, xp), dtype, xp)
     for site in shapes:
         model.linear(site, "q", bias=False)
     adapter = attached(model, case.name, options | {"targets": ("a", "b")})

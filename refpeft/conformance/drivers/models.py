@@ -13,13 +13,13 @@ import numpy as np
 
 from refpeft import fused, ops
 from refpeft.api import class_of
-from refpeft.backend import Array, xp_of
+from refpeft.backend import COMPUTE_DTYPES, Array, bfloat16, cast, xp_of
 from refpeft.batches import IGNORE, Batch
 from refpeft.examples import Answered, Example
 from refpeft.models import heads
 from refpeft.models.base import Frozen, Model
 from refpeft.models.checkpoint import expected_tensors
-from refpeft.models.config import from_hf
+from refpeft.models.config import AnyConfig, from_hf
 from refpeft.models.encoder_config import PREFIX
 from refpeft.quant import Dense, make_quantizer
 from refpeft.sites import Adapter, attach
@@ -35,11 +35,24 @@ def frozen(
 ) -> Callable[..., Dense]:
     """What a model asks for its weights; those of `absent` are zeros of that shape."""
 
+    compute = COMPUTE_DTYPES[dtype]
+
     def weights(name: str, linear: bool = False, transposed: bool = False) -> Dense:
-        array = arrays[name] if name in arrays else np.zeros(absent[name], dtype)
-        return Dense(xp.asarray(np.ascontiguousarray(array.T) if transposed else array), np.dtype(dtype))
+        array = arrays[name] if name in arrays else np.zeros(absent[name], compute)
+        placed = xp.asarray(np.ascontiguousarray(array.T) if transposed else array)
+        return Dense(cast(placed, np.dtype(dtype) if array.ndim == 2 else compute), compute)
 
     return weights
+
+
+def made(weights: Callable[..., Frozen], dtype: str, xp: ModuleType, of: AnyConfig | None = None) -> Model:
+    """The model of a config, or one without any layers, with these weights.
+
+    In bfloat16 it is as in a run on a GPU: hidden states and matrices have that dtype, values and losses are float32.
+    """
+    model = (class_of(of) if of else Model)(of, weights, COMPUTE_DTYPES[dtype], xp)
+    model.activations = np.dtype(dtype)
+    return model
 
 
 def kept(weights: Callable[..., Dense], options: dict[str, Any], dtype: str) -> Callable[..., Frozen]:
@@ -51,7 +64,7 @@ def kept(weights: Callable[..., Dense], options: dict[str, Any], dtype: str) -> 
 
     def as_kept(name: str, linear: bool = False, transposed: bool = False) -> Frozen:
         array = weights(name, linear, transposed)
-        return quantizer(array(), np.dtype(dtype)) if linear and name in names else array
+        return quantizer(array(), COMPUTE_DTYPES[dtype]) if linear and name in names else array
 
     return as_kept
 
@@ -65,15 +78,20 @@ def model_of(config: dict, given: Arrays, dtype: str, xp: ModuleType, options: d
     prefix = PREFIX.get(shape.family, "")  # cases of encoders are of models without a head, whose names lack it
     arrays = {prefix + name: array for name, array in given.items()}
     weights = kept(frozen(arrays, dtype, xp, expected_tensors(shape)), options or {}, dtype)
-    return class_of(shape)(shape, weights, np.dtype(dtype), xp)
+    return made(weights, dtype, xp, shape)
 
 
 def model_with_head(config: dict, given: Arrays, dtype: str, xp: ModuleType) -> Model:
     """The model of a config.json with the head that it names, if any; tensors that the case has not are zeros."""
     shape = from_hf(config)
-    model = class_of(shape)(shape, frozen(given, dtype, xp, expected_tensors(shape)), np.dtype(dtype), xp)
+    model = made(frozen(given, dtype, xp, expected_tensors(shape)), dtype, xp, shape)
     heads.put_on(model, *heads.read_from(config), stored=given.get)
     return model
+
+
+def hidden_of(array: np.ndarray, model: Model) -> Array:
+    """Hidden states, or a gradient of some, where and as the model has its own."""
+    return cast(model.xp.asarray(array), model.activations)
 
 
 def as_in_file(model: Model, name: str, array: Array) -> Array:
@@ -89,9 +107,10 @@ def batch_of(given: Arrays, rows: slice | list[int] = slice(None)) -> Batch:
 
 
 def at_tokens(array: Array, segments: np.ndarray | None) -> Array:
-    """`array` (batch, time, ...), 0 at padding."""
+    """`array` (batch, time, ...), 0 at padding; of bfloat16 in float32, which can be multiplied on every device."""
     if segments is None:
         return array
+    array = cast(array, np.dtype("f4")) if array.dtype == bfloat16 else array
     real = xp_of(array).asarray(segments >= 0)
     return array * real.reshape(real.shape + (1,) * (array.ndim - 2))
 
@@ -128,7 +147,7 @@ def _run_encoder(case: Case, given: Arrays, model: Model, adapter: Adapter) -> A
     """The hidden states of the last layer."""
     segments = given.get("segments")
     hidden = model(given["ids"], segments=segments, types=given.get("types"))
-    hidden.backward(model.xp.asarray(given["g"]))
+    hidden.backward(hidden_of(given["g"], model))
     prefix = PREFIX[model.config.family]
     names = {name: name.removeprefix(prefix) for name in adapter.params}
     return {"hidden": at_tokens(hidden.data, segments)} | _checked_gradients(case, given, adapter, names)
@@ -185,14 +204,14 @@ def run_block(case: Case, given: Arrays, dtype: str, xp: ModuleType) -> Arrays:
     """One block as a model of one layer: x comes in as the embedding table, and leaves before the last norm."""
     x, segments = given["x"], given.get("segments")
     tokens = x[..., 0].size
-    table = np.zeros((case.config["vocab_size"], x.shape[-1]), dtype)
+    table = np.zeros((case.config["vocab_size"], x.shape[-1]), x.dtype)
     table[:tokens] = x.reshape(tokens, -1)
     embed = "transformer.wte" if case.name == "gpt2" else "model.embed_tokens"
     model = model_of(case.config, given | {f"{embed}.weight": table}, dtype, xp)
     adapter = attach(model, "full")
     inputs = (np.arange(tokens).reshape(x.shape[:-1]), given.get("positions"), segments)
     y = model.trunk(*(None if array is None else xp.asarray(array) for array in inputs), None)
-    y.backward(xp.asarray(given["g"]))
+    y.backward(hidden_of(given["g"], model))
     answer = gradients_of(adapter, model)
     answer["grad.x"] = answer[f"grad.{embed}.weight"][:tokens].reshape(x.shape)
     return answer | {"y": at_tokens(y.data, segments)}

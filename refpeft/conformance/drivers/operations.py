@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from types import ModuleType
 
+import numpy as np
+
 from refpeft import fourier, fused, gates, ops
-from refpeft.backend import Array
+from refpeft.backend import COMPUTE_DTYPES, Array, cast
 from refpeft.rng import Stream, philox4x32
 from refpeft.tensor import Tensor, parameter
 
@@ -23,16 +25,18 @@ def placed(arrays: Arrays, xp: ModuleType) -> dict[str, Array]:
 
 def gradients(y: Tensor, g: Array, leaves: dict[str, Tensor]) -> dict[str, Array]:
     """The answer of most cases: y, and the gradient of sum(y * g) by every leaf."""
-    y.backward(g)
+    y.backward(cast(g, y.dtype))
     return {"y": y.data, **{f"grad.{name}": leaf.grad for name, leaf in leaves.items()}}
 
 
-def _apart(given: Arrays, constants: tuple[str, ...], xp: ModuleType) -> tuple[Array, dict, dict[str, Tensor]]:
-    """The gradient that comes in, the constants by name, the leaves by name."""
+def _apart(
+    given: Arrays, constants: tuple[str, ...], dtype: str, xp: ModuleType
+) -> tuple[Array, dict[str, Array], dict[str, Tensor]]:
+    """The gradient that comes in, the constants by name, the leaves by name, which are all hidden states."""
     arrays = placed(given, xp)
     g = arrays.pop("g")
     found = {name: arrays.pop(name) for name in constants if name in arrays}
-    return g, found, {name: parameter(array) for name, array in arrays.items()}
+    return g, found, {name: parameter(cast(array, np.dtype(dtype))) for name, array in arrays.items()}
 
 
 def run_op(case: Case, given: Arrays, dtype: str, xp: ModuleType) -> Arrays:
@@ -42,7 +46,7 @@ def run_op(case: Case, given: Arrays, dtype: str, xp: ModuleType) -> Arrays:
     options = {name: tuple(value) if isinstance(value, list) else value for name, value in case.config.items()}
     if case.name == "getitem":
         options["key"] = tuple(slice(*part) if isinstance(part, list) else part for part in case.config["key"])
-    g, constants, leaves = _apart(given, _OF_OPS, xp)
+    g, constants, leaves = _apart(given, _OF_OPS, dtype, xp)
     return gradients(op(*leaves.values(), **options, **constants), g, leaves)
 
 
@@ -50,7 +54,7 @@ def run_fused(case: Case, given: Arrays, dtype: str, xp: ModuleType) -> Arrays:
     function, config = getattr(fused, case.name, None), case.config
     if function is None:
         raise NotImplementedError(f"refpeft has no operation {case.name!r}")
-    g, constants, leaves = _apart(given, _OF_FUSED, xp)
+    g, constants, leaves = _apart(given, _OF_FUSED, dtype, xp)
     if case.name == "attention":
         segments = constants.get("segments")
         options = {"mask": fused.Mask(config["tokens"], config["window"], segments), "scale": config["scale"]}
@@ -62,7 +66,8 @@ def run_fused(case: Case, given: Arrays, dtype: str, xp: ModuleType) -> Arrays:
             options["weight"] = lambda: constants["weight"]
     answer = gradients(function(*leaves.values(), **options), g, leaves)
     if case.name == "attention" and segments is not None:
-        answer["y"] = answer["y"] * (segments >= 0)[:, None, config["tokens"] - g.shape[2] :, None]
+        real = (segments >= 0)[:, None, config["tokens"] - g.shape[2] :, None]
+        answer["y"] = cast(answer["y"], COMPUTE_DTYPES[dtype]) * real
     return answer
 
 

@@ -20,7 +20,7 @@ from refpeft.tensor import Tensor, parameter
 
 from ..vectors import Arrays, Case
 from .drawn import as_drawn
-from .models import as_in_file, frozen, kept
+from .models import as_in_file, frozen, hidden_of, kept, made
 from .operations import gradients, placed
 
 _OF_NORMS = ("norm", "eps")
@@ -73,7 +73,7 @@ def run_place(case: Case, given: Arrays, dtype: str, xp: ModuleType) -> Arrays:
     weights = kept(frozen(weights_of(given), dtype, xp), options, dtype)
     if "base" in case.checks:
         return _first_values(case, options, weights, given, dtype, xp)
-    model = Model(None, weights, np.dtype(dtype), xp)
+    model = made(weights, dtype, xp)
     site, arrays = _site(case, model, given), placed(given, xp)
     if "sources" in given:
         return _prompt_of_others(case, options, model, given)
@@ -83,11 +83,11 @@ def run_place(case: Case, given: Arrays, dtype: str, xp: ModuleType) -> Arrays:
     for name, tensor in (constants | values).items():
         if name in values or name in given:  # other constants are made of the weight
             tensor.data[...] = arrays[name]
-    leaves = {name: parameter(arrays[name]) for name in _INPUTS if name in given}
+    leaves = {name: parameter(hidden_of(given[name], model)) for name in _INPUTS if name in given}
     inputs = list(leaves.values()) or [arrays["ids"]]
     keywords = {"mask": fused.Mask(given["q"].shape[2])} if case.at == "attention" else {}
     with as_drawn(model, given):
-        answer = gradients(site(*inputs, **keywords), arrays["g"], leaves | values)
+        answer = gradients(site(*inputs, **keywords), hidden_of(given["g"], model), leaves | values)
     if "penalty" in case.checks:
         answer |= _penalty(model, values)
     if any(name.startswith("merged.") for name in case.checks):
@@ -130,11 +130,11 @@ def _first_values(
     case: Case, options: dict[str, Any], weights: Callable[..., Frozen], given: Arrays, dtype: str, xp: ModuleType
 ) -> Arrays:
     """The frozen weight and the update of first values, and what they compute together."""
-    model = Model(None, weights, np.dtype(dtype), xp)
+    model = made(weights, dtype, xp)
     site = model.linear("site", "q")
     (layer,) = attach(model, case.name, options).layers
     update = layer.merged(xp.zeros_like(site.weight()), None)["weight"]
-    return {"base": site.weight(), "update": update, "y": site(Tensor(xp.asarray(given["x"]))).data}
+    return {"base": site.weight(), "update": update, "y": site(Tensor(hidden_of(given["x"], model))).data}
 
 
 # ---- prompts of other tasks, which methods read from files -----------------------------------------------------------

@@ -5,14 +5,12 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any
 
-import numpy as np
-
 from refpeft.models.base import Model
 from refpeft.sites import Adapter, Site, detach, merge, put_on
 from refpeft.tensor import Tensor, parameter
 
 from ..vectors import Arrays, Case
-from .models import frozen
+from .models import frozen, hidden_of, made
 from .operations import gradients
 from .places import at_site, attached, merged_at, weights_of
 
@@ -22,10 +20,10 @@ _PLACES = ("first", "second", "third")
 def run_two(case: Case, given: Arrays, dtype: str, xp: ModuleType) -> Arrays:
     model, site = _layer(given, dtype, xp)
     first, second = (_attached(model, case.config[place], given, place) for place in _PLACES[:2])
-    leaves = {"x": parameter(xp.asarray(given["x"]))}
+    leaves = {"x": parameter(hidden_of(given["x"], model))}
     leaves |= {f"first.{letter}": tensor for letter, tensor in _values(first).items()}
     leaves |= {f"second.{letter}": tensor for letter, tensor in _values(second).items()}
-    answer = gradients(site(leaves["x"]), xp.asarray(given["g"]), leaves)
+    answer = gradients(site(leaves["x"]), hidden_of(given["g"], model), leaves)
     merging = merge(model)
     answer |= merged_at(site)
     merging.undo()
@@ -45,7 +43,7 @@ def run_restored(case: Case, given: Arrays, dtype: str, xp: ModuleType) -> Array
     merging = merge(model)
     answer = merged_at(site)
     merging.undo()
-    answer["y"] = site(Tensor(xp.asarray(given["x"]))).data
+    answer["y"] = site(Tensor(hidden_of(given["x"], model))).data
     detach(model, adapter)
     weight = site.weight()
     return answer | {"restored.weight": weight.T if transposed else weight, "restored.bias": site.bias}
@@ -63,7 +61,7 @@ def run_combined(case: Case, given: Arrays, dtype: str, xp: ModuleType) -> Array
         for place, weight in chosen:
             options = case.config[place]
             _attached(model, options | {scale: weight * options[scale]}, given, place)
-    y = site(Tensor(xp.asarray(given["x"]))).data
+    y = site(Tensor(hidden_of(given["x"], model))).data
     if "merged.weight" not in case.checks:
         return {"y": y}
     merge(model)
@@ -71,7 +69,7 @@ def run_combined(case: Case, given: Arrays, dtype: str, xp: ModuleType) -> Array
 
 
 def _layer(given: Arrays, dtype: str, xp: ModuleType, transposed: bool = False) -> tuple[Model, Site]:
-    model = Model(None, frozen(weights_of(given), dtype, xp), np.dtype(dtype), xp)
+    model = made(frozen(weights_of(given), dtype, xp), dtype, xp)
     return model, model.linear("site", "q", bias="bias" in given, transposed=transposed)
 
 
