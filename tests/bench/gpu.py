@@ -1,20 +1,22 @@
 """A LoRA step here and with transformers + PEFT, on one GPU: time, memory, and how far from the machine's own limit.
 
-    python tests/bench/gpu.py [CASE ...] [--systems refpeft,peft,...] [--quick] [--rounds 5] [--budget SECONDS]
-                              [--start] [--profile] [--out FILE]
+    python tests/bench/gpu.py [CASE[=SYSTEM,...] ...] [--systems refpeft,peft,...] [--quick] [--rounds 5]
+                              [--budget SECONDS] [--at-once 2] [--start] [--profile] [--out FILE]
 
-Cases are those of gpu_cases.py; without a name it is all. A step is forward, backward, gradients of norm at most 1 and
-AdamW, in bfloat16; LoRA, r = 16, on all seven linear layers; every token is learned. Weights are random numbers, made
-in memory; refpeft's steps are those of its Trainer. Each system is a process of its own on the same GPU: they warm up
-side by side, two peers beside refpeft at a time, and then take turns of about --turn seconds. Numbers are medians of
-the turns. Peak memory is what CuPy's pools held at most, all of it, and what torch had allocated; beside it what
-nvidia-smi says of the process, with its CUDA context.
+Cases are those of gpu_cases.py; without a name it is all. One with systems of its own is measured with those. A step is
+forward, backward, gradients of norm at most 1 and AdamW, in bfloat16; LoRA, r = 16, on all seven linear layers; every
+token is learned. Weights are random numbers, made in memory; refpeft's steps are those of its Trainer. Each system is a
+process of its own on the same GPU: they warm up side by side, as many peers beside refpeft as --at-once says, and then
+take turns of about --turn seconds; refpeft has some before, while they load. Numbers are medians of the turns. Peak
+memory is what CuPy's pools held at most, all of it, and what torch had allocated; beside it what nvidia-smi says of the
+process, with its CUDA context.
 
 The ceiling is a product of 8192^3 in bfloat16, measured in the same rounds; "of it" are the operations of a step in
 products of matrices, as `refpeft plan` counts them, over that. --start measures the time from the start of a process to
-the end of its first step, without and with cached kernels. --profile says what refpeft's step is made of, instead of
-all else (gpu_profile.py). --quick: refpeft and eager PEFT, few and short turns. --out gets a line of JSON for each
-system of each case. --tiny runs on models of no size, on the CPU, to see that all works.
+the end of its first step of the first case, without and with cached kernels. --profile says what refpeft's step is made
+of, instead of all else (gpu_profile.py). --quick: refpeft and eager PEFT, few and short turns. --out gets a line of JSON
+for each system of each case, of which gpu_table.py makes the README's tables. --tiny runs on models of no size, on the
+CPU, to see that all works.
 """
 
 import argparse
@@ -44,7 +46,6 @@ CORES = 4  # threads of each process
 WARM_UP = 6  # steps, in which kernels and graphs are made and pools filled
 PROBED = 2  # steps of the turn that tells how many steps a turn may have
 MOST = 200
-AT_ONCE = 2  # peers beside refpeft: more may not fit on the device
 COLUMNS = ("ms/step", "min", "tokens/s", "TFLOP/s", "of it", "peak GiB", "nvidia-smi", "ready s", "warm-up s")
 
 Clock = Callable[[], float]  # the seconds that are left
@@ -52,9 +53,13 @@ Clock = Callable[[], float]  # the seconds that are left
 # ---- turns -----------------------------------------------------------------------------------------------------------
 
 
-def begun(asked: dict[str, Callable[[Turns], None]], left: Clock) -> dict[str, Worker]:
-    """A worker for each, all loading at the same time; without those that fail."""
-    workers = {name: Worker(CORES, work, wait=False) for name, work in asked.items()}
+def started(asked: dict[str, Callable[[Turns], None]]) -> dict[str, Worker]:
+    """A worker for each, all loading at the same time."""
+    return {name: Worker(CORES, work, wait=False) for name, work in asked.items()}
+
+
+def ready(workers: dict[str, Worker], left: Clock) -> dict[str, Worker]:
+    """The same when they have loaded; without those that fail."""
     for name in list(workers):
         with _taken_out(workers, name):
             workers[name].ready(left())
@@ -103,15 +108,25 @@ def _taken_out(workers: dict[str, Worker], name: str) -> Iterator[None]:
 # ---- cases -----------------------------------------------------------------------------------------------------------
 
 
-def measure(case: Case, chosen: list[str], limits: dict[str, Worker], rounds: int, turn: float, left: Clock) -> dict:
-    """Of a case, for each system: its numbers, as JSON takes them. Refpeft has turns alone first: time may be over."""
+def measure(
+    case: Case, chosen: list[str], limits: dict[str, Worker], rounds: int, turn: float, at_once: int, left: Clock
+) -> dict[str, dict[str, Any]]:
+    """Of a case, for each system: its numbers, as JSON takes them.
+
+    Refpeft has turns alone first, for time may be over before the peers are there.
+    """
     asked = {name: work for name, work in systems(case).items() if name in chosen}
     peers = [name for name in asked if name != OURS]
-    ours = begun({OURS: asked[OURS]} if OURS in asked else {}, left)
+    groups = [{name: asked[name] for name in peers[at : at + at_once]} for at in range(0, len(peers), at_once)]
+    ours = started({OURS: asked[OURS]} if OURS in asked else {})
+    others = started(groups[0]) if groups else {}
     before = len(limits[LIMITS].said) if limits else 0
-    rows = {}
-    for together in ([], *(peers[at : at + AT_ONCE] for at in range(0, len(peers), AT_ONCE))):
-        others = begun({name: asked[name] for name in together}, left)
+    workers = limits | ready(ours, left)
+    take_turns(workers, rounds, turn, left)
+    rows = {name: _numbers(case, worker) for name, worker in workers.items() if name != LIMITS}
+    ours = {name: worker for name, worker in workers.items() if name == OURS}
+    for number, group in enumerate(groups):
+        others = ready(others if number == 0 else started(group), left)
         workers = limits | ours | others
         take_turns(workers, rounds, turn, left)
         rows |= {name: _numbers(case, worker) for name, worker in workers.items() if name != LIMITS}
@@ -168,7 +183,7 @@ def start(case: Case, left: Clock) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as cache, _environment(CUPY_CACHE_DIR=cache):
         for how in ("no kernel cached", "kernels cached"):
             began = time.perf_counter()
-            for worker in begun({OURS: partial(train_refpeft, case=case)}, left).values():
+            for worker in ready(started({OURS: partial(train_refpeft, case=case)}), left).values():
                 found[f"{how}, ready"] = time.perf_counter() - began
                 worker.step()
                 found[how] = time.perf_counter() - began
@@ -221,28 +236,30 @@ class Lines:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(CASES)}")
+    parser.add_argument("cases", nargs="*", metavar="CASE[=SYSTEM,...]", help=f"of {', '.join(CASES)}")
     parser.add_argument("--systems", metavar="A,B,...", help=f"of {', '.join(SYSTEMS)}")
     parser.add_argument("--quick", action="store_true", help="refpeft and eager PEFT, few and short turns")
     parser.add_argument("--rounds", type=int, default=None, metavar="N", help="turns of each system (5; quick: 3)")
     parser.add_argument("--turn", type=float, default=None, metavar="S", help="seconds of a turn (1; quick: 0.3)")
     parser.add_argument("--budget", type=float, default=3600.0, metavar="S", help="no turn begins after that")
-    parser.add_argument("--start", action="store_true", help="measure the time to the first step, too")
+    parser.add_argument("--at-once", type=int, default=2, metavar="N", help="peers on the GPU beside refpeft (2)")
+    parser.add_argument("--start", action="store_true", help="the first case's time to the first step, too")
     parser.add_argument("--profile", action="store_true", help="what refpeft's step is made of, and nothing else")
     parser.add_argument("--out", type=Path, metavar="FILE", help="lines of JSON")
     parser.add_argument("--tiny", action="store_true", help="models of no size, on the CPU")
     given = parser.parse_args()
-    given.cases = given.cases or list(CASES)
-    if wrong := set(given.cases) - set(CASES):
-        parser.error(f"unknown case {', '.join(sorted(wrong))}: expected some of {', '.join(CASES)}")
     quick = [OURS, "peft", "bnb"]
-    given.systems = given.systems.split(",") if given.systems else quick if given.quick else list(SYSTEMS)
-    if wrong := set(given.systems) - set(SYSTEMS):
+    of_all = given.systems.split(",") if given.systems else quick if given.quick else list(SYSTEMS)
+    asked = [each.partition("=") for each in given.cases or CASES]
+    given.cases = [(name, own.split(",") if own else of_all) for name, _, own in asked]
+    if wrong := {name for name, _ in given.cases} - set(CASES):
+        parser.error(f"unknown case {', '.join(sorted(wrong))}: expected some of {', '.join(CASES)}")
+    if wrong := {system for _, chosen in given.cases for system in chosen} - set(SYSTEMS):
         parser.error(f"unknown system {', '.join(sorted(wrong))}: expected some of {', '.join(SYSTEMS)}")
     given.rounds = given.rounds or (3 if given.quick else 5)
     given.turn = given.turn or (0.3 if given.quick else 1.0)
-    if given.rounds < 1 or given.turn < 0:
-        parser.error("--rounds and --turn are more than 0")
+    if min(given.rounds, given.at_once) < 1 or given.turn < 0:
+        parser.error("--rounds, --turn and --at-once are more than 0")
     return given
 
 
@@ -270,7 +287,7 @@ def device(tiny: bool) -> str:
 
 def main() -> None:
     given = arguments()
-    cases = {name: replace(CASES[name], tiny=given.tiny) for name in given.cases}
+    cases = [(name, replace(CASES[name], tiny=given.tiny), chosen) for name, chosen in given.cases]
     end = time.monotonic() + given.budget
 
     def left() -> float:
@@ -279,22 +296,22 @@ def main() -> None:
     lines = Lines(given.out)
     machine = f"{device(given.tiny)}; {description(*PACKAGES)}"
     print(machine, flush=True)
-    lines.add(machine=machine, systems=SYSTEMS)
+    lines.add(machine=machine, systems=SYSTEMS, command=" ".join(sys.argv[1:]))
     if given.profile:
-        for name, case in cases.items():
+        for name, case, _ in cases:
             lines.add(case=name, profile=profile(name, case))
         return
-    limits = {} if given.tiny else begun({LIMITS: ceilings}, left)
-    for name, case in cases.items():
+    limits = {} if given.tiny else ready(started({LIMITS: ceilings}), left)
+    for name, case, chosen in cases:
         if left() <= 0:
             print(f"\nNo time is left for {name}.")
             continue
-        rows = measure(case, given.systems, limits, given.rounds, given.turn, left)
+        rows = measure(case, chosen, limits, given.rounds, given.turn, given.at_once, left)
         show(name, rows)
         for system, row in rows.items():
             lines.add(case=name, system=system, **row)
         if given.start and left() > 0:
-            found = start(case, left)
+            given.start, found = False, start(case, left)
             print("\nTo the end of the first step: " + ", ".join(f"{what} {s:.3g} s" for what, s in found.items()))
             lines.add(case=name, start=found)
     for worker in limits.values():
