@@ -144,7 +144,7 @@ def _chosen(part: Batch, asked: np.ndarray, count: int, places: _Places) -> Plac
     targets = part.targets.reshape(-1)
     if targets.dtype.kind == "f":
         rows = asked
-    elif places.all_asked and count > _MOST * targets.size:
+    elif places.all_asked and (places.among_others or count > _MOST * targets.size):
         rows = np.arange(targets.size)
     else:
         count = min(count, targets.size - 1)
@@ -172,9 +172,12 @@ def unpadded(model: Model, batch: Batch, on_host: bool = False) -> Batch:
     whole = batch.tokens == batch.ids.size or batch.said is not None or batch.rows_each > 1
     if whole or not fused.attention.overridden(kind, dtype) or not model.joins(batch.ids.shape[1]):
         return batch
-    if not all(layer.text_by_text for adapter in model.adapters for layer in adapter.layers):
-        return batch
-    return replace(batch, task=None).unpadded()
+    return replace(batch, task=None).unpadded() if _text_by_text(model) else batch
+
+
+def _text_by_text(model: Model) -> bool:
+    """Whether nothing that is attached puts other tokens before those of a row."""
+    return all(layer.text_by_text for adapter in model.adapters for layer in adapter.layers)
 
 
 def compares_texts(model: Model, batch: Batch) -> bool:
@@ -194,6 +197,7 @@ class _Places:
     of_rows: dict[str, np.ndarray]
     ranks: np.ndarray | None
     all_asked: bool  # whether all targets count that the host has, in whose rows there may be less padding
+    among_others: bool  # whether there may be virtual tokens, too, which have masks where all rows are computed
 
 
 def _places(model: Model, part: Batch) -> _Places:
@@ -210,7 +214,7 @@ def _places(model: Model, part: Batch) -> _Places:
         places = found["begins_said"][:, None] + np.arange(part.said.shape[1])
     asked = part.asked
     ranks = None if model.task == "embed" else _ranks(places.reshape(-1)[asked])
-    return _Places(found, ranks, len(asked) == laid.targets.size)
+    return _Places(found, ranks, len(asked) == laid.targets.size, not _text_by_text(model))
 
 
 def _ranks(numbers: np.ndarray) -> np.ndarray:

@@ -176,8 +176,11 @@ def test_masks_of_dropout_are_the_hosts_where_all_targets_count(lengths, missing
 def test_masks_of_dropout_beside_virtual_tokens_are_the_hosts(method):
     model = tiny.model("qwen2", "float32")
     tiny.scramble(sites.attach(model, method, {"tokens": 3}))
-    tiny.scramble(sites.attach(model, "lora", {"r": 2, "targets": "all-linear", "dropout": 0.3}))
+    tiny.scramble(sites.attach(model, "lora", {"r": 2, "targets": ["all-linear", "@head"], "dropout": 0.3}))
     assert_same_masks(model, BATCH, 1e-5)
+    for lengths in ([5, 5, 5], [5, 4, 2]):  # rows of 8
+        batch = padded(lengths)
+        assert_same_masks(model, replace(batch, targets=np.where(batch.segments < 0, IGNORE, batch.ids)), 1e-5)
 
 
 @pytest.mark.parametrize(("family", "task"), tiny_tasks.CASES)
