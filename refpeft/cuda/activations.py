@@ -40,7 +40,10 @@ def _product(gate: Array, up: Array) -> Array:
 
 @silu_mul.backward
 def _(g, gate, up, needs):
-    grads = tuple(margins.rows(gate.shape, gate.dtype) if need else None for need in needs)
+    if all(needs):
+        grads = tuple(margins.like((gate, up)))
+    else:
+        grads = tuple(margins.rows(gate.shape, gate.dtype) if need else None for need in needs)
     if gate.size:
         gate, up, groups, *rows = _side_by_side(gate, up, next(grad for grad in grads if grad is not None))
         source("silu_mul_backward", gate.dtype)(

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Any
+
+import cupy
 
 from refpeft import fused
-from refpeft.backend import Array
-from refpeft.cuda import cudnn, flash
+from refpeft.backend import Array, bfloat16
+from refpeft.cuda import cudnn, flash, margins, rope
+from refpeft.cuda.kernels import KernelError
 from refpeft.cuda.override import override
+from refpeft.tensor import Op, Pending, Tensor, needs_of
 
 WORTH_A_PLAN, WORTH_A_PLAN_ONCE = 2**22, 2**26
 """Scores of an attention from which on cuDNN is asked first: where it is trained, and where it is not.
@@ -32,8 +37,84 @@ def attention(needs, q, k, v, bias=None, *, mask, scale=None):
 
 
 @attention.backward
-def _(g, by, needs, q, k, v, y, lse, mask, scale):
-    return (*by.backward(g, q, k, v, y, lse, mask, scale, needs[:3]), None)[: len(needs)]
+def _(g, by, needs, *saved):
+    return (*_gradients(g, by, needs, *saved), None)[: len(needs)]
+
+
+def _gradients(
+    g: Array, by: ModuleType, needs: tuple[bool, ...], q: Array, k: Array, v: Array, *saved: Any
+) -> list[Array | None]:
+    """Those of q, k and v that are wanted: side by side where these are that."""
+    made = margins.heads_like((q, k, v))
+    made = [array if need else None for array, need in zip(made, needs, strict=False)]
+    by.backward(g, q, k, v, *saved, made)
+    return made
+
+
+# ---- heads that are turned -------------------------------------------------------------------------------------------
+
+
+@fused.attention.shares_work
+def _(inputs: tuple, options: dict[str, Any]) -> Tensor | None:
+    """Rotary positions and the attention that reads them, where q, k and v are columns of what one product gave.
+
+    The turned ones, and then the gradients, are columns of one array, too, which takes one launch each.
+    """
+    q, k, v, bias = (*inputs, None)[:4]
+    if bias is not None or not (_waits(q) and _waits(k)):
+        return None
+    (q, tables), (k, others) = q.what, k.what
+    cos, sin = (tables[name] for name in ("cos", "sin"))
+    if others["cos"] is not cos or others["sin"] is not sin:
+        return None
+    arrays, needs = [x.data for x in (q, k, v)], needs_of((q, k, v))
+    lie = margins.heads_beside(arrays)
+    if lie is None or not all(rope.takes(x, cos, sin) for x in arrays):
+        return None
+    mask, scale = options["mask"], options.get("scale")
+    scale = float(q.shape[3] ** -0.5 if scale is None else scale)
+    by = _computing(*arrays, None, mask, scale, any(needs))
+    if by is None:
+        return None
+    turn = _Turn(cupy.ascontiguousarray(cos), cupy.ascontiguousarray(sin), q.shape[1] + k.shape[1])
+    try:
+        arrays = turn(lie, cupy.empty(lie.shape, bfloat16), [x.shape for x in arrays], 1.0)
+        y, lse = by.forward(*arrays, mask, scale)
+    except KernelError:
+        return None  # and the pairs say so
+    if not any(needs):
+        return Tensor(y)
+    return turned.made(y, needs, (q, k, v), (turn, by, needs, *arrays, y, lse, mask, scale))
+
+
+def _waits(x: Any) -> bool:
+    return type(x) is Pending and x.op is fused.rope and not x.there
+
+
+class _Turn:
+    """Turns the first heads of rows by these tables."""
+
+    def __init__(self, cos: Array, sin: Array, heads: int):
+        self.cos, self.sin, self.heads = cos, sin, heads
+
+    def __call__(self, rows: Array, to: Array, shapes: list[tuple[int, ...]], sign: float) -> list[Array]:
+        """Heads of these shapes, which lie side by side in rows (batch, time, all of them), turned; in `to`."""
+        dim = shapes[0][3]
+        rope.rotate(margins.heads_of(rows, dim), self.cos, self.sin, sign, margins.heads_of(to, dim), self.heads)
+        parts = margins.columns(to, [shape[1] * dim for shape in shapes])
+        return [margins.heads_of(part, dim) for part in parts]
+
+
+turned = Op(None, "rope and attention")
+turned.stands_in = True
+
+
+@turned.backward
+def _(g, turn, by, needs, *saved):
+    made = _gradients(g, by, (True, True, True), *saved)
+    lie = margins.heads_beside(made)
+    turn(lie, lie, [x.shape for x in made], -1.0)
+    return tuple([x if need else None for x, need in zip(made, needs, strict=True)])
 
 
 def _aligned(array: Array) -> Array:

@@ -11,6 +11,7 @@ import contextlib
 import functools
 import os
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from types import ModuleType
@@ -118,23 +119,30 @@ def forward(q: Array, k: Array, v: Array, mask: Mask, scale: float) -> tuple[Arr
 
 
 def backward(
-    g: Array, q: Array, k: Array, v: Array, y: Array, lse: Array, mask: Mask, scale: float, needs: tuple[bool, ...]
-) -> tuple[Array | None, Array | None, Array | None]:
-    """The gradients of q, k and v that `needs` asks for, the same bits in every run: g is that of y.
+    g: Array,
+    q: Array,
+    k: Array,
+    v: Array,
+    y: Array,
+    lse: Array,
+    mask: Mask,
+    scale: float,
+    made: Sequence[Array | None],
+) -> None:
+    """The gradients of q, k and v, into the arrays of `made`; None where one is not wanted. The same bits in every run.
 
-    They are bfloat16, views of (batch, queries or keys, heads or kv_heads, dim).
+    g is the gradient of y. The arrays are what margins.heads_like(q, k, v) gives.
     """
     task = task_of(q, k, v, mask, scale, True, y)
-    blank = _zeros if task.padded else margins.heads  # cuDNN may leave out keys that nobody sees
-    made = {"dq": blank(q.shape), "dk": blank(k.shape), "dv": blank(v.shape)}
-    _run(task, mask, {"q": q, "k": k, "v": v, "y": y, "lse": lse[..., None], "g": _by_tokens(g)} | made)
-    return tuple([gradient if needed else None for gradient, needed in zip(made.values(), needs, strict=False)])
-
-
-def _zeros(shape: tuple[int, ...]) -> Array:
-    """bfloat16 (batch, heads, time, dim), a view of (batch, time, heads, dim)."""
-    batch, heads, time, dim = shape
-    return cupy.zeros((batch, time, heads, dim), bfloat16).transpose(0, 2, 1, 3)
+    of = list(made)
+    if any(array is None for array in of):
+        blank = margins.heads_like((q, k, v))
+        of = [blank[at] if array is None else array for at, array in enumerate(of)]
+    if task.padded:  # cuDNN may leave out keys that nobody sees
+        for array in of:
+            array[...] = cupy.zeros((1, 1, 1, 1), bfloat16)
+    gradients = dict(zip(("dq", "dk", "dv"), of, strict=True))
+    _run(task, mask, {"q": q, "k": k, "v": v, "y": y, "lse": lse[..., None], "g": _by_tokens(g)} | gradients)
 
 
 def _by_tokens(g: Array) -> Array:
@@ -157,7 +165,7 @@ class Task:
     padded     how many keys each row has is in an array, "seen"; "asked" is all queries
     in_memory  heads and kv_heads that lie in a row of the arrays, where the task is a part of another one
     strides    of q, k and v, of batch, heads and time, in numbers. All other arrays have memory of their own
-    margins    numbers behind all heads of a token, of y and of gradients (refpeft.cuda.margins)
+    margins    numbers behind all heads of a token: of y, of the gradient of q, and of those of k and v
     """
 
     batch: int
@@ -172,7 +180,7 @@ class Task:
     padded: bool
     in_memory: tuple[int, int]
     strides: tuple[tuple[int, ...], ...]
-    margins: tuple[int, int]
+    margins: tuple[int, int, int]
     backward: bool = False
 
 
@@ -192,9 +200,15 @@ def task_of(
         return "it has no such mask"
     strides = tuple(map(_strides, (q, k, v)))
     behind = margins.now() if y is None else y.strides[2] // y.itemsize - heads * dim if queries > 1 else 0
-    behind_gradients = 0 if seen[2] else margins.now()
-    lie = (heads, kv_heads), strides, (behind, behind_gradients)
+    lie = (heads, kv_heads), strides, (behind, *_behind_gradients(q, k, v))
     return Task(batch, heads, kv_heads, queries, keys, dim, scale, *seen, *lie, backward)
+
+
+def _behind_gradients(q: Array, k: Array, v: Array) -> tuple[int, int]:
+    """How many numbers lie behind all heads of a token, of the gradients of q and of k: see margins.heads_like."""
+    widths = [array.shape[1] * array.shape[3] for array in (q, k, v)]
+    side_by_side = margins.heads_beside((q, k, v)) is not None
+    return tuple([(sum(widths) if side_by_side else width) - width + margins.now() for width in widths[:2]])
 
 
 def _readable(array: Array) -> bool:
@@ -271,8 +285,8 @@ def described(task: Task, **device: Any) -> Any:
             name="gradients", o=y, dO=g, stats=lse, use_deterministic_algorithm=True, **inputs, **options
         )
         q_lies, k_lies = (
-            own(time, heads, task.margins[1])
-            for time, heads in zip((task.queries, task.keys), task.in_memory, strict=True)
+            own(time, heads, margin)
+            for time, heads, margin in zip((task.queries, task.keys), task.in_memory, task.margins[1:], strict=True)
         )
         shapes = {"dq": (of_queries, q_lies), "dk": (of_keys, k_lies), "dv": (of_keys, k_lies)}
         for tensor, (name, (shape, lies)) in zip(gradients, shapes.items(), strict=True):

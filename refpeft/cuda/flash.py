@@ -8,6 +8,7 @@ scores again: so no two blocks add to the same number, and every run gives the s
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import cupy
@@ -58,7 +59,7 @@ def forward(q: Array, k: Array, v: Array, mask: Mask, scale: float) -> tuple[Arr
     that sees nothing is 0, and its second number +inf. Raises KernelError where the kernels do not compile.
     """
     batch, heads, queries, dim = q.shape
-    y, lse = _like(q), cupy.empty(q.shape[:3], np.float32)
+    y, lse = margins.heads(q.shape), cupy.empty(q.shape[:3], np.float32)
     masked = _mask(mask, batch, queries, k.shape[2], dim)
     arrays = (*_view(q), *_view(k), *_view(v), *_view(y), lse)
     _forward(dim)((queries, heads, batch), *arrays, heads // k.shape[1], float(scale), *masked)
@@ -66,11 +67,19 @@ def forward(q: Array, k: Array, v: Array, mask: Mask, scale: float) -> tuple[Arr
 
 
 def backward(
-    g: Array, q: Array, k: Array, v: Array, y: Array, lse: Array, mask: Mask, scale: float, needs: tuple[bool, ...]
-) -> tuple[Array | None, Array | None, Array | None]:
-    """The gradients of q, k and v, of which `needs` says whether they are wanted; g is that of y, any view.
+    g: Array,
+    q: Array,
+    k: Array,
+    v: Array,
+    y: Array,
+    lse: Array,
+    mask: Mask,
+    scale: float,
+    made: Sequence[Array | None],
+) -> None:
+    """The gradients of q, k and v, into the arrays of `made`; None where one is not wanted. g is that of y, any view.
 
-    y and lse are what `forward` gave. The gradients are views of memory (batch, queries or keys, their heads, dim).
+    y and lse are what `forward` gave.
     """
     batch, heads, queries, dim = q.shape
     kv_heads, keys = k.shape[1:3]
@@ -82,12 +91,11 @@ def backward(
     sum_up((rows * share // 128, heads, batch), 128, *_view(g), *_view(y), lse, statistics, queries, rows, share)
     arrays = (*_view(g), *_view(q), *_view(k), *_view(v), statistics)
     rest = (rows, heads // kv_heads, float(scale), *_mask(mask, batch, queries, keys, dim))
-    dq, dk, dv = (_like(array) if needed else None for array, needed in zip((q, k, v), needs, strict=False))
+    dq, dk, dv = made
     if dq is not None:
         _backward_queries(dim)((queries, heads, batch), *arrays, *_view(dq), *rest)
     for kernel in _backward_keys(dim, dk is not None, dv is not None):
         kernel((keys, kv_heads, batch), *arrays, *_view(dk), *_view(dv), *rest)
-    return dq, dk, dv
 
 
 # ---- kernels ---------------------------------------------------------------------------------------------------------
@@ -158,11 +166,6 @@ def _readable(array: Array) -> bool:
     """Whether each row of the last axis lies together and begins at a multiple of 16 bytes."""
     *strides, last = (stride for stride, size in zip(array.strides, array.shape, strict=True) if size > 1)
     return last == array.itemsize and all(number % 16 == 0 for number in (*strides, array.data.ptr))
-
-
-def _like(array: Array) -> Array:
-    """An empty (batch, heads, time, dim) as models make them: a view of memory (batch, time, heads, dim)."""
-    return margins.heads(array.shape)
 
 
 def _view(array: Array | None) -> tuple[Any, ...]:

@@ -44,7 +44,13 @@ def now() -> int:
 def heads(shape: tuple[int, ...], dtype: np.dtype = bfloat16) -> Array:
     """An empty (batch, heads, time, dim), a view of (batch, time, heads * dim) with room behind its rows as above."""
     batch, count, time, dim = shape
-    return rows((batch, time, count * dim), dtype).reshape(batch, time, count, dim).transpose(0, 2, 1, 3)
+    return heads_of(rows((batch, time, count * dim), dtype), dim)
+
+
+def heads_of(rows: Array, dim: int) -> Array:
+    """Rows (batch, time, heads * dim) as (batch, heads, time, dim), a view."""
+    batch, time, width = rows.shape
+    return rows.reshape(batch, time, width // dim, dim).transpose(0, 2, 1, 3)
 
 
 def step(array: Array) -> int | None:
@@ -118,7 +124,7 @@ def lies_behind(u: Array, x: Array) -> bool:
 
 
 def like(arrays: Sequence[Array]) -> list[Array]:
-    """Empty arrays of these shapes (..., width) with room behind their rows; columns of one where the given ones are."""
+    """Empty arrays of these shapes (..., width), with room behind: columns of one where the given ones are that."""
     if beside(arrays) is None:
         return [rows(array.shape, array.dtype) for array in arrays]
     widths = [array.shape[-1] for array in arrays]
@@ -136,7 +142,7 @@ def beside(arrays: Sequence[Array]) -> Array | None:
 
     It has the room that is behind it.
     """
-    first, *others = arrays
+    first = arrays[0]
     whole, end = first.base, first.data.ptr
     for array in arrays:
         at_place = array.data.ptr == end and array.base is whole and array.shape[:-1] == first.shape[:-1]
@@ -147,3 +153,20 @@ def beside(arrays: Sequence[Array]) -> Array | None:
     if start + width > whole.shape[-1]:
         return None
     return _columns(whole, first.shape, start, width)
+
+
+def heads_beside(arrays: Sequence[Array]) -> Array | None:
+    """The rows (batch, time, all heads * dim) in which these (batch, heads, time, dim) lie side by side, or None."""
+    dim = arrays[0].shape[3]
+    if any(array.shape[3] != dim or array.strides[1::2] != (dim * array.itemsize, array.itemsize) for array in arrays):
+        return None
+    return beside([array.transpose(0, 2, 1, 3).reshape(array.shape[0], array.shape[2], -1) for array in arrays])
+
+
+def heads_like(arrays: Sequence[Array]) -> list[Array]:
+    """Empty heads of these shapes, as `heads` gives them; columns of one array where the given ones are that."""
+    if heads_beside(arrays) is None:
+        return [heads(array.shape, array.dtype) for array in arrays]
+    batch, _, time, dim = arrays[0].shape
+    widths = [array.shape[1] * dim for array in arrays]
+    return [heads_of(part, dim) for part in columns(rows((batch, time, sum(widths)), arrays[0].dtype), widths)]

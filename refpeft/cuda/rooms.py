@@ -169,12 +169,13 @@ def room(parts: Sequence[Part], offset: int) -> Room | None:
         return None
     first = parts[0].weight
     found = _rooms.get(first)
-    if found is not None and found.key == _key(parts, offset):
-        if found in _passes[-1].filled:
-            return found
+    if found is not None and found.key != _key(parts, offset):
+        found = None
+    if found in _passes[-1].filled:
+        return found
     if cupy.cuda.get_current_stream().is_capturing():
         return None  # copies of weights would be a part of the graph
-    if found is None or found.key != _key(parts, offset):
+    if found is None:
         _rooms[first] = found = Room(parts, offset)
     found.fill()
     _passes[-1].filled.add(found)
@@ -194,10 +195,8 @@ def _fits(part: Part) -> bool:
 
 def _key(parts: Sequence[Part], offset: int) -> tuple:
     """What tells a room from others: where its weights lie, and what lies beside them."""
-    factors = [
-        part.factors and (part.factors.A.data.ptr, part.factors.B.data.ptr, part.rank, part.factors.alpha)
-        for part in parts
-    ]
+    values = (part.factors for part in parts)
+    factors = [each and (each.A.data.ptr, each.B.data.ptr, len(each.A), each.alpha) for each in values]
     return tuple([part.weight.array.data.ptr for part in parts]), tuple(factors), offset
 
 
@@ -215,9 +214,7 @@ class _Pass:
         return 0 <= array.data.ptr - self.values.data.ptr < self.values.nbytes and array.flags.c_contiguous
 
 
-_filling: dict[
-    int, tuple[list[weakref.ref], Array, int]
-] = {}  # by the address of the values: rooms, and what fills them
+_filling: dict[int, tuple[list[weakref.ref], Array, int]] = {}  # by the address of values: rooms, and what fills them
 
 
 @contextlib.contextmanager
@@ -256,7 +253,6 @@ def _table(copies: Sequence[tuple[int, int, int, int, int, float]]) -> tuple[Arr
     entries = []
     for source, target, rows, width, step, scale in copies:
         bits, at_once = int(np.float32(scale).view(np.int32)), max(1, _CHUNK // width)
-        entries += [
-            (source, target, row, min(at_once, rows - row), width, step, bits) for row in range(0, rows, at_once)
-        ]
+        for row in range(0, rows, at_once):
+            entries.append((source, target, row, min(at_once, rows - row), width, step, bits))
     return cupy.asarray(np.array(entries, np.int64)) if entries else None, len(entries)

@@ -15,7 +15,7 @@ import pytest
 
 from refpeft import fused, tensor
 from refpeft.backend import bfloat16, to_host
-from refpeft.cuda import attention, cudnn, flash, rope  # noqa: F401  pairs register themselves
+from refpeft.cuda import attention, cudnn, flash, margins, rooms, rope  # noqa: F401  pairs register themselves
 from refpeft.fused import Mask
 from refpeft.tensor import Tensor, parameter
 
@@ -209,6 +209,52 @@ def test_only_gradients_that_are_wanted_come_back(wanted: ModuleType):
         leaves = [parameter(array) if i == needed else Tensor(array) for i, array in enumerate((q, k, v))]
         fused.attention(*leaves, mask=mask).backward(g)
         assert np.array_equal(to_host(leaves[needed].grad).view("u2"), to_host(all_of_them[needed]).view("u2"))
+
+
+TURNED = ["causal", "padded", "window", "encoder, padded", "packed", "encoder, a row of padding"]
+
+
+@pytest.mark.parametrize("trained", [(True, True, True), (True, False, True)])
+@pytest.mark.parametrize("name", TURNED)
+def test_heads_of_one_product_are_turned_and_attended_to_as_one_op(name, trained, wanted):
+    """q, k and v are columns of one array; so are their gradients, which rooms for factors lie behind."""
+    asked = CASES[name]
+    leaves, g, half = asked.arrays()[:3], asked.arrays()[3], asked.dim // 2
+    angles = np.random.default_rng(3).uniform(0, 6, (1, 1, asked.queries, half)).astype("f4")
+    cos, sin = np.cos(angles), np.sin(angles)
+    with tensor.plain():
+        exact = [parameter(array) if need else Tensor(array) for array, need in zip(leaves, trained, strict=True)]
+        q, k = (fused.rope(x, cos=cos.astype("f8"), sin=sin.astype("f8")) for x in exact[:2])
+        expected = fused.attention(q, k, exact[2], mask=asked.mask)
+        expected.backward(g)
+    arrays, mask = asked.there()
+    rows = [array.transpose(0, 2, 1, 3).reshape(asked.batch, asked.queries, -1) for array in arrays[:3]]
+    widths = [array.shape[-1] for array in rows]
+    whole = cupy.empty((*rows[0].shape[:2], sum(widths)), bfloat16)
+    for place, array in zip(margins.columns(whole, widths), rows, strict=True):
+        place[...] = array
+    with rooms.lowered(cupy.zeros(8, "f4")):
+        heads = [margins.heads_of(place, asked.dim) for place in margins.columns(whole, widths)]
+        there = [parameter(array) if need else Tensor(array) for array, need in zip(heads, trained, strict=True)]
+        tables = {"cos": cupy.asarray(cos), "sin": cupy.asarray(sin)}
+        q, k = (fused.rope(x, **tables) for x in there[:2])
+        y = fused.attention(q, k, there[2], mask=mask)
+        assert y.node.op is attention.turned and not q.there
+        y.backward(arrays[3])
+        close(cupy.asarray(to_host(y.data) * np.asarray(asked.real(), bfloat16)), expected.data * asked.real(), 3)
+        for x, other, need in zip(there, exact, trained, strict=True):
+            assert (x.grad is None) != need
+            if need:
+                close(x.grad, other.grad, 3)
+
+
+def test_heads_that_are_turned_for_something_else_are_not_attended_to_as_one_op():
+    q, k, v = (parameter(array) for array in CASES["causal, a head of keys for each"].there()[0][:3])
+    tables = {name: cupy.ones((1, 1, 64, 64), "f4") for name in ("cos", "sin")}
+    with rooms.lowered(cupy.zeros(8, "f4")):
+        q, k = (fused.rope(x, **tables) for x in (q, k))
+        y = fused.attention(q, k, v, mask=Mask(64))
+        assert q.there and y.node.op is fused.attention.overrides[cupy.ndarray, bfloat16]
 
 
 def planned(task: cudnn.Task) -> cudnn.Plan:
