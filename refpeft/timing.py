@@ -96,7 +96,9 @@ def line(row: Timed, first: Timed) -> str:
 def text(rows: Sequence[Timed]) -> str:
     """The table for people, with what failed below it."""
     done, failed = [row for row in rows if not row.error], [row for row in rows if row.error]
-    lines = report.table([_HEAD, *(_cells(row, rows[0]) for row in done)])
+    cells = [_HEAD, *(_cells(row, rows[0]) for row in done)]
+    numbers = report.table(row[:-1] for row in cells)
+    lines = [f"{line}  {how}" for line, (*_, how) in zip(numbers, cells, strict=True)]
     return "".join(f"{each}\n" for each in [*lines, *([""] if failed else []), *(line(row, row) for row in failed)])
 
 
@@ -127,6 +129,7 @@ class _Worker:
             self._process = context.Process(target=_serve, args=(theirs, manager.sources()), daemon=True)
             self._process.start()
             theirs.close()
+            self._pipe.recv()  # that it is there, however long that takes
         self._pipe.send((name, file, steps, keep))
         try:
             if self._pipe.poll(limit):
@@ -151,6 +154,7 @@ def _serve(pipe: Any, sources: Sequence[str]) -> None:
     """Answers with (a row, whether this process can go on)."""
     warnings.simplefilter("ignore")  # rows say what was warned of
     manager.add(*sources)
+    pipe.send(None)
     kept: dict[str, Model] = {}
     with contextlib.suppress(EOFError):
         while True:
@@ -217,7 +221,8 @@ def _model(resolved: Resolved, kept: dict[str, Model]) -> Model:
 def _rows(run: RunConfig, model: Model) -> Batches:
     """The rows of one batch, full, all of their tokens learned; every step has them."""
     if model.task != "causal-lm":
-        raise RefpeftError(f"steps are timed of models that go on with texts, and this one is for {model.task}")
+        what = f"for {model.task}" if model.task else "without a head"
+        raise RefpeftError(f"steps are timed of models that go on with texts, and this one is {what}")
     length = inputs.row_length(run.data.length, model.config)
     draw = np.random.default_rng(run.seed)
     rows = [draw.integers(0, model.config.vocab, length, np.int32) for _ in range(run.train.batch)]

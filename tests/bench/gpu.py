@@ -14,9 +14,9 @@ process, with its CUDA context.
 The ceiling is a product of 8192^3 in bfloat16, measured in the same rounds; "of it" are the operations of a step in
 products of matrices, as `refpeft plan` counts them, over that. --start measures the time from the start of a process to
 the end of its first step of the first case, without and with cached kernels. --profile says what refpeft's step is made
-of, instead of all else (gpu_profile.py). --quick: refpeft and eager PEFT, few and short turns. --out gets a line of JSON
-for each system of each case, of which gpu_table.py makes the README's tables. --tiny runs on models of no size, on the
-CPU, to see that all works.
+of, instead of all else (gpu_profile.py). --quick: refpeft and eager PEFT, few and short turns. --out gets a line of
+JSON for each system of each case, of which gpu_table.py makes the README's tables. --tiny runs on models of no size, on
+the CPU, to see that all works.
 """
 
 import argparse
