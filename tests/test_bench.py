@@ -53,7 +53,19 @@ def test_a_step_is_measured_and_its_gradients_are_those_of_transformers_in_float
 @pytest.mark.parametrize("case", ["1b", "1b-packed", "8b-qlora"])
 def test_a_step_for_the_gpu_is_measured_beside_the_peers(tmp_path, case):
     file = tmp_path / "found.jsonl"
-    printed = run("gpu.py", case, "--tiny", "--quick", "--rounds", "1", "--turn", "0.01", "--start", "--out", file)
+    printed = run(
+        "gpu.py",
+        f"{case}=refpeft,peft,bnb",
+        "--tiny",
+        "--quick",
+        "--rounds",
+        "1",
+        "--turn",
+        "0.01",
+        "--start",
+        "--out",
+        file,
+    )
     machine, *found = map(json.loads, file.read_text().splitlines())
     rows = {line["system"]: line for line in found if "system" in line}
     assert machine["systems"].keys() >= rows.keys() and f"### {case}\n" in printed
@@ -71,6 +83,38 @@ def test_a_step_for_the_gpu_is_told_by_operation(tmp_path):
     assert all(ms >= 0 for ms, _ in found.values()) and "| frozen_linear, backward |" in printed
 
 
+def test_the_tables_of_the_readme_are_made_of_what_was_measured(tmp_path):
+    """Two files of gpu.py, the second of which has a system again, and rows of `refpeft compare --bench`."""
+    row = {"ms/step": 96.44, "peak GiB": 11.45, "of it": 0.59, "ceiling TFLOP/s": 787.4, "copy TB/s": 4.28}
+    first = [
+        {"machine": "a GPU, 2026-11-22", "command": "1b --quick --out somewhere/else"},
+        {"case": "1b", "system": "refpeft"} | row,
+        {"case": "1b", "system": "peft", "ms/step": 224.7, "peak GiB": 33.6},
+        {"case": "1b", "start": {"no kernel cached": 9.04, "kernels cached": 3.71}},
+    ]
+    second = [
+        {"case": "1b", "system": "refpeft", "ms/step": 1.0},
+        {"case": "8b-qlora", "system": "bnb", "ms/step": 600.0},
+        {"case": "135m", "system": "peft", "ms/step": 157.0, "peak GiB": None},
+    ]
+    for name, lines in (("a.jsonl", first), ("b.jsonl", second)):
+        (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    times = {"lora": 10, "dora": 14, "boft": 31, "c3a": None}
+    rows = [{"method": name, "step_ms": ms, "refused": "", "error": None} for name, ms in times.items()]
+    rows[2]["refused"], rows[3]["error"] = "the host decides", "it broke"
+    (tmp_path / "timings.json").write_text(json.dumps({"rows": [*rows, rows[0] | {"step_ms": 11}]}))
+    printed = run("gpu_table.py", *(tmp_path / name for name in ("a.jsonl", "b.jsonl")), "--methods",
+                  tmp_path / "timings.json")  # fmt: skip
+    assert "a GPU, 2026-11-22; `python tests/bench/gpu.py 1b --quick`\n" in printed
+    assert "| shape of Llama-3.2-1B, 4 x 2,048 tokens | 96.4, 11.4 | 225, 33.6 |\n" in printed
+    assert "| shape of SmolLM2-135M, 8 x 512 tokens |  | 157 |\n" in printed
+    assert "|  | bnb |\n| --- | --- |\n| shape of Llama-3.1-8B, 1 x 2,048 tokens, NF4, checkpointing | 600 |" in printed
+    assert "reaches 787 TFLOP/s, and a copy 4.28 TB/s; refpeft's steps reach of that 59% (1b)." in printed
+    assert "first step of 1b: no kernel cached 9.0 s, kernels cached 3.7 s." in printed
+    assert "lora 10.0 ms (11.0 at the end). Within 1.5 times: dora 1.40.\n" in printed
+    assert "| boft | 31.0 | 3.10 | the host decides |\n\nc3a: it broke\n" in printed
+
+
 def test_the_benchmark_of_the_gpu_says_what_is_wrong_and_that_there_is_none():
     def refused(*arguments: str) -> str:
         command = [sys.executable, HERE / "bench" / "gpu.py", *arguments]
@@ -82,6 +126,8 @@ def test_the_benchmark_of_the_gpu_says_what_is_wrong_and_that_there_is_none():
     assert "--tiny runs it without one" in refused()
     assert "unknown case 2b: expected some of 1b, " in refused("2b")
     assert "unknown system hf: expected some of refpeft, " in refused("--systems", "hf")
+    assert "unknown system bnd: expected some of refpeft, " in refused("1b=refpeft", "8b-qlora=bnd,refpeft")
+    assert "--at-once are more than 0" in refused("--at-once", "0")
 
 
 def test_what_the_cost_of_a_step_grows_with_is_drawn(tmp_path):
