@@ -91,6 +91,7 @@ def test_the_tables_of_the_readme_are_made_of_what_was_measured(tmp_path):
         {"case": "1b", "system": "refpeft"} | row,
         {"case": "1b", "system": "peft", "ms/step": 224.7, "peak GiB": 33.6},
         {"case": "1b", "start": {"no kernel cached": 9.04, "kernels cached": 3.71}},
+        {"case": "1b", "profile": {"by kernel": {"nvjet_a": [40, 1], "sgemm": [25.5, 2], "idle": [1.5, 0]}}},
     ]
     second = [
         {"case": "1b", "system": "refpeft", "ms/step": 1.0},
@@ -110,6 +111,8 @@ def test_the_tables_of_the_readme_are_made_of_what_was_measured(tmp_path):
     assert "| shape of SmolLM2-135M, 8 x 512 tokens |  | 157 |\n" in printed
     assert "|  | bnb |\n| --- | --- |\n| shape of Llama-3.1-8B, 1 x 2,048 tokens, NF4, checkpointing | 600 |" in printed
     assert "reaches 787 TFLOP/s, and a copy 4.28 TB/s; refpeft's steps reach of that 59% (1b)." in printed
+    assert "| products | 40.9 TFLOP | 51.99 | 65.50 |\n| attention | 3.85 TFLOP | 4.89 | 0.00 |\n" in printed
+    assert "| silu_mul | 17.2 GB | 4.01 | 0.00 |\n" in printed and "| idle |  |  | 1.50 |\n" in printed
     assert "first step of 1b: no kernel cached 9.0 s, kernels cached 3.7 s." in printed
     assert "lora 10.0 ms (11.0 at the end). Within 1.5 times: dora 1.40.\n" in printed
     assert "| boft | 31.0 | 3.10 | the host decides |\n\nc3a: it broke\n" in printed

@@ -11,8 +11,9 @@ take turns of about --turn seconds; refpeft has some before, while they load. Nu
 memory is what CuPy's pools held at most, all of it, and what torch had allocated; beside it what nvidia-smi says of the
 process, with its CUDA context.
 
-The ceiling is a product of 8192^3 in bfloat16, measured in the same rounds; "of it" are the operations of a step in
-products of matrices, as `refpeft plan` counts them, over that. --start measures the time from the start of a process to
+The ceiling is a product of 8192^3 in bfloat16, measured in the same rounds for some milliseconds; for a second, which
+is measured once, a device may be slower, by its limit of power. "Of it" are the operations of a step in products of
+matrices, as `refpeft plan` counts them, over the former. --start measures the time from the start of a process to
 the end of its first step of the first case, without and with cached kernels. --profile says what refpeft's step is made
 of, instead of all else (gpu_profile.py). --quick: refpeft and eager PEFT, few and short turns. --out gets a line of
 JSON for each system of each case, of which gpu_table.py makes the README's tables. --tiny runs on models of no size, on
@@ -141,6 +142,7 @@ def measure(
         row["TFLOP/s"] = operations / row["ms/step"] / 1e9
         if limits:
             row |= _ceiling(limits[LIMITS].said[before:])
+            row["sustained TFLOP/s"] = limits[LIMITS].loaded["sustained"] / 1e12
             row["of it"] = row["TFLOP/s"] / row["ceiling TFLOP/s"]
         if OURS in rows:
             row["x time"] = row["ms/step"] / rows[OURS]["ms/step"]
@@ -216,7 +218,8 @@ def show(name: str, rows: dict[str, dict[str, Any]]) -> None:
         print(f"| {system} | {' | '.join(cells)} |")
     for row in list(rows.values())[:1]:
         if "ceiling TFLOP/s" in row:
-            print(f"\nCeiling: {row['ceiling TFLOP/s']:.4g} TFLOP/s; a copy moves {row['copy TB/s']:.3g} TB/s.")
+            reached = f"{row['ceiling TFLOP/s']:.4g} TFLOP/s, {row['sustained TFLOP/s']:.4g} for a second"
+            print(f"\nCeiling: {reached}; a copy moves {row['copy TB/s']:.3g} TB/s.")
     print(end="", flush=True)
 
 

@@ -86,6 +86,28 @@ class Case:
         of_text = np.polyfit(some, [cost.step(skeleton, 1, n).flops(self.recompute) for n in some], 2)
         return float(np.polyval(of_text, self.lengths).sum())
 
+    def floors(self) -> dict[str, tuple[str, float]]:
+        """The least that each kind of work of gpu_profile.py takes in a step of full rows, nothing of it computed
+        again: operations ("FLOP") of products and attention; of the rest bytes ("B"), each array of two bytes a number
+        that is there before it, or needed after it, read or written once.
+        """
+        config = self.config
+        dim, ff, layers = (config[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers"))
+        heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+        tokens, narrow = sum(self.lengths), 2
+        pairs = sum(n * (n + 1) // 2 for n in self.lengths)
+        attention = 3.5 * 4 * pairs * dim * layers
+        values = LORA["r"] * layers * (6 * dim + 2 * dim * kv_heads // heads + 3 * (dim + ff))
+        return {
+            "products": ("FLOP", self.operations() - attention),
+            "attention": ("FLOP", attention),
+            "norms": ("B", 2 * layers * (4 + 4) * tokens * dim * narrow),  # sums; and the way back
+            "silu_mul": ("B", layers * (3 + 5) * tokens * ff * narrow),
+            "rope": ("B", layers * (2 + 2) * tokens * (dim + dim * kv_heads // heads) * narrow),
+            "cross-entropy": ("B", 2 * tokens * config["vocab_size"] * narrow),  # logits, and their gradients
+            "optimizer": ("B", 7 * 4 * values),  # AdamW reads four arrays of float32 and writes three
+        }
+
 
 CASES = {
     "1b": Case("1b", 4, 2048),

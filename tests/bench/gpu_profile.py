@@ -23,7 +23,13 @@ _MOST = 30  # rows of a table
 _KINDS = {
     "products": r"gemm|nvjet|cutlass|xmma|gemv|splitk|cublas",
     "attention": r"attention|fmha|flash|sdpa|cudnn",
-    "copies and zeros": r"memcpy|memset",
+    "norms": r"norm_",
+    "silu_mul": r"silu",
+    "rope": r"rotate",
+    "cross-entropy": r"softmax|mean_loss",
+    "optimizer": r"adamw|clip|sums_of_squares|root_of_sum",
+    "copies and zeros": r"memcpy|memset|copy_|write_|put_",
+    "idle": r"^idle$",
 }
 
 
@@ -47,11 +53,16 @@ def _show(title: str, found: dict[str, tuple[float, float]]) -> None:
     print(f"\n### {title}: {total:.2f} ms a step\n\n| | ms | % | calls |\n| --- | --- | --- | --- |")
     for name, (ms, calls) in sorted(found.items(), key=lambda item: -item[1][0])[:_MOST]:
         print(f"| {name[:90]} | {ms:.3f} | {100 * ms / total:.1f} | {calls:g} |")
+    if "kernel" in title:
+        print("\n" + ", ".join(f"{kind} {ms:.2f} ms" for kind, ms in by_kind(found).most_common()), flush=True)
+
+
+def by_kind(found: dict[str, tuple[float, float]]) -> Counter[str]:
+    """Milliseconds of kernels by what they do."""
     kinds: Counter[str] = Counter()
     for name, (ms, _) in found.items():
         kinds[next((kind for kind, pattern in _KINDS.items() if re.search(pattern, name, re.I)), "other")] += ms
-    if "kernel" in title:
-        print("\n" + ", ".join(f"{kind} {ms:.2f} ms" for kind, ms in kinds.most_common()), flush=True)
+    return kinds
 
 
 def _after(trainer: Any, warm_up: int, traced: Callable[[], contextlib.AbstractContextManager], steps: int) -> None:

@@ -4,6 +4,7 @@ import gc
 import importlib.util
 import logging
 import os
+import statistics
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -153,7 +154,11 @@ def _batch(case: Case, device: Any) -> dict[str, Any]:
 
 
 def ceilings(turns: Turns, size: int = 8192) -> None:
-    """A worker that tells the speed of a product size^3 of random bfloat16 numbers, and of a copy of 2 GiB."""
+    """A worker that tells the speed of a product size^3 of random bfloat16 numbers, and of a copy of 2 GiB.
+
+    When it is ready it tells that of products one after the other for a second: the device lowers its clock then, for
+    it would take more power than it may.
+    """
     import cupy
 
     from refpeft.backend import bfloat16
@@ -163,10 +168,12 @@ def ceilings(turns: Turns, size: int = 8192) -> None:
 
     a, b, source = narrow(), narrow(), cupy.ones(2**29, cupy.float32)
     target = cupy.empty_like(source)
-    turns.ready()
+    multiply = partial(cupy.matmul, a, b)
+    each = [_seconds(multiply, 20) for _ in range(40)]
+    turns.ready(sustained=2 * size**3 / statistics.median(each[20:]))
     while True:
         steps = turns.wait()
-        product = min(_seconds(partial(cupy.matmul, a, b)) for _ in range(max(steps, 3)))
+        product = min(_seconds(multiply) for _ in range(max(steps, 3)))
         copy = min(_seconds(partial(cupy.copyto, target, source)) for _ in range(max(steps, 3)))
         turns.done(**{"FLOP/s": 2 * size**3 / product, "B/s": 2 * source.nbytes / copy})
 

@@ -3,7 +3,8 @@
     python tests/bench/gpu_table.py FILE.jsonl ... [--methods timings.json]
 
 Each FILE is an --out of gpu.py; where two have the same system of the same case, the first counts. Cells are
-milliseconds a step and GiB at most.
+milliseconds a step and GiB at most. What a step is made of (--profile) stands beside the least that each kind of work
+could take: its operations or bytes at the speed of the ceilings that one of the FILEs has.
 """
 
 import argparse
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu_cases import CASES
+from gpu_profile import by_kind
 from gpu_systems import OURS, SYSTEMS
 
 WITHIN = 1.5
@@ -44,13 +46,35 @@ def tables(lines: list[dict[str, Any]]) -> str:
     shares = [f"{row['of it']:.0%} ({name})" for name, row in ours.items() if row.get("of it")]
     if shares:
         row = next(iter(ours.values()))
-        reached = f"{row['ceiling TFLOP/s']:.0f} TFLOP/s, and a copy {row['copy TB/s']:.2f} TB/s"
+        reached = f"{row['ceiling TFLOP/s']:.0f} TFLOP/s"
+        if row.get("sustained TFLOP/s"):
+            reached += f" ({row['sustained TFLOP/s']:.0f} for a second)"
+        reached += f", and a copy {row['copy TB/s']:.2f} TB/s"
         found.append(f"A product of 8192^3 reaches {reached}; refpeft's steps reach of that {', '.join(shares)}.")
     for line in lines:
         if "start" in line:
             said = ", ".join(f"{what} {seconds:.1f} s" for what, seconds in line["start"].items())
             found.append(f"From the start of a process to the end of its first step of {line['case']}: {said}.")
+    for line in lines:
+        if "profile" in line and ours:
+            found.append(made_of(line["case"], line["profile"]["by kernel"], next(iter(ours.values()))))
     return "\n\n".join(found)
+
+
+def made_of(name: str, kernels: dict[str, tuple[float, float]], ceilings: dict[str, Any]) -> str:
+    """A table of the kinds of work of a step, with their floors."""
+    kinds, floors = by_kind(kernels), CASES[name].floors()
+    rates = {"FLOP": ("TFLOP", 1e12, ceilings["ceiling TFLOP/s"]), "B": ("GB", 1e9, 1e3 * ceilings["copy TB/s"])}
+    cells, least = [], 0.0
+    for kind in dict.fromkeys([*floors, *(kind for kind, _ in kinds.most_common())]):
+        unit, count = floors.get(kind, ("B", 0.0))
+        called, scale, rate = rates[unit]
+        floor = 1e3 * count / scale / rate
+        least += floor
+        what = [f"{count / scale:.3g} {called}", f"{floor:.2f}"] if count else ["", ""]
+        cells.append([kind, *what, f"{kinds[kind]:.2f}"])
+    cells.append([f"a step of {name}", "", f"{least:.1f}", f"{sum(kinds.values()):.1f}"])
+    return markdown(["", "at least", "ms for that", "ms"], cells)
 
 
 def methods(rows: list[dict[str, Any]]) -> str:
