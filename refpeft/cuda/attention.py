@@ -11,7 +11,7 @@ from refpeft import fused
 from refpeft.backend import Array, bfloat16
 from refpeft.cuda import cudnn, flash, margins, rope
 from refpeft.cuda.kernels import KernelError
-from refpeft.cuda.override import override
+from refpeft.cuda.override import override, works
 from refpeft.tensor import Op, Pending, Tensor, needs_of
 
 WORTH_A_PLAN, WORTH_A_PLAN_ONCE = 2**22, 2**26
@@ -74,7 +74,7 @@ def _(inputs: tuple, options: dict[str, Any]) -> Tensor | None:
     mask, scale = options["mask"], options.get("scale")
     scale = float(q.shape[3] ** -0.5 if scale is None else scale)
     by = _computing(*arrays, None, mask, scale, any(needs))
-    if by is None:
+    if by is None or not works(attention, needs, *arrays, mask=mask, scale=scale):
         return None
     turn = _Turn(cupy.ascontiguousarray(cos), cupy.ascontiguousarray(sin), q.shape[1] + k.shape[1])
     try:

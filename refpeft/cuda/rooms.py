@@ -25,7 +25,8 @@ import numpy as np
 
 from refpeft.backend import Array, bfloat16
 from refpeft.cuda import blas
-from refpeft.cuda.kernels import Source
+from refpeft.cuda.kernels import KernelError, Source
+from refpeft.cuda.override import say_once
 from refpeft.quant import Dense
 
 _source = Source("rooms.cu")
@@ -96,6 +97,11 @@ class Room:
         for values, place, scale in self.copies:
             place[...] = values * np.float32(scale)
 
+    @property
+    def alpha(self) -> float | None:
+        """That of the only factors; None where there are others, or none."""
+        return self._places[0][2].alpha if len(self._places) == len(self.widths) == 1 else None
+
     def blank_gradients(self) -> tuple[Array, Array, Array]:
         """(one empty array, and as its parts: for dA (r, in) = du^T x and for dB (out, r) = g^T u), all in float32."""
         both = cupy.empty(self.down.size + self.up.size, np.float32)
@@ -165,7 +171,7 @@ _passes: list[_Pass] = []
 
 def room(parts: Sequence[Part], offset: int) -> Room | None:
     """The room of these parts, which they get now if they have none yet; None where that cannot be."""
-    if not _passes or not all(_fits(part) for part in parts):
+    if not _passes or not all(_fits(part) for part in parts) or not _compiles():
         return None
     first = parts[0].weight
     found = _rooms.get(first)
@@ -191,6 +197,16 @@ def _fits(part: Part) -> bool:
     if not isinstance(part.weight, Dense) or part.weight.shape[0] % 8 or part.rank % 8:
         return False
     return part.factors is None or (is_trained(part.factors.A) and is_trained(part.factors.B))
+
+
+def _compiles() -> bool:
+    """Whether the kernels do, without which there are no rooms."""
+    try:
+        _source("copy_values"), _source("add_gradients")
+    except KernelError as error:
+        say_once(f"{error}; layers and low-rank factors are computed one by one instead, which is slower")
+        return False
+    return True
 
 
 def _key(parts: Sequence[Part], offset: int) -> tuple:
