@@ -205,9 +205,9 @@ def resident() -> int:
 def peak(device: str = "cpu") -> int:
     """The most bytes that this process has held so far: of memory, or of the GPU's, without what CUDA itself takes."""
     if device == "cuda":
-        from refpeft.cuda import graph
+        from refpeft.cuda import stretch
 
-        return graph.most_held()
+        return stretch.most_held()
     try:
         status = Path("/proc/self/status").read_text()
         return int(status.partition("VmHWM:")[2].split()[0]) * 1024
@@ -221,8 +221,8 @@ def peak(device: str = "cpu") -> int:
 def forget_peak(device: str = "cpu") -> None:
     """From now on `peak` tells of what comes, beside what is held now; where the system cannot do that, nothing is."""
     if device == "cuda":
-        from refpeft.cuda import graph
+        from refpeft.cuda import stretch
 
-        return graph.forget_most()
+        return stretch.forget_most()
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
-import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any
@@ -14,7 +13,7 @@ import cupy
 
 from refpeft.backend import Array
 from refpeft.capturing import capturing
-from refpeft.cuda import blas, rooms
+from refpeft.cuda import stretch
 from refpeft.cuda.override import say_once
 from refpeft.rng import Slots
 
@@ -36,8 +35,7 @@ class Graphs:
         self._slots = Slots(cupy)
         self._met: set[Hashable] = set()
         self._captured: OrderedDict[Hashable, tuple[Any, Array, list[Any]]] = OrderedDict()
-        self._pool = cupy.cuda.MemoryPool(_allocate)
-        _all.add(self)
+        self._pool = stretch.pool(stream)
 
     def run(self, key: Hashable, step: int, work: Callable[[], Array]) -> Array:
         """What work() gives in a step, of what is now in the arrays that it reads; `key` says which arrays these are.
@@ -60,19 +58,13 @@ class Graphs:
     def __len__(self) -> int:
         return len(self._captured)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of their memory pool."""
-        return self._pool.total_bytes()
-
     def give_back(self) -> None:
         """Drops all graphs and their memory; they are captured again when the same comes."""
-        most_held()
         self._stream.synchronize()
         self._captured.clear()
         self._met.clear()
+        stretch.give_back()
         self._pool.free_all_blocks()
-        cupy.get_default_memory_pool().free_all_blocks()
 
     def _capture(self, key: Hashable, work: Callable[[], Array]) -> None:
         """Captures `work`, of which nothing is done by that; or gives up all graphs where it cannot be."""
@@ -81,8 +73,7 @@ class Graphs:
             self._captured.popitem(last=False)
         try:
             with _without_collections(), cupy.cuda.using_allocator(self._pool.malloc), capturing() as held:
-                most_held()
-                cupy.get_default_memory_pool().free_all_blocks()  # what eager work needed, the graph needs now
+                stretch.give_back()  # what eager work needed, the graph needs now
                 with self._slots.recording():
                     self._captured[key] = *self._graph_of(work), held
         except Exception as error:  # whatever it is, it is the capture's: the same work was done before
@@ -104,28 +95,6 @@ class Graphs:
         return self._stream.end_capture(), found
 
 
-_all: weakref.WeakSet[Graphs] = weakref.WeakSet()
-_most = 0
-
-
-def most_held() -> int:
-    """The most bytes that memory pools and cuBLAS have held of the device, so far.
-
-    Pools give nothing back unasked, so it is enough that this is called before they are asked to.
-    """
-    global _most
-    pools = cupy.get_default_memory_pool().total_bytes() + sum(graphs.nbytes for graphs in _all)
-    _most = max(_most, pools + blas.workspaces() + rooms.nbytes())
-    return _most
-
-
-def forget_most() -> None:
-    """From now on `most_held` counts anew, with what is in use now."""
-    global _most
-    cupy.get_default_memory_pool().free_all_blocks()
-    _most = 0
-
-
 def own_stream() -> cupy.cuda.Stream:
     """The current stream, or another one where that is the default one, on which nothing can be captured."""
     current = cupy.cuda.get_current_stream()
@@ -140,9 +109,12 @@ def _stream_of(device: int) -> cupy.cuda.Stream:
 
 @contextlib.contextmanager
 def on(stream: cupy.cuda.Stream) -> Iterator[None]:
-    """Within it the device works on `stream`, after all that it was asked for before; after it, that is done."""
+    """Within it the device works on `stream`, after all that it was asked for before; after it, that is done.
+
+    Arrays are made in one stretch of memory (refpeft.cuda.stretch).
+    """
     cupy.cuda.get_current_stream().synchronize()
-    with stream:
+    with stream, stretch.in_use(stream):
         try:
             yield
         finally:
@@ -160,15 +132,3 @@ def _without_collections() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
-
-
-def _allocate(size: int) -> cupy.cuda.MemoryPointer:
-    """Memory for the graphs' pool.
-
-    Of CuPy's own error the pool would first free what is unused at the moment, and the graph that is being captured
-    writes there.
-    """
-    try:
-        return cupy.cuda.MemoryPointer(cupy.cuda.Memory(size), 0)
-    except cupy.cuda.runtime.CUDARuntimeError as error:
-        raise MemoryError(f"no memory is left for {size:,} bytes of a graph ({error})") from error
