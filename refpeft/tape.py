@@ -69,6 +69,15 @@ class Slice:
         return found
 
 
+class Total:
+    """What a backward returns in the place of a gradient: an array of nobody else, with what was there of it before."""
+
+    __slots__ = ("array",)
+
+    def __init__(self, array: Array):
+        self.array = array
+
+
 ADDED = object()
 """What a backward returns in the place of a gradient that it has added already: see Op.backward."""
 
@@ -141,9 +150,13 @@ def _pass_on(node: Node) -> None:
     op, saved = node.op, node.saved
     if op.stands_in:
         saved = tuple([part.output() if type(part) is Again else part for part in saved])
-    into = {"into": tuple([_open(parent) for parent in node.parents])} if op.into else {}
-    for parent, g in zip(node.parents, op.vjp(node.grad, *saved, **into), strict=True):
-        if parent is not None and g is not None and g is not ADDED:
+    there = {"into": tuple([_open(parent) for parent in node.parents])} if op.into else {}
+    if op.onto:
+        there["onto"] = tuple([_closed(parent) for parent in node.parents])
+    for parent, g in zip(node.parents, op.vjp(node.grad, *saved, **there), strict=True):
+        if type(g) is Total:
+            parent.grad, parent.own = g.array, True
+        elif parent is not None and g is not None and g is not ADDED:
             _accumulate(parent, g)
 
 
@@ -174,6 +187,11 @@ def _open(node: Node | None) -> Array | None:
         return None
     node.own = True  # what gave it has forgotten it
     return node.grad
+
+
+def _closed(node: Node | None) -> Array | None:
+    """The gradient that is there of `node`, if nothing may be added to it in place; not that of a leaf."""
+    return None if node is None or node.op is None or node.own else node.grad
 
 
 def _accumulate(node: Node, g: Array | Slice) -> None:

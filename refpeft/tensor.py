@@ -166,6 +166,7 @@ class Op:
 
     stands_in = False  # whether this is a faster pair of another one
     into = False  # whether backward adds to gradients in place
+    onto = False  # whether it adds what it finds, in arrays of its own, to gradients that may not be written
     again: Callable[..., Array] | None = None  # (*saved) -> the output
     takes_over = False  # whether the output may have the memory of the first input
     together: Callable[[tuple, dict[str, Any]], Tensor | None] | None = None  # see the method `shares_work`
@@ -207,15 +208,18 @@ class Op:
         """Whether a faster pair is asked first, here and now, for such arrays."""
         return not _plain.get() and (kind, dtype) in self.overrides
 
-    def backward(self, vjp: Callable[..., tuple] | None = None, *, into: bool = False) -> Callable[..., Any]:
+    def backward(
+        self, vjp: Callable[..., tuple] | None = None, *, into: bool = False, onto: bool = False
+    ) -> Callable[..., Any]:
         """Decorator that gives the op its other half.
 
         With `into` it is called with a keyword of that name, which has for each input the array that its gradient may
-        be added to in place, or None; for one that it added it returns tape.ADDED.
+        be added to in place, or None; for one that it added it returns tape.ADDED. With `onto` there is another such
+        keyword, of arrays that must not be written: where there is one, it may return the sum, as a tape.Total.
         """
         if vjp is None:
-            return partial(self.backward, into=into)
-        self.vjp, self.into = vjp, into
+            return partial(self.backward, into=into, onto=onto)
+        self.vjp, self.into, self.onto = vjp, into, onto
         return vjp
 
     def recomputed(self, again: Callable[..., Array]) -> Callable[..., Array]:
@@ -418,10 +422,13 @@ def _(g, dtype):
     return (_cast(g, dtype),)
 
 
-def checkpoint(fn: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+def checkpoint(
+    fn: Callable[..., Tensor], *inputs: Tensor, put_away: Callable[[Array], Callable[[], Array]] | None = None
+) -> Tensor:
     """`fn(*inputs)`, keeping only the inputs: fn runs again in the backward pass (Chen et al., 2016, arXiv:1604.06174).
 
-    What `fn` reads beside its inputs must be constants and parameters, and it must compute the same again.
+    What `fn` reads beside its inputs must be constants and parameters, and it must compute the same again. `put_away`
+    is given each input's array when fn is done, and gives what is called for it in the backward pass.
     """
     if not state.recording:  # also within another checkpoint, whose `touched` then goes on
         return fn(*inputs)
@@ -431,7 +438,8 @@ def checkpoint(fn: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     if not state.touched:
         return out
     nodes = tuple(x.node for x in inputs)
-    return Tensor(out.data, Node(_recompute, nodes, (fn, tuple(x.data for x in inputs), tuple(map(bool, nodes)))))
+    arrays = tuple(x.data if put_away is None else put_away(x.data) for x in inputs)
+    return Tensor(out.data, Node(_recompute, nodes, (fn, arrays, tuple(map(bool, nodes)))))
 
 
 @op
@@ -441,6 +449,7 @@ def _recompute(needs, *arrays):
 
 @_recompute.backward
 def _(g, fn, arrays, needs):
+    arrays = [x() if callable(x) else x for x in arrays]
     inputs = [Tensor(x, Node() if need else None) for x, need in zip(arrays, needs, strict=True)]
     with recording(True):
         out = fn(*inputs)

@@ -11,7 +11,7 @@ from refpeft import ops, tensor
 from refpeft.absent import absent
 from refpeft.conformance import device
 from refpeft.errors import RefpeftError
-from refpeft.tape import Slice
+from refpeft.tape import ADDED, Slice, Total
 from refpeft.tensor import Tensor, no_grad, op, parameter
 
 
@@ -171,6 +171,41 @@ def test_its_errors_and_a_wrong_dtype_are_told_as_those_of_the_plain_pair():
         half(parameter(np.ones(2, "f4")))
     with pytest.raises(RefpeftError, match=r"^half\(float32\[2, 2\]\) gave float64: expected float32$"):
         half(parameter(matrix()))
+
+
+# ---- gradients that are there already --------------------------------------------------------------------------------
+
+
+def test_one_may_add_to_a_gradient_in_place_or_give_the_sum_where_others_have_it_too():
+    @op
+    def double(needs, x):
+        return 2 * x, ()
+
+    @double.override(np.ndarray, "f4")
+    def doubled(needs, x):
+        return 2 * x, ()
+
+    found = []
+
+    @doubled.backward(into=True, onto=True)
+    def _(g, into, onto):
+        found.append((into[0] is not None, onto[0] is not None))
+        if into[0] is not None:
+            into[0][...] += 2 * g
+            return (ADDED,)
+        return (2 * g if onto[0] is None else Total(onto[0] + 2 * g),)
+
+    x, g = parameter(matrix()), matrix() + 1
+    before = g.copy()
+    y = x * 1.0
+    z = y + double(y)
+    (z + double(z)).backward(g)
+    assert found == [(False, True)] * 2
+    assert np.array_equal(x.grad, 9 * before) and np.array_equal(g, before)
+    found.clear()
+    double(x).backward()
+    double(x * 1.0).backward()
+    assert found == [(True, False), (False, False)]
 
 
 # ---- gradients that are there in part --------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import cupy
 from refpeft import tape
 from refpeft.backend import Array
 
-_MOST_READ = 2**21
+_MOST_READ = 2**24
 """Bytes that such a product reads at most. Larger ones fill the GPU by themselves, and slow down others."""
 
 _MOST_HELD = 2**26  # bytes of what waits to be read there
@@ -70,7 +70,7 @@ _current: list[_Aside] = []
 
 
 @functools.cache
-def _stream_of(device: int) -> cupy.cuda.Stream:
+def _stream_of(device: int, use: str = "gradients") -> cupy.cuda.Stream:
     return cupy.cuda.Stream(non_blocking=True)
 
 
@@ -93,6 +93,19 @@ def run(work: Callable[[], None], out: Array, *reads: Array) -> None:
         _current[-1].run(work, reads)
     else:
         work()
+
+
+def side_by_side(one: Callable[[], None], other: Callable[[], None]) -> None:
+    """Starts both, which write to arrays that are there, on the current stream and on one beside it: `other` there."""
+    current, beside = cupy.cuda.get_current_stream(), _stream_of(cupy.cuda.runtime.getDevice(), "side by side")
+    ready, done = (cupy.cuda.Event(block=False, disable_timing=True) for _ in range(2))
+    ready.record(current)
+    beside.wait_event(ready)
+    with beside:
+        other()
+    done.record(beside)
+    one()
+    current.wait_event(done)
 
 
 def join() -> None:

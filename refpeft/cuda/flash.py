@@ -15,7 +15,7 @@ import cupy
 import numpy as np
 
 from refpeft.backend import Array, bfloat16
-from refpeft.cuda import margins
+from refpeft.cuda import aside, margins
 from refpeft.cuda.kernels import Source
 from refpeft.fused import Mask
 
@@ -92,10 +92,20 @@ def backward(
     arrays = (*_view(g), *_view(q), *_view(k), *_view(v), statistics)
     rest = (rows, heads // kv_heads, float(scale), *_mask(mask, batch, queries, keys, dim))
     dq, dk, dv = made
-    if dq is not None:
+
+    def of_queries() -> None:
         _backward_queries(dim)((queries, heads, batch), *arrays, *_view(dq), *rest)
-    for kernel in _backward_keys(dim, dk is not None, dv is not None):
-        kernel((keys, kv_heads, batch), *arrays, *_view(dk), *_view(dv), *rest)
+
+    def of_keys() -> None:
+        for kernel in _backward_keys(dim, dk is not None, dv is not None):
+            kernel((keys, kv_heads, batch), *arrays, *_view(dk), *_view(dv), *rest)
+
+    if dq is None:
+        of_keys()
+    elif dk is None and dv is None:
+        of_queries()
+    else:
+        aside.side_by_side(of_keys, of_queries)  # each has few blocks where texts are few
 
 
 # ---- kernels ---------------------------------------------------------------------------------------------------------

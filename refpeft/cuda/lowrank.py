@@ -201,6 +201,10 @@ def _(g, x, u, room, x_needed, into):
 
 def _value_gradients(g: Array, du: Array, x: Array, u: Array, room: Room, into: tuple) -> list[Array | object]:
     """The gradients of A and B of each layer in turn."""
+    alpha = room.alpha
+    if alpha is not None and all(array is not None and array.flags.c_contiguous for array in into):
+        aside.run(lambda: _add_products(g, du, x, u, alpha, *into), into[0], du, x, g, u)
+        return [ADDED, ADDED]
     both, dA, dB = room.blank_gradients()
 
     def compute() -> None:
@@ -216,6 +220,11 @@ def _value_gradients(g: Array, du: Array, x: Array, u: Array, room: Room, into: 
         return [ADDED] * len(into)
     compute()
     return room.gradients(dA, dB)
+
+
+def _add_products(g: Array, du: Array, x: Array, u: Array, alpha: float, dA: Array, dB: Array) -> None:
+    product(rows_of(du).T, rows_of(x), out=dA, add=True)
+    product(rows_of(g).T, rows_of(u), out=dB, alpha=alpha, add=True)
 
 
 # ---- the columns of one result ---------------------------------------------------------------------------------------

@@ -83,12 +83,14 @@ extern "C" __global__ void norm_forward(const real* x, const float* gain, const 
 }
 
 // dx = scale (d - mean(d) - n mean(d n)) with d = g gain, where mean(d) is left out of an RMSNorm; plus `onto`, which
-// may be null, or dx itself. Rows of these two are `step` numbers apart. Reads x, g and onto, writes dx: 8 bytes a number in bfloat16, 6 without `onto`.
+// may be null, or dx itself. Rows of these are `onto_step` and `step` numbers apart. Reads x, g and onto, writes dx: 8 bytes a number in bfloat16, 6 without `onto`.
 extern "C" __global__ void norm_backward(const real* x, const float* gain, const real* g, const float* mean,
                                          const float* scale, const real* onto, real* dx, int rows, int dim, int lanes,
-                                         int step) {
+                                         int onto_step, int step) {
     Row row = my_row(rows, lanes);
-    long start = row.index * dim, there = row.index * step;
+    long start = row.index * dim;
+    if (onto) onto += row.index * onto_step;
+    dx += row.index * step;
     float m = row.there && mean ? mean[row.index] : 0.f, r = row.there ? scale[row.index] : 0.f;
     float n[KEPT][8], d[KEPT][8], sum = 0.f, product = 0.f;
 #pragma unroll
@@ -114,13 +116,13 @@ extern "C" __global__ void norm_backward(const real* x, const float* gain, const
         int at = (row.lane + k * lanes) * 8;
         if (!row.there || at >= dim) continue;
         float before[8];
-        if (onto) load8(onto + there + at, before);
+        if (onto) load8(onto + at, before);
 #pragma unroll
         for (int j = 0; j < 8; j++) {
             float v = r * (d[k][j] - mean_d - n[k][j] * mean_dn);
             d[k][j] = onto ? before[j] + v : v;
         }
-        store8(dx + there + at, d[k]);
+        store8(dx + at, d[k]);
     }
 }
 

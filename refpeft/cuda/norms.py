@@ -14,7 +14,7 @@ from refpeft.cuda.elementwise import added
 from refpeft.cuda.kernels import Source, contiguous
 from refpeft.cuda.maps import lanes_of, summed
 from refpeft.cuda.override import override, works
-from refpeft.tape import ADDED
+from refpeft.tape import ADDED, Total
 from refpeft.tensor import Op, Pending, Tensor, needs_of
 
 source = Source("norms.cu")
@@ -37,9 +37,9 @@ def _(x, mean, scale, w, b, needs):
     return _again(x, mean, scale, w, b)
 
 
-@rms_norm.backward(into=True)
-def _(g, x, mean, scale, w, b, needs, into):
-    return _backward(g, x, mean, scale, (w,), needs, into)
+@rms_norm.backward(into=True, onto=True)
+def _(g, x, mean, scale, w, b, needs, into, onto=(None,)):
+    return _backward(g, x, mean, scale, (w,), needs, into, onto[0])
 
 
 @override(fused.layer_norm, "bfloat16", "float32")
@@ -52,9 +52,9 @@ def _(x, mean, scale, w, b, needs):
     return _again(x, mean, scale, w, b)
 
 
-@layer_norm.backward(into=True)
-def _(g, x, mean, scale, w, b, needs, into):
-    return _backward(g, x, mean, scale, (w, b), needs, into)
+@layer_norm.backward(into=True, onto=True)
+def _(g, x, mean, scale, w, b, needs, into, onto=(None,)):
+    return _backward(g, x, mean, scale, (w, b), needs, into, onto[0])
 
 
 def _takes(x: Any, *vectors: Any) -> bool:
@@ -141,22 +141,28 @@ def _backward(
     vectors: tuple[Array, ...],
     needs: tuple[bool, ...],
     into: tuple[Array | None, ...],
+    onto: Array | None,
 ) -> tuple:
     g, x = aligned(g), aligned(x)
-    dx = _of_x(g, x, mean, scale, vectors[0], into[0]) if needs[0] else None
+    dx = _of_x(g, x, mean, scale, vectors[0], into[0], onto) if needs[0] else None
     dtypes = [vector.dtype if need else None for vector, need in zip(vectors, needs[1:], strict=True)]
     return (dx, *_of_vectors(g, x, mean, scale, dtypes, into[1:]))
 
 
-def _of_x(g: Array, x: Array, mean: Array | None, scale: Array, w: Array, into: Array | None) -> Any:
-    adds = into is not None and into.dtype == x.dtype and in_rows(into)
-    dx = into if adds else margins.rows(x.shape, x.dtype) if x.ndim <= 3 else cupy.empty(x.shape, x.dtype)
+def _of_x(
+    g: Array, x: Array, mean: Array | None, scale: Array, w: Array, into: Array | None, onto: Array | None
+) -> Any:
+    """The gradient of x, added to `into`, or with what is in `onto`."""
+    into, onto = (None if a is None or a.dtype != x.dtype or not in_rows(a) else a for a in (into, onto))
+    plus = onto if into is None else into
+    dx = into
+    if dx is None:
+        dx = margins.rows(x.shape, x.dtype) if x.ndim <= 3 else cupy.empty(x.shape, x.dtype)
     rows, dim, lanes, blocks, block = _shared_out(x)
-    source("norm_backward", x.dtype)(
-        *(blocks, block),
-        *(x, _vector(w), g, mean, scale, into if adds else None, dx, rows, dim, lanes, margins.step(dx) or dim),
-    )
-    return ADDED if adds else dx
+    steps = [dim if array is None else margins.step(array) or dim for array in (plus, dx)]
+    arrays = x, _vector(w), g, mean, scale, plus, dx
+    source("norm_backward", x.dtype)(blocks, block, *arrays, rows, dim, lanes, *steps)
+    return ADDED if into is not None else dx if plus is None else Total(dx)
 
 
 def _of_vectors(
