@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -137,6 +138,15 @@ def test_what_the_cost_of_a_step_grows_with_is_drawn(tmp_path):
     printed = run("growth.py", tmp_path / "growth.svg", "--tiny", "--rounds", "1", "--threads", "1")
     assert printed.count("| exponent |") == 4
     assert (tmp_path / "growth.svg").read_text().count("<circle") == 2 * 19
+
+
+def test_the_small_benchmarks_run():
+    """How refpeft starts, how fast it quantizes, and what that loses."""
+    started = run("startup.py", "--runs", "2", "--steps", "1")
+    assert re.findall(r"^(first step|more) ", started, re.M) == ["more", "first step"]
+    speeds = run("quantize.py", "--rows", "64", "--columns", "256", "--threads", "1", "--repeats", "1")
+    assert re.findall(r"1 threads +(\w+) +refpeft +[\d,.]+ ", speeds) == ["quantize", "dequantize"]
+    assert "| nf4 | 4.500 | 0.0919 | " in run("quantization_error.py")
 
 
 @pytest.mark.real
