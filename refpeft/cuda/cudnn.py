@@ -1,8 +1,7 @@
 """Attention by cuDNN, through nvidia-cudnn-frontend, which needs no PyTorch: the extras flash12 and flash13.
 
-A plan is made for every shape and way to mask, in about half a second, and kept. What it works in is one piece of
-memory, which all plans of a device share: they run one after the other. The environment variable REFPEFT_CUDNN=0 says
-that cuDNN is not to be used.
+A plan is made for every shape and way to mask, in about half a second, and kept. The environment variable
+REFPEFT_CUDNN=0 says that cuDNN is not to be used.
 """
 
 from __future__ import annotations
@@ -350,9 +349,9 @@ def _run(task: Task, mask: Mask, arrays: dict[str, Array]) -> None:
     part, plan = _planned(task, device)
     if task.padded:
         arrays = arrays | _lengths(mask, task)
-    memory = _memory(device, plan.memory)
     if not are_started():
         return  # lengths of rows are not there
+    memory = cupy.empty(max(plan.memory, 1), np.uint8)
     for row in range(0, task.batch, part.batch):
         for head in range(0, task.kv_heads, part.kv_heads):
             pointers = {_UID[name]: _address(array, row, head, task) for name, array in arrays.items()}
@@ -377,7 +376,6 @@ def _lengths(mask: Mask, task: Task) -> dict[str, Array]:
 # ---- of each device --------------------------------------------------------------------------------------------------
 
 _handles: dict[int, tuple[Any, int]] = {}
-_memories: dict[int, list[Array]] = {}
 
 
 def _handle(device: int) -> Any:
@@ -390,16 +388,3 @@ def _handle(device: int) -> Any:
         cudnn.set_stream(handle=handle, stream=stream)
         _handles[device] = handle, stream
     return handle
-
-
-def _memory(device: int, size: int) -> Array:
-    """At least `size` bytes to work in, of CuPy's default pool.
-
-    Smaller pieces from before are kept: CUDA graphs may work in them.
-    """
-    pieces = _memories.setdefault(device, [])
-    largest = pieces[-1].nbytes if pieces else 0
-    if largest < size or not pieces:
-        with cupy.cuda.using_allocator(cupy.get_default_memory_pool().malloc):
-            pieces.append(cupy.empty(max(size, min(2 * largest, MOST_MEMORY), 1), np.uint8))
-    return pieces[-1]
