@@ -82,12 +82,19 @@ class _Readers:
         for chosen in (self.waiting, [layer]):
             made = _together(self.x, chosen)
             if made is not None:
-                self.waiting = [each for each in self.waiting if each not in chosen]
-                for each, result in zip(chosen, made, strict=True):
-                    each.result.becomes(result)
-                return made[chosen.index(layer)]
-        self.waiting.remove(layer)
+                result = made[chosen.index(layer)]
+                for each, its_result in zip(list(chosen), made, strict=True):
+                    each.result.becomes(its_result)
+                    self.leave(each)
+                return result
+        self.leave(layer)
         return layer.alone(self.x)
+
+    def leave(self, layer: _Layer) -> None:
+        """Says that a layer waits no longer."""
+        self.waiting.remove(layer)
+        if not self.waiting and self in _latest:
+            _latest.clear()  # which keeps x
 
 
 _latest: list[_Readers] = []  # the readers that the last layer was added to
@@ -122,7 +129,7 @@ def _(inputs: tuple, options: dict[str, Any]) -> Tensor | None:
     alpha = float(options["alpha"])
     if type(u) is Pending and u.op is ops.linear and not u.there and u.what[0] is readers.x:
         return readers.add_factors(layer, u.what[1], B, alpha)
-    readers.waiting.remove(layer)
+    readers.leave(layer)
     return _single(readers.x, layer.part, u, B, alpha)
 
 

@@ -21,8 +21,8 @@ __device__ inline Row my_row(int rows, int lanes) {
 }
 
 // Reads x, writes y: 2 + 2 bytes a number in bfloat16 (gain and shift stay in the caches). With `known`, mean and scale
-// are those of an earlier call, and y is the same again, to the bit. The rows of y are `step` numbers apart. With `plus` it is the norm of x + plus,
-// which goes to `total`: 4 bytes a number more.
+// are those of an earlier call, and y is the same again, to the bit. The rows of y are `step` numbers apart. With `plus`
+// it is the norm of x + plus, which goes to `total`: 4 bytes a number more.
 extern "C" __global__ void norm_forward(const real* x, const float* gain, const float* shift, real* y, float* mean,
                                         float* scale, int known, int rows, int dim, int lanes, float eps, int step,
                                         const real* plus, real* total) {
@@ -83,7 +83,8 @@ extern "C" __global__ void norm_forward(const real* x, const float* gain, const 
 }
 
 // dx = scale (d - mean(d) - n mean(d n)) with d = g gain, where mean(d) is left out of an RMSNorm; plus `onto`, which
-// may be null, or dx itself. Rows of these are `onto_step` and `step` numbers apart. Reads x, g and onto, writes dx: 8 bytes a number in bfloat16, 6 without `onto`.
+// may be null, or dx itself. Rows of these are `onto_step` and `step` numbers apart. Reads x, g and onto, writes dx:
+// 8 bytes a number in bfloat16, 6 without `onto`.
 extern "C" __global__ void norm_backward(const real* x, const float* gain, const real* g, const float* mean,
                                          const float* scale, const real* onto, real* dx, int rows, int dim, int lanes,
                                          int onto_step, int step) {
