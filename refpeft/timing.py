@@ -98,8 +98,9 @@ def text(rows: Sequence[Timed]) -> str:
     done, failed = [row for row in rows if not row.error], [row for row in rows if row.error]
     cells = [_HEAD, *(_cells(row, rows[0]) for row in done)]
     numbers = report.table(row[:-1] for row in cells)
-    lines = [f"{line}  {how}" for line, (*_, how) in zip(numbers, cells, strict=True)]
-    return "".join(f"{each}\n" for each in [*lines, *([""] if failed else []), *(line(row, row) for row in failed)])
+    lines = [f"{line}  {how}" for line, (*_, how) in zip(numbers, cells, strict=True)] if done else []
+    between = [""] if done and failed else []
+    return "".join(f"{each}\n" for each in [*lines, *between, *(line(row, row) for row in failed)])
 
 
 _HEAD = ("method", "trained", "ms a step", "x LoRA's", "GiB at most", "s to begin", "captured")
