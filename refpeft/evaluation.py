@@ -133,7 +133,7 @@ def mean_loss(model: Model, batches: Batches) -> float:
     total, count = 0.0, 0.0
     with no_grad():
         for step in range(batches.steps_per_epoch):
-            batch = placing.unpadded(model, batches.at(step))
+            batch = placing.evaluated(model, batches.at(step))
             total += float(model.loss(batch, 1.0).data)
             count += batch.denominator
     return total / max(count, 1e-30)

@@ -22,6 +22,9 @@ from .tensor import Tensor
 UNIT = 64
 """Lengths of rows, and numbers of positions that a loss is taken of, are multiples of it."""
 
+SHORT_UNIT = 8
+"""Outside of training, where nothing is captured, lengths are multiples of this."""
+
 LENGTHS, _POSITIONS = 8, 4  # how many of each there are between a power of two and the next
 _WASTE = 1.25  # the parts of a step get the same shape where that is at most so many times the work
 _MOST = 3 / 4  # a loss that would be taken of a larger share of the positions is taken of all
@@ -98,10 +101,15 @@ class Placing:
         counts = _alike([rounded(len(rows), _POSITIONS) for rows in asked])
         return [_chosen(*each) for each in zip(parts, asked, counts, places, strict=True)]
 
-    def _lengths(self, lengths: list[int]) -> list[int]:
+    def whole(self, batch: Batch) -> Batch:
+        """`batch` in rows of one of a few lengths, for what is computed outside of training."""
+        lengths = (array.shape[1] for array in (batch.ids, batch.ids if batch.said is None else batch.said))
+        return self._padded(batch, *(self._lengths([n], SHORT_UNIT)[0] for n in lengths))
+
+    def _lengths(self, lengths: list[int], unit: int | None = None) -> list[int]:
         if not self._stretches:
             return lengths
-        return _alike([int(max(n, min(rounded(n, LENGTHS), self._room))) for n in lengths])
+        return _alike([int(max(n, min(rounded(n, LENGTHS, unit), self._room))) for n in lengths])
 
     def _padded(self, part: Batch, time: int, said: int) -> Batch:
         """`part` with rows of so many tokens, and without `segments` where these say nothing to the model."""
@@ -123,9 +131,9 @@ class Placing:
         return replace(part, **arrays)
 
 
-def rounded(n: int, between: int) -> int:
-    """`n` or a little more: a multiple of UNIT, of which `between` lie between a power of two and the next at most."""
-    unit = max(UNIT, 2 ** (max(n, 1).bit_length() - 1) // between)
+def rounded(n: int, between: int, unit: int | None = None) -> int:
+    """`n` or a little more: a multiple of `unit`, or UNIT, with `between` of them from a power of two to the next."""
+    unit = max(unit or UNIT, 2 ** (max(n, 1).bit_length() - 1) // between)
     return max(unit, -(-n // unit) * unit)
 
 
@@ -178,6 +186,15 @@ def unpadded(model: Model, batch: Batch, on_host: bool = False) -> Batch:
 def _text_by_text(model: Model) -> bool:
     """Whether nothing that is attached puts other tokens before those of a row."""
     return all(layer.text_by_text for adapter in model.adapters for layer in adapter.layers)
+
+
+def evaluated(model: Model, batch: Batch) -> Batch:
+    """`batch` as it is computed outside of training: in one row where that is the same, else as it is.
+
+    On a GPU rows then come in few lengths: cuDNN plans for each new one, which takes longer than to compute it.
+    """
+    laid = unpadded(model, batch)
+    return laid if laid is not batch or model.xp is np else Placing(model, len(batch.ids)).whole(batch)
 
 
 def compares_texts(model: Model, batch: Batch) -> bool:

@@ -19,6 +19,8 @@ from refpeft.capturing import NotCapturable, capturing, keep, refuse
 from refpeft.config import Train
 from refpeft.conformance import device
 from refpeft.errors import RefpeftError
+from refpeft.evaluation import mean_loss
+from refpeft.examples import Example
 from refpeft.layers import Mode
 from refpeft.models.rope import frequencies
 from refpeft.optim import AdamW, Flat
@@ -100,6 +102,21 @@ def test_angles_that_go_by_the_rows_length_leave_it(monkeypatch):
 def test_tokens_that_the_model_does_not_have_are_refused():
     with pytest.raises(RefpeftError, match=r"^token 40 is not among the model's 40"):
         Placing(tiny.model("llama"), 9)(replace(BATCH, ids=np.full_like(BATCH.ids, 40)))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_outside_of_training_rows_come_in_few_lengths_too(name, monkeypatch):
+    model, shapes, losses = tiny.model(name), set(), []
+    sites.attach(model, "prefix_tuning", {"tokens": 2})  # rows are not joined
+    texts = [Example(np.arange(n, dtype="i4") % 40, np.arange(n) > n // 2, n) for n in range(5, 63)]
+    trunk, rows = model.trunk, Batches(texts, 2, 64, shuffle=False)
+    monkeypatch.setattr(model, "trunk", lambda ids, *rest, **more: shapes.add(ids.shape) or trunk(ids, *rest, **more))
+    for evaluated in (placing.unpadded, lambda model, batch: Placing(model, 9).whole(batch)):
+        monkeypatch.setattr(placing, "evaluated", evaluated)
+        shapes.clear()
+        losses.append((mean_loss(model, rows), len(shapes)))
+    assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-12)
+    assert losses[1][1] <= 8 < losses[0][1]
 
 
 # ---- the same losses and gradients -----------------------------------------------------------------------------------

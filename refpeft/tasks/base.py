@@ -115,7 +115,7 @@ class Asking(Task):
         """What the model says of each example; with the first of a batch its summed loss and weights, else zeros."""
         with no_grad():
             for step in range(batches.steps_per_epoch):
-                batch, examples = placing.unpadded(model, batches.at(step)), batches.examples_at(step)
+                batch, examples = placing.evaluated(model, batches.at(step)), batches.examples_at(step)
                 rows, targets, weights = batch.picked(model.xp)
                 outputs = model.head(model.states(batch, rows))
                 loss = float(self.losses(outputs, targets, weights).data), batch.denominator
