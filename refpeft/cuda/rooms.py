@@ -30,7 +30,7 @@ from refpeft.cuda.override import say_once
 from refpeft.quant import Dense
 
 _source = Source("rooms.cu")
-_CHUNK = 2**13  # numbers that a block copies
+_CHUNK = 2**10  # numbers that a block copies: few, since blocks are many and short
 
 
 @dataclass(frozen=True)
