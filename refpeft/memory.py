@@ -31,7 +31,7 @@ from refpeft.sites import Site
 _SAMPLED = 2**20  # numbers of a weight that are quantized to learn how many bytes it takes
 _PACKED = 5 * 2**19  # bytes of what BLAS copies of matrices while it multiplies them, a thread
 _PLANNED = 2**22  # scores from which on attention is cuDNN's: see refpeft.cuda.attention
-_ON_GPU = 2**25  # bytes of what cuBLAS works with there
+_ON_GPU = 2**25  # bytes of what cuBLAS works with there, on each stream
 BEFORE_ACTIVATIONS = 4  # so many parts of `by_part` are there before a step and after it
 
 # ---- the model without its weights -----------------------------------------------------------------------------------
@@ -176,6 +176,7 @@ def by_part(
     made_dense = (shards * panel if here else dense) * narrow.itemsize
     beside = shards * _PACKED if here else _ON_GPU
     if narrow != dtype:
+        beside += _ON_GPU  # for gradients of values, beside the others
         beside += trained // 2 + _rooms(model) * narrow.itemsize  # values in bfloat16
         beside += _attention(model, rows, longest)
     step = {
@@ -369,6 +370,15 @@ def lighter(train: Train, device: str, largest: str = "", quantized: bool = True
 def is_short(error: Exception) -> bool:
     """Whether an error says that memory does not suffice, the host's or a device's."""
     return isinstance(error, MemoryError) or "cudaErrorMemoryAllocation" in str(error)
+
+
+def at_most(checkpoint: Checkpoint, tokens: int) -> int:
+    """A rough bound of the bytes that a run on a GPU takes: weights in float32 and trained, all activations kept."""
+    config = checkpoint.config
+    weights = sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names)
+    layers = config.layers + getattr(config, "decoder_layers", 0)
+    working = 2 * _ON_GPU + fused.LOGITS_ON_GPU + fused.ATTENTION_ON_GPU
+    return 4 * (5 * weights + tokens * layers * (16 * config.dim + 8 * config.ff)) + working
 
 
 def _largest_dense(model: Model, config: RunConfig, quantized: bool, rows: int | None = None) -> int:

@@ -29,7 +29,8 @@ from refpeft import (
     sites,
     toml,
 )
-from refpeft.config import EMBEDDED, Resolved
+from refpeft.batches import Batches
+from refpeft.config import EMBEDDED, Resolved, RunConfig
 from refpeft.models.base import Model
 from refpeft.models.checkpoint import Checkpoint, open_checkpoint
 from refpeft.models.hub import resolve as resolve_model
@@ -152,12 +153,9 @@ def plan(resolved: Resolved, resume: bool = False) -> Plan:
     rows, held_out = read.rows, read.held_out
     evaluation.names_of(read.task, held_out, config.train.metrics, config.train.metric)
     batches = inputs.make_batches(config, rows, checkpoint.config)
-    at_a_time = min(config.train.rows_at_a_time, len(batches.rows))
     libraries = report.resident()  # now, before anything is probed
-    longest = batches.longest
-    if config.device == "cuda":  # where rows are of few lengths
-        longest = max(longest, min(placing.rounded(longest, placing.LENGTHS), checkpoint.config.context))
-    _, sizes = _sizes(resolved, checkpoint, at_a_time, longest, read.task.name, read.task.labels, here=True)
+    shape = _shape(config, batches, checkpoint)
+    _, sizes = _sizes(resolved, checkpoint, *shape, read.task.name, read.task.labels, here=True)
     if config.device == "cpu":
         sizes["memory"] = {"Python and its libraries": libraries} | sizes["memory"]
     steps = config.train.total_steps(batches.steps_per_epoch)
@@ -174,6 +172,25 @@ def plan(resolved: Resolved, resume: bool = False) -> Plan:
         files=run.output_files(config),
         notes=_here(config.device) + _advice(resolved, sizes["memory"], free),
     )
+
+
+def shortage(resolved: Resolved, checkpoint: Checkpoint, read: inputs.Inputs) -> str | None:
+    """What is said before a run on a GPU whose memory will not suffice, as far as is foreseen; None where it will.
+
+    It takes seconds to foresee that, so it is not done where much more would be free than such a run takes.
+    """
+    config = resolved.run
+    free = memory.free_memory(config.device) if config.device == "cuda" else None
+    rows, longest = _shape(config, inputs.make_batches(config, read.rows, checkpoint.config), checkpoint)
+    if free is None or memory.at_most(checkpoint, rows * longest) <= free:
+        return None
+    parts = _sizes(resolved, checkpoint, rows, longest, read.task.name, read.task.labels)[1]["memory"]
+    remedies = _remedies(resolved, parts, free)
+    if not remedies:
+        return None
+    each = ", ".join(f"{part} {report.size(parts[part])}" for part in sorted(parts, key=parts.get, reverse=True))
+    wanted = f"{report.size(sum(parts.values()))} are foreseen, {report.size(free)} are free"
+    return f"memory may not suffice: {wanted} ({each}). What helps: {'; '.join(remedies)}"
 
 
 def plan_shape(resolved: Resolved, speed: cost.Speed | None = None) -> ShapePlan:
@@ -194,6 +211,14 @@ def plan_shape(resolved: Resolved, speed: cost.Speed | None = None) -> ShapePlan
         speed=speed,
         seconds=speed.seconds(sizes["flops"]) if speed else None,
     )
+
+
+def _shape(config: RunConfig, batches: Batches, checkpoint: Checkpoint) -> tuple[int, int]:
+    """(rows that are computed at a time, tokens of the longest)."""
+    longest = batches.longest
+    if config.device == "cuda":  # where rows are of few lengths
+        longest = max(longest, min(placing.rounded(longest, placing.LENGTHS), checkpoint.config.context))
+    return min(config.train.rows_at_a_time, len(batches.rows)), longest
 
 
 def _sizes(
@@ -270,12 +295,17 @@ def _here(device: str) -> list[str]:
 
 def _advice(resolved: Resolved, parts: dict[str, int], free: int | None) -> list[str]:
     """What to change where memory does not suffice."""
-    total = sum(parts.values())
-    if free is None or total <= free:
+    remedies = _remedies(resolved, parts, free)
+    if not remedies:
         return []
-    largest = max(parts, key=parts.get)
-    notes = [
-        f"{report.size(total)} is more than the {report.size(free)} that are free; the largest part is {largest!r}"
-    ]
-    quantized = resolved.run.quantizer is not None
-    return notes + memory.lighter(resolved.run.train, resolved.run.device, largest, quantized)
+    total, largest = report.size(sum(parts.values())), max(parts, key=parts.get)
+    return [f"{total} is more than the {report.size(free)} that are free; the largest part is {largest!r}", *remedies]
+
+
+def _remedies(resolved: Resolved, parts: dict[str, int], free: int | None) -> list[str]:
+    """What helps where memory does not suffice, first what helps most; [] where it does."""
+    if free is None or sum(parts.values()) <= free:
+        return []
+    config, largest = resolved.run, max(parts, key=parts.get)
+    remedies = memory.lighter(config.train, config.device, largest, config.quantizer is not None)
+    return [*remedies, "a smaller rank, or fewer targets, train less"]

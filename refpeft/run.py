@@ -137,11 +137,15 @@ def train(resolved: Resolved, directory: Path, resume: bool = False, say: Callab
 
     Raises RefpeftError for what is wrong with the files or the run; KeyboardInterrupt after a checkpoint was saved.
     """
+    from refpeft import plan  # which imports this module
+
     run = resolved.run
     checkpoint = open_checkpoint(resolve(run.model))
     found = inputs.read(run, checkpoint.config, checkpoint.tokenizer())
     task, rows, held_out, earlier = found.task, found.rows, found.held_out, found.earlier
     scored = evaluation.names_of(task, held_out, run.train.metrics, run.train.metric)
+    if short := plan.shortage(resolved, checkpoint, found):
+        say(short)
     quantizer = make_quantizer(run.quantizer, resolved.options.get(run.quantizer), run.double_quant)
     xp, for_task = backend.module(run.device), (task.name, task.labels, run.seed, task.tokenizer)
     model = api.build(checkpoint, run.dtype, xp, quantizer, *for_task)

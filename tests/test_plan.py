@@ -10,13 +10,13 @@ import tiny
 import tiny_files
 
 import refpeft
-from refpeft import config, cost, doctor, fused, memory, plan, report
+from refpeft import config, cost, doctor, fused, inputs, memory, plan, report, run
 from refpeft.batches import Batches
 from refpeft.config import Train
 from refpeft.data import load_data
 from refpeft.errors import RefpeftError
 from refpeft.examples import Example
-from refpeft.models.checkpoint import Checkpoint
+from refpeft.models.checkpoint import Checkpoint, open_checkpoint
 from refpeft.optim import OPTIMIZERS, Flat
 from refpeft.trainer import Trainer
 
@@ -149,6 +149,32 @@ def test_too_little_memory_is_said_with_what_helps(resolve, monkeypatch):
     made = plan.plan(resolve())
     assert "is more than the 1000 B that are free" in made.notes[0]
     assert "more than" in made.text()
+
+
+@pytest.mark.parametrize("free, said", [(None, False), (1000, True), (2**29, False), (2**40, False)])
+def test_a_run_says_before_it_loads_that_a_gpus_memory_will_not_suffice(resolve, monkeypatch, free, said):
+    """Where nothing is known of it, or much is free, it is not worked out; between these it is compared."""
+    monkeypatch.setattr(memory, "free_memory", lambda device: free)
+    resolved = resolve("device=cuda", "dtype=bfloat16")
+    checkpoint = open_checkpoint(Path(resolved.run.model))
+    read = inputs.read(resolved.run, checkpoint.config, checkpoint.tokenizer())
+    found = plan.shortage(resolved, checkpoint, read)
+    assert (found is not None) == said
+    if said:
+        foreseen = report.size(sum(plan.plan(resolved).memory.values()))
+        assert found.startswith(f"memory may not suffice: {foreseen} are foreseen, {report.size(free)} are free (")
+        assert "weights " in found and "optimizer (adamw) " in found
+        assert "\n" not in found and re.search(r"\)\. What helps: .*train\.checkpoint_activations=true", found)
+    monkeypatch.setattr(memory, "free_memory", lambda device: 0)
+    assert plan.shortage(resolve(), checkpoint, read) is None  # the host's is not asked about
+
+
+def test_what_a_run_says_of_short_memory_comes_before_the_weights_are_read(resolve, monkeypatch, tmp_path):
+    said = []
+    monkeypatch.setattr(plan, "shortage", lambda *_: "memory may not suffice")
+    monkeypatch.setattr(Checkpoint, "tensor", lambda self, name: pytest.fail(f"said before were {said}"))
+    with pytest.raises(pytest.fail.Exception, match="memory may not suffice"):
+        run.train(resolve(), tmp_path / "out", say=said.append)
 
 
 def test_memory_that_a_step_does_not_find_is_told_with_what_took_it(monkeypatch):
