@@ -144,7 +144,8 @@ def _driver() -> Finding:
 
     known, needed = cupy.cuda.runtime.driverGetVersion(), cupy.cuda.runtime.runtimeGetVersion()
     if not known:
-        return Finding("driver", MISSING, "there is no NVIDIA driver", "install it, where there is an NVIDIA GPU")
+        remedy = "install it, where there is an NVIDIA GPU; a container has to be started with it"
+        return Finding("driver", MISSING, "there is no NVIDIA driver", remedy)
     name = f"{_driver_version()}, for CUDA up to {_dotted(known)}".lstrip(", ")
     if known // 1000 < needed // 1000:
         said = f"the driver ({name}) is too old for a CuPy of CUDA {_dotted(needed)}"

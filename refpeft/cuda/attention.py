@@ -11,7 +11,7 @@ from refpeft import fused
 from refpeft.backend import Array, bfloat16
 from refpeft.cuda import cudnn, flash, margins, rope
 from refpeft.cuda.kernels import KernelError
-from refpeft.cuda.override import override, works
+from refpeft.cuda.override import override, say_once, works
 from refpeft.tensor import Op, Pending, Tensor, needs_of
 
 WORTH_A_PLAN, WORTH_A_PLAN_ONCE = 2**22, 2**26
@@ -132,4 +132,15 @@ def _computing(
     large = batch * heads * queries * k.shape[2] >= (WORTH_A_PLAN if trained else WORTH_A_PLAN_ONCE)
     if large and not cudnn.missing() and not cudnn.supports(q, k, v, mask, bias, scale, trained):
         return cudnn
-    return None if flash.supports(q, k, v, mask, bias) else flash
+    unfit = flash.supports(q, k, v, mask, bias)
+    if large and bias is None:
+        _say_what_is_slow(unfit)
+    return None if unfit else flash
+
+
+def _say_what_is_slow(unfit: str | None) -> None:
+    """That the plain pair computes a large attention, and why; or our own kernels, where cuDNN is not installed."""
+    if unfit:
+        say_once(f"attention is computed by the plain pair, which is slower: {unfit}")
+    elif cudnn.missing() and not cudnn.is_turned_off():
+        say_once(f"attention is computed by refpeft's own kernels, which are slower than cuDNN's: {cudnn.missing()}")

@@ -48,7 +48,12 @@ def version() -> str | None:
 
 def missing() -> str | None:
     """Why cuDNN is not used, and what to install; None where it is."""
-    return "REFPEFT_CUDNN is 0: unset it" if os.environ.get("REFPEFT_CUDNN") == "0" else _load()[1]
+    return "REFPEFT_CUDNN is 0: unset it" if is_turned_off() else _load()[1]
+
+
+def is_turned_off() -> bool:
+    """Whether somebody does not want it."""
+    return os.environ.get("REFPEFT_CUDNN") == "0"
 
 
 @functools.cache

@@ -16,6 +16,8 @@ import pytest
 from refpeft import fused, tensor
 from refpeft.backend import bfloat16, to_host
 from refpeft.cuda import attention, cudnn, flash, margins, rooms, rope  # noqa: F401  pairs register themselves
+from refpeft.cuda import override as cuda_override
+from refpeft.errors import RefpeftWarning
 from refpeft.fused import Mask
 from refpeft.tensor import Tensor, parameter
 
@@ -310,6 +312,7 @@ def test_heads_are_parted_of_single_rows_alone(monkeypatch, batch: int, kv_heads
     assert {(batch, kv_heads), (1, 1)} <= found
 
 
+@pytest.mark.filterwarnings("ignore:attention is computed by the plain pair")
 def test_what_it_was_not_written_for_is_left_to_the_plain_pair(wanted: ModuleType):
     (q, k, v, _), mask = CASES["causal"].there()
     bias = cupy.zeros((1, 6, 133, 133), bfloat16)
@@ -319,6 +322,31 @@ def test_what_it_was_not_written_for_is_left_to_the_plain_pair(wanted: ModuleTyp
     assert override.forward(needs, q, k.astype("f4"), v.astype("f4"), mask=mask) is NotImplemented
     assert override.forward(needs, q[..., :20], k[..., :20], v[..., :20], mask=mask) is NotImplemented
     assert fused.attention(parameter(q), k, v, bias, mask=mask).dtype == bfloat16
+
+
+def test_heads_of_other_sizes_are_told_of_once_where_attention_is_large(monkeypatch):
+    (q, k, v, _), mask = CASES["causal"].there()
+    q, k, v = (parameter(array[..., :20]) for array in (q, k, v))
+    monkeypatch.setattr(cuda_override, "_said", set())
+    fused.attention(q, k, v, mask=mask)
+    monkeypatch.setattr(attention, "WORTH_A_PLAN", 0)
+    with pytest.warns(RefpeftWarning, match="by the plain pair, which is slower: heads have 20 dimensions") as said:
+        for _ in range(2):
+            assert not fused.attention(q, k, v, mask=mask).node.op.stands_in
+    assert len(said) == 1
+
+
+def test_without_cudnn_the_line_that_brings_it_is_said_of_large_attentions(monkeypatch):
+    (q, k, v, _), mask = CASES["causal"].there()
+    monkeypatch.delenv("REFPEFT_CUDNN", raising=False)
+    monkeypatch.setattr(cudnn, "_load", lambda: (None, "nvidia-cudnn-frontend is not installed: pip install it"))
+    monkeypatch.setattr(cuda_override, "_said", set())
+    assert fused.attention(parameter(q), k, v, mask=mask).node.saved[0] is flash
+    monkeypatch.setattr(attention, "WORTH_A_PLAN", 0)
+    with pytest.warns(RefpeftWarning, match="own kernels, which are slower than cuDNN's: .* pip install it$") as said:
+        for _ in range(2):
+            assert fused.attention(parameter(q), k, v, mask=mask).node.saved[0] is flash
+    assert len(said) == 1
 
 
 def test_small_attentions_are_not_planned_for():
