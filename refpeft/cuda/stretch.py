@@ -70,14 +70,19 @@ class Stretch:
         for start, end in self._unused():
             self._addresses.withdraw(start, end)
 
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):  # at the end of a process CuPy may be gone
+            self.free_all_blocks()
+            del self._last  # the pool has one piece again: parts of one that were side by side would never be freed
+
     def _unused(self) -> list[tuple[int, int]]:
         """Addresses with memory that no array has, (the first, the one behind the last): the pool gives them all out.
 
         It begins with the smallest parts that are large enough, and ends with that without memory.
         """
-        pieces, end = [], self._addresses.end
+        pieces, start, end = [], self._addresses.start, self._addresses.end
         with self._stream:
-            while not pieces or pieces[-1].ptr < end:
+            while not pieces or start <= pieces[-1].ptr < end:
                 pieces.append(self._pool.malloc(_PROBE))
         found: list[tuple[int, int]] = []
         for address in sorted(piece.ptr for piece in pieces):
