@@ -205,6 +205,7 @@ def _gpu() -> Iterator[Finding]:
     yield _tried("kernels", _kernels, again)
     yield _tried("cuBLAS", _cublas, again)
     yield _tried("cuDNN", _cudnn, again)
+    yield _tried("memory", _memory, again)
     yield _tried("NCCL", functools.partial(_nccl, wheel), again)
     yield _tried("kernel cache", _cache, "set CUPY_CACHE_DIR to a folder that can be written")
 
@@ -269,6 +270,15 @@ def _cudnn() -> Finding:
     said, _, remedy = absent.rpartition(": ")
     state = MISSING if _version("nvidia-cudnn-frontend") is None else BROKEN
     return Finding("cuDNN", state, f"{said}; attention is computed by refpeft's own kernel", remedy)
+
+
+def _memory() -> Finding:
+    from refpeft.cuda import stretch
+
+    absent = stretch.missing()
+    if absent is None:
+        return Finding("memory", OK, "a run's arrays lie in stretches of addresses, which grow")
+    return Finding("memory", MISSING, f"stretches of addresses ({absent}): runs take about a tenth more memory")
 
 
 def _nccl(wheel: str) -> Finding:

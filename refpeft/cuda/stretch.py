@@ -121,6 +121,15 @@ def pool(stream: cupy.cuda.Stream) -> Stretch | _Pool:
     return found
 
 
+def missing() -> str | None:
+    """Why there are no stretches here, but CuPy's own pools; None where there are."""
+    try:
+        Addresses(cupy.cuda.runtime.getDevice(), 1)
+    except Unavailable as error:
+        return str(error)
+    return "CuPy's pools have been given a limit" if cupy.get_default_memory_pool().get_limit() else None
+
+
 def _stretch(stream: cupy.cuda.Stream) -> Stretch | None:
     """None where there can be none, or CuPy's pools have been given a limit, which they see to."""
     if cupy.get_default_memory_pool().get_limit():
