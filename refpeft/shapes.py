@@ -65,6 +65,7 @@ SHAPES = {
     "llama-2-13b": _decoder(_LLAMA2, 5120, 40, 40, 40, 13824),
     "llama-2-70b": _decoder(_LLAMA2, 8192, 80, 64, 8, 28672),
     "llama-3-8b": _decoder(_LLAMA3, 4096, 32, 32, 8, 14336),
+    "llama-3.2-1b": _decoder(_LLAMA3 | {"tie_word_embeddings": True}, 2048, 16, 32, 8, 8192),
     "llama-3-70b": _decoder(_LLAMA3, 8192, 80, 64, 8, 28672),
     "mistral-7b": _decoder(_MISTRAL, 4096, 32, 32, 8, 14336),
     "gpt2": _gpt2(768, 12, 12),
