@@ -399,6 +399,8 @@ def _cross_checks(run: RunConfig, given: Layer, problems: Problems) -> None:
             "train.micro_batch",
             f"train.micro_batch is {train.micro_batch}: it must divide train.batch, which is {train.batch}",
         )
+    if train.offload_activations and (why := train.no_offload(run.device)):
+        problem("train.offload_activations", why)
     if train.group_by_length and (len(data.files) > 1 or data.replay):
         problem(
             "train.group_by_length",

@@ -75,7 +75,8 @@ class Train(BaseModel):
     clip: Annotated[float, Field(ge=0)] = 1.0  # largest gradient norm; 0: no clipping
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     warmup: Annotated[int, Field(ge=0)] | Share = 0.03  # steps, or a share of all steps
-    checkpoint_activations: bool = False
+    checkpoint_activations: bool = False  # of each layer only its input is kept, and it is computed again
+    offload_activations: bool = False  # on a GPU, these inputs lie in the host's memory meanwhile
     capture: bool = True  # on a GPU a step is one CUDA graph, where methods allow it
     eval_every: Count | None = None  # steps; none: only before and after
     save_every: Count | None = None  # steps; none: only at the end and on Ctrl-C
@@ -86,6 +87,13 @@ class Train(BaseModel):
     early_stop: Count | None = None  # evaluations in a row that are no better
     class_weights: Literal["balanced"] | tuple[float, ...] | None = None  # how much each label's rows count
     log_every: Count = 10
+
+    def no_offload(self, device: str) -> str | None:
+        """Why activations cannot be offloaded, if they cannot."""
+        what = "train.offload_activations moves what checkpoints keep from a GPU's memory to the host's"
+        if device == "cpu":
+            return f"{what}: choose device 'cuda', or leave it out"
+        return None if self.checkpoint_activations else f"{what}: set train.checkpoint_activations, too"
 
     @property
     def rows_at_a_time(self) -> int:

@@ -97,6 +97,8 @@ class Trainer:
             )
         if s.checkpoint_activations:
             learning.refuse_recomputation(model)
+        if s.offload_activations and (why := s.no_offload("cuda" if self._on_gpu else "cpu")):
+            raise RefpeftError(why)
         if s.rows_at_a_time < s.batch and train.of_pairs_alone:
             raise RefpeftError("a batch's texts are compared with one another: leave micro_batch out, or give scores")
         if s.batch == 1 and train.of_pairs_alone:
@@ -177,7 +179,7 @@ class Trainer:
         from .cuda.steps import Steps
 
         s = self.settings
-        return Steps(self.model, self.flat, self.train, s.rows_at_a_time, self.total, s.capture)
+        return Steps(self.model, self.flat, self.train, s.rows_at_a_time, self.total, s.capture, s.offload_activations)
 
     def _due(self, every: int | None) -> bool:
         return every is not None and self.summary.steps % every == 0

@@ -74,6 +74,31 @@ def test_constants_with_a_parameter_inside_are_recorded():
     assert np.array_equal(w.grad, np.ones((4, 3)) @ x.data)
 
 
+def test_its_inputs_may_be_put_away_and_come_back_when_they_are_needed():
+    happened, places = [], []
+
+    def put_away(array):
+        places.append(array.copy())
+        happened.append("away")
+        return lambda: happened.append("back") or places.pop()
+
+    def fn(x):
+        happened.append("computed")
+        return ops.exp(x) * w
+
+    x, w = parameter(normal((3, 4))), parameter(normal((3, 4), 1))
+    plain = gradients(lambda: fn(x), x, w)
+    happened.clear()
+    out = checkpoint(fn, x, put_away=put_away)
+    assert happened == ["computed", "away"] and not any(part is x.data for part in out.node.saved[1])
+    x.node.grad = w.node.grad = None
+    out.backward(normal(out.shape, 5))
+    assert happened == ["computed", "away", "back", "computed"] and not places
+    assert same(plain, (out.data, x.grad, w.grad))
+    checkpoint(ops.exp, Tensor(x.data), put_away=put_away)
+    assert not places  # nothing is trained in there
+
+
 def test_nothing_trained_inside_is_a_constant():
     x = Tensor(normal((3, 4)))
     assert checkpoint(ops.exp, x).node is None

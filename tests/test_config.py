@@ -215,6 +215,14 @@ def test_a_set_without_key_or_value_is_refused(write, text):
         ("[train]\nsteps = 5\nwarmup = 6\n", "run.toml:4: train.warmup is 6 steps, more than the 5 of train.steps"),
         ("[train]\nwarmup = 1.5\n", "run.toml:3: train.warmup is 1.5: expected an integer or a value below 1"),
         ('dtype = "tf32"\n', "run.toml:2: dtype 'tf32' is for a GPU's tensor cores: choose device 'cuda' with it, or"),
+        (
+            "[train]\ncheckpoint_activations = true\noffload_activations = true\n",
+            "run.toml:4: train.offload_activations moves what checkpoints keep from a GPU's memory to the host's: ",
+        ),
+        (
+            'device = "cuda"\n[train]\noffload_activations = true\n',
+            "run.toml:4: train.offload_activations moves what checkpoints keep from a GPU's memory to the host's: set",
+        ),
         ('out = "data.jsonl"\n', "run.toml:2: out data.jsonl cannot be written: data.jsonl is a file"),
         ('out = "data.jsonl/run"\n', "run.toml:2: out data.jsonl/run cannot be written: /"),
         (

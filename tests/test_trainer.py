@@ -130,6 +130,12 @@ def test_rows_that_the_model_has_no_positions_for_are_refused_before_the_first_s
         Trainer(model, Batches(examples(), 4, 32), settings=Train(steps=1, batch=4))
 
 
+def test_offload_is_for_a_gpu_and_says_so():
+    settings = Train(batch=4, checkpoint_activations=True, offload_activations=True)
+    with pytest.raises(RefpeftError, match="from a GPU's memory to the host's: choose device 'cuda', or leave it out"):
+        trainer(settings)
+
+
 def test_early_stopping_counts_evaluations_without_a_better_loss(tmp_path):
     built = trainer(
         Train(steps=50, batch=4, lr=0.5, schedule="constant", eval_every=1, early_stop=3, best=True), out=tmp_path

@@ -76,7 +76,11 @@ def model(
 
 def low(name: str = "llama", quantizer: Quantizer | None = None, seed: int = 0, xp=np) -> Model:
     """The same with matrices and hidden states in bfloat16, as `--dtype bfloat16` has them on a GPU."""
-    found = model(name, "float32", quantizer, seed, xp)
+    return in_bfloat16(model(name, "float32", quantizer, seed, xp))
+
+
+def in_bfloat16(found: Model) -> Model:
+    """A model in float32, from now on with matrices and hidden states in bfloat16."""
     for weight in found.frozen.values():
         if isinstance(weight, Dense) and len(weight.shape) == 2:
             weight.array = weight.array.astype(bfloat16)

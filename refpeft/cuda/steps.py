@@ -14,6 +14,7 @@ from refpeft.backend import Array, bfloat16, to_host
 from refpeft.batches import Batches
 from refpeft.cuda import aside, graph, rooms
 from refpeft.cuda.ahead import Ahead
+from refpeft.cuda.offload import Offload
 from refpeft.models.base import Model
 from refpeft.optim import Flat
 from refpeft.placing import Placed, Placing
@@ -37,12 +38,23 @@ class Steps:
 
     total     how many there are: after the last one no further batch is prepared
     capture   whether steps become graphs
+    offload   whether what layers that are computed again keep lies on the host meanwhile
     """
 
-    def __init__(self, model: Model, flat: Flat, train: Batches, rows_at_a_time: int, total: int, capture: bool):
+    def __init__(
+        self,
+        model: Model,
+        flat: Flat,
+        train: Batches,
+        rows_at_a_time: int,
+        total: int,
+        capture: bool,
+        offload: bool = False,
+    ):
         self._model, self._flat, self._train, self._total = model, flat, train, total
         self._place = Placing(model, rows_at_a_time)
         self._ahead, self._graphs = Ahead(), graph.Graphs(cupy.cuda.get_current_stream(), capture)
+        self._offload = Offload() if offload else None
         self._sent: tuple[int, list[Placed], int, int] | None = None  # step, its parts, tokens, supervised
 
     def take(self, step: int, gradients: Gradients, update: Callable[[], None]) -> Taken:
@@ -60,7 +72,8 @@ class Steps:
             lowered = (
                 rooms.lowered(self._flat.values) if self._model.activations == bfloat16 else contextlib.nullcontext()
             )
-            with lowered, aside.gradients_aside(self._flat.grads):
+            away = self._offload.of(self._model) if self._offload else contextlib.nullcontext()
+            with lowered, aside.gradients_aside(self._flat.grads), away:
                 loss, norm = gradients(_over(parts, arrays), denominator)
             update()
             return cupy.stack((loss, norm))

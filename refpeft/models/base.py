@@ -78,6 +78,8 @@ class Model:
         """What is minimised, of a Batch and a denominator."""
         self.checkpointing = False
         """Whether a layer's activations are computed again in the backward pass."""
+        self.put_away: Callable[[Array], Callable[[], Array]] | None = None
+        """What puts a layer's input elsewhere until then: see tensor.checkpoint."""
         self._weights = weights
 
     # ---- building ----
@@ -342,7 +344,7 @@ class Model:
 
     def run(self, layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """layer(x), by recomputation where that is asked for."""
-        return checkpoint(layer, x) if self.checkpointing else layer(x)
+        return checkpoint(layer, x, put_away=self.put_away) if self.checkpointing else layer(x)
 
     # ---- counting ----
 
