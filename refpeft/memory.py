@@ -32,6 +32,7 @@ _SAMPLED = 2**20  # numbers of a weight that are quantized to learn how many byt
 _PACKED = 5 * 2**19  # bytes of what BLAS copies of matrices while it multiplies them, a thread
 _PLANNED = 2**22  # scores from which on attention is cuDNN's: see refpeft.cuda.attention
 _ON_GPU = 2**25  # bytes of what cuBLAS works with there, on each stream
+_BEHIND_LAYERS = 2  # arrays that are kept as long as inputs of layers: the last norm's input, and a gradient
 BEFORE_ACTIVATIONS = 4  # so many parts of `by_part` are there before a step and after it
 
 # ---- the model without its weights -----------------------------------------------------------------------------------
@@ -167,6 +168,7 @@ def by_part(
     dense, panel = (_largest_dense(model, config, quantized, rows) for rows in (None, PANEL))
     again = kept.layer if recompute and not here else 0  # is not there together with logits; the host keeps its memory
     activations_there = kept.recomputed - again if recompute else kept.kept
+    activations_there -= offloaded(config, model, tokens, kept)
     positions = each * (longest if model.read == "all" else 1)
     logits = shards * _logits(model, positions, here, narrow.itemsize)
     gradient = max((tensor.data.size for _, tensor in model.trained()), default=0)  # of a value, before it is added up
@@ -222,6 +224,15 @@ def activations(model: Model, step: Step, dtype: str) -> Activations:
         return Activations(round(step.kept * scale), None)
     layer = (step.kept - step.inputs) / layers
     return Activations(round(step.kept * scale), round((step.inputs + layer) * scale), round(layer * scale))
+
+
+def offloaded(config: RunConfig, model: Model, tokens: int, kept: Activations) -> int:
+    """Bytes of the inputs of layers that lie on the host in a step of so many tokens: of all but two."""
+    if not config.train.offload_activations or kept.recomputed is None:
+        return 0
+    one = tokens * model.config.dim * (bfloat16 if is_narrow(config) else COMPUTE_DTYPES[config.dtype]).itemsize
+    layers = (kept.recomputed - kept.layer) // one - _BEHIND_LAYERS
+    return max(0, layers - 2) * one
 
 
 def mixed_precision(trained: int, frozen: int = 0) -> dict[str, int]:
@@ -359,6 +370,10 @@ def lighter(train: Train, device: str, largest: str = "", quantized: bool = True
         "--set train.checkpoint_activations=true keeps only the inputs of layers": (
             "activations",
             not train.checkpoint_activations,
+        ),
+        "--set train.offload_activations=true keeps these inputs in the host's memory": (
+            "activations",
+            device == "cuda" and train.checkpoint_activations and not train.offload_activations,
         ),
         "--set train.threads=1 keeps gradients once, not for every thread": ("gradients", threads),
         "--set train.micro_batch=1 computes the same step one row at a time": ("activations", train.rows_at_a_time > 1),

@@ -6,6 +6,7 @@ Of the files of a model only the headers are read; a shape has no files at all.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -155,7 +156,8 @@ def plan(resolved: Resolved, resume: bool = False) -> Plan:
     batches = inputs.make_batches(config, rows, checkpoint.config)
     libraries = report.resident()  # now, before anything is probed
     shape = _shape(config, batches, checkpoint)
-    _, sizes = _sizes(resolved, checkpoint, *shape, read.task.name, read.task.labels, here=True)
+    model, sizes = _sizes(resolved, checkpoint, *shape, read.task.name, read.task.labels, here=True)
+    away = memory.offloaded(config, model, math.prod(shape), sizes["activations"])
     if config.device == "cpu":
         sizes["memory"] = {"Python and its libraries": libraries} | sizes["memory"]
     steps = config.train.total_steps(batches.steps_per_epoch)
@@ -170,7 +172,7 @@ def plan(resolved: Resolved, resume: bool = False) -> Plan:
         free=free,
         directory=str(directory),
         files=run.output_files(config),
-        notes=_here(config.device) + _advice(resolved, sizes["memory"], free),
+        notes=_here(config.device) + _on_host(away) + _advice(resolved, sizes["memory"], free),
     )
 
 
@@ -291,6 +293,11 @@ def _here(device: str) -> list[str]:
     """Why this is no machine for such a run, if it is not."""
     reason = doctor.obstacle() if device == "cuda" else None
     return [f"here device 'cuda' cannot be used: {reason}"] if reason else []
+
+
+def _on_host(away: int) -> list[str]:
+    """What a step keeps elsewhere."""
+    return [f"{report.size(away)} of activations lie in the host's memory, pinned"] if away else []
 
 
 def _advice(resolved: Resolved, parts: dict[str, int], free: int | None) -> list[str]:

@@ -223,6 +223,19 @@ def test_what_a_gpu_is_told_to_compute_again_is_kept_as_inputs_of_layers():
     assert part(shape("train.checkpoint_activations=true", rows=1), "activations") == pytest.approx(inputs, rel=0.01)
 
 
+def test_what_is_offloaded_is_not_on_the_gpu(resolve, monkeypatch):
+    """Of 32 layers' inputs two are there, that of the last norm, and the gradient of what it gives."""
+    again = "train.checkpoint_activations=true"
+    plans = [shape(again, f"train.offload_activations={on}", rows=1) for on in ("false", "true")]
+    there, away = (part(made, "activations") for made in plans)
+    assert away == pytest.approx(2 * (2 + 2) * 2048 * 4096, rel=0.05)
+    assert there - away == 2 * 30 * 2048 * 4096
+    tiny_files.write_model(Path("model"), num_hidden_layers=5)
+    monkeypatch.setattr(doctor, "obstacle", lambda: "there is no GPU: buy one")
+    made = plan.plan(resolve("device=cuda", again, "train.offload_activations=true"))
+    assert made.notes[1].endswith(" of activations lie in the host's memory, pinned")
+
+
 def test_a_layer_that_is_computed_again_takes_the_place_of_the_logits():
     """Of 8 rows of 2,048 tokens one layer keeps more than logits take, and needs as much again to compute with."""
     again, kept = (shape(f"train.checkpoint_activations={on}", rows=8) for on in ("true", "false"))
