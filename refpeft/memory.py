@@ -30,7 +30,9 @@ from refpeft.sites import Site
 
 _SAMPLED = 2**20  # numbers of a weight that are quantized to learn how many bytes it takes
 _PACKED = 5 * 2**19  # bytes of what BLAS copies of matrices while it multiplies them, a thread
+_OF_KL = 8  # arrays of the size of logits, in which a GPU works out KL(base || model)
 _PLANNED = 2**22  # scores from which on attention is cuDNN's: see refpeft.cuda.attention
+_STRETCHES = 2**24  # bytes at the ends of those of steps and of graphs: half of a chunk each (refpeft.cuda.stretch)
 _ON_GPU = 2**25  # bytes of what cuBLAS works with there, on each stream
 _BEHIND_LAYERS = 2  # arrays that are kept as long as inputs of layers: the last norm's input, and a gradient
 BEFORE_ACTIVATIONS = 4  # so many parts of `by_part` are there before a step and after it
@@ -170,13 +172,13 @@ def by_part(
     activations_there = kept.recomputed - again if recompute else kept.kept
     activations_there -= offloaded(config, model, tokens, kept)
     positions = each * (longest if model.read == "all" else 1)
-    logits = shards * _logits(model, positions, here, narrow.itemsize)
+    logits = shards * _logits(model, positions, here, narrow.itemsize, bool(config.train.kl) and not here)
     gradient = max((tensor.data.size for _, tensor in model.trained()), default=0)  # of a value, before it is added up
     behind = 0 if narrow == dtype else MARGIN
     layer = again + _working(model, rows, longest, here, behind) * narrow.itemsize  # nor are layers and logits
     working = max(shards * gradient * dtype.itemsize, layer - logits)
     made_dense = (shards * panel if here else dense) * narrow.itemsize
-    beside = shards * _PACKED if here else _ON_GPU
+    beside = shards * _PACKED if here else _ON_GPU + _STRETCHES
     if narrow != dtype:
         beside += _ON_GPU  # for gradients of values, beside the others
         beside += trained // 2 + _rooms(model) * narrow.itemsize  # values in bfloat16
@@ -244,13 +246,14 @@ def mixed_precision(trained: int, frozen: int = 0) -> dict[str, int]:
     return {"weights": 2 * (trained + frozen), "gradients": 2 * trained, "optimizer": 3 * 4 * trained}
 
 
-def _logits(model: Model, positions: int, here: bool, itemsize: int) -> int:
+def _logits(model: Model, positions: int, here: bool, itemsize: int, kl: bool) -> int:
     """Bytes of the logits of a shard that are there at once, and of what is made of them."""
     if not hasattr(model, "head"):
         return 0
     vocab, width = model.head.shape
-    if model.head.layers:  # an adapter's
-        return 2 * itemsize * min(max(fused.logits_at_once(here, itemsize), vocab), positions * vocab)
+    if kl or model.head.layers:  # the base's beside the model's, or an adapter's
+        made = _OF_KL * max(itemsize, np.dtype("f4").itemsize) if kl else 2 * itemsize
+        return made * min(max(fused.logits_at_once(here, itemsize), vocab), positions * vocab)
     if here:  # some words at a time: see refpeft.cpu.losses
         return itemsize * (min(fused.LOGITS_AT_ONCE, positions * min(vocab, WORDS)) + 3 * positions * width)
     return min(fused.LOGITS_ON_GPU, positions * vocab * itemsize)  # in place
