@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from contextvars import ContextVar
 from types import ModuleType
 from typing import Any
 
@@ -85,6 +87,28 @@ def matmul(a: Array, b: Array, out: Array | None = None) -> Array:
     if blas is None or not isinstance(a, blas.cupy.ndarray):
         return xp_of(a).matmul(a, b, out=out)
     return blas.product(a, b, out)
+
+
+_rounded_factors = ContextVar("rounded_factors", default=False)
+
+
+@contextlib.contextmanager
+def rounded_factors() -> Iterator[None]:
+    """Within it, a GPU may round factors of float32 to TF32, 10 bits behind the point: for results in bfloat16, with 7.
+
+    Factors that were bfloat16 are exact so, and sums stay float32: what is lost is in float32 values, and in what is
+    made of them on the way, such as a weight. The host rounds nothing.
+    """
+    token = _rounded_factors.set(True)
+    try:
+        yield
+    finally:
+        _rounded_factors.reset(token)
+
+
+def may_round_factors() -> bool:
+    """Whether this is within `rounded_factors`."""
+    return _rounded_factors.get()
 
 
 _TOGETHER = 8  # arrays: of more, CuPy brings the addresses from the host, which a captured step cannot

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from .backend import Array, bfloat16, cast, xp_of
+from .backend import Array, bfloat16, cast, rounded_factors, xp_of
 from .errors import RefpeftError
 from .tape import Again, Node, Slice, propagate, recording, state
 
@@ -307,16 +307,25 @@ _MIXED = {_float32, bfloat16}
 
 @functools.cache
 def _of_bfloat16(plain: Op) -> Op:
-    """The pair of `plain` for arrays of which some are bfloat16: it computes in float32, unless it only moves."""
+    """The pair of `plain` for arrays of which some are bfloat16: it computes in float32, unless it only moves.
+
+    Its products may round their factors (backend.rounded_factors), but not those of a loss, which stays float32.
+    """
     inside = bfloat16 if plain.moves else _float32
+    exactly = plain.moves or plain.float32
+
+    def context() -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if exactly or _plain.get() else rounded_factors()
 
     def forward(needs: tuple[bool, ...], *arrays: Any, **options: Any) -> tuple[Array, tuple]:
         dtypes = tuple([getattr(array, "dtype", None) for array in arrays])
-        out, saved = plain.forward(needs, *[_cast(array, inside) for array in arrays], **options)
+        with context():
+            out, saved = plain.forward(needs, *[_cast(array, inside) for array in arrays], **options)
         return _cast(out, _float32 if plain.float32 else bfloat16), (dtypes, *saved)
 
     def backward(g: Array, dtypes: tuple, *saved: Any) -> tuple:
-        grads = plain.vjp(_cast(g, inside), *saved)
+        with context():
+            grads = plain.vjp(_cast(g, inside), *saved)
         return tuple([_cast(each, dtype) for each, dtype in zip(grads, dtypes, strict=True)])
 
     pair = Op(forward, plain.name, float32=plain.float32)

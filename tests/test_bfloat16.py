@@ -1,5 +1,7 @@
 """bfloat16 in the autograd, on the host: pairs compute in float32, results are rounded once, values stay float32."""
 
+import contextlib
+
 import numpy as np
 import pytest
 import tiny
@@ -7,8 +9,8 @@ from cases import FUSED, OPS, Case, Place
 from variants import TO_FIT, needed_quantizer
 
 from refpeft import fused, manager, ops, sites
-from refpeft.backend import bfloat16
-from refpeft.tensor import Tensor, astype, parameter, plain
+from refpeft.backend import bfloat16, may_round_factors
+from refpeft.tensor import Tensor, astype, op, parameter, plain
 
 METHODS = sorted(name for name, listing in manager.catalogue().items() if listing.kind == "method")
 OPTIONS = TO_FIT | {"lora": {"dropout": 0.2}, "bitfit": {"create": True}}
@@ -49,6 +51,28 @@ def test_values_in_float32_keep_their_dtype_and_their_gradients_too(case: Case):
 def test_maths_on_values_alone_stays_in_float32():
     a, b = parameter(np.ones((2, 3), "f4")), Tensor(np.ones((3, 2), "f4"))
     assert (a @ b * 2.0).dtype == np.float32
+
+
+@pytest.mark.parametrize("dtype", [bfloat16, np.dtype("f4")], ids=str)
+@pytest.mark.parametrize("kind", ["an op", "one that moves", "a loss", "as it is defined"])
+def test_factors_may_be_rounded_where_results_are(kind: str, dtype: np.dtype):
+    """In a pair that is widened, both ways, and nowhere else."""
+    seen = []
+
+    @op(moves=kind == "one that moves", float32=kind == "a loss")
+    def look(needs, x):
+        seen.append(may_round_factors())
+        return x * 1, ()
+
+    @look.backward
+    def _(g):
+        seen.append(may_round_factors())
+        return (g,)
+
+    with plain() if kind == "as it is defined" else contextlib.nullcontext():
+        look(parameter(np.ones(3, dtype))).backward()
+    assert seen == [kind == "an op" and dtype == bfloat16] * 2
+    assert not may_round_factors()
 
 
 def test_numbers_do_not_widen_bfloat16():

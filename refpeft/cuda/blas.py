@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import cupy
 import numpy as np
 
-from refpeft.backend import Array, bfloat16
+from refpeft.backend import Array, bfloat16, may_round_factors
 from refpeft.errors import RefpeftError
 
 _WORKSPACE = 32 << 20  # bytes: NVIDIA's figure for Hopper
@@ -199,7 +199,9 @@ def _computed(dtype: np.dtype, alpha: float, add: bool) -> tuple[int, object, ob
     """(how cuBLAS computes with factors of this dtype, alpha, beta)."""
     if dtype == np.float64:
         return _FLOAT64, ctypes.byref(ctypes.c_double(alpha)), ctypes.byref(ctypes.c_double(add))
-    compute = _of_float32 if dtype == np.float32 else _FLOAT32
+    compute = _FLOAT32
+    if dtype == np.float32:
+        compute = _TF32 if may_round_factors() else _of_float32
     return compute, ctypes.byref(ctypes.c_float(alpha)), ctypes.byref(ctypes.c_float(add))
 
 

@@ -1,5 +1,6 @@
 """--dtype tf32: all is float32, but tensor cores round the factors of products to 10 bits behind the point."""
 
+import contextlib
 import shutil
 
 import cupy
@@ -9,11 +10,12 @@ import tiny
 import tiny_files
 
 import refpeft
-from refpeft import config, run, sites
-from refpeft.backend import bfloat16, to_host
+from refpeft import config, gates, run, sites, tensor
+from refpeft.backend import bfloat16, rounded_factors, to_host
 from refpeft.cuda import blas
 from refpeft.errors import RefpeftError
 from refpeft.files import read_safetensors
+from refpeft.tensor import parameter
 
 
 @pytest.fixture(autouse=True)
@@ -41,6 +43,40 @@ def test_in_tf32_factors_are_rounded_to_ten_bits_and_sums_are_not(leading: tuple
     assert off(blas.product(x.astype("f8"), y.astype("f8")), a @ b) < 2.0**-46
     blas.use_tf32(False)
     assert off(blas.product(x, y), a @ b) < 2.0**-18
+
+
+def test_an_op_that_is_widened_rounds_factors_and_no_other_does(monkeypatch):
+    """gated_linear has no pair for bfloat16: its result is as near to float64's as rounding it once allows."""
+    seen = []
+    computed = blas._computed
+    monkeypatch.setattr(blas, "_computed", lambda *args: seen.append(computed(*args)[0]) or computed(*args))
+    rng = np.random.default_rng(0)
+    x, g = (rng.standard_normal((64, size)).astype(bfloat16) for size in (96, 48))
+    w, log_alpha = (rng.standard_normal((48, 96)).astype("f4") for _ in range(2))
+
+    def work(*arrays):
+        leaves = [parameter(array) for array in arrays]
+        out = gates.gated_linear(*leaves, u=gates.MIDDLE)
+        out.backward((cupy if isinstance(out.data, cupy.ndarray) else np).asarray(g).astype(out.dtype))
+        return [out.data, *(leaf.grad for leaf in leaves)]
+
+    expected = work(*(array.astype("f8") for array in (x, w, log_alpha)))
+    there = list(map(cupy.asarray, (x, w, log_alpha)))
+    got = work(*there)
+    assert seen == [77, 77, 77]
+    assert [each.dtype for each in got] == [bfloat16, bfloat16, np.float32, np.float32]
+    assert off(got[0], expected[0]) < 2.0**-8 and off(got[1], expected[1]) < 2.0**-8
+    assert off(got[2], expected[2]) < 2.0**-18 and off(got[3], expected[3]) < 2.0**-18  # of factors that are exact
+    for arrays, context in (
+        (there, tensor.plain()),
+        ([array.astype("f4") for array in there], contextlib.nullcontext()),
+    ):
+        seen.clear()
+        with context:
+            work(*arrays)
+        assert seen == [68, 68, 68]
+    with rounded_factors():
+        assert blas._computed(np.dtype("f8"), 1.0, False)[0] == 70 and blas._computed(bfloat16, 1.0, False)[0] == 68
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "tf32", "float64"])
