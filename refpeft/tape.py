@@ -220,6 +220,6 @@ def _add_slice(node: Node, g: Slice) -> None:
     if node.grad is None:
         node.grad, node.own = g.whole(), True
         return
-    if node.op is not None and not node.own:
+    if node.op is not None and _open(node) is None:
         node.grad, node.own = node.grad.copy(), True
     arena.put(node.grad, g.key, g.g, add=True)
