@@ -42,7 +42,7 @@ def circulant_linear(needs, x, w):
     """
     _, ins, size = w.shape
     rows = _to_waves(x, ins, size)
-    y = _from_waves(rows @ _waves(w).conj().transpose(2, 1, 0), size)
+    y = _from_waves(matmul(rows, _waves(w).conj().transpose(2, 1, 0)), size)
     return y.reshape(*x.shape[:-1], -1), (x if needs[1] else None, w, needs[0])
 
 
@@ -51,9 +51,9 @@ def _(g, x, w, x_needed):
     outs, ins, size = w.shape
     rows, dx, dw = _to_waves(g, outs, size), None, None
     if x_needed:
-        dx = _from_waves(rows @ _waves(w).transpose(2, 0, 1), size).reshape(*g.shape[:-1], -1)
+        dx = _from_waves(matmul(rows, _waves(w).transpose(2, 0, 1)), size).reshape(*g.shape[:-1], -1)
     if x is not None:
-        products = rows.conj().transpose(0, 2, 1) @ _to_waves(x, ins, size)  # (frequencies, outs, ins)
+        products = matmul(rows.conj().transpose(0, 2, 1), _to_waves(x, ins, size))  # (frequencies, outs, ins)
         dw = xp_of(x).fft.irfft(products.transpose(1, 2, 0), size)
     return dx, dw
 
@@ -87,12 +87,7 @@ def _(g, x, c, places, shape, x_needed):
     dx = matmul(g, spectral_weight(c, places, shape)) if x_needed else None
     if x is None:
         return dx, None
-    dw = matmul(g.reshape(-1, shape[0]).T, x.reshape(-1, shape[1]))
-    down, across = places // shape[1], places % shape[1]
-    mirrored = across > shape[1] // 2  # the other half is the same, turned around
-    where_ = xp_of(g).where
-    down, across = where_(mirrored, -down % shape[0], down), where_(mirrored, shape[1] - across, across)
-    return dx, _cosines(dw)[down, across]
+    return dx, spectral_gradient(matmul(g.reshape(-1, shape[0]).T, x.reshape(-1, shape[1])), places)
 
 
 def spectral_weight(c: Array, places: Array, shape: tuple[int, int]) -> Array:
@@ -104,6 +99,16 @@ def spectral_weight(c: Array, places: Array, shape: tuple[int, int]) -> Array:
     half = _cosines(spectrum.reshape(shape))
     rest = xp.roll(half[::-1, (shape[1] - 1) // 2 : 0 : -1], 1, axis=0)
     return xp.concatenate((half, rest), axis=1)
+
+
+def spectral_gradient(dw: Array, places: Array) -> Array:
+    """The gradient of c (k,), by that of `spectral_weight`."""
+    height, width = dw.shape
+    down, across = places // width, places % width
+    mirrored = across > width // 2  # the other half is the same, turned around
+    where_ = xp_of(dw).where
+    down, across = where_(mirrored, -down % height, down), where_(mirrored, width - across, across)
+    return _cosines(dw)[down, across]
 
 
 def _cosines(matrix: Array) -> Array:

@@ -5,6 +5,7 @@ from refpeft.cuda import (  # noqa: F401  pairs register themselves
     adam,
     attention,
     blockwise,
+    changed,
     dropout,
     elementwise,
     gather,

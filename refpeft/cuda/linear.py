@@ -41,7 +41,7 @@ def frozen_linear(needs, x, bias=None, *, weight):
 
 @frozen_linear.backward(into=True)
 def _(g, weight, needs, bias, into):
-    dx = None if weight is None else _factor_gradient(g, low_weight(weight), into[0])
+    dx = None if weight is None else factor_gradient(g, low_weight(weight), into[0])
     return (dx, _column_sums(g, bias) if needs[1:] == (True,) else None)[: len(needs)]
 
 
@@ -54,7 +54,7 @@ def linear(needs, x, w, b=None):
 
 @linear.backward(into=True)
 def _(g, w, x, needs, dtypes, into):
-    dx = _factor_gradient(g, low(w), into[0], dtypes[0]) if needs[0] else None
+    dx = factor_gradient(g, low(w), into[0], dtypes[0]) if needs[0] else None
     dw = None if x is None else weight_gradient(g, x, into[1], dtypes[1])
     return (dx, dw, _column_sums(g, dtypes[2]) if needs[2:] == (True,) else None)[: len(needs)]
 
@@ -72,7 +72,7 @@ def addmm(needs, y, u, B, *, alpha, spare):
 
 @addmm.backward(into=True)
 def _(g, alpha, B, u, y_needed, B_dtype, u_dtype, into):
-    du = None if B is None else _factor_gradient(g, low(B), into[1], u_dtype, alpha)
+    du = None if B is None else factor_gradient(g, low(B), into[1], u_dtype, alpha)
     dB = None if u is None else weight_gradient(g, u, into[2], B_dtype, alpha)
     return g if y_needed else None, du, dB
 
@@ -93,7 +93,7 @@ def matmul(needs, a, b):
 def _(g, a_shape, a_dtype, b_shape, b_dtype, a, b, into):
     da = db = None
     if len(b_shape) == 2 and len(a_shape) > 2:  # one matrix for the whole stack: one product
-        da = None if b is None else _factor_gradient(g, low(b).T, into[0], a_dtype)
+        da = None if b is None else factor_gradient(g, low(b).T, into[0], a_dtype)
         db = None if a is None else weight_gradient(a, g, into[1], b_dtype)
         return da, db
     if b is not None:
@@ -108,7 +108,7 @@ def low_weight(weight: Callable[[], Array]) -> Array:
     return weight.low() if isinstance(weight, Frozen) else low(weight())
 
 
-def _factor_gradient(
+def factor_gradient(
     g: Array, w: Array, into: Array | None, dtype: np.dtype = bfloat16, alpha: float = 1.0
 ) -> Array | object:
     """alpha g @ w, of g (..., out) and w (out, in): (..., in), added to `into` where it can be."""
