@@ -20,8 +20,8 @@ from refpeft.errors import RefpeftError
 
 _WORKSPACE = 32 << 20  # bytes: NVIDIA's figure for Hopper
 _KEEP_FLOAT32_SUMS = 16  # CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION: also where a product is split along k
-_TYPES = {bfloat16: 14, np.dtype("f4"): 0, np.dtype("f8"): 1}  # cudaDataType
-_FLOAT32, _TF32, _FLOAT64 = 68, 77, 70  # cublasComputeType
+_TYPES = {np.dtype(name): number for name, number in (("f4", 0), ("f8", 1), (bfloat16, 14), ("c8", 4), ("c16", 5))}
+_FLOAT32, _TF32, _FLOAT64 = 68, 77, 70  # cublasComputeType; above, cudaDataType
 
 _of_float32 = _FLOAT32
 
@@ -197,12 +197,14 @@ def _check(status: int) -> None:
 
 def _computed(dtype: np.dtype, alpha: float, add: bool) -> tuple[int, object, object]:
     """(how cuBLAS computes with factors of this dtype, alpha, beta)."""
-    if dtype == np.float64:
-        return _FLOAT64, ctypes.byref(ctypes.c_double(alpha)), ctypes.byref(ctypes.c_double(add))
-    compute = _FLOAT32
+    compute = _FLOAT64 if dtype in (np.float64, np.complex128) else _FLOAT32
     if dtype == np.float32:
         compute = _TF32 if may_round_factors() else _of_float32
-    return compute, ctypes.byref(ctypes.c_float(alpha)), ctypes.byref(ctypes.c_float(add))
+    real = ctypes.c_double if compute == _FLOAT64 else ctypes.c_float
+    if dtype.kind == "c":
+        number = real * 2  # the second one, the imaginary part, is zero
+        return compute, ctypes.byref(number(alpha)), ctypes.byref(number(add))
+    return compute, ctypes.byref(real(alpha)), ctypes.byref(real(add))
 
 
 # ---- values in bfloat16 ----------------------------------------------------------------------------------------------

@@ -20,6 +20,9 @@ from refpeft.rng import Slots
 MOST = 16
 """Graphs that are kept; where more kinds of steps come, the one that was launched longest ago is dropped."""
 
+FFT_PLANS = 256
+"""Plans of cuFFT that are kept: CuPy keeps 16, and one that comes again would be made in a capture, which fails."""
+
 
 class Graphs:
     """The graphs of a run, by what its steps are told apart by.
@@ -32,6 +35,7 @@ class Graphs:
 
     def __init__(self, stream: cupy.cuda.Stream, wanted: bool = True):
         self._stream, self._wanted, self.refused = stream, wanted, ""
+        cupy.fft.config.get_plan_cache().set_size(FFT_PLANS)
         self._slots = Slots(cupy)
         self._met: set[Hashable] = set()
         self._captured: OrderedDict[Hashable, tuple[Any, Array, list[Any]]] = OrderedDict()
@@ -75,7 +79,9 @@ class Graphs:
             with _without_collections(), cupy.cuda.using_allocator(self._pool.malloc), capturing() as held:
                 stretch.give_back()  # what eager work needed, the graph needs now
                 with self._slots.recording():
-                    self._captured[key] = *self._graph_of(work), held
+                    graph, found = self._graph_of(work)
+                held += [node.plan for _, node in cupy.fft.config.get_plan_cache()]  # the graph writes to their memory
+                self._captured[key] = graph, found, held
         except Exception as error:  # whatever it is, it is the capture's: the same work was done before
             self.refused = str(error).partition("\n")[0] or type(error).__name__
         else:

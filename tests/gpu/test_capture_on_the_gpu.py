@@ -1,6 +1,9 @@
 """Training steps as CUDA graphs: the bits of eager steps, in every run, of every shape, and after an interruption."""
 
+import gc
+import types
 import warnings
+import weakref
 
 import cupy
 import numpy as np
@@ -27,7 +30,6 @@ NOT_CAPTURED = {
     "sparse_adapter": "sparse_adapter acts around",
     "adapterdrop": "adapterdrop draws",
     "adamix": "adamix draws",
-    "c3a": "cuBLAS",
 }
 """Methods whose steps stay eager, and what is said of it."""
 
@@ -145,6 +147,35 @@ def test_more_shapes_than_graphs_are_kept_of(launches, monkeypatch):
     captured = run(fresh(), rows, group_by_length=True)
     assert launches["captures"] > 2
     assert_same(captured, run(fresh(), rows, group_by_length=True, capture=False))
+
+
+def test_a_graph_holds_the_plans_of_its_transforms(monkeypatch):
+    """CuPy's cache may drop them, and their memory with them."""
+
+    class Plan:
+        pass
+
+    def cached():
+        return Cache([("key", types.SimpleNamespace(plan=plan)) for plan in plans])
+
+    class Cache(list):
+        def set_size(self, size: int) -> None:
+            assert size >= graph.MOST
+
+    plans = [Plan(), Plan()]
+    monkeypatch.setattr(cupy.fft, "config", types.SimpleNamespace(get_plan_cache=cached))
+    dropped = [weakref.ref(plan) for plan in plans]
+    stream = cupy.cuda.Stream(non_blocking=True)
+    with stream:
+        graphs, array = graph.Graphs(stream), cupy.zeros(3, "f4")
+        for step in range(2):
+            graphs.run("key", step, lambda: array + 1)
+        plans.clear()
+        gc.collect()
+        assert len(graphs) == 1 and all(plan() for plan in dropped)
+        graphs.give_back()
+    gc.collect()
+    assert not any(plan() for plan in dropped)
 
 
 @pytest.mark.parametrize(

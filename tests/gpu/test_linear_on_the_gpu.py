@@ -64,6 +64,27 @@ def test_batches_of_products_broadcast_and_may_be_views(dtype: str):
     close(blas.product(x[:, :1], y), a[:, :1] @ b, EPS[dtype], 4)
 
 
+@pytest.mark.parametrize("dtype, eps", [("complex64", EPS["float32"]), ("complex128", EPS["float64"])])
+def test_products_of_complex_numbers(dtype: str, eps: float):
+    """Of any two layouts, single ones and batches, scaled and added up."""
+    rng = np.random.default_rng(0)
+    a, b = (rng.standard_normal(shape) + 1j * rng.standard_normal(shape) for shape in ((3, 6, 8), (3, 8, 5)))
+    x, y = cupy.asarray(a).astype(dtype), cupy.asarray(b).astype(dtype)
+    turned = cupy.asarray(b.swapaxes(1, 2).copy()).astype(dtype).swapaxes(1, 2)
+    apart = cupy.asarray(a.transpose(1, 2, 0).copy()).astype(dtype).transpose(2, 0, 1)  # no unit stride in a matrix
+    out = cupy.ones((3, 6, 5), dtype)
+    blas.product(x, y, out=out, alpha=-0.5, add=True)
+    for got, expected in [
+        (blas.product(x, y), a @ b),
+        (blas.product(apart, turned), a @ b),
+        (blas.product(x[0], turned[0]), a[0] @ b[0]),
+        (blas.product(x[1], y[2]), a[1] @ b[2]),
+        (out, 1 - 0.5 * (a @ b)),
+    ]:
+        assert got.dtype == dtype and got.shape == expected.shape
+        assert np.abs(to_host(got) - expected).max() <= 8 * eps * np.abs(expected).max()
+
+
 def test_nothing_is_added_up_where_there_is_nothing():
     empty = blas.product(cupy.zeros((3, 0), bfloat16), cupy.zeros((0, 2), bfloat16))
     assert empty.shape == (3, 2) and not to_host(empty).any()
