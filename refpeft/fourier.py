@@ -5,6 +5,7 @@ from __future__ import annotations
 from math import prod
 
 from .backend import Array, matmul, xp_of
+from .ops import reshape
 from .rng import Stream
 from .tensor import Tensor, op
 
@@ -153,7 +154,7 @@ def fastfood_from_seed(x: Tensor, shape: tuple[int, ...], seed: int, name: str) 
     n = 1 << (max(size, len(x.data)) - 1).bit_length()
     signs, order, gauss = (Stream(seed, name, what, xp=xp) for what in ("signs", "order", "gauss"))
     signs, gauss = (signs.bits(n) & 1).astype("i1") * 2 - 1, gauss.standard_normal(n).astype("f4")
-    return fastfood(x, signs=signs, order=order.permutation(n), gauss=gauss, size=size).reshape(*shape)
+    return reshape(fastfood(x, signs=signs, order=order.permutation(n), gauss=gauss, size=size), shape=shape)
 
 
 def _length(gauss: Array, size: int) -> Array:
