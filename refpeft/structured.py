@@ -10,7 +10,7 @@ from types import ModuleType
 import numpy as np
 
 from . import ops
-from .backend import Array, xp_of
+from .backend import Array, bfloat16, xp_of
 from .errors import RefpeftError
 from .tensor import Tensor
 
@@ -69,9 +69,17 @@ def times_blocks(x: Tensor, blocks: Tensor) -> Tensor:
     return (parts @ blocks).transpose(1, 0, 2).reshape(*x.shape)
 
 
+_DENSE = 2**22
+"""Numbers up to which a Kronecker product of matrices is made, for bfloat16: tensor cores take less time for it than for
+products of so few columns, or such long sums, as those of its factors are, with the copies between."""
+
+
 def kron_linear(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """x @ kron(a, b).T, without the product: x (..., columns of a times columns of b)."""
+    """x @ kron(a, b).T, without that product where it is large: x (..., columns of a times columns of b)."""
     rows, columns = x.shape[:-1], (a.shape[1], b.shape[1])
+    if x.dtype == bfloat16 and a.data.size * b.data.size <= _DENSE:
+        whole = a.reshape(a.shape[0], 1, a.shape[1], 1) * b.reshape(1, b.shape[0], 1, b.shape[1])
+        return ops.linear(x, whole.reshape(a.shape[0] * b.shape[0], -1))
     swap = (*range(len(rows)), len(rows) + 1, len(rows))
     x = ops.linear(ops.reshape(x, shape=(*rows, *columns)), b)
     x = ops.linear(ops.transpose(x, axes=swap), a)

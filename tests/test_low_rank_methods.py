@@ -7,7 +7,8 @@ import pytest
 import tiny
 from variants import quantizer
 
-from refpeft import adapters, manager, sites
+from refpeft import adapters, manager, sites, structured
+from refpeft.backend import bfloat16
 from refpeft.errors import RefpeftError
 from refpeft.structured import kron_linear
 from refpeft.tensor import parameter
@@ -82,6 +83,24 @@ def test_a_product_with_a_kronecker_product_needs_none():
     tensors = [parameter(array) for array in (x, a, b)]
     assert np.allclose(kron_linear(*tensors).data, x @ np.kron(a, b).T, atol=1e-14)
     assert np.allclose(kron_linear(parameter(x[0, 0]), a, b).data, np.kron(a, b) @ x[0, 0], atol=1e-14)
+
+
+@pytest.mark.parametrize("most", [0, 2**22])
+def test_a_kronecker_product_in_bfloat16_is_made_where_it_is_small(monkeypatch, most):
+    monkeypatch.setattr(structured, "_DENSE", most)
+    draw = np.random.default_rng(0)
+    x, a, b = (draw.standard_normal(shape).astype("f4") for shape in ((2, 5, 12), (2, 3), (5, 4)))
+    tensors = parameter(x.astype(bfloat16)), parameter(a), parameter(b)
+    y = kron_linear(*tensors)
+    y.backward(np.ones((2, 5, 10), bfloat16))
+    exact = [parameter(each.astype("f8")) for each in (tensors[0].data, a, b)]
+    expected = kron_linear(*exact)
+    expected.backward(np.ones((2, 5, 10)))
+    assert (y.node.op.name == "linear") == (most > 0) and y.dtype == bfloat16
+    assert np.abs(y.data.astype("f8") - expected.data).max() < 2.0**-6 * np.abs(expected.data).max()
+    for one, other, dtype in zip(tensors, exact, (bfloat16, "f4", "f4"), strict=True):
+        assert one.grad.dtype == dtype
+        assert np.abs(one.grad.astype("f8") - other.grad).max() < 2.0**-6 * np.abs(other.grad).max()
 
 
 def test_a_delora_update_is_no_longer_than_its_strength():
