@@ -70,8 +70,8 @@ def times_blocks(x: Tensor, blocks: Tensor) -> Tensor:
 
 
 _DENSE = 2**22
-"""Numbers up to which a Kronecker product of matrices is made, for bfloat16: tensor cores take less time for it than for
-products of so few columns, or such long sums, as those of its factors are, with the copies between."""
+"""Numbers up to which a Kronecker product is made, for bfloat16: tensor cores take less time for it than for products
+of so few columns, or such long sums, as those of its factors are, with the copies between."""
 
 
 def kron_linear(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
