@@ -1,6 +1,7 @@
 """Memory in one stretch of addresses: pieces of all sizes share it, it is given back, and graphs work in it."""
 
 import gc
+import weakref
 
 import cupy
 import numpy as np
@@ -76,14 +77,22 @@ def test_memory_of_another_stream_lies_beside_it(pool):
     assert pool.total_bytes() == 0
 
 
-def test_more_than_there_is_is_a_memory_error_and_changes_nothing(pool):
-    total = cupy.cuda.runtime.memGetInfo()[1]
+def test_more_than_there_is_is_a_memory_error_and_changes_nothing(pool, monkeypatch):
+    real, most = Addresses._map, 4
+
+    def scarce(self, chunk):
+        if self.held >= most * CHUNK:
+            raise MemoryError("no memory is left")
+        real(self, chunk)
+
+    monkeypatch.setattr(Addresses, "_map", scarce)
     with cupy.cuda.using_allocator(pool.malloc):
-        array = cupy.full(CHUNK, 5, np.uint8)
+        array, other = cupy.full(CHUNK, 5, np.uint8), cupy.full(2 * CHUNK, 6, np.uint8)
         with pytest.raises(MemoryError, match="no memory is left"):
-            cupy.empty(total, np.uint8)
-        assert has(array, 5) and has(cupy.full(CHUNK, 6, np.uint8), 6)
-    assert pool.total_bytes() <= 4 * CHUNK
+            cupy.empty(4 * CHUNK, np.uint8)
+        assert has(array, 5) and has(other, 6) and pool.total_bytes() <= most * CHUNK
+        del array, other
+        assert has(cupy.full(3 * CHUNK, 7, np.uint8), 7)
 
 
 def test_it_grows_while_a_graph_is_captured(pool, stream):
@@ -100,21 +109,14 @@ def test_it_grows_while_a_graph_is_captured(pool, stream):
             assert has(y, 6 + 3 * number)
 
 
-def test_it_is_gone_with_its_last_user(pool, stream, monkeypatch):
-    """Counted are this process's chunks: the device has other users, too."""
-    there = []
-    mapped, unmapped = Addresses._map, Addresses._unmap
-    monkeypatch.setattr(Addresses, "_map", lambda self, chunk: (mapped(self, chunk), there.append(chunk)))
-    monkeypatch.setattr(Addresses, "_unmap", lambda self, chunk: (unmapped(self, chunk), there.pop()))
-    for _ in range(3):
-        found = stretch.pool(stream)
-        with cupy.cuda.using_allocator(found.malloc):
-            cupy.zeros(64 * MIB, np.uint8)
-        stream.synchronize()
-        assert len(there) >= 64 * MIB // CHUNK
-        del found
-        gc.collect()
-        assert not there
+def test_it_is_gone_with_its_last_user(pool, stream):
+    found = stretch.Stretch(stream)
+    with cupy.cuda.using_allocator(found.malloc):
+        cupy.zeros(4 * CHUNK, np.uint8)
+    addresses = weakref.ref(found._addresses)
+    del found
+    gc.collect()
+    assert addresses() is None  # which gave back what it held
 
 
 def test_work_of_a_run_is_in_one_stretch_and_another_choice_is_left_alone(pool, stream):
