@@ -18,7 +18,7 @@ import cupy
 
 from refpeft import fused, ops
 from refpeft.backend import Array, bfloat16
-from refpeft.cuda import aside, blas, margins, rooms
+from refpeft.cuda import aside, blas, margins, narrow, rooms
 from refpeft.cuda.blas import low, product
 from refpeft.cuda.linear import low_weight, rows_of, weight_gradient, write_bias
 from refpeft.cuda.rooms import Factors, Part, Room
@@ -191,8 +191,7 @@ def _(g, x, u, room, x_needed, into):
     if u is not None:
         du = margins.scratch(g, u.shape[-1])
         du = cupy.empty(u.shape, bfloat16) if du is None else du
-        product(rows_of(g), room.up, out=rows_of(du))
-        values = _value_gradients(g, du, x, u, room, into[1:])
+        values = _narrow_products(g, du, x, u, room, into[1:])
     if not x_needed:
         return None, *values
     adds = into[0] is not None and margins.step(into[0]) is not None
@@ -206,32 +205,36 @@ def _(g, x, u, room, x_needed, into):
     return ADDED if adds else dx, *values
 
 
-def _value_gradients(g: Array, du: Array, x: Array, u: Array, room: Room, into: tuple) -> list[Array | object]:
-    """The gradients of A and B of each layer in turn."""
+def _narrow_products(g: Array, du: Array, x: Array, u: Array, room: Room, into: tuple) -> list[Array | object]:
+    """Fills du; the gradients of A and B of each layer in turn."""
+    g, du, x, u = map(rows_of, (g, du, x, u))
     alpha = room.alpha
-    if alpha is not None and all(array is not None and array.flags.c_contiguous for array in into):
-        aside.run(lambda: _add_products(g, du, x, u, alpha, *into), into[0], du, x, g, u)
-        return [ADDED, ADDED]
-    both, dA, dB = room.blank_gradients()
+    direct = alpha is not None and all(array is not None and array.flags.c_contiguous for array in into)
+    if direct:
+        dA, dB = into
+    else:
+        (whole, dA, dB), alpha = room.blank_gradients(), 1.0
+    one_pass = narrow.both_ways(g, u, room.up, du, dB, room.widths, room.ranks, alpha, direct)
+    if not one_pass:
+        product(g, room.up, out=du)
 
     def compute() -> None:
-        product(rows_of(du).T, rows_of(x), out=dA)
-        product(rows_of(g).T, rows_of(u), out=dB)
+        product(du.T, x, out=dA, add=direct)
+        if not one_pass:
+            product(g.T, u, out=dB, alpha=alpha, add=direct)
 
     def add() -> None:
         compute()
-        room.add_gradients(both, into)
+        room.add_gradients(whole, into)
 
-    if room.adds_gradients(into):
-        aside.run(add, into[0], both, du, x, g, u)
-        return [ADDED] * len(into)
-    compute()
-    return room.gradients(dA, dB)
-
-
-def _add_products(g: Array, du: Array, x: Array, u: Array, alpha: float, dA: Array, dB: Array) -> None:
-    product(rows_of(du).T, rows_of(x), out=dA, add=True)
-    product(rows_of(g).T, rows_of(u), out=dB, alpha=alpha, add=True)
+    if direct:
+        aside.run(compute, into[0], du, x, g, u)
+    elif room.adds_gradients(into):
+        aside.run(add, into[0], whole, du, x, g, u)
+    else:
+        compute()
+        return room.gradients(dA, dB)
+    return [ADDED] * len(into)
 
 
 # ---- the columns of one result ---------------------------------------------------------------------------------------
