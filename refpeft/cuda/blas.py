@@ -3,9 +3,10 @@
 Products of bfloat16 add up in float32, and may be wanted in float32; factors of float32 may be rounded to TF32. Frozen
 and trained values meet here: `low` gives the bfloat16 copy of float32 values that a product takes.
 
-How a product is computed is left to cuBLAS. On an H200 (cuBLAS 13.1, the products of a step of LoRA on Llama-3.2-1B) the
-best of 16 candidates of cublasLt for each, with four times the workspace too, are 4 % faster for some milliseconds; in
-steps, which keep that GPU at its limit of 700 W, they are not: 8192^3 begins at 800 TFLOP/s and goes on at 685.
+How a product is computed is left to cuBLAS. On an H200 (cuBLAS 13.1; the products of a step of LoRA on Llama-3.2-1B)
+the best of 16 candidates of cublasLt for each, with four times the workspace too, are 4 % faster for some milliseconds.
+One after the other for seconds they are not: that GPU is at its limit of power then, and 8192^3, which began at 800
+TFLOP/s, goes on at 685.
 """
 
 from __future__ import annotations
