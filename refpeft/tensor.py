@@ -243,7 +243,7 @@ class Op:
         return self.alone(*inputs, **options)
 
     def alone(self, *inputs: Tensor | Array | float | None, **options: Any) -> Tensor:
-        """The op, not together with others."""
+        """The op, not together with others. One that takes over memory is only called by __call__: see _spare."""
         tensors = [x for x in inputs if isinstance(x, Tensor)]
         if not tensors:
             raise RefpeftError(f"{self.name}: expected at least one Tensor among {_describe(inputs)}")

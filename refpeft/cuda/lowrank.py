@@ -36,17 +36,6 @@ class _Layer:
         self.values: tuple[Tensor, ...] = ()
         self.result: Pending | None = None
 
-    def frozen(self, x: Tensor) -> Tensor:
-        """What it gives without the factors."""
-        inputs = (x,) if self.part.bias is None else (x, self.part.bias)
-        return fused.frozen_linear.alone(*inputs, weight=self.part.weight)
-
-    def alone(self, x: Tensor) -> Tensor:
-        if not self.values:
-            return self.frozen(x)
-        A, B = self.values
-        return _single(x, self.part, ops.linear.alone(x, A), B, self.part.factors.alpha)
-
 
 class _Readers:
     """Layers that read the same x, and wait until one of them is asked for."""
@@ -54,47 +43,74 @@ class _Readers:
     def __init__(self, x: Tensor):
         self.x, self.recording = x, state.recording
         self.waiting: list[_Layer] = []
+        self._frozen: dict[tuple[int, int], Tensor] = {}  # by weight and bias, what is there without factors
 
     def add(self, part: Part) -> Pending:
         """The result of one layer more."""
         layer = _Layer(part)
         self.waiting.append(layer)
-        layer.result = self._pending(fused.frozen_linear, layer, partial(self._frozen, layer))
+        layer.result = self._pending(fused.frozen_linear, layer, partial(self._computed, layer, True))
         return layer.result
 
     def add_factors(self, layer: _Layer, A: Tensor, B: Tensor, alpha: float) -> Pending:
         """The result of a layer that waits, with these factors; without them it still can be asked for."""
         layer.part.factors, layer.values = Factors(A.data, B.data, alpha), (A, B)
-        layer.result = self._pending(fused.addmm, layer, partial(self._computed, layer))
+        layer.result = self._pending(fused.addmm, layer, partial(self._computed, layer, False))
         return layer.result
 
     def _pending(self, op: Op, layer: _Layer, compute: Any) -> Pending:
         shape = (*self.x.shape[:-1], layer.part.weight.shape[0])
         return Pending(op, compute, shape, bfloat16, (self, layer))
 
-    def _frozen(self, layer: _Layer) -> Tensor:
-        return layer.frozen(self.x) if layer.values else self._computed(layer)
+    def _computed(self, layer: _Layer, bare: bool) -> Tensor:
+        """What a layer gives, `bare` of its factors or with them. Others that wait are computed with it, where they can
+        be one product."""
+        if bare and layer.values:
+            return self._frozen_of(layer.part)
+        others = [each.part for each in self.waiting if each is not layer]
+        if layer in self.waiting and not self._has(layer.part) and not any(_same(layer.part, each) for each in others):
+            for chosen in (self.waiting, [layer]):
+                made = _together(self.x, chosen)
+                if made is not None:
+                    result = made[chosen.index(layer)]
+                    for each, its_result in zip(list(chosen), made, strict=True):
+                        each.result.becomes(its_result)
+                        self.leave(each)
+                    return result
+        if layer in self.waiting:
+            self.leave(layer)
+        return self._alone(layer)
 
-    def _computed(self, layer: _Layer) -> Tensor:
-        """What a layer gives. Others that wait are computed with it, where they can be one product."""
-        if layer not in self.waiting:
-            return layer.alone(self.x)
-        for chosen in (self.waiting, [layer]):
-            made = _together(self.x, chosen)
-            if made is not None:
-                result = made[chosen.index(layer)]
-                for each, its_result in zip(list(chosen), made, strict=True):
-                    each.result.becomes(its_result)
-                    self.leave(each)
-                return result
-        self.leave(layer)
-        return layer.alone(self.x)
+    def _alone(self, layer: _Layer) -> Tensor:
+        part = layer.part
+        if not layer.values:
+            return self._frozen_of(part)
+        (A, B), alpha = layer.values, part.factors.alpha
+        u = ops.linear.alone(self.x, A)
+        if self._has(part) or any(_same(part, each.part) for each in self.waiting):  # one product for both
+            return fused.addmm(self._frozen_of(part), u, B, alpha=alpha)
+        return _single(self.x, part, u, B, alpha)
+
+    def _frozen_of(self, part: Part) -> Tensor:
+        """x weight^T + bias, as often as it is asked for."""
+        key = id(part.weight), id(part.bias)
+        if key not in self._frozen:
+            inputs = (self.x,) if part.bias is None else (self.x, part.bias)
+            self._frozen[key] = fused.frozen_linear.alone(*inputs, weight=part.weight)
+        return self._frozen[key]
+
+    def _has(self, part: Part) -> bool:
+        return (id(part.weight), id(part.bias)) in self._frozen
 
     def leave(self, layer: _Layer) -> None:
         """Says that a layer waits no longer."""
         self.waiting.remove(layer)
         if not self.waiting and self in _latest:
             _latest.clear()  # which keeps x
+
+
+def _same(part: Part, other: Part) -> bool:
+    return part.weight is other.weight and part.bias is other.bias
 
 
 _latest: list[_Readers] = []  # the readers that the last layer was added to

@@ -58,7 +58,9 @@ def behind(array):
 
 @pytest.mark.parametrize("passes", [1, 2])
 @pytest.mark.parametrize("margin", [False, True])
-@pytest.mark.parametrize("options", [{}, {"bias": True}, {"rows": (64,), "width": 64, "r": 16}, {"trained_x": False}])
+@pytest.mark.parametrize(
+    "options", [{}, {"bias": True}, {"rows": (64,), "width": 64, "r": 16}, {"trained_x": False}, {"r": 1}, {"r": 11}]
+)
 def test_it_is_one_op_with_the_values_and_gradients_of_two(options: dict, margin: bool, passes: int):
     """With room behind the rows of x and g, or without; also where the weight has room from an earlier pass."""
     problem = Problem(**options)
@@ -132,7 +134,10 @@ def backward(outputs: list[Tensor], gradients: list) -> None:
 
 
 @pytest.mark.parametrize("side_by_side", [True, False])
-@pytest.mark.parametrize("options", [{}, {"bias": True}, {"ranks": (8, 8, 8)}, {"ranks": (0, 8), "widths": (16, 16)}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"bias": True}, {"ranks": (8, 8, 8)}, {"ranks": (0, 8), "widths": (16, 16)}, {"ranks": (3, 12, 1)}],
+)
 def test_layers_that_read_the_same_rows_are_one_product(options: dict, side_by_side: bool):
     """Their gradients come as columns of one array, or not; in the second pass values come by the launch for all."""
     problem = Siblings(**options)
@@ -181,6 +186,29 @@ def test_what_waits_is_computed_where_something_else_asks_for_it():
         assert y.node.op is not lowrank.single
         (y + doubled).backward()
     assert problem.x.grad.shape == problem.x.shape
+
+
+@pytest.mark.parametrize("first", ["with", "without"])
+def test_a_layer_that_is_wanted_with_factors_and_without_is_one_product(monkeypatch, first: str):
+    """As in DoRA, which takes the frozen layer's result apart."""
+    problem, made = Problem(), []
+    alone = fused.frozen_linear.alone
+    monkeypatch.setattr(fused.frozen_linear, "alone", lambda *a, **k: made.append(alone(*a, **k)) or made[-1])
+    expected = problem.expected()
+    made.clear()
+    before = problem.weight.array
+    with rooms.lowered(problem.flat.values):
+        problem.x.data = behind(problem.x.data)
+        frozen = fused.frozen_linear(problem.x, weight=problem.weight)
+        both = fused.addmm(frozen, ops.linear(problem.x, problem.A), problem.B, alpha=1.5)
+        again = fused.frozen_linear(problem.x, weight=problem.weight)
+        y = both * 2.0 - frozen - again if first == "with" else (again + frozen) * -1.0 + both * 2.0
+        y.backward(cupy.asarray(problem.g).astype(bfloat16))
+    assert len(made) == 1 and problem.weight.array is before
+    plain = problem.exact["x"] @ problem.w.T
+    close(y.data, 2 * (expected["y"] - plain), EPS["bfloat16"], 8)  # of larger numbers' difference
+    for name, leaf in {"A": problem.A, "B": problem.B}.items():
+        close(leaf.grad, 2 * expected[name], EPS["bfloat16"], 3)
 
 
 def test_another_input_of_the_factors_has_its_own_gradient():
