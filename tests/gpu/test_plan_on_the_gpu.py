@@ -57,6 +57,8 @@ def folder(tmp_path_factory):
         pytest.param((*ALL_LINEAR, *QLORA, "--batch", "4", *AGAIN), id="qlora, recomputed"),
         pytest.param(("--batch", "8", "--set", "train.capture=false"), id="q and v, no graph"),
         pytest.param((*ALL_LINEAR, "--batch", "8", "--dtype", "float32"), id="lora, float32"),
+        pytest.param((*ALL_LINEAR, "--batch", "8", "--set", "train.kl=0.5"), id="lora, kl"),
+        pytest.param(("--method", "full", "--batch", "8"), id="full"),
     ],
 )
 def test_a_run_takes_what_was_planned(options, folder, tmp_path):
