@@ -276,9 +276,9 @@ def _rooms(model: Model) -> int:
         A, B = map(layer.values.get, "AB")
         if layer.site.kind != "linear" or layer.site.quantized or A is None or B is None:
             continue
-        rank, trained = A.shape[0], A.node is not None and B.node is not None
-        if trained and (A.ndim, B.shape[1:]) == (2, (rank,)) and rank % 8 == 0 and rank <= MARGIN:
-            found += A.data.size + B.data.size
+        rank, trained = -(-A.shape[0] // 8) * 8, A.node is not None and B.node is not None
+        if trained and (A.ndim, B.shape[1:]) == (2, A.shape[:1]) and rank <= MARGIN:
+            found += rank * (A.shape[1] + B.shape[0])
     return found
 
 
