@@ -46,18 +46,12 @@ def run(model: Model, offload: bool, **settings) -> Trainer:
 @pytest.mark.parametrize("settings", [{}, {"micro_batch": 1}, {"kl": 0.5}], ids=str)
 def test_steps_have_the_bits_of_those_that_keep_all_there_captured_and_eager(launches, low: bool, settings):  # noqa: F811
     stays, moves, eager = (
-        run(fresh(low=low), offload, capture=capture, **settings)
+        run(fresh(low=low, dropout=0.2), offload, capture=capture, **settings)
         for offload, capture in ((False, True), (True, True), (True, False))
     )
     assert launches["captures"] >= 2 and launches["runs"] >= 2
     assert_same(moves, stays)
     assert_same(moves, eager)
-
-
-@pytest.mark.parametrize("capture", [False, True])
-@pytest.mark.parametrize("low", [False, True], ids=["float32", "bfloat16"])
-def test_masks_of_dropout_are_the_same_when_a_layer_is_computed_again(low: bool, capture: bool):
-    assert_same(*(run(fresh(low=low, dropout=0.2), offload, capture=capture) for offload in (True, False)))
 
 
 @pytest.mark.parametrize("method", ["prefix_tuning", "prompt_tuning", "top_layers", "houlsby"])
