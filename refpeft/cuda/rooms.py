@@ -8,7 +8,8 @@ weight, and A of each below all (see refpeft.cuda.margins):
     A1   .     .
     A2   .     .
 
-A weight moves there when it is first used so. What is trained is copied there at the start of every pass.
+Each factor's place has a rank that is a multiple of 8, of zeros where the factor's is not. A weight moves there when it
+is first used so. What is trained is copied there at the start of every pass.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ class Part:
 
     @property
     def rank(self) -> int:
-        return 0 if self.factors is None else len(self.factors.A)
+        """That of the place of the factors."""
+        return 0 if self.factors is None else -(-len(self.factors.A) // 8) * 8
 
 
 class Room:
@@ -74,12 +76,12 @@ class Room:
         self.whole, self.forward, self.backward = whole, whole[:out], whole[:, :width]
         self.down, self.up = whole[out:, :width], whole[:out, width + offset :]
         self.bias = _joined([part.bias for part in parts], self.widths)
-        self._places: list[tuple[slice, slice, Factors]] = []  # rows of W and ranks, of the parts that have factors
+        self._places: list[tuple[slice, slice, Factors]] = []  # rows of W, and ranks, of the factors that there are
         for part, rows, ranks in zip(parts, _slices(self.widths), _slices(self.ranks), strict=True):
             self.forward[rows, :width] = part.weight.low()
             part.weight.array = self.forward[rows, :width]
             if part.factors is not None:
-                self._places.append((rows, ranks, part.factors))
+                self._places.append((rows, slice(ranks.start, ranks.start + len(part.factors.A)), part.factors))
         cupy.get_default_memory_pool().free_all_blocks()  # where the weights were, which fits nothing else
         self.key = _key(parts, offset)
         self._tables: dict[tuple[int, ...], tuple[Array, int]] = {}
@@ -99,8 +101,9 @@ class Room:
 
     @property
     def alpha(self) -> float | None:
-        """That of the only factors; None where there are others, or none."""
-        return self._places[0][2].alpha if len(self._places) == len(self.widths) == 1 else None
+        """That of the only factors, which fill their place; None where there are others, or none."""
+        alone = len(self._places) == len(self.widths) == 1 and len(self._places[0][2].A) == len(self.down)
+        return self._places[0][2].alpha if alone else None
 
     def blank_gradients(self) -> tuple[Array, Array, Array]:
         """(one empty array, and as its parts: for dA (r, in) = du^T x and for dB (out, r) = g^T u), all in float32."""
@@ -194,7 +197,7 @@ def is_trained(values: Array) -> bool:
 
 
 def _fits(part: Part) -> bool:
-    if not isinstance(part.weight, Dense) or part.weight.shape[0] % 8 or part.rank % 8:
+    if not isinstance(part.weight, Dense) or part.weight.shape[0] % 8:
         return False
     return part.factors is None or (is_trained(part.factors.A) and is_trained(part.factors.B))
 
