@@ -97,7 +97,7 @@ def test_memory_is_where_it_was_asked_for_and_not_taken_away(asked, most):
                 found.provide(START + first, last - first)
                 there = wanted
             else:
-                with pytest.raises(MemoryError, match="no memory is left"):
+                with pytest.raises(MemoryError, match=f"no memory is left on the device for {last - first:,} bytes"):
                     found.provide(START + first, last - first)
         else:
             found.withdraw(START + first, START + last)

@@ -14,7 +14,6 @@ from typing import Any
 CHUNK = 2**24
 """Bytes that get memory together: a few hundred of them hold a step, and half of one is lost."""
 
-_OUT_OF_MEMORY = 2  # CUDA_ERROR_OUT_OF_MEMORY
 _IS_SUPPORTED = 102  # CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED
 _PINNED, _ON_A_DEVICE, _READ_AND_WRITE = 1, 1, 3  # CU_MEM_ALLOCATION_TYPE_, CU_MEM_LOCATION_TYPE_, CU_MEM_ACCESS_FLAGS_
 
@@ -94,10 +93,10 @@ class Addresses:
                 if not self._there[chunk]:
                     self._map(chunk)
                     added.append(chunk)
-        except MemoryError:
+        except MemoryError as error:
             for chunk in added:
                 self._unmap(chunk)
-            raise
+            raise MemoryError(f"no memory is left on the device for {size:,} bytes: {error}") from None
 
     def withdraw(self, start: int, end: int) -> None:
         """Takes away memory of whole chunks between two addresses, of which the device must use none any more."""
@@ -121,8 +120,6 @@ class Addresses:
 
     def _need(self, name: str, *args: Any, error: type[Exception] = Unavailable) -> None:
         status = getattr(self._driver, name)(*args)
-        if status == _OUT_OF_MEMORY:
-            raise MemoryError(f"no memory is left on the device for {self.chunk:,} bytes")
         if status:
             raise error(f"{name} failed with status {status}")
 
