@@ -437,7 +437,7 @@ def checkpoint(
     """`fn(*inputs)`, keeping only the inputs: fn runs again in the backward pass (Chen et al., 2016, arXiv:1604.06174).
 
     What `fn` reads beside its inputs must be constants and parameters, and it must compute the same again. `put_away`
-    is given each input's array when fn is done, and gives what is called for it in the backward pass.
+    is given the first input's array when fn is done, and gives what is called for it in the backward pass.
     """
     if not state.recording:  # also within another checkpoint, whose `touched` then goes on
         return fn(*inputs)
@@ -447,8 +447,10 @@ def checkpoint(
     if not state.touched:
         return out
     nodes = tuple(x.node for x in inputs)
-    arrays = tuple(x.data if put_away is None else put_away(x.data) for x in inputs)
-    return Tensor(out.data, Node(_recompute, nodes, (fn, arrays, tuple(map(bool, nodes)))))
+    arrays = [x.data for x in inputs]
+    if put_away is not None:
+        arrays[0] = put_away(arrays[0])
+    return Tensor(out.data, Node(_recompute, nodes, (fn, tuple(arrays), tuple(map(bool, nodes)))))
 
 
 @op

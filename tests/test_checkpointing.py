@@ -1,16 +1,22 @@
 """Recomputation in the backward pass: the same bits, and only the inputs kept."""
 
+import dataclasses
+
 import numpy as np
 import pytest
+import test_encoder
+import test_t5
 import tiny
 from variants import TO_FIT, needed_quantizer
 
 from refpeft import manager, ops, sites
 from refpeft.errors import RefpeftError
 from refpeft.learning import refuse_recomputation
+from refpeft.models import heads
 from refpeft.tensor import Tensor, checkpoint, no_grad, parameter
 
 METHODS = sorted(name for name, listing in manager.catalogue().items() if listing.kind == "method")
+KINDS = {name: test_encoder.CONFIGS[name] for name in ("bert", "deberta-v3")} | {"t5": test_t5.CONFIGS["flan"]}
 OPTIONS = TO_FIT | {"lora": {"dropout": 0.3}, "bitfit": {"create": True}}
 
 
@@ -166,6 +172,24 @@ def test_a_model_with_dropout_has_the_same_gradients_bit_for_bit(name, method):
     again = tiny.gradients(model, tiny.batch())
     assert plain.keys() == again.keys()
     assert [key for key in plain if not np.array_equal(plain[key], again[key])] == []
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_all_layers_read_has_its_gradient_too(kind, method):
+    """An encoder's states, relative positions: gradients of several layers go there."""
+    model = tiny.of(KINDS[kind])
+    if kind != "t5":
+        heads.put_on(model, "mlm", (), 0, {}.get)
+    tiny.scramble(sites.attach(model, method, {"targets": "all-linear"} if method == "lora" else None))
+    batch = tiny.batch()
+    batch = dataclasses.replace(batch, said=batch.ids if kind == "t5" else None)
+    plain = tiny.gradients(model, batch)
+    model.checkpointing = True
+    again = tiny.gradients(model, batch)
+    assert plain.keys() == again.keys()
+    for name, gradient in plain.items():
+        assert np.allclose(again[name], gradient, rtol=0, atol=1e-12 * abs(gradient).max()), name
 
 
 def test_dropout_differs_from_step_to_step_and_not_within_one():

@@ -6,7 +6,6 @@ A layer that is run several times is one set of sites: an adapter acts in every 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from types import ModuleType
 
 import numpy as np
@@ -45,7 +44,7 @@ class Albert(Encoder):
         places, last = self.places(rows, ids, virtual), len(self.config.order) - 1
         for number, group in enumerate(self.config.order):
             wanted = places if number == last else None
-            hidden = self.run(partial(self._layer, number=number, group=group, rows=wanted, mask=mask), hidden)
+            hidden = self.run(self._layer, hidden, number=number, group=group, rows=wanted, mask=mask)
         return hidden if places else self.of_text(hidden, virtual)
 
     def _layer(self, x: Tensor, *, number: int, group: int, rows: Places | None, mask: fused.Mask) -> Tensor:

@@ -342,9 +342,19 @@ class Model:
         hidden = self.embed(ids)
         return hidden[:, -ids.shape[1] :] if cache and cache.tokens else hidden
 
-    def run(self, layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """layer(x), by recomputation where that is asked for."""
-        return checkpoint(layer, x, put_away=self.put_away) if self.checkpointing else layer(x)
+    def run(self, layer: Callable[..., Tensor], x: Tensor, **around: Any) -> Tensor:
+        """layer(x, **around), by recomputation where that is asked for; x may be elsewhere until then.
+
+        Tensors in `around` may be of what is trained, as x is.
+        """
+        if not self.checkpointing:
+            return layer(x, **around)
+        tensors = {name: value for name, value in around.items() if isinstance(value, Tensor)}
+
+        def again(x: Tensor, *given: Tensor) -> Tensor:
+            return layer(x, **around | dict(zip(tensors, given, strict=True)))
+
+        return checkpoint(again, x, *tensors.values(), put_away=self.put_away)
 
     # ---- counting ----
 

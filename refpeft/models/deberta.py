@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from functools import partial
 from types import ModuleType
 
 import numpy as np
@@ -71,10 +70,10 @@ class Deberta(Encoder):
         for i, layer in enumerate(self.layers):
             wanted = places if layer is self.layers[-1] else None
             if i == 0 and self.conv:
-                hidden = self.run(partial(layer, rows=None, **around), hidden)
+                hidden = self.run(layer, hidden, rows=None, **around)
                 hidden = chosen(self.conv(first, hidden, real), wanted)
             else:
-                hidden = self.run(partial(layer, rows=wanted, **around), hidden)
+                hidden = self.run(layer, hidden, rows=wanted, **around)
         return hidden if places else self.of_text(hidden, virtual)
 
     def joins(self, longest: int) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from types import ModuleType
 
 import numpy as np
@@ -45,7 +44,7 @@ class Decoder(Model):
             cos, sin = tables if self.config.use_rope[i] else (None, None)
             mask = fused.Mask(keys, self.config.windows[i], segments)
             wanted = places if layer is self.layers[-1] else None
-            hidden = self.run(partial(layer, rows=wanted, cos=cos, sin=sin, mask=mask, cache=cache), hidden)
+            hidden = self.run(layer, hidden, rows=wanted, cos=cos, sin=sin, mask=mask, cache=cache)
         if cache:
             cache.tokens += ids.shape[1]
         return hidden[:, virtual:] if virtual and rows is None else hidden

@@ -7,7 +7,6 @@ LayerNorm(x + MLP(x)) (Devlin et al., 2018, arXiv:1810.04805; Vaswani et al., 20
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -57,7 +56,7 @@ class Encoder(Model):
         places = self.places(rows, ids, virtual)
         for layer in self.layers:
             wanted = places if layer is self.layers[-1] else None
-            hidden = self.run(partial(layer, rows=wanted, mask=mask, cache=None), hidden)
+            hidden = self.run(layer, hidden, rows=wanted, mask=mask, cache=None)
         return hidden if places else self.of_text(hidden, virtual)
 
     def of_text(self, hidden: Tensor, virtual: int) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from types import ModuleType
 
 import numpy as np
@@ -44,7 +43,7 @@ class GPT2(Model):
         places, mask = self.places(rows, ids, virtual), fused.Mask(keys, None, segments)
         for layer in self.layers:
             wanted = places if layer is self.layers[-1] else None
-            hidden = self.run(partial(layer, rows=wanted, mask=mask, cache=cache), hidden)
+            hidden = self.run(layer, hidden, rows=wanted, mask=mask, cache=cache)
         if cache:
             cache.tokens += ids.shape[1]
         return hidden[:, virtual:] if virtual and rows is None else hidden

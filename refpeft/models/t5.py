@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -135,7 +134,7 @@ class Side:
     def __call__(self, hidden: Tensor, places: Places | None = None, **around: object) -> Tensor:
         for layer in self.layers:
             wanted = places if layer is self.layers[-1] else None
-            hidden = self.model.run(partial(layer, rows=wanted, **around), hidden)
+            hidden = self.model.run(layer, hidden, rows=wanted, **around)
         return self.norm(hidden)
 
 
