@@ -129,6 +129,11 @@ def constants(model: Model) -> dict[str, Array]:
     }
 
 
+def acts_around_steps(model: Model) -> bool:
+    """Whether a method does something around the optimizer's step, by its number: `step` cannot be captured then."""
+    return next(_with(model, "peft_step"), None) is not None
+
+
 def step(model: Model, update: Callable[[], Any], number: int, total: int) -> None:
     """One optimizer step, `update`, with what methods do around it."""
     for part, layers in _with(model, "peft_step"):

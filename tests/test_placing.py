@@ -234,16 +234,22 @@ def test_a_step_of_a_placed_batch_brings_nothing_from_the_host_or_says_why(metho
         (part,) = (on_device(part, xp) for part in Placing(model, 9)(BATCH))
         denominator, optimizer = xp.asarray(np.array(6, "f4")), AdamW(flat, weight_decay=0.1)
 
-        def step() -> None:
+        def gradients() -> None:
             learning.objective(model, part, denominator).backward()
             for penalty in learning.penalties(model):
                 penalty.backward()
             flat.clip(0.1)
+
+        def step() -> None:
+            gradients()
             learning.step(model, optimizer.apply, 0, 4)
 
         model.mode.training = True
         optimizer.prepare(1e-2)
         step()
+        if learning.acts_around_steps(model):  # what comes before is captured alone
+            with device.capture(uploads=False), capturing():
+                gradients()
         if method in HOSTS_WORK:
             with pytest.raises(NotCapturable, match=HOSTS_WORK[method]), capturing():
                 step()

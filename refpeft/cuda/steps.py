@@ -10,6 +10,7 @@ from typing import Any
 import cupy
 import numpy as np
 
+from refpeft import learning
 from refpeft.backend import Array, bfloat16, to_host
 from refpeft.batches import Batches
 from refpeft.cuda import aside, graph, rooms
@@ -52,7 +53,7 @@ class Steps:
         offload: bool = False,
     ):
         self._model, self._flat, self._train, self._total = model, flat, train, total
-        self._place = Placing(model, rows_at_a_time)
+        self._place, self._update_apart = Placing(model, rows_at_a_time), learning.acts_around_steps(model)
         self._ahead, self._graphs = Ahead(), graph.Graphs(cupy.cuda.get_current_stream(), capture)
         self._offload = Offload() if offload else None
         self._sent: tuple[int, list[Placed], int, int] | None = None  # step, its parts, tokens, supervised
@@ -60,8 +61,9 @@ class Steps:
     def take(self, step: int, gradients: Gradients, update: Callable[[], None]) -> Taken:
         """Computes a step: `gradients` and then `update`, array code alone, of which a graph is made.
 
-        Both must do the same for batches of the same shapes. Where memory does not suffice the graphs are given back,
-        and it is tried without them.
+        Both must do the same for batches of the same shapes; but where a method acts around the optimizer's step,
+        `update` is no part of the graph. Where memory does not suffice the graphs are given back, and it is tried
+        without them.
         """
         if self._sent is None or self._sent[0] != step:
             self._send(step)
@@ -75,7 +77,8 @@ class Steps:
             away = self._offload.of(self._model) if self._offload else contextlib.nullcontext()
             with lowered, aside.gradients_aside(self._flat.grads), away:
                 loss, norm = gradients(_over(parts, arrays), denominator)
-            update()
+            if not self._update_apart:
+                update()
             return cupy.stack((loss, norm))
 
         key = self._ahead.receive(), tuple(tuple(part.arrays) for part in parts)
@@ -90,6 +93,9 @@ class Steps:
             self._graphs.give_back()
             self._flat.grads.fill(0)  # half of a sum
             found = work()
+        if self._update_apart:
+            self._flat.norm = found[1]  # which a graph does not say by itself
+            update()
         if step + 1 < self._total:
             self._send(step + 1)
         loss, norm = to_host(found).tolist()

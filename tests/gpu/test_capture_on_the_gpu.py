@@ -26,8 +26,6 @@ from refpeft.trainer import Trainer
 
 SETTINGS = {"steps": 20, "batch": 4, "lr": 0.01}
 NOT_CAPTURED = {
-    "adalora": "adalora acts around",
-    "sparse_adapter": "sparse_adapter acts around",
     "adapterdrop": "adapterdrop draws",
     "adamix": "adamix draws",
 }
