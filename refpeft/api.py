@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -136,10 +137,9 @@ def build(
     config = checkpoint.config
     model = class_of(config)(config, weights, compute, xp)
     if xp is not np:
-        from .cuda import blas
-
         model.tf32 = dtype == "tf32"
-        blas.use_tf32(model.tf32)
+        if blas := sys.modules.get("refpeft.cuda.blas"):  # imported where a GPU is used
+            blas.use_tf32(model.tf32)
         if dtype == "bfloat16":
             model.activations = backend.bfloat16
     model.checkpoint, model.tokenizer = checkpoint, tokenizer or checkpoint.tokenizer()

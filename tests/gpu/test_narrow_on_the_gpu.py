@@ -92,11 +92,11 @@ def test_a_capture_that_meets_layers_first_leaves_them_to_products(monkeypatch):
         done = narrow.both_ways(*given, dB, [64], [16])
         stream.end_capture()
         assert not done and narrow.both_ways(*given, dB, [64], [16])
+        once = dB.copy()  # before the capture, whose working arrays' memory is free after it
         stream.begin_capture()
         done = narrow.both_ways(*given, dB, [64], [16], add=True)
         graph = stream.end_capture()
         assert done
-        once = dB.copy()
         graph.launch(stream)
         stream.synchronize()
     assert (dB == 2 * once).all()
