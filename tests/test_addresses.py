@@ -126,3 +126,15 @@ def test_an_error_of_a_mapping_is_too_little_memory_and_loses_none():
     with pytest.raises(MemoryError, match="cuMemMap failed with status 1"):
         found.provide(START, CHUNK)
     assert not driver.handles and not driver.mapped and found.held == 0
+
+
+def test_they_are_given_back_once_by_whoever_comes_first():
+    driver, times = Driver(), []
+    driver.cuMemAddressFree = lambda *_: times.append(dict(driver.mapped)) or 0
+    found = addresses.Addresses(3, COUNT * CHUNK, driver)
+    found.provide(START, 3 * CHUNK)
+    found.close()
+    assert times == [{}] and not found.held and found.end == START
+    found.close()
+    del found
+    assert len(times) == 1

@@ -50,6 +50,8 @@ class Addresses:
     start   the first one
     size    how many there are
     held    bytes of memory behind them
+
+    They are given back by `close`, or with the object.
     """
 
     def __init__(self, device: int, size: int, driver: Any = None):
@@ -123,13 +125,17 @@ class Addresses:
         if status:
             raise error(f"{name} failed with status {status}")
 
-    def __del__(self) -> None:
-        if not hasattr(self, "_there"):
-            return
-        with contextlib.suppress(Exception):  # at the end of a process the driver may be gone
+    def close(self) -> None:
+        """Gives the addresses back, which nothing may use any more."""
+        if self._there:
             self._driver.cuCtxSynchronize()
             self.withdraw(self.start, self.start + self.size)
             self._driver.cuMemAddressFree(_address(self.start), _size(self.size))
+            self._there = bytearray()
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):  # where it was not made; at the end of a process the driver may be gone
+            self.close()
 
 
 _size, _address = ctypes.c_size_t, ctypes.c_uint64

@@ -73,6 +73,8 @@ class Stretch:
     def __del__(self) -> None:
         with contextlib.suppress(Exception):  # at the end of a process CuPy may be gone
             self.free_all_blocks()
+            if self._pool.used_bytes() == _UNIT:  # else an array is left, and the addresses go with it
+                self._addresses.close()
             del self._last  # the pool has one piece again: parts of one that were side by side would never be freed
 
     def _unused(self) -> list[tuple[int, int]]:
