@@ -63,44 +63,45 @@ class _Readers:
         return Pending(op, compute, shape, bfloat16, (self, layer))
 
     def _computed(self, layer: _Layer, bare: bool) -> Tensor:
-        """What a layer gives, `bare` of its factors or with them. Others that wait are computed with it, where they can
-        be one product."""
+        """What a layer gives, `bare` of its factors or with them.
+
+        Others that wait are computed with it, where they can be one product. Where it is wanted bare of factors, too,
+        that is one product, and they are added to it.
+        """
         if bare and layer.values:
             return self._frozen_of(layer.part)
-        others = [each.part for each in self.waiting if each is not layer]
-        if layer in self.waiting and not self._has(layer.part) and not any(_same(layer.part, each) for each in others):
-            for chosen in (self.waiting, [layer]):
+        once = self._is_wanted_once(layer)
+        if layer in self.waiting and once:
+            for chosen in (list(filter(self._is_wanted_once, self.waiting)), [layer]):
                 made = _together(self.x, chosen)
                 if made is not None:
                     result = made[chosen.index(layer)]
-                    for each, its_result in zip(list(chosen), made, strict=True):
+                    for each, its_result in zip(chosen, made, strict=True):
                         each.result.becomes(its_result)
                         self.leave(each)
                     return result
         if layer in self.waiting:
             self.leave(layer)
-        return self._alone(layer)
-
-    def _alone(self, layer: _Layer) -> Tensor:
-        part = layer.part
         if not layer.values:
-            return self._frozen_of(part)
-        (A, B), alpha = layer.values, part.factors.alpha
+            return self._frozen_of(layer.part)
+        (A, B), alpha = layer.values, layer.part.factors.alpha
         u = ops.linear.alone(self.x, A)
-        if self._has(part) or any(_same(part, each.part) for each in self.waiting):  # one product for both
-            return fused.addmm(self._frozen_of(part), u, B, alpha=alpha)
-        return _single(self.x, part, u, B, alpha)
+        if once:
+            return _single(self.x, layer.part, u, B, alpha)
+        return fused.addmm(self._frozen_of(layer.part), u, B, alpha=alpha)
 
     def _frozen_of(self, part: Part) -> Tensor:
-        """x weight^T + bias, as often as it is asked for."""
+        """x weight^T + bias, computed when it is first asked for."""
         key = id(part.weight), id(part.bias)
         if key not in self._frozen:
             inputs = (self.x,) if part.bias is None else (self.x, part.bias)
             self._frozen[key] = fused.frozen_linear.alone(*inputs, weight=part.weight)
         return self._frozen[key]
 
-    def _has(self, part: Part) -> bool:
-        return (id(part.weight), id(part.bias)) in self._frozen
+    def _is_wanted_once(self, layer: _Layer) -> bool:
+        """Whether no other layer has its weight and bias, and it has not been asked for without factors."""
+        there = (id(layer.part.weight), id(layer.part.bias)) in self._frozen
+        return not there and not any(each is not layer and _same(layer, each) for each in self.waiting)
 
     def leave(self, layer: _Layer) -> None:
         """Says that a layer waits no longer."""
@@ -109,8 +110,8 @@ class _Readers:
             _latest.clear()  # which keeps x
 
 
-def _same(part: Part, other: Part) -> bool:
-    return part.weight is other.weight and part.bias is other.bias
+def _same(layer: _Layer, other: _Layer) -> bool:
+    return layer.part.weight is other.part.weight and layer.part.bias is other.part.bias
 
 
 _latest: list[_Readers] = []  # the readers that the last layer was added to
