@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import cupy
 
@@ -20,7 +20,7 @@ from refpeft.backend import Array
 _MOST_READ = 2**24
 """Bytes that such a product reads at most. Larger ones fill the GPU by themselves, and slow down others."""
 
-_MOST_HELD = 2**26  # bytes of what waits to be read there
+_MOST_HELD = 2**25  # bytes of what waits to be read there, with what that is a part of
 
 
 class _Aside:
@@ -44,7 +44,7 @@ class _Aside:
         with self._stream:
             work()
         done.record(self._stream)
-        size = sum(_held_by(array) for array in reads)
+        size = _held_by(reads)
         self._waiting.append((done, size, reads))
         self._held += size
         while self._held > _MOST_HELD:
@@ -61,9 +61,10 @@ class _Aside:
         cupy.cuda.get_current_stream().wait_event(done)  # before the arrays' memory is used again there
 
 
-def _held_by(array: Array) -> int:
-    """Bytes that are not given back while an array is there, which may be a view."""
-    return array.nbytes if array.base is None else array.base.nbytes
+def _held_by(arrays: Sequence[Array]) -> int:
+    """Bytes that are not given back while these arrays are there, which may be views."""
+    wholes = [array if array.base is None else array.base for array in arrays]
+    return sum({whole.data.ptr: whole.nbytes for whole in wholes}.values())
 
 
 _current: list[_Aside] = []
@@ -89,7 +90,7 @@ def gradients_aside(gradients: Array) -> Iterator[None]:
 
 def run(work: Callable[[], None], out: Array, *reads: Array) -> None:
     """Starts `work`, which reads some arrays and adds to `out`: beside the main stream, where that is wanted."""
-    if _current and _current[-1].has(out) and sum(map(_held_by, reads)) <= _MOST_READ:
+    if _current and _current[-1].has(out) and sum(array.nbytes for array in reads) <= _MOST_READ:
         _current[-1].run(work, reads)
     else:
         work()

@@ -244,10 +244,11 @@ def _narrow_products(g: Array, du: Array, x: Array, u: Array, room: Room, into: 
         compute()
         room.add_gradients(whole, into)
 
+    reads = (du, x) if one_pass else (du, x, g, u)
     if direct:
-        aside.run(compute, into[0], du, x, g, u)
+        aside.run(compute, into[0], *reads)
     elif room.adds_gradients(into):
-        aside.run(add, into[0], whole, du, x, g, u)
+        aside.run(add, into[0], whole, *reads)
     else:
         compute()
         return room.gradients(dA, dB)
