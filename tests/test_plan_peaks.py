@@ -48,14 +48,19 @@ def refpeft(directory: Path, *arguments: str) -> dict:
     return json.loads(done.stdout)
 
 
-def compare(directory: Path, words: int, *arguments: str) -> None:
-    """Rows of about as many tokens: a plan is of full ones."""
+def measured(directory: Path, words: int, *arguments: str) -> tuple[int, int]:
+    """Bytes that a run takes, and that were planned. Rows are of about as many tokens: a plan is of full ones."""
     drawn = random.Random(0)
     rows = [{"text": " ".join(drawn.choices(WORDS, k=words))} for _ in range(12)]
     (directory / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     arguments = ("--data", "rows.jsonl", *arguments)
     planned = sum(refpeft(directory, *arguments, "--dry-run")["memory"].values())
-    assert refpeft(directory, *arguments)["peak_bytes"] == pytest.approx(planned, rel=0.1)
+    return refpeft(directory, *arguments)["peak_bytes"], planned
+
+
+def compare(directory: Path, words: int, *arguments: str) -> None:
+    taken, planned = measured(directory, words, *arguments)
+    assert taken == pytest.approx(planned, rel=0.1)
 
 
 @pytest.mark.slow
@@ -69,18 +74,30 @@ def test_the_embedded_model_takes_what_was_planned(options, tmp_path):
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peaks are read from /proc")
 @pytest.mark.parametrize("options", [run for run in RUNS if run.id.endswith(("-1-kept", "-4-recomputed"))])
 def test_smollm2_takes_what_was_planned(smollm2, options, tmp_path):
-    compare(tmp_path, 230, "--model", str(smollm2), *options)
+    """A file in large pieces in the system's cache counts with 40 MiB more, which are not the process's own: a piece of
+    which a byte is mapped counts whole. It lies in small ones where it was written so, unless the system has put them
+    out and back meanwhile: then another copy is read."""
+    for number in range(3):
+        directory = tmp_path / str(number)
+        directory.mkdir()
+        taken, planned = measured(directory, 230, "--model", str(copied(smollm2, directory)), *options)
+        if taken <= 1.1 * planned:
+            break
+    assert taken == pytest.approx(planned, rel=0.1)
 
 
 @pytest.fixture(scope="module")
-def smollm2(tmp_path_factory):
-    """A copy of the file in small writes. One that was written at once lies in large pieces in the system's cache of
-    files, and a piece of which a byte is mapped counts whole: 40 MiB more, which are not the process's own."""
+def smollm2():
     model = Path(os.environ.get("REFPEFT_MODELS", "")) / "SmolLM2-135M-Instruct.Q4_1.gguf"
     if not model.is_file():
         pytest.skip("needs REFPEFT_MODELS with SmolLM2-135M-Instruct.Q4_1.gguf")
-    copy = tmp_path_factory.mktemp("model") / model.name
-    with model.open("rb") as source, copy.open("wb", buffering=0) as target:
+    return model
+
+
+def copied(file: Path, directory: Path) -> Path:
+    """A copy in small writes."""
+    copy = directory / file.name
+    with file.open("rb") as source, copy.open("wb", buffering=0) as target:
         while piece := source.read(2**14):
             target.write(piece)
     return copy
