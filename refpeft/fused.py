@@ -27,7 +27,7 @@ LOGITS_AT_ONCE = 2**22
 LOGITS_ON_GPU = 2**28
 """Bytes of those that it holds there of a frozen head: about 1,000 rows of 128,256 words in bfloat16."""
 
-ATTENTION_ON_GPU = 5 * 2**27
+ATTENTION_ON_GPU = 5 * 2**28
 """Bytes that cuDNN's attention may work in there, going back; where it wants more, that is done in parts."""
 
 

@@ -33,11 +33,12 @@ class Node:
 class Again:
     """Stands on the tape for the output of a node that is made again when it is asked for, as often as it was kept."""
 
-    __slots__ = ("array", "askers", "node")
+    __slots__ = ("array", "askers", "node", "uses")
 
     def __init__(self, node: Node):
         self.node, self.askers = node, 0
         self.array: Array | None = None
+        self.uses: list[Callable[[Array], None]] = []
 
     @classmethod
     def of(cls, node: Node) -> Again:
@@ -52,6 +53,12 @@ class Again:
         found = self.node.op.again(*self.node.saved) if self.array is None else self.array
         self.array = found if self.askers else None
         return found
+
+    def later(self, use: Callable[[Array], None]) -> None:
+        """Calls `use` with what the node gave on the way back through it, which makes that beside the gradients."""
+        self.askers -= 1
+        self.array = self.array if self.askers else None
+        self.uses.append(use)
 
 
 class Slice:
@@ -84,7 +91,7 @@ ADDED = object()
 
 class _State(threading.local):
     recording = True
-    before_leaf: Callable[[], None] | None = None  # what is done before a leaf's gradient is added to
+    before_leaf = staticmethod(lambda gradient: None)  # what is done before the gradient of a leaf is added to
     touched = False  # whether an op met an input that wants a gradient, recorded or not, since checkpoint() cleared it
 
 
@@ -102,8 +109,8 @@ def recording(on: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def before_leaves(call: Callable[[], None]) -> Iterator[None]:
-    """Within it, `call` is made before the tape adds to the gradient of a leaf, but not before backward pairs do."""
+def before_leaves(call: Callable[[Array], None]) -> Iterator[None]:
+    """Within it, `call` is made of the gradient of a leaf before it is added to, but not where a pair sees to that."""
     before, state.before_leaf = state.before_leaf, call
     try:
         yield
@@ -149,15 +156,29 @@ def _pass_on(node: Node) -> None:
     """Adds the gradients of what `node` was made from to theirs."""
     op, saved = node.op, node.saved
     if op.stands_in:
-        saved = tuple([part.output() if type(part) is Again else part for part in saved])
-    there = {"into": tuple([_open(parent) for parent in node.parents])} if op.into else {}
+        saved = tuple([part.output() if type(part) is Again and not _can_wait(op, part) else part for part in saved])
+    uses = node.again.uses if node.again else ()
+    how = {"again": True} if uses else {}
+    if op.into:
+        how["into"] = tuple([_open(parent, op.beside) for parent in node.parents])
     if op.onto:
-        there["onto"] = tuple([_closed(parent) for parent in node.parents])
-    for parent, g in zip(node.parents, op.vjp(node.grad, *saved, **there), strict=True):
+        how["onto"] = tuple([_closed(parent) for parent in node.parents])
+    gradients = op.vjp(node.grad, *saved, **how)
+    if uses:
+        *gradients, output = gradients
+        for use in uses:
+            use(output)
+        del output
+    for parent, g in zip(node.parents, gradients, strict=True):
         if type(g) is Total:
             parent.grad, parent.own = g.array, True
         elif parent is not None and g is not None and g is not ADDED:
             _accumulate(parent, g)
+
+
+def _can_wait(op: Op, again: Again) -> bool:
+    """Whether `op` takes an output that is not there yet, and gets it on the way back through what gave it."""
+    return op.waits and again.node.op.gives_again
 
 
 def _references(node: Node) -> tuple[int, int]:
@@ -176,10 +197,12 @@ def _fewest_references() -> tuple[int, int]:
 _ALONE = _fewest_references()
 
 
-def _open(node: Node | None) -> Array | None:
-    """The gradient that is there of `node`, if more may be added to it in place."""
+def _open(node: Node | None, beside: bool = True) -> Array | None:
+    """The gradient that is there of `node`, if more may be added to it in place. See Op.backward for `beside`."""
     if node is None or node.grad is None:
         return None
+    if node.op is None and not beside:
+        state.before_leaf(node.grad)
     if node.op is None or node.own:
         return node.grad
     references = _references(node)
@@ -206,20 +229,19 @@ def _accumulate(node: Node, g: Array | Slice) -> None:
         else:
             node.grad, node.own = arena.add(node.grad, g), True
         return
-    if state.before_leaf is not None:
-        state.before_leaf()
     if node.grad is None:
         node.grad = g.copy()  # g may be a view, or be the gradient of another parent too
-    else:
-        node.grad += g  # into the flat gradient buffer, where there is one
+        return
+    state.before_leaf(node.grad)
+    node.grad += g  # into the flat gradient buffer, where there is one
 
 
 def _add_slice(node: Node, g: Slice) -> None:
-    if node.op is None and state.before_leaf is not None:
-        state.before_leaf()
     if node.grad is None:
         node.grad, node.own = g.whole(), True
         return
-    if node.op is not None and _open(node) is None:
+    if node.op is None:
+        state.before_leaf(node.grad)
+    elif _open(node) is None:
         node.grad, node.own = node.grad.copy(), True
     arena.put(node.grad, g.key, g.g, add=True)

@@ -166,7 +166,10 @@ class Op:
 
     stands_in = False  # whether this is a faster pair of another one
     into = False  # whether backward adds to gradients in place
+    beside = False  # whether it sees to it itself that nothing else adds to a leaf's meanwhile
     onto = False  # whether it adds what it finds, in arrays of its own, to gradients that may not be written
+    waits = False  # whether it takes a tape.Again in the place of an input that will be there later
+    gives_again = False  # whether it gives the output, too, where it is asked for that
     again: Callable[..., Array] | None = None  # (*saved) -> the output
     takes_over = False  # whether the output may have the memory of the first input
     together: Callable[[tuple, dict[str, Any]], Tensor | None] | None = None  # see the method `shares_work`
@@ -209,17 +212,29 @@ class Op:
         return not _plain.get() and (kind, dtype) in self.overrides
 
     def backward(
-        self, vjp: Callable[..., tuple] | None = None, *, into: bool = False, onto: bool = False
+        self,
+        vjp: Callable[..., tuple] | None = None,
+        *,
+        into: bool = False,
+        beside: bool = False,
+        onto: bool = False,
+        waits: bool = False,
+        again: bool = False,
     ) -> Callable[..., Any]:
         """Decorator that gives the op its other half.
 
         With `into` it is called with a keyword of that name, which has for each input the array that its gradient may
-        be added to in place, or None; for one that it added it returns tape.ADDED. With `onto` there is another such
-        keyword, of arrays that must not be written: where there is one, it may return the sum, as a tape.Total.
+        be added to in place, or None; for one that it added it returns tape.ADDED. Gradients of leaves may be added to
+        on a stream beside: the tape waits for that, unless the pair is `beside`, and does so itself. With `onto` there
+        is another such keyword, of arrays that must not be written: where there is one, it may return the sum, as a
+        tape.Total. With `again`, which goes with `recomputed`, there is a keyword of that name: where it is true, the
+        output comes back behind the gradients, as `recomputed` gives it. With `waits` a tape.Again may be in the place
+        of what such a pair gave: it is asked for its `output` now, or `later`.
         """
         if vjp is None:
-            return partial(self.backward, into=into, onto=onto)
-        self.vjp, self.into, self.onto = vjp, into, onto
+            return partial(self.backward, into=into, beside=beside, onto=onto, waits=waits, again=again)
+        self.vjp, self.into, self.beside, self.onto = vjp, into, beside, onto
+        self.waits, self.gives_again = waits, again
         return vjp
 
     def recomputed(self, again: Callable[..., Array]) -> Callable[..., Array]:

@@ -9,7 +9,8 @@ import pytest
 
 from refpeft import ops, tensor
 from refpeft.errors import RefpeftError
-from refpeft.tensor import Tensor, no_grad, op, parameter
+from refpeft.tape import ADDED, before_leaves
+from refpeft.tensor import Op, Tensor, no_grad, op, parameter
 
 
 def leaf(*values: float) -> Tensor:
@@ -258,3 +259,86 @@ def test_an_output_that_can_be_made_again_is_not_kept_by_who_reads_it(length: in
     power = 2 * 3**length
     assert np.array_equal(x.grad, 2 * power * x.data ** (power - 1))
     assert len(made) == 1
+
+
+@pytest.mark.parametrize("at_once", [0, 1, 2])
+@pytest.mark.parametrize("later", [1, 2])
+def test_who_can_wait_gets_an_output_from_the_way_back_through_what_gave_it(later: int, at_once: int, monkeypatch):
+    """Others beside it have it made again."""
+    monkeypatch.setattr(tensor, "WORTH_MAKING_AGAIN", 0)
+    made = []
+
+    @op
+    def cube(needs, x):
+        return x**3, (x,)
+
+    @cube.override(np.ndarray, "f8")
+    def fast(needs, x):
+        return x**3, (x,)
+
+    @fast.recomputed
+    def _(x):
+        made.append("again")
+        return x**3
+
+    @fast.backward(again=True)
+    def _(g, x, again=False):
+        made.append("on the way back" if again else "gradient alone")
+        return (g * 3 * x**2, x**3) if again else (g * 3 * x**2,)
+
+    @op
+    def product(needs, x, w):
+        return x * w, (x, w)
+
+    @product.backward
+    def _(g, x, w):
+        return g * w, g * x
+
+    def pair(waits: bool) -> Op:
+        found = Op(product.forward, "product")
+        found.stands_in = True
+
+        @found.backward(into=True, waits=waits)
+        def _(g, x, w, into):
+            if not waits:
+                return g * w, g * x
+            x.later(lambda x: np.add(into[1], g * x, out=into[1]))
+            return g * w, ADDED
+
+        return found
+
+    def read(x: Tensor, w: Tensor, by: Op) -> Tensor:
+        return by.made(x.data * w.data, (True, True), (x, w), (x.data, w.data))
+
+    x, w = leaf(2, -1), leaf(3, 5)
+    w.node.grad = np.zeros(2)
+    y = cube(x)
+    total = None
+    for waits in [True] * later + [False] * at_once:
+        each = read(y, w, pair(waits))
+        total = each if total is None else total + each
+    total.backward()
+    count = later + at_once
+    assert np.array_equal(w.grad, count * x.data**3)
+    assert np.array_equal(x.grad, count * w.data * 3 * x.data**2)
+    assert sorted(made) == ["again"] * (at_once > 0) + ["on the way back"]
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_before_the_gradient_of_a_leaf_is_added_to_it_is_named_unless_the_pair_sees_to_that(beside: bool):
+    x, w = leaf(2, -1), leaf(3, 5)
+    w.node.grad = np.zeros(2)
+    by = Op(None, "product")
+
+    @by.backward(into=True, beside=beside)
+    def _(g, x, w, into):
+        into[1][...] += g * x
+        return g * w, ADDED
+
+    named = []
+    with before_leaves(named.append):
+        by.made(x.data * w.data, (True, True), (x, w), (x.data, w.data)).backward()
+        assert [each is w.grad for each in named] == [True] * (not beside)
+        named.clear()
+        (x * w).backward()
+    assert any(each is w.grad for each in named) and any(each is x.grad for each in named)

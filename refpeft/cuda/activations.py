@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cupy
 import numpy as np
 
 from refpeft import fused, ops
@@ -38,18 +39,19 @@ def _product(gate: Array, up: Array) -> Array:
     return y
 
 
-@silu_mul.backward
-def _(g, gate, up, needs):
+@silu_mul.backward(again=True)
+def _(g, gate, up, needs, again=False):
     if all(needs):
         grads = tuple(margins.like((gate, up)))
     else:
         grads = tuple(margins.rows(gate.shape, gate.dtype) if need else None for need in needs)
+    y = cupy.empty(gate.shape, gate.dtype) if again else None
     if gate.size:
         gate, up, groups, *rows = _side_by_side(gate, up, next(grad for grad in grads if grad is not None))
         source("silu_mul_backward", gate.dtype)(
-            -(-groups // _BLOCK), _BLOCK, gate, up, aligned(g), *grads, np.uint32(groups), *rows
+            -(-groups // _BLOCK), _BLOCK, gate, up, aligned(g), *grads, y, np.uint32(groups), *rows
         )
-    return grads
+    return (*grads, y) if again else grads
 
 
 def _side_by_side(gate: Array, up: Array, made: Array) -> tuple:

@@ -11,6 +11,7 @@ import contextlib
 import functools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import cupy
 
@@ -23,30 +24,39 @@ _MOST_READ = 2**24
 _MOST_HELD = 2**25  # bytes of what waits to be read there, with what that is a part of
 
 
+@dataclass
+class _Work:
+    """What was started: when it is done, what it writes to and reads, and how many bytes that holds."""
+
+    done: cupy.cuda.Event
+    outs: Sequence[Array]
+    reads: Sequence[Array]
+    held: int
+
+
 class _Aside:
     """The second stream, for gradients that lie in one flat buffer."""
 
     def __init__(self, gradients: Array):
         self.gradients = gradients
         self._stream = _stream_of(cupy.cuda.runtime.getDevice())
-        self._waiting: deque[tuple[cupy.cuda.Event, int, tuple[Array, ...]]] = deque()
+        self._waiting: deque[_Work] = deque()
         self._held = 0  # bytes
 
     def has(self, array: Array) -> bool:
         """Whether an array is a part of the flat buffer."""
         return 0 <= array.data.ptr - self.gradients.data.ptr < self.gradients.nbytes
 
-    def run(self, work: Callable[[], None], reads: tuple[Array, ...]) -> None:
-        """Starts `work`, which is to read these arrays and nothing that is made later."""
+    def run(self, work: Callable[[], None], outs: Sequence[Array], reads: Sequence[Array]) -> None:
+        """Starts `work`, which is to add to and read these arrays and nothing that is made later."""
         ready, done = (cupy.cuda.Event(block=False, disable_timing=True) for _ in range(2))
         ready.record(cupy.cuda.get_current_stream())
         self._stream.wait_event(ready)
         with self._stream:
             work()
         done.record(self._stream)
-        size = _held_by(reads)
-        self._waiting.append((done, size, reads))
-        self._held += size
+        self._waiting.append(_Work(done, outs, reads, _held_by(reads)))
+        self._held += self._waiting[-1].held
         while self._held > _MOST_HELD:
             self._let_go()
 
@@ -55,10 +65,20 @@ class _Aside:
         while self._waiting:
             self._let_go()
 
+    def join_all_that_adds_to(self, array: Array) -> None:
+        """Lets the main stream wait until nothing is added to `array`."""
+        while any(_overlap(array, out) for work in self._waiting for out in work.outs):
+            self._let_go()
+
     def _let_go(self) -> None:
-        done, size, _ = self._waiting.popleft()
-        self._held -= size
-        cupy.cuda.get_current_stream().wait_event(done)  # before the arrays' memory is used again there
+        work = self._waiting.popleft()
+        self._held -= work.held
+        cupy.cuda.get_current_stream().wait_event(work.done)  # before the arrays' memory is used again there
+
+
+def _overlap(one: Array, other: Array) -> bool:
+    """Whether two contiguous arrays have numbers in common."""
+    return one.data.ptr < other.data.ptr + other.nbytes and other.data.ptr < one.data.ptr + one.nbytes
 
 
 def _held_by(arrays: Sequence[Array]) -> int:
@@ -81,19 +101,22 @@ def gradients_aside(gradients: Array) -> Iterator[None]:
     aside = _Aside(gradients)
     _current.append(aside)
     try:
-        with tape.before_leaves(aside.join):  # what is added there by others waits
+        with tape.before_leaves(aside.join_all_that_adds_to):  # what is added there by others waits
             yield
     finally:
         _current.pop()
         aside.join()
 
 
-def run(work: Callable[[], None], out: Array, *reads: Array) -> None:
-    """Starts `work`, which reads some arrays and adds to `out`: beside the main stream, where that is wanted."""
-    if _current and _current[-1].has(out) and sum(array.nbytes for array in reads) <= _MOST_READ:
-        _current[-1].run(work, reads)
-    else:
-        work()
+def run(work: Callable[[], None], outs: Sequence[Array], reads: Sequence[Array]) -> None:
+    """Starts `work`, which reads some arrays and adds to others: beside the main stream, where that is wanted."""
+    small = sum(array.nbytes for array in reads) <= _MOST_READ
+    if small and _current and all(map(_current[-1].has, outs)):
+        _current[-1].run(work, outs, reads)
+        return
+    for out in outs:
+        join_all_that_adds_to(out)
+    work()
 
 
 def side_by_side(one: Callable[[], None], other: Callable[[], None]) -> None:
@@ -113,3 +136,9 @@ def join() -> None:
     """Lets the main stream wait for all that runs beside it: before it reads gradients."""
     if _current:
         _current[-1].join()
+
+
+def join_all_that_adds_to(array: Array) -> None:
+    """Lets the main stream wait until nothing beside it adds to `array`: before that is added to there."""
+    if _current and _current[-1].has(array):
+        _current[-1].join_all_that_adds_to(array)

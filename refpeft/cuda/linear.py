@@ -52,7 +52,7 @@ def linear(needs, x, w, b=None):
     return y, (w, x if needs[1] else None, needs, dtypes)
 
 
-@linear.backward(into=True)
+@linear.backward(into=True, beside=True)
 def _(g, w, x, needs, dtypes, into):
     dx = factor_gradient(g, low(w), into[0], dtypes[0]) if needs[0] else None
     dw = None if x is None else weight_gradient(g, x, into[1], dtypes[1])
@@ -70,7 +70,7 @@ def addmm(needs, y, u, B, *, alpha, spare):
     return total, (float(alpha), saved_B, saved_u, needs[0], B.dtype, u.dtype)
 
 
-@addmm.backward(into=True)
+@addmm.backward(into=True, beside=True)
 def _(g, alpha, B, u, y_needed, B_dtype, u_dtype, into):
     du = None if B is None else factor_gradient(g, low(B), into[1], u_dtype, alpha)
     dB = None if u is None else weight_gradient(g, u, into[2], B_dtype, alpha)
@@ -89,7 +89,7 @@ def matmul(needs, a, b):
     return y, (a.shape, a.dtype, b.shape, b.dtype, a if needs[1] else None, b if needs[0] else None)
 
 
-@matmul.backward(into=True)
+@matmul.backward(into=True, beside=True)
 def _(g, a_shape, a_dtype, b_shape, b_dtype, a, b, into):
     da = db = None
     if len(b_shape) == 2 and len(a_shape) > 2:  # one matrix for the whole stack: one product
@@ -114,6 +114,7 @@ def factor_gradient(
     """alpha g @ w, of g (..., out) and w (out, in): (..., in), added to `into` where it can be."""
     rows = rows_of(low(g))
     if into is not None and margins.step(into) is not None:
+        aside.join_all_that_adds_to(into)
         product(rows, w, out=rows_of(into), alpha=alpha, add=True)
         return ADDED
     found = cupy.empty((*g.shape[:-1], w.shape[1]), dtype)  # no view: more may be added to it
@@ -125,7 +126,7 @@ def weight_gradient(g: Array, x: Array, into: Array | None, dtype: np.dtype, alp
     """alpha g.T @ x, of g (..., out) and x (..., in): (out, in), added to `into` where it can be."""
     g, x = rows_of(low(g)), rows_of(low(x))
     if into is not None and into.flags.c_contiguous:
-        aside.run(lambda: product(g.T, x, out=into, alpha=alpha, add=True), into, g, x)
+        aside.run(lambda: product(g.T, x, out=into, alpha=alpha, add=True), [into], [g, x])
         return ADDED
     return product(g.T, x, dtype=dtype, alpha=alpha)
 

@@ -22,7 +22,7 @@ from refpeft.cuda import aside, blas, margins, narrow, rooms
 from refpeft.cuda.blas import low, product
 from refpeft.cuda.linear import low_weight, rows_of, weight_gradient, write_bias
 from refpeft.cuda.rooms import Factors, Part, Room
-from refpeft.tape import ADDED, Node, state
+from refpeft.tape import ADDED, Again, Node, state
 from refpeft.tensor import Op, Pending, Tensor, is_made_again, needs_of
 
 # ---- what waits ------------------------------------------------------------------------------------------------------
@@ -202,7 +202,7 @@ layers = Op(_forward, "frozen layers with low-rank factors")
 layers.stands_in = True
 
 
-@layers.backward(into=True)
+@layers.backward(into=True, beside=True, waits=True)
 def _(g, x, u, room, x_needed, into):
     g, du, values = g.whole() if isinstance(g, _Gathered) else low(g), None, []
     if u is not None:
@@ -222,35 +222,47 @@ def _(g, x, u, room, x_needed, into):
     return ADDED if adds else dx, *values
 
 
-def _narrow_products(g: Array, du: Array, x: Array, u: Array, room: Room, into: tuple) -> list[Array | object]:
-    """Fills du; the gradients of A and B of each layer in turn."""
-    g, du, x, u = map(rows_of, (g, du, x, u))
-    alpha = room.alpha
-    direct = alpha is not None and all(array is not None and array.flags.c_contiguous for array in into)
+def _narrow_products(g: Array, du: Array, x: Array | Again, u: Array, room: Room, into: tuple) -> list[Array | object]:
+    """Fills du; the gradients of A and B of each layer in turn. That of A waits for an x that is yet to be there."""
+    g, du, u = map(rows_of, (g, du, u))
+    direct = room.alpha is not None and all(array is not None and array.flags.c_contiguous for array in into)
+    adds = direct or room.adds_gradients(into)
+    if type(x) is Again and not adds:
+        x = x.output()
+    waits, alpha = type(x) is Again, room.alpha if direct else 1.0
     if direct:
-        dA, dB = into
+        aside.join_all_that_adds_to(into[1])
+        (dA, dB), between = into, []
     else:
-        (whole, dA, dB), alpha = room.blank_gradients(), 1.0
-    one_pass = narrow.both_ways(g, u, room.up, du, dB, room.widths, room.ranks, alpha, direct)
+        whole, dA, dB = room.blank_gradients()
+        between = [whole]
+    twin = cupy.empty(du.shape, bfloat16) if waits else None  # what lies behind g is somebody else's when x is there
+    one_pass = narrow.both_ways(g, u, room.up, du, dB, room.widths, room.ranks, alpha, direct, twin)
     if not one_pass:
         product(g, room.up, out=du)
+        if waits:
+            twin[...] = du
 
-    def compute() -> None:
-        product(du.T, x, out=dA, add=direct)
+    def of_B() -> None:
         if not one_pass:
             product(g.T, u, out=dB, alpha=alpha, add=direct)
 
-    def add() -> None:
-        compute()
-        room.add_gradients(whole, into)
+    def of_A(du: Array, x: Array) -> None:
+        product(du.T, rows_of(x), out=dA, add=direct)
+        if adds and not direct:
+            room.add_gradients(whole, into)
 
-    reads = (du, x) if one_pass else (du, x, g, u)
-    if direct:
-        aside.run(compute, into[0], *reads)
-    elif room.adds_gradients(into):
-        aside.run(add, into[0], whole, *reads)
+    def both() -> None:
+        of_B()
+        of_A(du, x)
+
+    if waits:
+        of_B()
+        x.later(lambda x: aside.run(lambda: of_A(twin, x), into, [twin, x, *between]))
+    elif adds:
+        aside.run(both, into, [du, x, *between, *([] if one_pass else [g, u])])
     else:
-        compute()
+        both()
         return room.gradients(dA, dB)
     return [ADDED] * len(into)
 
@@ -337,7 +349,7 @@ single = Op(_added, "frozen_linear and addmm")
 single.stands_in = True
 
 
-@single.backward(into=True)
+@single.backward(into=True, beside=True, waits=True)
 def _(g, x, u, weight, A, B, alpha, needs, into):
     g = low(g)
     du = dA = dB = dx = None
@@ -348,8 +360,11 @@ def _(g, x, u, weight, A, B, alpha, needs, into):
         dB = weight_gradient(g, u, into[2], B.dtype, alpha)
     if A is None:
         dA = du if needs[1] else None  # the gradient of u, which has its own way
+    elif type(x) is Again and into[1] is not None and into[1].flags.c_contiguous:
+        x.later(lambda x: weight_gradient(du, x, into[1], A.dtype))
+        dA = ADDED
     elif needs[1]:
-        dA = weight_gradient(du, x, into[1], A.dtype)
+        dA = weight_gradient(du, x.output() if type(x) is Again else x, into[1], A.dtype)
     if needs[0]:
         adds = into[0] is not None and margins.step(into[0]) is not None
         dx = into[0] if adds else cupy.empty((*g.shape[:-1], weight.shape[1]), bfloat16)

@@ -133,12 +133,12 @@ struct Layer {
 
 __device__ inline float4 plus(float4 a, float4 b) { return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w); }
 
-// du, and dB (out, dB_step): scale times the sum, added to what is there if `add`. What lies beside a layer's columns in
-// its rows of dB is left alone. A thread makes four numbers. Grid: (blocks, layers), with enough threads for all rows of
-// du and then for the columns of the widest layer.
+// du, and the same in `twin` where that is given, and dB (out, dB_step): scale times the sum, added to what is there if
+// `add`. What lies beside a layer's columns in its rows of dB is left alone. A thread makes four numbers. Grid: (blocks,
+// layers), with enough threads for all rows of du and then for the columns of the widest layer.
 extern "C" __global__ void add_parts(const float4* du_parts, const float4* dB_parts, const Layer* layers, real* du,
-                                     long long du_step, float* dB, long long dB_step, int rows, int strips,
-                                     int segments, float scale, int add) {
+                                     long long du_step, real* twin, long long twin_step, float* dB, long long dB_step,
+                                     int rows, int strips, int segments, float scale, int add) {
     constexpr int ACROSS = RANK / 4;
     Layer layer = layers[blockIdx.y];
     int at = blockIdx.x * blockDim.x + threadIdx.x, column = at % ACROSS * 4, row = at / ACROSS;
@@ -151,6 +151,7 @@ extern "C" __global__ void add_parts(const float4* du_parts, const float4* dB_pa
         for (int i = 0; i < count; i++) sum = plus(sum, part[(long long)i * rows * ACROSS]);
         uint2 rounded = make_uint2(pack2(sum.x, sum.y), pack2(sum.z, sum.w));
         *reinterpret_cast<uint2*>(du + row * du_step + layer.all.u + column) = rounded;
+        if (twin) *reinterpret_cast<uint2*>(twin + row * twin_step + layer.all.u + column) = rounded;
         return;
     }
     row -= rows;

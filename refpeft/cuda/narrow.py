@@ -17,7 +17,7 @@ _RANK, _ROWS, _STAGES, _THREADS = 16, 64, 3, 128  # as in narrow.cu
 _STRIPS = (256, 192, 128)  # columns that a block takes
 _BLOCKS = 256
 """At most so many blocks: two for each multiprocessor of a large GPU. The bits depend on it: it is asked of no GPU."""
-_LEAST = 2**22  # bytes of g: fewer are read again before they have left the cache
+_LEAST = 2**23  # bytes of g: fewer are read again before they have left the cache
 
 _sources = {strip: Source("narrow.cu", STRIP=strip) for strip in _STRIPS}
 
@@ -32,14 +32,18 @@ def both_ways(
     ranks: Sequence[int],
     scale: float = 1.0,
     add: bool = False,
+    twin: Array | None = None,
 ) -> bool:
     """du = g up, and dB = scale g^T u, or added to what is there. Whether that was done: for these it can be, and pays.
+
+    A `twin` as du becomes the same.
 
     g (rows, out), u and du (rows, r), up (out, r) in bfloat16, dB (out, r) in float32, of layers side by side: `widths`
     and `ranks` add up to out and r. Only the layers' own blocks of `up` and dB are read, and written.
     """
     rows, strip = len(g), _strip(widths)
-    if g.nbytes < _LEAST or not all(map(_fits, (g, u, up, du, dB), (8, 8, 8, 8, 4))):
+    second = du if twin is None else twin
+    if g.nbytes < _LEAST or not all(map(_fits, (g, u, up, du, second, dB), (8, 8, 8, 8, 8, 4))):
         return False
     if any(rank % 8 or rank > _RANK for rank in ranks) or any(width % 8 for width in widths) or not _compiles(strip):
         return False
@@ -58,8 +62,8 @@ def both_ways(
     )  # fmt: skip
     blocks = -(-(rows + max(widths)) * (_RANK // 4) // 256)
     _sources[strip]("add_parts")(
-        (blocks, len(layers)), 256, du_parts, dB_parts, layers, du, _step(du), dB, _step(dB), rows, len(strips),
-        segments, float(scale), add,
+        (blocks, len(layers)), 256, du_parts, dB_parts, layers, du, _step(du), twin, _step(second),
+        dB, _step(dB), rows, len(strips), segments, float(scale), add,
     )  # fmt: skip
     return True
 

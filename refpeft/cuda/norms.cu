@@ -1,13 +1,13 @@
 // RMSNorm and LayerNorm over the last axis. An RMSNorm is a LayerNorm that takes no mean away and adds no shift: its
 // `mean` and `shift` are null. A row's normalized numbers are n = (x - mean) scale; y = n gain + shift.
 //
-// `lanes` threads share a row (see rows.cuh) and keep it in registers, so that it is read once. Of each row only `mean`
-// and `scale`, float, outlive the forward pass.
+// `lanes` threads share a row (see rows.cuh) and keep it in registers, KEPT times eight numbers each, so that it is read
+// once. Of each row only `mean` and `scale`, float, outlive the forward pass.
 
 #include "common.cuh"
 #include "rows.cuh"
 
-constexpr int KEPT = 2;  // times eight numbers of a row that one thread keeps
+constexpr int MOST = 1024;  // threads of a block
 
 struct Row {
     int lane;    // of the row's threads
@@ -23,9 +23,9 @@ __device__ inline Row my_row(int rows, int lanes) {
 // Reads x, writes y: 2 + 2 bytes a number in bfloat16 (gain and shift stay in the caches). With `known`, mean and scale
 // are those of an earlier call, and y is the same again, to the bit. The rows of y are `step` numbers apart. With `plus`
 // it is the norm of x + plus, which goes to `total`: 4 bytes a number more.
-extern "C" __global__ void norm_forward(const real* x, const float* gain, const float* shift, real* y, float* mean,
-                                        float* scale, int known, int rows, int dim, int lanes, float eps, int step,
-                                        const real* plus, real* total) {
+extern "C" __global__ void __launch_bounds__(MOST) norm_forward(
+    const real* x, const float* gain, const float* shift, real* y, float* mean, float* scale, int known, int rows,
+    int dim, int lanes, float eps, int step, const real* plus, real* total) {
     Row row = my_row(rows, lanes);
     x += row.index * dim;
     y += row.index * step;
@@ -83,11 +83,11 @@ extern "C" __global__ void norm_forward(const real* x, const float* gain, const 
 }
 
 // dx = scale (d - mean(d) - n mean(d n)) with d = g gain, where mean(d) is left out of an RMSNorm; plus `onto`, which
-// may be null, or dx itself. Rows of these are `onto_step` and `step` numbers apart. Reads x, g and onto, writes dx:
-// 8 bytes a number in bfloat16, 6 without `onto`.
-extern "C" __global__ void norm_backward(const real* x, const float* gain, const real* g, const float* mean,
-                                         const float* scale, const real* onto, real* dx, int rows, int dim, int lanes,
-                                         int onto_step, int step) {
+// may be null, or dx itself. Rows of these are `onto_step` and `step` numbers apart. Where y is not null it becomes the
+// norm again, to the bit. Reads x, g and onto, writes dx and y: 2 bytes a number for each in bfloat16.
+extern "C" __global__ void __launch_bounds__(MOST) norm_backward(
+    const real* x, const float* gain, const real* g, const float* mean, const float* scale, const real* onto, real* dx,
+    const float* shift, real* y, int rows, int dim, int lanes, int onto_step, int step) {
     Row row = my_row(rows, lanes);
     long start = row.index * dim;
     if (onto) onto += row.index * onto_step;
@@ -109,6 +109,12 @@ extern "C" __global__ void norm_backward(const real* x, const float* gain, const
             sum += d[k][j];
             product += d[k][j] * n[k][j];
         }
+        if (!y) continue;
+        float b[8];
+        if (shift) load8(shift + at, b);
+#pragma unroll
+        for (int j = 0; j < 8; j++) w[j] = shift ? n[k][j] * w[j] + b[j] : n[k][j] * w[j];
+        store8(y + start + at, w);
     }
     float mean_d = mean ? row_sum(sum, lanes) / dim : 0.f;
     float mean_dn = row_sum(product, lanes) / dim;

@@ -17,8 +17,10 @@ from refpeft.cuda.override import override, works
 from refpeft.tape import ADDED, Total
 from refpeft.tensor import Op, Pending, Tensor, needs_of
 
-source = Source("norms.cu")
 float32 = np.dtype("f4")
+
+_OF_WARP = 512  # numbers of the longest row that a warp keeps
+_sources = {kept: Source("norms.cu", KEPT=kept) for kept in (1, 2)}
 
 WIDEST = 16384
 """Numbers of the longest row that a block keeps: two times eight for each of 1024 threads."""
@@ -37,9 +39,9 @@ def _(x, mean, scale, w, b, needs):
     return _again(x, mean, scale, w, b)
 
 
-@rms_norm.backward(into=True, onto=True)
-def _(g, x, mean, scale, w, b, needs, into, onto=(None,)):
-    return _backward(g, x, mean, scale, (w,), needs, into, onto[0])
+@rms_norm.backward(into=True, onto=True, again=True)
+def _(g, x, mean, scale, w, b, needs, into, onto=(None,), again=False):
+    return _backward(g, x, mean, scale, (w,), needs, into, onto[0], again)
 
 
 @override(fused.layer_norm, "bfloat16", "float32")
@@ -52,9 +54,9 @@ def _(x, mean, scale, w, b, needs):
     return _again(x, mean, scale, w, b)
 
 
-@layer_norm.backward(into=True, onto=True)
-def _(g, x, mean, scale, w, b, needs, into, onto=(None,)):
-    return _backward(g, x, mean, scale, (w, b), needs, into, onto[0])
+@layer_norm.backward(into=True, onto=True, again=True)
+def _(g, x, mean, scale, w, b, needs, into, onto=(None,), again=False):
+    return _backward(g, x, mean, scale, (w, b), needs, into, onto[0], again)
 
 
 def _takes(x: Any, *vectors: Any) -> bool:
@@ -99,7 +101,7 @@ def _normalized(
     arrays = (aligned(first), _vector(w), _vector(b), y, mean, scale)
     numbers = (known, rows, dim, lanes, float(eps), margins.step(y) or dim)
     plus = None if plus is None else aligned(plus)
-    source("norm_forward", x.dtype)(blocks, block, *arrays, *numbers, plus, total)
+    _source(dim)("norm_forward", x.dtype)(blocks, block, *arrays, *numbers, plus, total)
     return y
 
 
@@ -142,17 +144,29 @@ def _backward(
     needs: tuple[bool, ...],
     into: tuple[Array | None, ...],
     onto: Array | None,
+    again: bool,
 ) -> tuple:
     g, x = aligned(g), aligned(x)
-    dx = _of_x(g, x, mean, scale, vectors[0], into[0], onto) if needs[0] else None
+    if needs[0]:
+        y = cupy.empty(x.shape, x.dtype) if again else None
+        dx = _of_x(g, x, mean, scale, vectors, into[0], onto, y)
+    else:
+        dx, y = None, _again(x, mean, scale, *(*vectors, None)[:2]) if again else None
     dtypes = [vector.dtype if need else None for vector, need in zip(vectors, needs[1:], strict=True)]
-    return (dx, *_of_vectors(g, x, mean, scale, dtypes, into[1:]))
+    return (dx, *_of_vectors(g, x, mean, scale, dtypes, into[1:]), *([y] if again else []))
 
 
 def _of_x(
-    g: Array, x: Array, mean: Array | None, scale: Array, w: Array, into: Array | None, onto: Array | None
+    g: Array,
+    x: Array,
+    mean: Array | None,
+    scale: Array,
+    vectors: tuple[Array, ...],
+    into: Array | None,
+    onto: Array | None,
+    y: Array | None,
 ) -> Any:
-    """The gradient of x, added to `into`, or with what is in `onto`."""
+    """The gradient of x, added to `into`, or with what is in `onto`; y becomes the norm, where it is given."""
     into, onto = (None if a is None or a.dtype != x.dtype or not in_rows(a) else a for a in (into, onto))
     plus = onto if into is None else into
     dx = into
@@ -160,8 +174,9 @@ def _of_x(
         dx = margins.rows(x.shape, x.dtype) if x.ndim <= 3 else cupy.empty(x.shape, x.dtype)
     rows, dim, lanes, blocks, block = _shared_out(x)
     steps = [dim if array is None else margins.step(array) or dim for array in (plus, dx)]
-    arrays = x, _vector(w), g, mean, scale, plus, dx
-    source("norm_backward", x.dtype)(blocks, block, *arrays, rows, dim, lanes, *steps)
+    gain, shift = map(_vector, (*vectors, None)[:2])
+    arrays = x, gain, g, mean, scale, plus, dx, shift, y
+    _source(dim)("norm_backward", x.dtype)(blocks, block, *arrays, rows, dim, lanes, *steps)
     return ADDED if into is not None else dx if plus is None else Total(dx)
 
 
@@ -182,7 +197,7 @@ def _of_vectors(
     parts = -(-rows // per)
     partial = [None if dtype is None else cupy.empty((parts, dim), float32) for dtype in dtypes]
     gains, shifts = (*partial, None)[:2]
-    source("norm_gains", x.dtype)((-(-dim // 256), parts), 256, x, g, mean, scale, gains, shifts, rows, dim, per)
+    _source(dim)("norm_gains", x.dtype)((-(-dim // 256), parts), 256, x, g, mean, scale, gains, shifts, rows, dim, per)
     found: list[Any] = []
     for each, dtype, onto in zip(partial, dtypes, into, strict=True):
         if each is None:
@@ -199,11 +214,28 @@ def _shared_out(x: Array) -> tuple[int, int, int, int, int]:
     """Rows, dim, how many threads share a row (a part of a warp or a block), blocks, and threads of a block."""
     dim = x.shape[-1]
     rows = x.size // dim
-    if dim <= 512:
-        lanes, block = lanes_of(dim), 256
+    if dim <= _OF_WARP:
+        lanes, block = lanes_of(dim), 128
     else:
-        lanes = block = -(-dim // (2 * 8 * 32)) * 32
+        lanes = block = _threads(dim, _kept(dim))
     return rows, dim, lanes, -(-rows * lanes // block), block
+
+
+def _kept(dim: int) -> int:
+    """How many times eight numbers of a row a thread keeps: one where two would leave more threads without any."""
+    if dim <= _OF_WARP:
+        return -(-dim // 256)
+    one, two = (kept * _threads(dim, kept) for kept in (1, 2))
+    return 1 if one < two and one <= 1024 else 2
+
+
+def _threads(dim: int, kept: int) -> int:
+    """Of a block that keeps a row."""
+    return -(-dim // (kept * 8 * 32)) * 32
+
+
+def _source(dim: int) -> Source:
+    return _sources[_kept(dim)]
 
 
 def _vector(array: Array | None) -> Array | None:

@@ -267,6 +267,46 @@ def test_a_model_learns_the_same_with_it(name: str, quantizer: str | None, check
     assert np.linalg.norm(here - there) < 0.03 * np.linalg.norm(there)
 
 
+@pytest.mark.parametrize("quantizer", [None, "nf4"])
+@pytest.mark.parametrize("rank", [8, 12])
+def test_what_norms_and_units_give_comes_back_with_their_gradients(rank: int, quantizer: str | None, monkeypatch):
+    """Their low-rank readers wait for it: nothing is made again for them alone, and the gradients are the same."""
+    results, made = [], []
+    for op in (fused.rms_norm, fused.silu_mul):
+        pair = op.overrides[cupy.ndarray, np.dtype(bfloat16)]
+        monkeypatch.setattr(pair, "again", lambda *saved, again=pair.again: made.append(again) or again(*saved))
+    for worth in (0, 2**40):
+        monkeypatch.setattr(tensor, "WORTH_MAKING_AGAIN", worth)
+        model = tiny.low("llama", make_quantizer(quantizer), xp=cupy)
+        sites.attach(model, "lora", {"r": rank, "targets": "all-linear"})
+        tiny.scramble(model.adapters[-1])
+        flat = Flat(model.trained())
+        model.mode.training = True
+        for _ in range(2):
+            flat.grads.fill(0)
+            with rooms.lowered(flat.values), aside.gradients_aside(flat.grads):
+                model.loss(tiny.batch()).backward()
+        results.append(to_host(flat.grads).astype("f8"))
+    assert not made
+    assert np.linalg.norm(results[0] - results[1]) < 1e-5 * np.linalg.norm(results[1])
+
+
+def test_what_is_added_to_aside_is_waited_for_before_more_is_added(monkeypatch):
+    problem = Problem(rows=(64,), width=512, out=512, r=16)
+    g, waited = cupy.asarray(problem.g).astype(bfloat16), []
+    with rooms.lowered(problem.flat.values), aside.gradients_aside(problem.flat.grads):
+        problem.layer(problem.x).backward(g)
+    alone = to_host(problem.A.grad)
+    problem.flat.grads.fill(0)
+    with rooms.lowered(problem.flat.values), aside.gradients_aside(problem.flat.grads):
+        problem.layer(problem.x).backward(g)
+        aside.join_all_that_adds_to(cupy.empty(4, "f4"))
+        monkeypatch.setattr(aside._Aside, "_let_go", lambda self, go=aside._Aside._let_go: waited.append(1) or go(self))
+        (problem.A * 2.0).backward()
+        assert waited
+    assert np.array_equal(to_host(problem.A.grad), alone + np.float32(2))
+
+
 def test_plain_pairs_know_nothing_of_it():
     problem = Problem()
     with rooms.lowered(problem.flat.values), tensor.plain():

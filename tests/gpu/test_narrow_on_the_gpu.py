@@ -56,8 +56,10 @@ def test_both_are_what_products_give(layers: str, count: int):
     assert narrow.both_ways(rows(g), rows(u), rows(up), du, dB, widths, ranks, scale=0.5, add=True)
     close(dB, np.where(own, 1.5 * (g.T @ u), 3), EPS["float32"], times=32)
     dB[...] = 3
-    assert narrow.both_ways(rows(g), rows(u), rows(up), du, dB, widths, ranks)
+    twin = cupy.empty(u.shape, bfloat16)
+    assert narrow.both_ways(rows(g), rows(u), rows(up), du, dB, widths, ranks, twin=twin)
     assert (du.astype("f4") == before[0]).all() and (dB == before[1]).all()
+    assert (twin.astype("f4") == before[0]).all()
 
 
 def test_a_strip_is_one_that_a_block_has_room_for(monkeypatch):

@@ -10,12 +10,14 @@ from test_rows_on_the_gpu import FLOAT32, agree, all_needs, bits, both, close, d
 from refpeft import fused, tensor
 from refpeft.backend import bfloat16, to_host
 from refpeft.cuda import blas
-from refpeft.tape import ADDED
+from refpeft.tape import ADDED, Total
 from refpeft.tensor import Pending, Tensor, parameter
 
 
 @both
-@pytest.mark.parametrize("shape", [(3, 8), (2, 5, 3, 64), (9, 72), (5, 128), (2, 520), (3, 2048), (2, 16384)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(3, 8), (2, 5, 3, 64), (9, 72), (5, 128), (2, 520), (7, 768), (3, 1024), (3, 2048), (2, 16384)], ids=str
+)
 def test_norms_of_any_width(shape: tuple[int, ...], dtype: np.dtype):
     x, w, b = drawn(*shape), 1 + drawn(shape[-1], seed=1) / 4, drawn(shape[-1], seed=2)
     for gains in {FLOAT32, dtype}:
@@ -66,15 +68,34 @@ def test_the_gradient_of_a_norm_is_added_to_one_that_is_there(name: str):
     assert bits(dx) == bits(alone[0]) and bits(unlike) == bits(on_device(there))
 
 
+@pytest.mark.parametrize("dim", [72, 576, 2048])
 @pytest.mark.parametrize("name", ["rms_norm", "layer_norm"])
-def test_a_norm_is_made_again_to_the_bit(name: str):
+def test_a_norm_is_made_again_to_the_bit(name: str, dim: int):
     pair = getattr(fused, name).overrides[cupy.ndarray, bfloat16]
-    w = on_device(drawn(72, seed=1), FLOAT32)
+    w = on_device(drawn(dim, seed=1), FLOAT32)
     vectors = [w] if name == "rms_norm" else [w, w]
-    y, saved = pair.forward((True, *[False] * len(vectors)), on_device(drawn(5, 72)), *vectors, eps=1e-5)
+    y, saved = pair.forward((True, *[False] * len(vectors)), on_device(drawn(5, dim)), *vectors, eps=1e-5)
     assert bits(pair.again(*saved)) == bits(y)
     kept = sum(part.nbytes for part in saved[1:] if isinstance(part, cupy.ndarray) and part is not w)
     assert kept == 5 * 4 * len(vectors)
+
+
+@pytest.mark.parametrize("needs", [needs for needs in all_needs(2) if any(needs)], ids=str)
+@pytest.mark.parametrize("dim", [72, 576, 2048])
+@pytest.mark.parametrize("name", ["rms_norm", "layer_norm"])
+def test_the_way_back_through_a_norm_makes_it_again(name: str, dim: int, needs: tuple[bool, ...]):
+    pair = getattr(fused, name).overrides[cupy.ndarray, bfloat16]
+    x, g, there = (on_device(drawn(5, dim, seed=seed)) for seed in range(3))
+    vectors = [on_device(drawn(dim, seed=seed), FLOAT32) for seed in ((3,) if name == "rms_norm" else (3, 4))]
+    needs = needs if name == "rms_norm" else (*needs, True)
+    y, saved = pair.forward(needs, x, *vectors, eps=1e-5)
+    for onto in (None, there):
+        how = {"into": (None,) * len(needs), "onto": (onto, *[None] * len(vectors))}
+        *gradients, again = pair.vjp(g, *saved, **how, again=True)
+        assert bits(again) == bits(y)
+        for one, other in zip(gradients, pair.vjp(g, *saved, **how), strict=True):
+            one, other = (each.array if isinstance(each, Total) else each for each in (one, other))
+            assert one is other is None or bits(one) == bits(other)
 
 
 @pytest.mark.parametrize("shape", [(3, 7), (2, 16392), (0, 8)], ids=str)

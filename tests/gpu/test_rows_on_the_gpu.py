@@ -150,6 +150,21 @@ def test_silu_mul_of_halves_of_rows_and_again():
         assert bits(one) == bits(other)
 
 
+@some
+@both
+@pytest.mark.parametrize("needs", [needs for needs in all_needs(2) if any(needs)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 3, 64), (3, 37), (0, 4)], ids=str)
+def test_the_way_back_through_silu_mul_makes_its_output_again(shape, needs, dtype: np.dtype, view):
+    pair = fused.silu_mul.overrides[cupy.ndarray, np.dtype(dtype)]
+    gate, up = (view(on_device(4 * drawn(*shape, seed=seed), dtype)) for seed in range(2))
+    g = on_device(drawn(*shape, seed=2), dtype)
+    y, saved = pair.forward(needs, gate, up)
+    *gradients, again = pair.vjp(g, *saved, again=True)
+    assert bits(again) == bits(y)
+    for one, other in zip(gradients, pair.vjp(g, *saved), strict=True):
+        assert one is other is None or bits(one) == bits(other)
+
+
 # ---- arithmetic ------------------------------------------------------------------------------------------------------
 
 TWO = [ops.add, ops.sub, ops.mul, ops.div, ops.maximum]
