@@ -90,6 +90,7 @@ def step(model: Model, rows: int, tokens: int, narrow: bool = False) -> Step:
     number of each head, and for each pair of a query and a key that it sees. With `narrow` bytes are those of a GPU in
     bfloat16: two for a number of a token, and none for outputs that are made again.
     """
+    model.mode.training = _drops_numbers(model)
     all_tokens = rows * tokens if narrow else 0
     kept, forward, backward = _scaled(model, rows, tokens, partial(_passes, narrow=all_tokens), narrow)
     try:
@@ -99,9 +100,14 @@ def step(model: Model, rows: int, tokens: int, narrow: bool = False) -> Step:
     except RefpeftError:
         inputs = None
     finally:
-        model.checkpointing = False
+        model.checkpointing = model.mode.training = False
     attention = 4 * rows * _pairs(model.config, tokens)
     return Step(kept, inputs, forward + attention, backward + _BACKWARD * attention)
+
+
+def _drops_numbers(model: Model) -> bool:
+    """Whether a method has dropout: then what that gives, and its masks, are kept in training."""
+    return any(getattr(part.cfg, "dropout", 0) for adapter in model.adapters for part in adapter.parts)
 
 
 def _scaled(

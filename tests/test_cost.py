@@ -104,6 +104,20 @@ def test_faster_pairs_keep_what_plain_ones_do(kind, targets):
 # ---- arrays that are not there ---------------------------------------------------------------------------------------
 
 
+def test_dropout_keeps_what_it_gives_in_the_place_of_what_it_reads_and_on_the_host_its_masks():
+    """Of the inputs of seven layers, 576 or 1,536 numbers wide, those of q, of gate and of down are kept by no others."""
+
+    def kept(narrow: bool, **options) -> float:
+        model = memory.skeleton(shapes.checkpoint_of("smollm2-135m"))
+        sites.attach(model, "lora", {"targets": "all-linear"} | options)
+        return cost.step(model, 1, 128, narrow).kept
+
+    dropped, no_more = 6 * 576 + 1536, 2 * 576 + 1536
+    more = {narrow: kept(narrow, dropout=0.1) - kept(narrow) for narrow in (False, True)}
+    assert more[True] / (30 * 128) == pytest.approx(2 * (dropped - no_more))
+    assert more[False] / (30 * 128) == pytest.approx(4 * (dropped - no_more) + dropped, rel=0.005)
+
+
 def test_weights_that_are_not_there_are_zeros_to_compute_with():
     weight, x = absent((5, 4)), np.ones((2, 3, 4), np.float32)
     assert np.array_equal(x @ weight.T, np.zeros((2, 3, 5)))

@@ -106,6 +106,7 @@ class _Readers:
     def leave(self, layer: _Layer) -> None:
         """Says that a layer waits no longer."""
         self.waiting.remove(layer)
+        layer.result = None  # which knows of the layer: a circle, that would keep x
         if not self.waiting and self in _latest:
             _latest.clear()  # which keeps x
 

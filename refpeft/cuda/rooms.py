@@ -255,6 +255,7 @@ def lowered(values: Array) -> Iterator[None]:
             yield
         finally:
             _passes.pop()
+            now.filled &= set(_rooms.values())  # not those that others took the place of in this pass
             if now.filled != rooms and not cupy.cuda.get_current_stream().is_capturing():
                 copies = [
                     (values.data.ptr, place.data.ptr, *values.shape, place.strides[0] // place.itemsize, scale)

@@ -1,6 +1,8 @@
 """A frozen layer and its low-rank method as one op: what the two ops alone give, to rounding."""
 
 import contextlib
+import gc
+import weakref
 
 import cupy
 import numpy as np
@@ -168,10 +170,45 @@ def test_layers_that_read_the_same_rows_are_one_product(options: dict, side_by_s
         close(problem.trained[name].grad, expected, EPS["bfloat16"], 2)
 
 
+def test_a_capture_finds_the_rooms_that_took_the_place_of_others():
+    """Those of layers without factors, say, of a method before, whose values lay at the same address."""
+    problem, stream = Siblings(ranks=(8, 8, 8)), cupy.cuda.Stream(non_blocking=True)
+    cupy.cuda.Device().synchronize()
+    with stream:
+        for how in ("without factors", "with factors", "captured"):
+            if how == "captured":
+                stream.begin_capture()
+            with rooms.lowered(problem.flat.values):
+                x = parameter(behind(cupy.empty(problem.x.shape, bfloat16)))
+                if how == "without factors":
+                    ys = [fused.frozen_linear(x, weight=weight) for weight in problem.weights]
+                else:
+                    ys = problem.outputs(x, problem.trained, problem.weights, problem.biases)
+                assert all(y.node.parents[0].op is lowrank.layers for y in ys)
+            if how == "captured":
+                stream.end_capture()
+
+
 def test_outside_of_training_the_ops_do_their_work_alone():
     problem = Problem()
     assert type(fused.frozen_linear(problem.x, weight=problem.weight)) is Tensor
     close(problem.layer(problem.x).data, problem.expected()["y"], EPS["bfloat16"], 2)
+
+
+def test_nothing_keeps_what_a_layer_reads_where_its_factors_read_something_else():
+    """As with dropout. Python frees it at once, without looking for circles."""
+    problem = Problem()
+    gc.disable()
+    try:
+        with rooms.lowered(problem.flat.values):
+            x, array = problem.x, weakref.ref(problem.x.data)
+            u = ops.linear(x * 2.0, problem.A)
+            y = fused.addmm(fused.frozen_linear(x, weight=problem.weight), u, problem.B, alpha=1.5)
+            assert y.node.op is lowrank.single and array() is not None
+            del x, problem.x
+            assert array() is None
+    finally:
+        gc.enable()
 
 
 def test_what_waits_is_computed_where_something_else_asks_for_it():

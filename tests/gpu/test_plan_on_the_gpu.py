@@ -58,6 +58,7 @@ def folder(tmp_path_factory):
         pytest.param(("--batch", "8", "--set", "train.capture=false"), id="q and v, no graph"),
         pytest.param((*ALL_LINEAR, "--batch", "8", "--dtype", "float32"), id="lora, float32"),
         pytest.param((*ALL_LINEAR, "--batch", "8", "--set", "train.kl=0.5"), id="lora, kl"),
+        pytest.param((*ALL_LINEAR, "--batch", "8", "--set", "lora.dropout=0.1"), id="lora, dropout"),
         pytest.param(("--method", "full", "--batch", "8"), id="full"),
     ],
 )
