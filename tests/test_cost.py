@@ -104,8 +104,8 @@ def test_faster_pairs_keep_what_plain_ones_do(kind, targets):
 # ---- arrays that are not there ---------------------------------------------------------------------------------------
 
 
-def test_dropout_keeps_what_it_gives_in_the_place_of_what_it_reads_and_on_the_host_its_masks():
-    """Of the inputs of seven layers, 576 or 1,536 numbers wide, those of q, of gate and of down are kept by no others."""
+def test_dropout_keeps_what_it_gives_and_not_what_it_reads_and_masks_on_the_host_alone():
+    """Of the inputs of seven layers, 576 or 1,536 numbers wide, those of q, gate and down are kept by no others."""
 
     def kept(narrow: bool, **options) -> float:
         model = memory.skeleton(shapes.checkpoint_of("smollm2-135m"))

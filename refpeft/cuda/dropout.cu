@@ -28,14 +28,21 @@ __device__ inline long long word_of(long long at, long long first, const int* be
     return (long long)begins[line] * width + ((unsigned int)at - line * row);
 }
 
-// y[i] is x[i] * scale where its word is at least `least`, else 0: eight numbers a thread. The purpose is in `slot`
-// where that is given, else it is (crc, adler). With `eights`, eight numbers have words that follow one another from a
-// multiple of four on, and x and y are at multiples of 16 bytes. Reads x and writes y once; ten rounds for four numbers
-// take about as long as that.
+// Where in x number `at` is: its rows of `x_row` numbers lie `x_step` apart; 0 says that all lie side by side.
+__device__ inline long long place_of(long long at, int x_row, long long x_step) {
+    if (!x_row) return at;
+    unsigned int line = (unsigned int)at / x_row;  // there are fewer than 2^32 numbers then
+    return line * x_step + ((unsigned int)at - line * x_row);
+}
+
+// y[i] is x[i] * scale where its word is at least `least`, else 0, plus onto[i] where that is given, which may be y:
+// eight numbers a thread. The purpose is in `slot` where that is given, else it is (crc, adler). With `eights`, eight
+// numbers have words that follow one another from a multiple of four on, and are in one row of x, and at multiples of 16
+// bytes. Reads x and onto and writes y once; ten rounds for four numbers take about as long as that.
 extern "C" __global__ void dropout(const real* x, real* y, long long size, long long first, const int* begins, int row,
                                    int width, const unsigned long long* slot, unsigned int crc, unsigned int adler,
                                    unsigned int seed, unsigned int upper_seed, unsigned int least, float scale,
-                                   int eights) {
+                                   int eights, int x_row, long long x_step, const real* onto) {
     const long long at = 8 * ((long long)blockIdx.x * blockDim.x + threadIdx.x);
     if (at >= size) return;
     Key key = {{crc, adler}, {seed, upper_seed}};
@@ -45,15 +52,17 @@ extern "C" __global__ void dropout(const real* x, real* y, long long size, long 
     }
     if (eights && at + 8 <= size) {
         const long long word = word_of(at, first, begins, row, width);
-        float part[8];
-        load8(x + at, part);
+        float part[8], before[8];
+        load8(x + place_of(at, x_row, x_step), part);
+        if (onto) load8(onto + at, before);
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             Words words = philox(word / 4 + half, key);
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                float* number = part + 4 * half + i;
-                *number = words.of[i] >= least ? *number * scale : 0.f;
+                const int number = 4 * half + i;
+                part[number] = words.of[i] >= least ? part[number] * scale : 0.f;
+                if (onto) part[number] += before[number];
             }
         }
         store8(y + at, part);
@@ -61,6 +70,7 @@ extern "C" __global__ void dropout(const real* x, real* y, long long size, long 
     }
     for (long long i = at; i < at + 8 && i < size; i++) {
         const long long word = word_of(i, first, begins, row, width);
-        y[i] = narrow(philox(word / 4, key).of[word % 4] >= least ? wide(x[i]) * scale : 0.f);
+        const bool kept = philox(word / 4, key).of[word % 4] >= least;
+        y[i] = narrow((kept ? wide(x[place_of(i, x_row, x_step)]) * scale : 0.f) + (onto ? wide(onto[i]) : 0.f));
     }
 }

@@ -9,9 +9,11 @@ import numpy as np
 
 from refpeft import fused
 from refpeft.backend import Array
+from refpeft.cuda import margins
 from refpeft.cuda.kernels import Source, contiguous
 from refpeft.cuda.override import override
 from refpeft.rng import Stream, least_kept
+from refpeft.tape import ADDED
 
 _source = Source("dropout.cu")
 
@@ -46,15 +48,29 @@ def dropout(needs, x, *, rate, stream: Stream):
     return _masked(x, mask), (mask,)
 
 
-@dropout.backward
-def _(g, mask):
-    return (_masked(g, mask),)
+@dropout.backward(into=True)
+def _(g, mask, into):
+    if into[0] is None or into[0].dtype != g.dtype or not _is_aligned(into[0]):
+        return (_masked(g, mask),)
+    _masked(g, mask, into[0])
+    return (ADDED,)
 
 
-def _masked(x: Array, mask: _Mask) -> Array:
-    x = contiguous(x)
-    y = cupy.empty(x.shape, x.dtype)
+def _masked(x: Array, mask: _Mask, onto: Array | None = None) -> Array:
+    """`x` with that mask; with `onto` added to that, in C order, in place."""
+    row, step = x.shape[-1] if x.ndim else 1, None
+    if not x.flags.c_contiguous and x.size < 2**32:
+        step = margins.step(x)
+    if step is None:
+        x, row, step = contiguous(x), 0, 0
+    y = cupy.empty(x.shape, x.dtype) if onto is None else onto
     in_fours = mask.first % 4 == 0 if mask.begins is None else mask.row % 8 == 0 and mask.width % 4 == 0
-    eights = in_fours and x.data.ptr % 16 == 0
-    _source("dropout", x.dtype)(-(-x.size // 2048), 256, x, y, np.int64(x.size), *mask, bool(eights))
+    eights = in_fours and row % 8 == 0 and step % 8 == 0 and x.data.ptr % 16 == 0
+    blocks = -(-x.size // 2048)
+    _source("dropout", x.dtype)(blocks, 256, x, y, np.int64(x.size), *mask, bool(eights), row, np.int64(step), onto)
     return y
+
+
+def _is_aligned(array: Array) -> bool:
+    """Whether it is in C order, and can be read 16 bytes at a time."""
+    return array.flags.c_contiguous and array.data.ptr % 16 == 0

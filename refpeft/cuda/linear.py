@@ -22,6 +22,7 @@ from refpeft.cuda.override import or_else, override
 from refpeft.ops import expect, fit
 from refpeft.quant import Frozen
 from refpeft.tape import ADDED
+from refpeft.tensor import Tensor, needs_of
 
 _source = Source("linear.cu")
 _float32 = np.dtype("f4")
@@ -50,6 +51,14 @@ def linear(needs, x, w, b=None):
     y = _product_and_bias(low(x), low(w), b)
     dtypes = [getattr(array, "dtype", None) for array in (x, w, b)]
     return y, (w, x if needs[1] else None, needs, dtypes)
+
+
+def linear_at(place: Array, x: Tensor, w: Tensor) -> Tensor:
+    """ops.linear of x (..., in) and w (out, in), whose result is at a place (..., out) that is there."""
+    product(rows_of(x.data), low(w.data).T, out=rows_of(place))
+    needs = needs_of((x, w))
+    saved = w.data, x.data if needs[1] else None, needs, [x.dtype, w.dtype, None]
+    return linear.made(place, needs, (x, w), saved) if True in needs else Tensor(place)
 
 
 @linear.backward(into=True, beside=True)

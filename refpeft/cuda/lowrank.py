@@ -20,7 +20,7 @@ from refpeft import fused, ops
 from refpeft.backend import Array, bfloat16
 from refpeft.cuda import aside, blas, margins, narrow, rooms
 from refpeft.cuda.blas import low, product
-from refpeft.cuda.linear import low_weight, rows_of, weight_gradient, write_bias
+from refpeft.cuda.linear import linear_at, low_weight, rows_of, weight_gradient, write_bias
 from refpeft.cuda.rooms import Factors, Part, Room
 from refpeft.tape import ADDED, Again, Node, state
 from refpeft.tensor import Op, Pending, Tensor, is_made_again, needs_of
@@ -33,7 +33,7 @@ class _Layer:
 
     def __init__(self, part: Part):
         self.part = part
-        self.values: tuple[Tensor, ...] = ()
+        self.values: tuple[Tensor, ...] = ()  # A, or u where this comes from elsewhere, and B
         self.result: Pending | None = None
 
 
@@ -52,9 +52,13 @@ class _Readers:
         layer.result = self._pending(fused.frozen_linear, layer, partial(self._computed, layer, True))
         return layer.result
 
-    def add_factors(self, layer: _Layer, A: Tensor, B: Tensor, alpha: float) -> Pending:
-        """The result of a layer that waits, with these factors; without them it still can be asked for."""
-        layer.part.factors, layer.values = Factors(A.data, B.data, alpha), (A, B)
+    def add_factors(self, layer: _Layer, u: Tensor, B: Tensor, alpha: float) -> Pending:
+        """The result of a layer that waits, with alpha u B^T; without that it still can be asked for."""
+        if type(u) is Pending and u.op is ops.linear and not u.there and u.what[0] is self.x:
+            A = u.what[1]
+            layer.part.factors, layer.values = Factors(A.data, B.data, alpha), (A, B)
+        else:
+            layer.part.factors, layer.values = Factors(None, B.data, alpha), (u, B)
         layer.result = self._pending(fused.addmm, layer, partial(self._computed, layer, False))
         return layer.result
 
@@ -84,8 +88,8 @@ class _Readers:
             self.leave(layer)
         if not layer.values:
             return self._frozen_of(layer.part)
-        (A, B), alpha = layer.values, layer.part.factors.alpha
-        u = ops.linear.alone(self.x, A)
+        (u, B), factors = layer.values, layer.part.factors
+        u, alpha = u if factors.A is None else ops.linear.alone(self.x, u), factors.alpha
         if once:
             return _single(self.x, layer.part, u, B, alpha)
         return fused.addmm(self._frozen_of(layer.part), u, B, alpha=alpha)
@@ -106,7 +110,6 @@ class _Readers:
     def leave(self, layer: _Layer) -> None:
         """Says that a layer waits no longer."""
         self.waiting.remove(layer)
-        layer.result = None  # which knows of the layer: a circle, that would keep x
         if not self.waiting and self in _latest:
             _latest.clear()  # which keeps x
 
@@ -144,11 +147,7 @@ def _(inputs: tuple, options: dict[str, Any]) -> Tensor | None:
     readers, layer = y.what
     if layer not in readers.waiting or layer.values:
         return None
-    alpha = float(options["alpha"])
-    if type(u) is Pending and u.op is ops.linear and not u.there and u.what[0] is readers.x:
-        return readers.add_factors(layer, u.what[1], B, alpha)
-    readers.leave(layer)
-    return _single(readers.x, layer.part, u, B, alpha)
+    return readers.add_factors(layer, u, B, float(options["alpha"]))
 
 
 def _are_rows_in_training(x: Any) -> bool:
@@ -172,20 +171,39 @@ def _together(x: Tensor, waiting: list[_Layer]) -> list[Tensor] | None:
     offset = margins.taken(x.data, rank) if rank else 0
     if offset is None or (not rank and len(parts) == 1):
         return None
+    if len({part.factors.A is None for part in parts if part.factors is not None}) > 1:
+        return None
     room = rooms.room(parts, offset)
     if room is None:
         return None
     u = margins.behind(x.data, rank) if rank else None
+    if room.is_given_u:
+        if rank > sum(part.factors.rank for part in parts if part.factors is not None):
+            u[...] = cupy.zeros((), bfloat16)  # also between the factors' places
+        given = [layer.values[0] for layer in waiting if layer.values]
+        for each, place in zip(given, room.parts_of(u), strict=True):
+            _put(each, place)
+    elif rank:
+        product(rows_of(x.data), room.down.T, out=rows_of(u))
     y = _forward(x.data, u, room)
     parents = (x, *(value for layer in waiting for value in layer.values))
     needs = needs_of(parents)
     if True in needs:
-        if rank and is_made_again(x):
+        kept_x = x.data if rank and not room.is_given_u else None
+        if rank and (room.is_given_u or is_made_again(x)):
             u = u.copy()  # lest it keep x, behind whose rows it is
-        whole = layers.made(y, needs, parents, (x.data if rank else None, u, room, needs[0]))
+        whole = layers.made(y, needs, parents, (kept_x, u, room, needs[0]))
     else:
         whole = Tensor(y)
     return [whole] if len(parts) == 1 else _columns(whole, room.widths)
+
+
+def _put(u: Tensor, place: Array) -> None:
+    """Writes u to its place, where it is computed if it waits."""
+    if type(u) is Pending and u.op is ops.linear and not u.there:
+        u.becomes(linear_at(place, *u.what))
+    else:
+        place[...] = u.data
 
 
 def _forward(x: Array, u: Array | None, room: Room) -> Array:
@@ -193,7 +211,6 @@ def _forward(x: Array, u: Array | None, room: Room) -> Array:
     if room.bias is not None:
         write_bias(y, room.bias)
     if u is not None:
-        product(rows_of(x), room.down.T, out=rows_of(u))
         x = margins.together(x, u)
     product(rows_of(x), room.forward.T, out=rows_of(y), add=room.bias is not None)
     return y
@@ -206,7 +223,11 @@ layers.stands_in = True
 @layers.backward(into=True, beside=True, waits=True)
 def _(g, x, u, room, x_needed, into):
     g, du, values = g.whole() if isinstance(g, _Gathered) else low(g), None, []
-    if u is not None:
+    if room.is_given_u:
+        its_own = cupy.empty(u.shape, bfloat16)
+        dBs = _narrow_products(g, its_own, None, u, room, into[2::2])
+        values = [each for pair in zip(room.parts_of(its_own), dBs, strict=True) for each in pair]
+    elif u is not None:
         du = margins.scratch(g, u.shape[-1])
         du = cupy.empty(u.shape, bfloat16) if du is None else du
         values = _narrow_products(g, du, x, u, room, into[1:])
@@ -223,8 +244,13 @@ def _(g, x, u, room, x_needed, into):
     return ADDED if adds else dx, *values
 
 
-def _narrow_products(g: Array, du: Array, x: Array | Again, u: Array, room: Room, into: tuple) -> list[Array | object]:
-    """Fills du; the gradients of A and B of each layer in turn. That of A waits for an x that is yet to be there."""
+def _narrow_products(
+    g: Array, du: Array, x: Array | Again | None, u: Array, room: Room, into: tuple
+) -> list[Array | object]:
+    """Fills du; the gradients of what is trained of each layer in turn, of A and B, or of B alone where x is None.
+
+    That of A waits for an x that is yet to be there.
+    """
     g, du, u = map(rows_of, (g, du, u))
     direct = room.alpha is not None and all(array is not None and array.flags.c_contiguous for array in into)
     adds = direct or room.adds_gradients(into)
@@ -232,8 +258,8 @@ def _narrow_products(g: Array, du: Array, x: Array | Again, u: Array, room: Room
         x = x.output()
     waits, alpha = type(x) is Again, room.alpha if direct else 1.0
     if direct:
-        aside.join_all_that_adds_to(into[1])
-        (dA, dB), between = into, []
+        aside.join_all_that_adds_to(into[-1])
+        (dA, dB), between = (into if x is not None else (None, *into)), []
     else:
         whole, dA, dB = room.blank_gradients()
         between = [whole]
@@ -248,8 +274,9 @@ def _narrow_products(g: Array, du: Array, x: Array | Again, u: Array, room: Room
         if not one_pass:
             product(g.T, u, out=dB, alpha=alpha, add=direct)
 
-    def of_A(du: Array, x: Array) -> None:
-        product(du.T, rows_of(x), out=dA, add=direct)
+    def of_A(du: Array, x: Array | None) -> None:
+        if x is not None:
+            product(du.T, rows_of(x), out=dA, add=direct)
         if adds and not direct:
             room.add_gradients(whole, into)
 
@@ -260,8 +287,11 @@ def _narrow_products(g: Array, du: Array, x: Array | Again, u: Array, room: Room
     if waits:
         of_B()
         x.later(lambda x: aside.run(lambda: of_A(twin, x), into, [twin, x, *between]))
+    elif adds and direct and one_pass and x is None:
+        pass  # that was all
     elif adds:
-        aside.run(both, into, [du, x, *between, *([] if one_pass else [g, u])])
+        reads = [*([] if x is None else [du, x]), *([] if one_pass else [g, u]), *between]
+        aside.run(both, into, reads)
     else:
         both()
         return room.gradients(dA, dB)

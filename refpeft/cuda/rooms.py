@@ -8,8 +8,9 @@ weight, and A of each below all (see refpeft.cuda.margins):
     A1   .     .
     A2   .     .
 
-Each factor's place has a rank that is a multiple of 8, of zeros where the factor's is not. A weight moves there when it
-is first used so. What is trained is copied there at the start of every pass.
+Each factor's place has a rank that is a multiple of 8, of zeros where the factor's is not. Where A reads something else
+than the layer, as with dropout, no A has a place. A weight moves there when it is first used so. What is trained is
+copied there at the start of every pass.
 """
 
 from __future__ import annotations
@@ -36,11 +37,23 @@ _CHUNK = 2**10  # numbers that a block copies: few, since blocks are many and sh
 
 @dataclass(frozen=True)
 class Factors:
-    """What is added to a frozen layer: alpha x A^T B^T, of A (r, in) and B (out, r) in float32."""
+    """What is added to a frozen layer: alpha u B^T with u = x A^T, of A (r, in) and B (out, r) in float32.
 
-    A: Array
+    Where A is None, u comes from elsewhere.
+    """
+
+    A: Array | None
     B: Array
     alpha: float
+
+    @property
+    def rank(self) -> int:
+        return self.B.shape[1]
+
+    @property
+    def values(self) -> list[Array]:
+        """What is trained."""
+        return [self.B] if self.A is None else [self.A, self.B]
 
 
 @dataclass
@@ -54,7 +67,7 @@ class Part:
     @property
     def rank(self) -> int:
         """That of the place of the factors."""
-        return 0 if self.factors is None else -(-len(self.factors.A) // 8) * 8
+        return 0 if self.factors is None else -(-self.factors.rank // 8) * 8
 
 
 class Room:
@@ -62,7 +75,7 @@ class Room:
 
     forward    (out, in + offset + r): what [x u] is multiplied by, u being x `down`^T
     backward   (out + r, in): what [g du] is multiplied by, du being g `up`
-    down, up   (r, in) and (out, r)
+    down, up   (r, in) and (out, r); `down` is (0, in) where u comes from elsewhere
     bias       (out,), or None
 
     Here `out` and `r` are the sums of those of all parts, and `offset` numbers lie between the rows of x and of u.
@@ -71,8 +84,10 @@ class Room:
     def __init__(self, parts: Sequence[Part], offset: int):
         self.widths, self.ranks = [part.weight.shape[0] for part in parts], [part.rank for part in parts]
         out, width, rank = sum(self.widths), parts[0].weight.shape[1], sum(self.ranks)
+        self.is_given_u = any(part.factors is not None and part.factors.A is None for part in parts)
+        below = 0 if self.is_given_u else rank
         with cupy.cuda.using_allocator(_pool.malloc):
-            whole = cupy.zeros((out + rank, width + offset + rank), bfloat16)
+            whole = cupy.zeros((out + below, width + offset + rank), bfloat16)
         self.whole, self.forward, self.backward = whole, whole[:out], whole[:, :width]
         self.down, self.up = whole[out:, :width], whole[:out, width + offset :]
         self.bias = _joined([part.bias for part in parts], self.widths)
@@ -81,7 +96,7 @@ class Room:
             self.forward[rows, :width] = part.weight.low()
             part.weight.array = self.forward[rows, :width]
             if part.factors is not None:
-                self._places.append((rows, slice(ranks.start, ranks.start + len(part.factors.A)), part.factors))
+                self._places.append((rows, slice(ranks.start, ranks.start + part.factors.rank), part.factors))
         cupy.get_default_memory_pool().free_all_blocks()  # where the weights were, which fits nothing else
         self.key = _key(parts, offset)
         self._tables: dict[tuple[int, ...], tuple[Array, int]] = {}
@@ -91,7 +106,9 @@ class Room:
         """Values, their place here, and what they are multiplied by."""
         found = []
         for rows, ranks, factors in self._places:
-            found += [(factors.B, self.up[rows, ranks], factors.alpha), (factors.A, self.down[ranks], 1.0)]
+            found.append((factors.B, self.up[rows, ranks], factors.alpha))
+            if factors.A is not None:
+                found.append((factors.A, self.down[ranks], 1.0))
         return found
 
     def fill(self) -> None:
@@ -102,7 +119,7 @@ class Room:
     @property
     def alpha(self) -> float | None:
         """That of the only factors, which fill their place; None where there are others, or none."""
-        alone = len(self._places) == len(self.widths) == 1 and len(self._places[0][2].A) == len(self.down)
+        alone = len(self._places) == len(self.widths) == 1 and self._places[0][2].rank == sum(self.ranks)
         return self._places[0][2].alpha if alone else None
 
     def blank_gradients(self) -> tuple[Array, Array, Array]:
@@ -111,11 +128,16 @@ class Room:
         return both, both[: self.down.size].reshape(self.down.shape), both[self.down.size :].reshape(self.up.shape)
 
     def gradients(self, dA: Array, dB: Array) -> list[Array]:
-        """The gradients of A and B, of each part that has them in turn."""
+        """The gradients of what is trained, of each part in turn."""
         found = []
         for rows, ranks, factors in self._places:
-            found += [dA[ranks], dB[rows, ranks] * np.float32(factors.alpha)]
+            found += [dA[ranks]] if factors.A is not None else []
+            found.append(dB[rows, ranks] * np.float32(factors.alpha))
         return found
+
+    def parts_of(self, u: Array) -> list[Array]:
+        """The columns of u (..., r) of each part that has factors, in turn."""
+        return [u[..., ranks] for _, ranks, _ in self._places]
 
     def adds_gradients(self, into: Sequence[Array | None]) -> bool:
         """Whether `add_gradients` can add to these arrays."""
@@ -124,16 +146,19 @@ class Room:
             return key is not None
         if cupy.cuda.get_current_stream().is_capturing() or not all(array.flags.c_contiguous for array in into):
             return False
-        width, rank = self.down.shape[1], len(self.down)
-        copies, first = [], len(self.down) * width  # where dB begins
-        for (rows, ranks, factors), A, B in zip(self._places, into[::2], into[1::2], strict=True):
-            copies.append((ranks.start * width, A.data.ptr, *A.shape, width, 1.0))
+        width, rank, each = self.down.shape[1], self.up.shape[1], iter(into)
+        copies, first = [], self.down.size  # where dB begins
+        for rows, ranks, factors in self._places:
+            if factors.A is not None:
+                A = next(each)
+                copies.append((ranks.start * width, A.data.ptr, *A.shape, width, 1.0))
+            B = next(each)
             copies.append((first + rows.start * rank + ranks.start, B.data.ptr, *B.shape, rank, factors.alpha))
         self._tables[key] = _table(copies)
         return True
 
     def add_gradients(self, both: Array, into: Sequence[Array]) -> None:
-        """Adds what is in `blank_gradients` to the gradients of A and B, of each part in turn, in one launch."""
+        """Adds what is in `blank_gradients` to the gradients of what is trained, of all parts, in one launch."""
         table, blocks = self._tables[_addresses(into)]
         _source("add_gradients")(blocks, 256, table, both)
 
@@ -199,7 +224,7 @@ def is_trained(values: Array) -> bool:
 def _fits(part: Part) -> bool:
     if not isinstance(part.weight, Dense) or part.weight.shape[0] % 8:
         return False
-    return part.factors is None or (is_trained(part.factors.A) and is_trained(part.factors.B))
+    return part.factors is None or all(map(is_trained, part.factors.values))
 
 
 def _compiles() -> bool:
@@ -215,7 +240,7 @@ def _compiles() -> bool:
 def _key(parts: Sequence[Part], offset: int) -> tuple:
     """What tells a room from others: where its weights lie, and what lies beside them."""
     values = (part.factors for part in parts)
-    factors = [each and (each.A.data.ptr, each.B.data.ptr, len(each.A), each.alpha) for each in values]
+    factors = [each and (*(array.data.ptr for array in each.values), each.rank, each.alpha) for each in values]
     return tuple([part.weight.array.data.ptr for part in parts]), tuple(factors), offset
 
 

@@ -7,6 +7,7 @@ import pytest
 from refpeft import fused
 from refpeft.backend import bfloat16, to_host
 from refpeft.rng import Order, Slots, Step, Stream
+from refpeft.tape import ADDED
 from refpeft.tensor import parameter, plain
 
 every_dtype = pytest.mark.parametrize("dtype", [bfloat16, np.dtype("f4")], ids=lambda dtype: dtype.name)
@@ -62,13 +63,28 @@ def test_rows_that_lie_otherwise_on_the_host_have_its_masks(dtype: np.dtype, sha
 @every_dtype
 def test_what_lies_elsewhere_or_otherwise_in_memory(dtype: np.dtype):
     whole = drawn(9, 24, dtype=dtype)
-    for part in (lambda a: a[1:, :], lambda a: a.reshape(-1)[3:], lambda a: a.T, lambda a: a[:, ::2]):
+    columns = (lambda a: a[:, :16], lambda a: a[:, 8:16], lambda a: a[:, 3:19], lambda a: a.reshape(3, 3, 24)[..., :8])
+    for part in (*columns, lambda a: a[1:, :], lambda a: a.reshape(-1)[3:], lambda a: a.T, lambda a: a[:, ::2]):
         leaf = parameter(part(cupy.asarray(whole)))
         out = fused.dropout(leaf, rate=0.5, stream=Stream(1, xp=cupy))
         expected = dropped(np.ascontiguousarray(part(whole)), 0.5, Stream(1))
         assert np.array_equal(to_host(out.data), expected)
         out.backward(part(cupy.asarray(whole)))
         assert np.array_equal(to_host(leaf.grad), expected)
+
+
+@every_dtype
+@pytest.mark.parametrize("shape", [(9, 24), (3, 5), (2, 3, 16)])
+def test_its_gradient_is_added_to_one_that_is_there(dtype: np.dtype, shape: tuple[int, ...]):
+    x, there = drawn(*shape, dtype=dtype), drawn(*shape, dtype=dtype)[::-1].copy()
+    pair = fused.dropout.overrides[cupy.ndarray, dtype]
+    _, saved = pair.forward((True,), cupy.asarray(x), rate=0.5, stream=Stream(1, xp=cupy))
+    alone = to_host(pair.vjp(cupy.asarray(x), *saved, into=(None,))[0]).astype("f4")
+    onto, unfit = cupy.asarray(there), cupy.asarray(there).T.copy().T
+    assert pair.vjp(cupy.asarray(x), *saved, into=(onto,)) == (ADDED,)
+    assert np.array_equal(to_host(onto), (there.astype("f4") + alone).astype(dtype))
+    if len(shape) > 1 and not unfit.flags.c_contiguous:
+        assert np.array_equal(to_host(pair.vjp(cupy.asarray(x), *saved, into=(unfit,))[0]).astype("f4"), alone)
 
 
 @every_dtype

@@ -170,6 +170,51 @@ def test_layers_that_read_the_same_rows_are_one_product(options: dict, side_by_s
         close(problem.trained[name].grad, expected, EPS["bfloat16"], 2)
 
 
+@pytest.mark.parametrize("waits", [True, False])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"bias": True}, {"ranks": (8, 8, 8)}, {"ranks": (3, 12, 1)}, {"ranks": (16,), "widths": (32,)}],
+)
+def test_layers_whose_factors_read_something_else_are_one_product(options: dict, waits: bool):
+    """As with dropout. What A gives may be there already; in the second pass values come by the launch for all."""
+    problem = Siblings(**options)
+    others = [drawn(*problem.rows, problem.width, seed=60 + i) for i in range(len(problem.ranks))]
+
+    def outputs(x, reads, trained, weights, biases) -> list:
+        found = []
+        for i, r in enumerate(problem.ranks):
+            y = fused.frozen_linear(x, biases[i], weight=weights[i])
+            if r:
+                u = ops.linear(reads[i], trained[f"{i}.A"])
+                y = fused.addmm(y, u if waits else u * 1.0, trained[f"{i}.B"], alpha=0.5 + i)
+            found.append(y)
+        return found
+
+    for sign in (-1, -1):
+        problem.flat.values *= sign
+        problem.flat.grads.fill(0)
+        with rooms.lowered(problem.flat.values), aside.gradients_aside(problem.flat.grads):
+            x = parameter(behind(cupy.asarray(problem.x).astype(bfloat16)))
+            reads = [parameter(cupy.asarray(other).astype(bfloat16)) for other in others]
+            ys = outputs(x, reads, problem.trained, problem.weights, problem.biases)
+            made = {y.node.op if len(ys) == 1 else y.node.parents[0].op for y in ys}
+            assert made == {lowrank.layers}
+            backward(ys, [cupy.asarray(g).astype(bfloat16) for g in problem.g])
+    exact_x, exact = parameter(problem.x), {name: parameter(v) for name, v in problem.values.items()}
+    exact_reads = list(map(parameter, others))
+    expected = outputs(exact_x, exact_reads, exact, [lambda w=w: w for w in problem.w], problem.b)
+    for y, g in zip(expected, problem.g, strict=True):
+        y.backward(g)
+    for y, other in zip(ys, expected, strict=True):
+        close(y.data, other.data, EPS["bfloat16"], 2)
+    close(x.grad, exact_x.grad, EPS["bfloat16"], 2)
+    for r, one, other in zip(problem.ranks, reads, exact_reads, strict=True):
+        if r:
+            close(one.grad, other.grad, EPS["bfloat16"], 2)
+    for name, value in exact.items():
+        close(problem.trained[name].grad, value.grad, EPS["bfloat16"], 2)
+
+
 def test_a_capture_finds_the_rooms_that_took_the_place_of_others():
     """Those of layers without factors, say, of a method before, whose values lay at the same address."""
     problem, stream = Siblings(ranks=(8, 8, 8)), cupy.cuda.Stream(non_blocking=True)
