@@ -349,9 +349,12 @@ def test_a_model_learns_the_same_with_it(name: str, quantizer: str | None, check
     assert np.linalg.norm(here - there) < 0.03 * np.linalg.norm(there)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("quantizer", [None, "nf4"])
 @pytest.mark.parametrize("rank", [8, 12])
-def test_what_norms_and_units_give_comes_back_with_their_gradients(rank: int, quantizer: str | None, monkeypatch):
+def test_what_norms_and_units_give_comes_back_with_their_gradients(
+    rank: int, quantizer: str | None, checkpointing: bool, monkeypatch
+):
     """Their low-rank readers wait for it: nothing is made again for them alone, and the gradients are the same."""
     results, made = [], []
     for op in (fused.rms_norm, fused.silu_mul):
@@ -363,7 +366,7 @@ def test_what_norms_and_units_give_comes_back_with_their_gradients(rank: int, qu
         sites.attach(model, "lora", {"r": rank, "targets": "all-linear"})
         tiny.scramble(model.adapters[-1])
         flat = Flat(model.trained())
-        model.mode.training = True
+        model.mode.training, model.checkpointing = True, checkpointing
         for _ in range(2):
             flat.grads.fill(0)
             with rooms.lowered(flat.values), aside.gradients_aside(flat.grads):
