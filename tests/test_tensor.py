@@ -216,11 +216,8 @@ def test_each_thread_records_for_itself():
 # ---- what is made again ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("length", [1, 2, 3])
-def test_an_output_that_can_be_made_again_is_not_kept_by_who_reads_it(length: int, monkeypatch):
-    """One that is made of another such output keeps that."""
-    monkeypatch.setattr(tensor, "WORTH_MAKING_AGAIN", 0)
-    made = []
+def cube_that_is_made_again(made: list[str], beside_gradients: bool) -> Op:
+    """x^3, of which `made` is told where it is made again, alone or beside its gradients, if these may bring it."""
 
     @op
     def cube(needs, x):
@@ -232,12 +229,25 @@ def test_an_output_that_can_be_made_again_is_not_kept_by_who_reads_it(length: in
 
     @fast.recomputed
     def _(x):
-        made.append(x)
+        made.append("again")
         return x**3
 
-    @fast.backward
-    def _(g, x):
-        return (g * 3 * x**2,)
+    @fast.backward(again=beside_gradients)
+    def _(g, x, again=False):
+        if not again:
+            return (g * 3 * x**2,)
+        made.append("on the way back")
+        return g * 3 * x**2, x**3
+
+    return cube
+
+
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_an_output_that_can_be_made_again_is_not_kept_by_who_reads_it(length: int, monkeypatch):
+    """One that is made of another such output keeps that."""
+    monkeypatch.setattr(tensor, "WORTH_MAKING_AGAIN", 0)
+    made = []
+    cube = cube_that_is_made_again(made, beside_gradients=False)
 
     @op
     def square(needs, x):
@@ -267,35 +277,10 @@ def test_who_can_wait_gets_an_output_from_the_way_back_through_what_gave_it(late
     """Others beside it have it made again."""
     monkeypatch.setattr(tensor, "WORTH_MAKING_AGAIN", 0)
     made = []
-
-    @op
-    def cube(needs, x):
-        return x**3, (x,)
-
-    @cube.override(np.ndarray, "f8")
-    def fast(needs, x):
-        return x**3, (x,)
-
-    @fast.recomputed
-    def _(x):
-        made.append("again")
-        return x**3
-
-    @fast.backward(again=True)
-    def _(g, x, again=False):
-        made.append("on the way back" if again else "gradient alone")
-        return (g * 3 * x**2, x**3) if again else (g * 3 * x**2,)
-
-    @op
-    def product(needs, x, w):
-        return x * w, (x, w)
-
-    @product.backward
-    def _(g, x, w):
-        return g * w, g * x
+    cube = cube_that_is_made_again(made, beside_gradients=True)
 
     def pair(waits: bool) -> Op:
-        found = Op(product.forward, "product")
+        found = Op(None, "product")
         found.stands_in = True
 
         @found.backward(into=True, waits=waits)
@@ -307,15 +292,12 @@ def test_who_can_wait_gets_an_output_from_the_way_back_through_what_gave_it(late
 
         return found
 
-    def read(x: Tensor, w: Tensor, by: Op) -> Tensor:
-        return by.made(x.data * w.data, (True, True), (x, w), (x.data, w.data))
-
     x, w = leaf(2, -1), leaf(3, 5)
     w.node.grad = np.zeros(2)
     y = cube(x)
     total = None
     for waits in [True] * later + [False] * at_once:
-        each = read(y, w, pair(waits))
+        each = pair(waits).made(y.data * w.data, (True, True), (y, w), (y.data, w.data))
         total = each if total is None else total + each
     total.backward()
     count = later + at_once

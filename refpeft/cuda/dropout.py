@@ -58,11 +58,11 @@ def _(g, mask, into):
 
 def _masked(x: Array, mask: _Mask, onto: Array | None = None) -> Array:
     """`x` with that mask; with `onto` added to that, in C order, in place."""
-    row, step = x.shape[-1] if x.ndim else 1, None
-    if not x.flags.c_contiguous and x.size < 2**32:
-        step = margins.step(x)
+    step = None if x.flags.c_contiguous or x.size >= 2**32 else margins.step(x)
     if step is None:
         x, row, step = contiguous(x), 0, 0
+    else:
+        row = x.shape[-1]
     y = cupy.empty(x.shape, x.dtype) if onto is None else onto
     in_fours = mask.first % 4 == 0 if mask.begins is None else mask.row % 8 == 0 and mask.width % 4 == 0
     eights = in_fours and row % 8 == 0 and step % 8 == 0 and x.data.ptr % 16 == 0

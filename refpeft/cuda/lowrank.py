@@ -287,14 +287,11 @@ def _narrow_products(
     if waits:
         of_B()
         x.later(lambda x: aside.run(lambda: of_A(twin, x), into, [twin, x, *between]))
-    elif adds and direct and one_pass and x is None:
-        pass  # that was all
-    elif adds:
-        reads = [*([] if x is None else [du, x]), *([] if one_pass else [g, u]), *between]
-        aside.run(both, into, reads)
-    else:
+    elif not adds:
         both()
         return room.gradients(dA, dB)
+    elif x is not None or not (direct and one_pass):  # else that was all
+        aside.run(both, into, [*([] if x is None else [du, x]), *([] if one_pass else [g, u]), *between])
     return [ADDED] * len(into)
 
 

@@ -7,8 +7,6 @@
 #include "common.cuh"
 #include "rows.cuh"
 
-constexpr int MOST = 1024;  // threads of a block
-
 struct Row {
     int lane;    // of the row's threads
     long index;  // of the row
@@ -23,7 +21,7 @@ __device__ inline Row my_row(int rows, int lanes) {
 // Reads x, writes y: 2 + 2 bytes a number in bfloat16 (gain and shift stay in the caches). With `known`, mean and scale
 // are those of an earlier call, and y is the same again, to the bit. The rows of y are `step` numbers apart. With `plus`
 // it is the norm of x + plus, which goes to `total`: 4 bytes a number more.
-extern "C" __global__ void __launch_bounds__(MOST) norm_forward(
+extern "C" __global__ void __launch_bounds__(1024) norm_forward(
     const real* x, const float* gain, const float* shift, real* y, float* mean, float* scale, int known, int rows,
     int dim, int lanes, float eps, int step, const real* plus, real* total) {
     Row row = my_row(rows, lanes);
@@ -85,7 +83,7 @@ extern "C" __global__ void __launch_bounds__(MOST) norm_forward(
 // dx = scale (d - mean(d) - n mean(d n)) with d = g gain, where mean(d) is left out of an RMSNorm; plus `onto`, which
 // may be null, or dx itself. Rows of these are `onto_step` and `step` numbers apart. Where y is not null it becomes the
 // norm again, to the bit. Reads x, g and onto, writes dx and y: 2 bytes a number for each in bfloat16.
-extern "C" __global__ void __launch_bounds__(MOST) norm_backward(
+extern "C" __global__ void __launch_bounds__(1024) norm_backward(
     const real* x, const float* gain, const real* g, const float* mean, const float* scale, const real* onto, real* dx,
     const float* shift, real* y, int rows, int dim, int lanes, int onto_step, int step) {
     Row row = my_row(rows, lanes);
