@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from refpeft import fused, hookimpl, ops
+from refpeft import fused, hookimpl, lowrank, ops
 from refpeft.backend import xp_of
 from refpeft.lowrank import Scaled, kaiming
 
@@ -41,11 +41,14 @@ def peft_params(site, cfg, rng, weight):
 
 @hookimpl
 def peft_linear(x, base, p, cfg, site, train):
-    dropped = train.dropout(x, cfg.dropout) if train else x
-    norms = ops.detach(ops.sqrt(ops.sum((base.weight + cfg.scale(site) * (p.B @ p.A)) ** 2, axis=1)))
+    alpha, dropped = cfg.scale(site), train.dropout(x, cfg.dropout) if train else x
+    norms = lowrank.row_norms(ops.detach(p.B), ops.detach(p.A), weight=site.weight, alpha=alpha)
     frozen = base.frozen(dropped)
-    direction = fused.addmm(frozen, ops.linear(dropped, p.A), p.B, alpha=cfg.scale(site))
-    return base(x) + (p.m / norms * direction - frozen)  # the difference first: it is 0 at the start
+    direction = fused.addmm(frozen, ops.linear(dropped, p.A), p.B, alpha=alpha)
+    scaled = p.m / norms * direction
+    if dropped is x and base.is_frozen:
+        return scaled if base.bias is None else scaled + base.bias
+    return base(x) + (scaled - frozen)  # the difference first: it is 0 at the start
 
 
 @hookimpl

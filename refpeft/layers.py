@@ -43,6 +43,11 @@ class Base:
             raise RefpeftError(f"two methods replace the {twice.pop()} of {self._site.name}: attach only one of them")
         return self._call(*args, **(self._keywords | stand_ins))
 
+    @property
+    def is_frozen(self) -> bool:
+        """Whether it is the site's own layer, with no method below, and none above that replaces a part of it."""
+        return self._call is self._site.base and not self._keywords
+
     def frozen(self, x: Tensor) -> Tensor:
         """x (..., in) times a linear layer's frozen weight, without its bias and the methods below: (..., out)."""
         return fused.frozen_linear(x, weight=self._site.weight)

@@ -1,18 +1,19 @@
-"""What methods of low rank have in common, for their authors: ranks, scales, the nearest matrix of a rank."""
+"""What methods of low rank have in common, for their authors: ranks, scales, norms of rows, the nearest matrix."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .backend import Array, xp_of
+from .backend import Array, cast, matmul, xp_of
 from .errors import RefpeftError, warn
 from .rng import Stream
 from .targets import patterned
+from .tensor import op
 
 if TYPE_CHECKING:
     from .sites import Site
@@ -80,6 +81,27 @@ def kaiming(rng: Stream, r: int, width: int) -> Array:
     """First values (r, width), uniform in +-1 / sqrt(width): kaiming_uniform(a=sqrt(5)), as in loralib and PEFT."""
     bound = width**-0.5
     return rng.uniform(-bound, bound, (r, width))
+
+
+@op
+def row_norms(needs, B, A, *, weight, alpha):
+    """The norms of the rows of weight() + alpha B @ A: B (out, r), A (r, in), weight() (out, in). Gives (out,)."""
+    changed = _changed(B, A, weight, alpha)
+    norms = xp_of(changed).sqrt((changed * changed).sum(axis=1))
+    return norms, (B, A, weight, alpha, norms, needs)
+
+
+@row_norms.backward
+def _(g, B, A, weight, alpha, norms, needs):
+    slope = (alpha * g / norms)[:, None] * _changed(B, A, weight, alpha)  # by B @ A
+    return matmul(slope, A.T) if needs[0] else None, matmul(B.T, slope) if needs[1] else None
+
+
+def _changed(B: Array, A: Array, weight: Callable[[], Array], alpha: float) -> Array:
+    changed = matmul(B, A)
+    changed *= B.dtype.type(alpha)
+    changed += cast(weight(), B.dtype)
+    return changed
 
 
 def nearest(matrix: Array, r: int) -> tuple[Array, Array]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from refpeft import fourier, fused, gates, ops
+from refpeft import fourier, fused, gates, lowrank, ops
 from refpeft.rng import Stream
 from refpeft.tensor import Op, Tensor
 
@@ -322,6 +322,12 @@ FUSED = [
         ((2, 3, 4), (5, 2), (2, 4)),
         lambda x, B, A, weight: np.einsum("bti,oi,or,ri->bto", x, weight(), B, A),
         given(weight=weight(WEIGHT)),
+    ),
+    Case(
+        lowrank.row_norms,
+        ((5, 2), (2, 4)),
+        lambda B, A, weight, alpha: np.linalg.norm(weight() + alpha * B @ A, axis=1),
+        given(weight=weight(WEIGHT), alpha=0.5),
     ),
     Case(
         fused.sparse_linear,

@@ -1,4 +1,4 @@
-"""Linear layers whose weights a method makes anew in every pass, in bfloat16.
+"""Linear layers whose weights a method makes anew in every pass, in bfloat16, and norms of what is made so.
 
 Such a weight is made as the plain pair makes it, in float32 from float32 values, and rounded once to be a factor. Its
 gradient comes out of the product in float32, and goes from there to the values. Nothing dense is kept between passes.
@@ -11,17 +11,21 @@ from collections.abc import Callable
 import cupy
 import numpy as np
 
-from refpeft import fourier, fused
+from refpeft import fourier, fused, lowrank
 from refpeft.backend import Array, bfloat16
+from refpeft.cuda import margins
 from refpeft.cuda.blas import low, product
 from refpeft.cuda.gather import put, rows
-from refpeft.cuda.kernels import contiguous
+from refpeft.cuda.kernels import Source, contiguous, row_block
 from refpeft.cuda.linear import factor_gradient, low_weight, rows_of, weight_gradient
 from refpeft.cuda.maps import mapped, summed
 from refpeft.cuda.override import override
 from refpeft.ops import expect
+from refpeft.quant import Dense
 
 _float32 = np.dtype("f4")
+_source = Source("changed.cu")
+_ROWS, _LARGEST = 4, 1024  # rows of a block, as in changed.cu, and the highest rank that it has room for
 
 
 def _wide(values: Array) -> Array:
@@ -67,6 +71,22 @@ def _(g, weight, x, B, A, needs, into):
 
 def _hadamard(B: Array, A: Array, weight: Callable[[], Array]) -> Array:
     return mapped("mul", product(_wide(B), _wide(A)), low_weight(weight))
+
+
+@override(lowrank.row_norms, "float32")
+def row_norms(needs, B, A, *, weight, alpha):
+    (out, r), width = B.shape, A.shape[-1]
+    if any(needs) or r > _LARGEST or len(A) != r or weight.shape != (out, width):
+        return NotImplemented
+    dense = weight.array if isinstance(weight, Dense) else weight()
+    dense = dense if margins.step(dense) is not None else contiguous(dense)  # in a room, rows have others behind them
+    norms = cupy.empty(out, _float32)
+    _source("row_norms", dense.dtype)(
+        *(-(-out // _ROWS), row_block(2 * width, 256)),
+        *(norms, dense, np.int64(margins.step(dense)), contiguous(B), contiguous(A), float(alpha), out, width, r),
+        shared=_ROWS * r * 4,
+    )
+    return norms, ()
 
 
 # ---- few numbers of a weight, and few columns of an output -----------------------------------------------------------

@@ -1,8 +1,8 @@
 """Frozen layers with low-rank methods on them, y = x W^T + alpha (x A^T) B^T: as one op, and all that read x as one.
 
-A method says base(x) and then addmm(base(x), linear(x, A), B). All of it waits until its result is asked for, and is
-computed together with what else waits for the same x, such as k and v beside q. Where the weights have room for the
-factors (refpeft.cuda.rooms), it takes two products forward, and four going back.
+A method says base(x) and then addmm(base(x), linear(x, A), B), and some say gain * addmm(...). All of it waits until
+its result is asked for, and is computed together with what else waits for the same x, such as k and v beside q. Where
+the weights have room for the factors (refpeft.cuda.rooms), it takes two products forward, and four going back.
 
 Elsewhere each part is a product that adds to what another one left. A wide product reads what it adds to while it
 computes, which costs little; a narrow one, such as u B^T, takes as long as its memory does. So narrow products come
@@ -18,9 +18,10 @@ import cupy
 
 from refpeft import fused, ops
 from refpeft.backend import Array, bfloat16
-from refpeft.cuda import aside, blas, margins, narrow, rooms
+from refpeft.cuda import aside, blas, gains, margins, narrow, rooms
 from refpeft.cuda.blas import low, product
 from refpeft.cuda.linear import linear_at, low_weight, rows_of, weight_gradient, write_bias
+from refpeft.cuda.maps import float32, mapped
 from refpeft.cuda.rooms import Factors, Part, Room
 from refpeft.tape import ADDED, Again, Node, state
 from refpeft.tensor import Op, Pending, Tensor, is_made_again, needs_of
@@ -34,7 +35,9 @@ class _Layer:
     def __init__(self, part: Part):
         self.part = part
         self.values: tuple[Tensor, ...] = ()  # A, or u where this comes from elsewhere, and B
+        self.gain: Tensor | None = None  # (out,), by which the result is multiplied
         self.result: Pending | None = None
+        self.before_gain: Pending | None = None
 
 
 class _Readers:
@@ -62,6 +65,12 @@ class _Readers:
         layer.result = self._pending(fused.addmm, layer, partial(self._computed, layer, False))
         return layer.result
 
+    def add_gain(self, layer: _Layer, gain: Tensor) -> Pending:
+        """The result of a layer that waits, times gain (out,); without that it still can be asked for."""
+        layer.gain, layer.before_gain = gain, layer.result
+        layer.result = self._pending(ops.mul, layer, partial(self._multiplied, layer, gain, layer.result))
+        return layer.result
+
     def _pending(self, op: Op, layer: _Layer, compute: Any) -> Pending:
         shape = (*self.x.shape[:-1], layer.part.weight.shape[0])
         return Pending(op, compute, shape, bfloat16, (self, layer))
@@ -74,9 +83,20 @@ class _Readers:
         """
         if bare and layer.values:
             return self._frozen_of(layer.part)
+        if layer.gain is not None:  # its multiplication will be another one
+            layer.gain, layer.result = None, layer.before_gain
+        return self._waited_for(layer)
+
+    def _multiplied(self, layer: _Layer, gain: Tensor, y: Pending) -> Tensor:
+        """gain * y, of a layer's result y: with what else waits, unless y was asked for itself."""
+        return ops.mul.alone(gain, y) if layer.gain is None else self._waited_for(layer)
+
+    def _waited_for(self, layer: _Layer) -> Tensor:
+        """All of what a layer gives."""
         once = self._is_wanted_once(layer)
         if layer in self.waiting and once:
-            for chosen in (list(filter(self._is_wanted_once, self.waiting)), [layer]):
+            others = filter(self._is_wanted_once, self.waiting)
+            for chosen in ([each for each in others if (each.gain is None) == (layer.gain is None)], [layer]):
                 made = _together(self.x, chosen)
                 if made is not None:
                     result = made[chosen.index(layer)]
@@ -86,6 +106,11 @@ class _Readers:
                     return result
         if layer in self.waiting:
             self.leave(layer)
+        y = self._alone(layer, once)
+        return y if layer.gain is None else ops.mul.alone(layer.gain, y)
+
+    def _alone(self, layer: _Layer, once: bool) -> Tensor:
+        """What a layer gives, without its gain, by itself."""
         if not layer.values:
             return self._frozen_of(layer.part)
         (u, B), factors = layer.values, layer.part.factors
@@ -110,6 +135,7 @@ class _Readers:
     def leave(self, layer: _Layer) -> None:
         """Says that a layer waits no longer."""
         self.waiting.remove(layer)
+        layer.before_gain = None  # lest it keep what keeps this
         if not self.waiting and self in _latest:
             _latest.clear()  # which keeps x
 
@@ -148,6 +174,17 @@ def _(inputs: tuple, options: dict[str, Any]) -> Tensor | None:
     if layer not in readers.waiting or layer.values:
         return None
     return readers.add_factors(layer, u, B, float(options["alpha"]))
+
+
+@ops.mul.shares_work
+def _(inputs: tuple, options: dict[str, Any]) -> Tensor | None:
+    for gain, y in (inputs, inputs[::-1]):
+        if type(y) is Pending and y.op is fused.addmm and not y.there and type(gain) is Tensor:
+            readers, layer = y.what
+            fits = gain.shape == y.shape[-1:] and gain.dtype == float32
+            if fits and layer in readers.waiting and layer.result is y:
+                return readers.add_gain(layer, gain)
+    return None
 
 
 def _are_rows_in_training(x: Any) -> bool:
@@ -195,6 +232,8 @@ def _together(x: Tensor, waiting: list[_Layer]) -> list[Tensor] | None:
         whole = layers.made(y, needs, parents, (kept_x, u, room, needs[0]))
     else:
         whole = Tensor(y)
+    if waiting[0].gain is not None:
+        whole = _multiplied(whole, [layer.gain for layer in waiting])
     return [whole] if len(parts) == 1 else _columns(whole, room.widths)
 
 
@@ -293,6 +332,34 @@ def _narrow_products(
     elif x is not None or not (direct and one_pass):  # else that was all
         aside.run(both, into, [*([] if x is None else [du, x]), *([] if one_pass else [g, u]), *between])
     return [ADDED] * len(into)
+
+
+# ---- gains of outputs ------------------------------------------------------------------------------------------------
+
+
+def _multiplied(y: Tensor, by: list[Tensor]) -> Tensor:
+    """y (..., out) times gains of float32, which are as long as `out` together."""
+    gain = by[0].data if len(by) == 1 else cupy.concatenate([each.data for each in by])
+    needs = needs_of((y, *by))
+    scaled = mapped("mul", y.data, gain)
+    if True not in needs:
+        return Tensor(scaled)
+    kept_y = y.data if True in needs[1:] else None
+    return gained.made(scaled, needs, (y, *by), (kept_y, gain, [len(each.data) for each in by], needs))
+
+
+gained = Op(_multiplied, "gains of layers")
+gained.stands_in = True
+
+
+@gained.backward
+def _(g, y, gain, lengths, needs):
+    g = g.whole() if isinstance(g, _Gathered) else low(g)
+    dy = margins.rows(g.shape)
+    if y is None:
+        return mapped("mul", g, gain, out=dy), *[None] * len(lengths)
+    parts = margins.columns(gains.backward(g, y, gain, dy), lengths)
+    return dy, *(part if need else None for part, need in zip(parts, needs[1:], strict=True))
 
 
 # ---- the columns of one result ---------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from test_linear_on_the_gpu import EPS, close, drawn
 
-from refpeft import fourier, fused, tensor
+from refpeft import fourier, fused, lowrank, tensor
 from refpeft.backend import bfloat16
 from refpeft.quant import Dense
 from refpeft.tensor import Tensor, parameter
@@ -89,6 +89,20 @@ def test_gradients_of_what_is_read_are_added_where_they_are(name):
     plain = parameter(host[0])
     (call(np, plain, *map(Tensor, host[1:])) * 2.0).backward(np.ones(shape))
     close(leaf.grad, plain.grad, EPS["bfloat16"], 3)
+
+
+@pytest.mark.parametrize("stored", ["bfloat16", "float32"])
+@pytest.mark.parametrize("out, width, r", [(OUT, IN, 3), (3, 1100, 16), (1, 1, 1), (9, 2048, 130), (64, 576, 8)])
+def test_norms_of_rows_are_the_plain_pair_in_float64(out, width, r, stored):
+    rounded = cupy.asarray(drawn(out, width, seed=4)).astype(stored)
+    B, A = (drawn(*shape, seed=number) for number, shape in enumerate([(out, r), (r, width)]))
+    host = cupy.asnumpy(rounded.astype("f8"))
+    expected = lowrank.row_norms(Tensor(B), Tensor(A), weight=lambda: host, alpha=0.7)
+    for weight in (Dense(rounded, np.dtype("f4")), Dense(cupy.asfortranarray(rounded), np.dtype("f4"))):
+        B_there, A_there = (Tensor(cupy.asarray(each).astype("f4")) for each in (B, A))
+        found = lowrank.row_norms(B_there, A_there, weight=weight, alpha=0.7)
+        assert found.dtype == np.float32
+        close(found.data, expected.data, EPS["float32"], 8)
 
 
 def test_plain_pairs_are_left_to_those_who_ask():

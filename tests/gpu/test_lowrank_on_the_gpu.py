@@ -215,6 +215,50 @@ def test_layers_whose_factors_read_something_else_are_one_product(options: dict,
         close(problem.trained[name].grad, value.grad, EPS["bfloat16"], 2)
 
 
+def gained(problem: Siblings, gains: dict, x: Tensor, values: dict, weights: list, biases: list) -> tuple[list, list]:
+    """What layers give, and the same times gains, as DoRA has it."""
+    ys = problem.outputs(x, values, weights, biases)
+    return ys, [gain * y for gain, y in zip(gains.values(), ys, strict=True)]
+
+
+@pytest.mark.parametrize("asked", [None, 0, 1])
+@pytest.mark.parametrize(
+    "options", [{"ranks": (8, 8, 8)}, {"ranks": (3, 12, 1), "bias": True}, {"ranks": (16,), "widths": (32,)}], ids=str
+)
+def test_gains_of_layers_that_read_the_same_rows_are_one_multiplication(options: dict, asked: int | None):
+    """Also where one of them is asked for without its gain, before the others."""
+    problem = Siblings(**options)
+    asked = None if asked is None else min(asked, len(problem.ranks) - 1)
+    gains = {f"{i}.gain": drawn(len(w), seed=70 + i) for i, w in enumerate(problem.w)}
+    trained = problem.trained | {name: parameter(cupy.asarray(v).astype("f4")) for name, v in gains.items()}
+    flat = Flat(trained.items())
+    for _ in range(2):
+        flat.grads.fill(0)
+        with rooms.lowered(flat.values), aside.gradients_aside(flat.grads):
+            x = parameter(behind(cupy.asarray(problem.x).astype(bfloat16)))
+            its_gains = {name: trained[name] for name in gains}
+            ys, scaled = gained(problem, its_gains, x, trained, problem.weights, problem.biases)
+            more = [] if asked is None else [ys[asked]]
+            assert all(type(y) is Pending and not y.there for y in scaled)
+            assert all(y.data.dtype == bfloat16 for y in more)
+            together = [y for i, y in enumerate(scaled) if i != asked]
+            made = {y.node.op if len(ys) == 1 else y.node.parents[0].op for y in together}
+            assert made == ({lowrank.gained} if together else set())
+            gradients = [cupy.asarray(g).astype(bfloat16) for g in problem.g]
+            backward([*scaled, *more], gradients + [gradients[asked] for _ in more])
+    exact_x = parameter(problem.x)
+    exact = {name: parameter(v) for name, v in (problem.values | gains).items()}
+    ys, expected = gained(
+        problem, {name: exact[name] for name in gains}, exact_x, exact, [lambda w=w: w for w in problem.w], problem.b
+    )
+    backward(expected + ([] if asked is None else [ys[asked]]), problem.g + problem.g[asked:][: len(more)])
+    for y, other in zip(scaled, expected, strict=True):
+        close(y.data, other.data, EPS["bfloat16"], 2)
+    close(x.grad, exact_x.grad, EPS["bfloat16"], 3)
+    for name, value in exact.items():
+        close(trained[name].grad, value.grad, EPS["bfloat16"], 3)
+
+
 def test_a_capture_finds_the_rooms_that_took_the_place_of_others():
     """Those of layers without factors, say, of a method before, whose values lay at the same address."""
     problem, stream = Siblings(ranks=(8, 8, 8)), cupy.cuda.Stream(non_blocking=True)
@@ -240,16 +284,21 @@ def test_outside_of_training_the_ops_do_their_work_alone():
     close(problem.layer(problem.x).data, problem.expected()["y"], EPS["bfloat16"], 2)
 
 
-def test_nothing_keeps_what_a_layer_reads_where_its_factors_read_something_else():
+@pytest.mark.parametrize("margin", [True, False])
+@pytest.mark.parametrize("gain", [None, Tensor(cupy.ones(32, "f4"))], ids=["", "gain"])
+def test_nothing_keeps_what_a_layer_reads_where_its_factors_read_something_else(gain: Tensor | None, margin: bool):
     """As with dropout. Python frees it at once, without looking for circles."""
     problem = Problem()
     gc.disable()
     try:
         with rooms.lowered(problem.flat.values):
+            if margin:
+                problem.x.data = behind(problem.x.data)
             x, array = problem.x, weakref.ref(problem.x.data)
             u = ops.linear(x * 2.0, problem.A)
             y = fused.addmm(fused.frozen_linear(x, weight=problem.weight), u, problem.B, alpha=1.5)
-            assert y.node.op is lowrank.single and array() is not None
+            y = y if gain is None else gain * y
+            assert y.node is not None and array() is not None
             del x, problem.x
             assert array() is None
     finally:

@@ -1,0 +1,59 @@
+// Norms of the rows of a weight that low-rank factors change, which is made in registers and nowhere else.
+
+#include "common.cuh"
+
+// Of the weight, that a thread has at once. Its columns are 32 apart, so that a warp reads them in a run.
+constexpr int ROWS = 4, COLUMNS = 4;
+
+// norms[i] = |W[i] + alpha B[i] A|: W (out, in) with `step` numbers from row to row, B (out, r) and A (r, in) of float in
+// C order. A block makes ROWS of them, its warps share the columns. Shared memory: ROWS * r floats. Reads W and B once,
+// and A for every block, which lies in the cache.
+extern "C" __global__ void row_norms(float* norms, const real* W, long long step, const float* B, const float* A,
+                                     float alpha, int out, int in, int r) {
+    extern __shared__ __align__(16) float factors[];  // alpha B, ROWS for each number of the rank
+    __shared__ float of_warp[ROWS][32];
+    int first = blockIdx.x * ROWS, rows = min(ROWS, out - first);
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
+    W += first * step;
+    for (int at = threadIdx.x; at < ROWS * r; at += blockDim.x)
+        factors[at] = at % ROWS < rows ? alpha * B[(long long)(first + at % ROWS) * r + at / ROWS] : 0.f;
+    __syncthreads();
+
+    float squares[ROWS] = {};
+    for (int start = warp * 32 * COLUMNS; start < in; start += warps * 32 * COLUMNS) {
+        bool inside[COLUMNS];
+        float changed[ROWS][COLUMNS];
+#pragma unroll
+        for (int j = 0; j < COLUMNS; j++) {
+            int column = start + 32 * j + lane;
+            inside[j] = column < in;
+#pragma unroll
+            for (int i = 0; i < ROWS; i++)
+                changed[i][j] = i < rows && inside[j] ? wide(W[i * step + column]) : 0.f;
+        }
+        const float* from = A + start + lane;
+#pragma unroll 4
+        for (int k = 0; k < r; k++, from += in)
+#pragma unroll
+            for (int j = 0; j < COLUMNS; j++) {
+                float a = inside[j] ? from[32 * j] : 0.f;
+#pragma unroll
+                for (int i = 0; i < ROWS; i++) changed[i][j] += factors[k * ROWS + i] * a;
+            }
+#pragma unroll
+        for (int i = 0; i < ROWS; i++)
+#pragma unroll
+            for (int j = 0; j < COLUMNS; j++) squares[i] += changed[i][j] * changed[i][j];
+    }
+#pragma unroll
+    for (int i = 0; i < ROWS; i++) {
+        float sum = warp_sum(squares[i]);
+        if (lane == 0) of_warp[i][warp] = sum;
+    }
+    __syncthreads();
+    if (threadIdx.x < rows) {
+        float sum = 0.f;
+        for (int i = 0; i < warps; i++) sum += of_warp[threadIdx.x][i];
+        norms[first + threadIdx.x] = sqrtf(sum);
+    }
+}
