@@ -42,10 +42,10 @@ def peft_params(site, cfg, rng, weight):
 @hookimpl
 def peft_linear(x, base, p, cfg, site, train):
     alpha, dropped = cfg.scale(site), train.dropout(x, cfg.dropout) if train else x
-    norms = lowrank.row_norms(ops.detach(p.B), ops.detach(p.A), weight=site.weight, alpha=alpha)
+    gains = lowrank.row_gains(p.m, ops.detach(p.B), ops.detach(p.A), weight=site.weight, alpha=alpha)
     frozen = base.frozen(dropped)
     direction = fused.addmm(frozen, ops.linear(dropped, p.A), p.B, alpha=alpha)
-    scaled = p.m / norms * direction
+    scaled = gains * direction
     if dropped is x and base.is_frozen:
         return scaled if base.bias is None else scaled + base.bias
     return base(x) + (scaled - frozen)  # the difference first: it is 0 at the start

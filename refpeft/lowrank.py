@@ -1,4 +1,4 @@
-"""What methods of low rank have in common, for their authors: ranks, scales, norms of rows, the nearest matrix."""
+"""What methods of low rank have in common, for their authors: ranks, scales, lengths of rows, the nearest matrix."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from .backend import Array, cast, matmul, xp_of
 from .errors import RefpeftError, warn
+from .ops import expect
 from .rng import Stream
 from .targets import patterned
 from .tensor import op
@@ -84,17 +85,24 @@ def kaiming(rng: Stream, r: int, width: int) -> Array:
 
 
 @op
-def row_norms(needs, B, A, *, weight, alpha):
-    """The norms of the rows of weight() + alpha B @ A: B (out, r), A (r, in), weight() (out, in). Gives (out,)."""
+def row_gains(needs, m, B, A, *, weight, alpha):
+    """What brings the rows of V = weight() + alpha B @ A to the lengths m, which is m / |V|, the norm of each row.
+
+    m (out,), B (out, r), A (r, in), weight() (out, in). Gives (out,).
+    """
     changed = _changed(B, A, weight, alpha)
+    expect("m", m, len(changed))
     norms = xp_of(changed).sqrt((changed * changed).sum(axis=1))
-    return norms, (B, A, weight, alpha, norms, needs)
+    return m / norms, (m, B, A, weight, alpha, norms, needs)
 
 
-@row_norms.backward
-def _(g, B, A, weight, alpha, norms, needs):
-    slope = (alpha * g / norms)[:, None] * _changed(B, A, weight, alpha)  # by B @ A
-    return matmul(slope, A.T) if needs[0] else None, matmul(B.T, slope) if needs[1] else None
+@row_gains.backward
+def _(g, m, B, A, weight, alpha, norms, needs):
+    dm = g / norms if needs[0] else None
+    if not (needs[1] or needs[2]):
+        return dm, None, None
+    slope = (-alpha * g * m / norms**3)[:, None] * _changed(B, A, weight, alpha)  # by B @ A
+    return dm, matmul(slope, A.T) if needs[1] else None, matmul(B.T, slope) if needs[2] else None
 
 
 def _changed(B: Array, A: Array, weight: Callable[[], Array], alpha: float) -> Array:

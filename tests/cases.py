@@ -324,9 +324,9 @@ FUSED = [
         given(weight=weight(WEIGHT)),
     ),
     Case(
-        lowrank.row_norms,
-        ((5, 2), (2, 4)),
-        lambda B, A, weight, alpha: np.linalg.norm(weight() + alpha * B @ A, axis=1),
+        lowrank.row_gains,
+        ((5,), (5, 2), (2, 4)),
+        lambda m, B, A, weight, alpha: m / np.linalg.norm(weight() + alpha * B @ A, axis=1),
         given(weight=weight(WEIGHT), alpha=0.5),
     ),
     Case(

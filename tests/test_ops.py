@@ -141,7 +141,7 @@ WRONG = {
     "addmm of one row too many": lambda: fused.addmm(x(2, 3), x(1, 4), x(3, 4), alpha=1),
     "sparse_linear": lambda: fused.sparse_linear(x(2, 3), x(1), rows=np.array([0, 1]), columns=np.array([0, 1]), out=4),
     "add_columns": lambda: fused.add_columns(x(2, 3), x(2, 1), columns=np.array([0, 1])),
-    "row_norms": lambda: lowrank.row_norms(x(2, 3), x(3, 5), weight=lambda: np.zeros((2, 3)), alpha=1.0),
+    "row_gains": lambda: lowrank.row_gains(x(2, 1), x(2, 3), x(3, 5), weight=lambda: np.ones((2, 5)), alpha=1.0),
     "hadamard_linear": lambda: fused.hadamard_linear(x(2, 3), x(4, 2), x(2, 5), weight=lambda: np.zeros((4, 3))),
     "circulant_linear": lambda: fourier.circulant_linear(x(2, 3), x(1, 2, 2)),
     "spectral_linear": lambda: fourier.spectral_linear(x(2, 3), x(1), places=np.array([0]), shape=(4, 5)),

@@ -1,4 +1,4 @@
-"""Linear layers whose weights a method makes anew in every pass, in bfloat16, and norms of what is made so.
+"""Linear layers whose weights a method makes anew in every pass, in bfloat16, and lengths of rows of what is made so.
 
 Such a weight is made as the plain pair makes it, in float32 from float32 values, and rounded once to be a factor. Its
 gradient comes out of the product in float32, and goes from there to the values. Nothing dense is kept between passes.
@@ -22,10 +22,11 @@ from refpeft.cuda.maps import mapped, summed
 from refpeft.cuda.override import override
 from refpeft.ops import expect
 from refpeft.quant import Dense
+from refpeft.tape import ADDED
 
 _float32 = np.dtype("f4")
 _source = Source("changed.cu")
-_ROWS, _LARGEST = 4, 1024  # rows of a block, as in changed.cu, and the highest rank that it has room for
+_ROWS, _LARGEST = 8, 1024  # rows of a block, as in changed.cu, and the highest rank that it has room for
 
 
 def _wide(values: Array) -> Array:
@@ -73,20 +74,31 @@ def _hadamard(B: Array, A: Array, weight: Callable[[], Array]) -> Array:
     return mapped("mul", product(_wide(B), _wide(A)), low_weight(weight))
 
 
-@override(lowrank.row_norms, "float32")
-def row_norms(needs, B, A, *, weight, alpha):
+@override(lowrank.row_gains, "float32")
+def row_gains(needs, m, B, A, *, weight, alpha):
     (out, r), width = B.shape, A.shape[-1]
-    if any(needs) or r > _LARGEST or len(A) != r or weight.shape != (out, width):
+    if needs[1] or needs[2] or r > _LARGEST or m.shape != (out,) or len(A) != r or weight.shape != (out, width):
         return NotImplemented
     dense = weight.array if isinstance(weight, Dense) else weight()
     dense = dense if margins.step(dense) is not None else contiguous(dense)  # in a room, rows have others behind them
-    norms = cupy.empty(out, _float32)
-    _source("row_norms", dense.dtype)(
-        *(-(-out // _ROWS), row_block(2 * width, 256)),
-        *(norms, dense, np.int64(margins.step(dense)), contiguous(B), contiguous(A), float(alpha), out, width, r),
+    gains, norms = cupy.empty(out, _float32), cupy.empty(out, _float32)
+    _source("row_gains", dense.dtype)(
+        *(-(-out // _ROWS), row_block(4 * width, 256)),
+        *(gains, norms, contiguous(m), dense, np.int64(margins.step(dense)), contiguous(B), contiguous(A)),
+        *(float(alpha), out, width, r),
         shared=_ROWS * r * 4,
     )
-    return norms, ()
+    return gains, (norms, needs)
+
+
+@row_gains.backward(into=True)
+def _(g, norms, needs, into):
+    if not needs[0]:
+        return None, None, None
+    adds = into[0] is not None and into[0].flags.c_contiguous
+    dm = into[0] if adds else cupy.empty(g.shape, _float32)
+    _source("row_gains_backward", _float32)(-(-g.size // 256), 256, dm, contiguous(g), norms, g.size, adds)
+    return ADDED if adds else dm, None, None
 
 
 # ---- few numbers of a weight, and few columns of an output -----------------------------------------------------------

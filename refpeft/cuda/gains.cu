@@ -2,7 +2,7 @@
 
 #include "common.cuh"
 
-constexpr int LINES = 8, TOGETHER = 4;  // rows that a block treats at once: a warp each, and each warp several
+constexpr int LINES = 8;  // rows that a block treats at once, a warp each
 
 // dx = gain g, and sums of g x over the `per` rows of a part: (parts, width). Rows are `width` numbers of columns that
 // are a multiple of eight, g_step, x_step and dx_step apart. A block takes 256 columns of a part, eight a thread. The
@@ -18,25 +18,16 @@ extern "C" __global__ void gain_backward(const real* g, long long g_step, const 
         float by[8];  // gains are not on a multiple of 16 bytes where they are a part of a flat buffer
 #pragma unroll
         for (int k = 0; k < 8; k++) by[k] = gain[column + k];
-        g += column, x += column, dx += column;
-        for (int row = blockIdx.y * per + line; row < stop; row += LINES * TOGETHER) {
-            float G[TOGETHER][8], X[TOGETHER][8];
+        for (int row = blockIdx.y * per + line; row < stop; row += LINES) {
+            float G[8], X[8];
+            load8(g + row * g_step + column, G);
+            load8(x + row * x_step + column, X);
 #pragma unroll
-            for (int i = 0; i < TOGETHER; i++)
-                if (row + i * LINES < stop) {
-                    load8(g + (row + i * LINES) * g_step, G[i]);
-                    load8(x + (row + i * LINES) * x_step, X[i]);
-                }
-#pragma unroll
-            for (int i = 0; i < TOGETHER; i++)
-                if (row + i * LINES < stop) {
-#pragma unroll
-                    for (int k = 0; k < 8; k++) {
-                        total[k] += G[i][k] * X[i][k];
-                        G[i][k] *= by[k];
-                    }
-                    store8(dx + (row + i * LINES) * dx_step, G[i]);
-                }
+            for (int k = 0; k < 8; k++) {
+                total[k] += G[k] * X[k];
+                G[k] *= by[k];
+            }
+            store8(dx + row * dx_step + column, G);
         }
     }
 #pragma unroll

@@ -91,18 +91,36 @@ def test_gradients_of_what_is_read_are_added_where_they_are(name):
     close(leaf.grad, plain.grad, EPS["bfloat16"], 3)
 
 
+@pytest.mark.parametrize("there", [None, 3.0])
 @pytest.mark.parametrize("stored", ["bfloat16", "float32"])
-@pytest.mark.parametrize("out, width, r", [(OUT, IN, 3), (3, 1100, 16), (1, 1, 1), (9, 2048, 130), (64, 576, 8)])
-def test_norms_of_rows_are_the_plain_pair_in_float64(out, width, r, stored):
+@pytest.mark.parametrize("out, width, r", [(OUT, IN, 3), (3, 1100, 16), (1, 1, 1), (9, 2048, 130), (300, 576, 8)])
+def test_row_gains_are_the_plain_pair_in_float64(out, width, r, stored, there):
+    """The gradient of m is also added to one that is there."""
     rounded = cupy.asarray(drawn(out, width, seed=4)).astype(stored)
-    B, A = (drawn(*shape, seed=number) for number, shape in enumerate([(out, r), (r, width)]))
-    host = cupy.asnumpy(rounded.astype("f8"))
-    expected = lowrank.row_norms(Tensor(B), Tensor(A), weight=lambda: host, alpha=0.7)
-    for weight in (Dense(rounded, np.dtype("f4")), Dense(cupy.asfortranarray(rounded), np.dtype("f4"))):
-        B_there, A_there = (Tensor(cupy.asarray(each).astype("f4")) for each in (B, A))
-        found = lowrank.row_norms(B_there, A_there, weight=weight, alpha=0.7)
-        assert found.dtype == np.float32
+    m, B, A, g = (drawn(*shape, seed=i) for i, shape in enumerate([(out,), (out, r), (r, width), (out,)]))
+    exact_m, host = parameter(m), cupy.asnumpy(rounded.astype("f8"))
+    expected = lowrank.row_gains(exact_m, Tensor(B), Tensor(A), weight=lambda: host, alpha=0.7)
+    expected.backward(g)
+    in_a_room = cupy.full((out, width + 24), np.nan, stored)[:, :width]
+    in_a_room[...] = rounded
+    for array in (rounded, cupy.asfortranarray(rounded), in_a_room):
+        m_there, B_there, A_there = (cupy.asarray(each).astype("f4") for each in (m, B, A))
+        leaf, weight = parameter(m_there), Dense(array, np.dtype("f4"))
+        leaf.node.grad = onto = None if there is None else cupy.full(out, there, "f4")
+        found = lowrank.row_gains(leaf, Tensor(B_there), Tensor(A_there), weight=weight, alpha=0.7)
+        assert found.dtype == np.float32 and found.node.op.stands_in
+        found.backward(cupy.asarray(g).astype("f4"))
         close(found.data, expected.data, EPS["float32"], 8)
+        close(leaf.grad, exact_m.grad + (there or 0), EPS["float32"], 8)
+        assert onto is None or leaf.grad is onto
+
+
+def test_row_gains_with_gradients_of_the_factors_are_left_to_the_plain_pair():
+    m, B, A = (parameter(cupy.ones(shape, "f4")) for shape in ((3,), (3, 2), (2, 4)))
+    found = lowrank.row_gains(m, B, A, weight=lambda: cupy.ones((3, 4), "f4"), alpha=1.0)
+    assert not found.node.op.stands_in
+    found.backward()
+    assert all(leaf.grad.shape == leaf.shape for leaf in (m, B, A))
 
 
 def test_plain_pairs_are_left_to_those_who_ask():
