@@ -61,7 +61,9 @@ def _turned(y, theta, alpha, cfg):
     half, shape = cfg.group_size // 2, y.shape
     per_plane = {1: (1, 1), 2: (1, 2), 4: (2, 2)}[cfg.numbers]  # of cosine and sine, of the two outputs
     theta, alpha = (values.reshape(-1, *per_plane, half) for values in (theta, alpha))
-    y = y.reshape(*shape[:-1], -1, 2, half)
-    other = ops.concat(-y[..., 1:, :], y[..., :1, :], axis=-2)
-    turned = y * (alpha[:, 0] * fourier.cos(theta[:, 0])) + other * (alpha[:, -1] * fourier.sin(theta[:, -1]))
-    return turned.reshape(*shape)
+    cosine, sine = alpha[:, 0] * fourier.cos(theta[:, 0]), alpha[:, -1] * fourier.sin(theta[:, -1])
+    own = ops.concat(cosine[:, :1], cosine[:, -1:], axis=1).reshape(-1)  # a number for each output
+    others = ops.concat(-sine[:, :1], sine[:, -1:], axis=1).reshape(-1)
+    planes = y.reshape(*shape[:-1], -1, 2, half)
+    swapped = ops.concat(planes[..., 1:, :], planes[..., :1, :], axis=-2).reshape(*shape)
+    return y * own + swapped * others

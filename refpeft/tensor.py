@@ -383,10 +383,19 @@ def _spare(inputs: tuple) -> bool:
     x = inputs[0]
     if not isinstance(x, Tensor) or x.data.base is not None:
         return False
+    if type(x) is Pending and sys.getrefcount(x._result) > _held_once():  # it is the result of others, too
+        return False
     counts = sys.getrefcount(x), sys.getrefcount(x.data)
     if not _fewest:
         _fewest.append(counts)  # the call below
     return counts[0] <= _fewest[0][0] and counts[1] <= _fewest[0][1]
+
+
+@functools.cache
+def _held_once() -> int:
+    """References to what one attribute holds, seen from a call."""
+    holder = Tensor(np.empty(1))
+    return sys.getrefcount(holder.data)
 
 
 def _count_references() -> None:

@@ -1,4 +1,5 @@
-// Lengths of the rows of a weight that low-rank factors change, which is made in registers and nowhere else.
+// Lengths of the rows of a weight that low-rank factors change, which is made in registers and nowhere else; and a few
+// columns of rows.
 
 #include "common.cuh"
 
@@ -63,4 +64,25 @@ extern "C" __global__ void row_gains(float* gains, float* norms, const float* m,
 extern "C" __global__ void row_gains_backward(float* dm, const float* g, const float* norms, int out, int add) {
     int row = blockIdx.x * blockDim.x + threadIdx.x;
     if (row < out) dm[row] = g[row] / norms[row] + (add ? dm[row] : 0.f);
+}
+
+// Of number `at` of z (rows, k): its column, among rows `step` apart.
+__device__ inline long long place(long long at, const int* columns, int k, long long step) {
+    return at / k * step + columns[at % k];
+}
+
+// y[:, columns] += z, of distinct columns.
+extern "C" __global__ void add_to_columns(real* y, long long step, const real* z, const int* columns, int k,
+                                          long long size) {
+    long long at = (long long)blockIdx.x * blockDim.x + threadIdx.x;
+    if (at >= size) return;
+    real* to = y + place(at, columns, k, step);
+    *to = narrow(wide(*to) + wide(z[at]));
+}
+
+// z = y[:, columns].
+extern "C" __global__ void take_columns(const real* y, long long step, real* z, const int* columns, int k,
+                                        long long size) {
+    long long at = (long long)blockIdx.x * blockDim.x + threadIdx.x;
+    if (at < size) z[at] = y[place(at, columns, k, step)];
 }

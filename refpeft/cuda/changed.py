@@ -16,7 +16,7 @@ from refpeft.backend import Array, bfloat16
 from refpeft.cuda import margins
 from refpeft.cuda.blas import low, product
 from refpeft.cuda.gather import put, rows
-from refpeft.cuda.kernels import Source, contiguous, row_block
+from refpeft.cuda.kernels import Launch, Source, contiguous, row_block
 from refpeft.cuda.linear import factor_gradient, low_weight, rows_of, weight_gradient
 from refpeft.cuda.maps import mapped, summed
 from refpeft.cuda.override import override
@@ -80,7 +80,7 @@ def row_gains(needs, m, B, A, *, weight, alpha):
     if needs[1] or needs[2] or r > _LARGEST or m.shape != (out,) or len(A) != r or weight.shape != (out, width):
         return NotImplemented
     dense = weight.array if isinstance(weight, Dense) else weight()
-    dense = dense if margins.step(dense) is not None else contiguous(dense)  # in a room, rows have others behind them
+    dense = _with_step(dense)  # in a room, rows have others behind them
     gains, norms = cupy.empty(out, _float32), cupy.empty(out, _float32)
     _source("row_gains", dense.dtype)(
         *(-(-out // _ROWS), row_block(4 * width, 256)),
@@ -125,18 +125,34 @@ def _sparse(values: Array, down: Array, across: Array, shape: tuple[int, int]) -
     return dense
 
 
-@override(fused.add_columns, "bfloat16")
-def add_columns(needs, y, z, *, columns):
+@override(fused.add_columns, "bfloat16", takes_over=True)
+def add_columns(needs, y, z, *, columns, spare):
     expect("z", z, *y.shape[:-1], len(columns))
-    total = low(y).copy(order="C")
-    put(rows_of(total).T, columns, rows_of(low(z)).T, add=True)
+    kernel = _source("add_to_columns")  # before anything is written
+    total = y if spare and y.dtype == bfloat16 and y.flags.c_contiguous else low(y).copy(order="C")
+    _of_columns(kernel, total, low(z), columns)
     return total, (columns, needs, y.dtype, z.dtype)
 
 
 @add_columns.backward
 def _(g, columns, needs, of_y, of_z):
-    dz = contiguous(rows(rows_of(g).T, columns, of_z).T).reshape(*g.shape[:-1], -1) if needs[1] else None
+    dz = cupy.empty((*g.shape[:-1], len(columns)), bfloat16) if needs[1] else None
+    if dz is not None:
+        _of_columns(_source("take_columns"), _with_step(low(g)), dz, columns)
+        dz = dz.astype(of_z, copy=False)
     return g.astype(of_y, copy=False) if needs[0] else None, dz
+
+
+def _of_columns(kernel: Launch, y: Array, z: Array, columns: Array) -> None:
+    """Starts a kernel on rows y (..., width) and columns z (..., k) of them."""
+    if z.size:
+        arrays = (y, np.int64(margins.step(y)), contiguous(z), columns.astype(np.int32, copy=False))
+        kernel(-(-z.size // 256), 256, *arrays, len(columns), np.int64(z.size))
+
+
+def _with_step(rows: Array) -> Array:
+    """Rows at equal distances: themselves, or a copy."""
+    return rows if margins.step(rows) is not None else contiguous(rows)
 
 
 # ---- weights of frequencies, and circulant ones ----------------------------------------------------------------------

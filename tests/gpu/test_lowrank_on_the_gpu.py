@@ -305,6 +305,30 @@ def test_nothing_keeps_what_a_layer_reads_where_its_factors_read_something_else(
         gc.enable()
 
 
+def test_what_others_wait_for_is_not_written_to():
+    """Of those that read the same through the same weight one is added to, which has its memory if it is alone."""
+    problem, addresses = Problem(), []
+    exact, weight = problem.exact["x"] @ problem.w.T, problem.weight
+    z, columns = Tensor(cupy.ones((2, 5, 32), bfloat16)), cupy.arange(32, dtype=np.int32)
+
+    def frozen() -> Tensor:
+        y = fused.frozen_linear(problem.x, weight=weight)
+        addresses.append(y.data.data.ptr)
+        return y
+
+    with rooms.lowered(problem.flat.values):
+        waiting = fused.frozen_linear(problem.x, weight=weight)
+        factors = (Tensor(cupy.ones(shape, "f4")) for shape in ((2, 5, 1), (32, 1)))
+        one = fused.addmm(frozen(), *factors, alpha=1.0)
+        two = fused.add_columns(frozen(), z, columns=columns)
+        close(waiting.data, exact, EPS["bfloat16"], 1.1)
+        del waiting
+        three = fused.add_columns(frozen(), z, columns=columns)
+    assert all(y.data.data.ptr != addresses[0] for y in (one, two)) and three.data.data.ptr == addresses[2]
+    for y in (one, two, three):
+        close(y.data, exact + 1, EPS["bfloat16"], 1.1)
+
+
 def test_what_waits_is_computed_where_something_else_asks_for_it():
     problem = Problem()
     with rooms.lowered(problem.flat.values):
