@@ -38,7 +38,8 @@ The arguments:
             a hook knows only what attention has. After the last attention, methods that merge get (rows, in)
     base    the layer below, to be called once (a norm's may be again): base(x). Keywords stand in for its frozen parts:
             base(x, bias=p.bias).
-            base.weight and base.bias are those parts as constants; base.frozen(x) is x times the weight alone;
+            base.weight and base.bias are those parts as constants; base.frozen(x) is x times the weight alone, all of
+            base(x) but the bias where base.is_frozen: no method is below, and none stands in for a part;
             base.attention(q, k, v), in a block's hook, is attention such as the layer's own for a sub-network, and
             base.cross_attention(q, source) in T5's decoder attention to the keys and values that source() gives;
             base.scale(q), in an attention's, what its scores are multiplied with, to be handed on where q is widened

@@ -230,7 +230,9 @@ def _check_joined(built: Model, family: str, whole: np.ndarray) -> None:
 
 
 class _Counted:
-    """A hook's `base` that counts its calls."""
+    """A hook's `base` that counts its calls, and says that something is below."""
+
+    is_frozen = False
 
     def __init__(self, base: Any):
         self._base, self.calls = base, 0
