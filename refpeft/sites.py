@@ -64,8 +64,12 @@ class Site:
         self._call = base
 
     def __call__(self, *args: Any, **keywords: Any) -> Tensor:
-        y = self._call(*args, **keywords)
+        y = self.as_computed(*args, **keywords)
         return y if self.result is None else astype(y, self.result)
+
+    def as_computed(self, *args: Any, **keywords: Any) -> Tensor:
+        """The same, in the dtype of its input, where `result` is another one."""
+        return self._call(*args, **keywords)
 
     def __repr__(self) -> str:
         return f"<{self.kind} site {self.name} {self.shape}>"

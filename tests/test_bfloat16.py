@@ -108,3 +108,19 @@ def test_a_model_in_bfloat16_learns_under_every_method(name: str, method: str):
 
 def single(name: str, **options):
     return tiny.model(name, "float32", **options)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_loss_reads_logits_as_they_were_computed_and_others_in_float32(trained: bool, monkeypatch):
+    model, seen = tiny.low(), []
+    if trained:
+        sites.attach(model, "bitfit", {"create": True, "targets": ["lm_head"]})
+    whole, by_rows = fused.cross_entropy, fused.linear_cross_entropy
+
+    def noted(op):
+        return lambda logits, **options: (seen.append(logits.dtype), op(logits, **options))[1]
+
+    monkeypatch.setattr(fused, "cross_entropy", noted(whole))
+    monkeypatch.setattr(fused, "linear_cross_entropy", noted(by_rows))
+    loss = model.loss(tiny.batch())
+    assert seen == [bfloat16] and loss.dtype == model(tiny.ids()).dtype == np.float32

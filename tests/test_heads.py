@@ -111,14 +111,14 @@ def test_chunks_of_a_trained_heads_loss_change_nothing_but_which_values_dropout_
         assert same == pytest.approx(loss, rel=1e-12)
         assert all(np.allclose(more[name], gradient, rtol=1e-9, atol=1e-13) for name, gradient in gradients.items())
     seen = []
-    forward = type(model.head).__call__
+    forward = type(model.head).as_computed
 
     def noted(site, *arguments, **more):
         if site is model.head:
             seen.append(model.mode.chunk)
         return forward(site, *arguments, **more)
 
-    monkeypatch.setattr(type(model.head), "__call__", noted)
+    monkeypatch.setattr(type(model.head), "as_computed", noted)
     model.loss(batch).backward()
     count = len(batch.asked)
     assert seen == [*range(count), *reversed(range(count))] and model.mode.chunk == 0  # recomputed in the backward pass
