@@ -57,30 +57,50 @@ def averages(p: SimpleNamespace) -> dict[str, Array]:
     return fresh | {f"uncertainty_{name}": xp_of(array).zeros_like(array) for name, array in vars(p).items()}
 
 
+# ---- a step ----------------------------------------------------------------------------------------------------------
+
+KERNELS: dict[tuple[Callable[..., Any], type], Callable[..., Any]] = {}
+"""What stands in for `note`, `importances` and `prune` on arrays of a kind; it gives NotImplemented where it does not."""
+
+
 def step(update: Callable[[], Any], layers: Sequence[Layer], cfg: Any, t: int, total: int) -> None:
     """One step of Algorithm 1, the t-th of `total`: `update` moves the numbers, and what is unimportant is set to 0."""
     kept = cfg.kept(t, total, sum(layer.p.E.data.size for layer in layers), len(layers))
-    gradients = [{name: g.copy() for name, g in vars(layer.grads).items()} for layer in layers]
+    gradients = [vars(layer.grads) for layer in layers]
     if cfg.compat == "official":
+        gradients = [{name: g.copy() for name, g in own.items()} for own in gradients]  # which `update` sets to 0
         update()
     if t < total - cfg.tfinal:
-        for layer, own in zip(layers, gradients, strict=True):
-            _note(layer, own, cfg.beta1, cfg.beta2)
+        _of_all(note, layers, gradients, cfg.beta1, cfg.beta2)
     if cfg.compat == "none":
         update()
     if kept is not None:
-        _keep(layers, kept)
+        scores = _of_all(importances, layers)
+        xp = xp_of(scores)
+        chosen = xp.ones(scores.size, bool)
+        chosen[xp.argsort(scores)[: max(scores.size - kept, 0)]] = False
+        _of_all(prune, layers, chosen)
 
 
-def _note(layer: Layer, gradients: dict[str, Array], beta1: float, beta2: float) -> None:
-    """Moves the averages of a site's numbers (eq. 8 to 10)."""
-    for name, array in vars(layer.arrays).items():
-        sensitivity, uncertainty = (getattr(layer.state, f"{what}_{name}") for what in ("sensitivity", "uncertainty"))
-        now = abs(array * gradients[name])
-        sensitivity *= beta1
-        sensitivity += (1 - beta1) * now
-        uncertainty *= beta2
-        uncertainty += (1 - beta2) * abs(now - sensitivity)
+def _of_all(function: Callable[..., Any], layers: Sequence[Layer], *more: Any) -> Any:
+    """function(layers, *more), by a kernel where there is one."""
+    kernel = KERNELS.get((function, type(layers[0].p.E.data)))
+    found = kernel(layers, *more) if kernel else NotImplemented
+    return function(layers, *more) if found is NotImplemented else found
+
+
+def note(layers: Sequence[Layer], gradients: Sequence[dict[str, Array]], beta1: float, beta2: float) -> None:
+    """Moves the averages of all sites' numbers (eq. 8 to 10), by their gradients."""
+    for layer, own in zip(layers, gradients, strict=True):
+        for name, array in vars(layer.arrays).items():
+            sensitivity, uncertainty = (
+                getattr(layer.state, f"{what}_{name}") for what in ("sensitivity", "uncertainty")
+            )
+            now = abs(array * own[name])
+            sensitivity *= beta1
+            sensitivity += (1 - beta1) * now
+            uncertainty *= beta2
+            uncertainty += (1 - beta2) * abs(now - sensitivity)
 
 
 def importance(layer: Layer) -> Array:
@@ -92,15 +112,16 @@ def importance(layer: Layer) -> Array:
     return of["E"] + of["P"].mean(axis=0) + of["Q"].mean(axis=1)
 
 
-def _keep(layers: Sequence[Layer], count: int) -> None:
-    """Sets E to 0 but in the `count` most important triplets of all layers."""
+def importances(layers: Sequence[Layer]) -> Array:
+    """Those of all sites' triplets, one site after the other."""
     scores = [importance(layer) for layer in layers]
-    xp = xp_of(scores[0])
-    every = xp.concatenate(scores)
-    chosen = xp.ones(every.size, bool)
-    chosen[xp.argsort(every)[: max(every.size - count, 0)]] = False
+    return xp_of(scores[0]).concatenate(scores)
+
+
+def prune(layers: Sequence[Layer], chosen: Array) -> None:
+    """Sets E to 0 but in the triplets that are `chosen`, an array of bool such as `importances` gives."""
     start = 0
-    for layer, own in zip(layers, scores, strict=True):
+    for layer in layers:
         E = layer.arrays.E
-        E *= chosen[start : start + own.size]
-        start += own.size
+        E *= chosen[start : start + E.size]
+        start += E.size

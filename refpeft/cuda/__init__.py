@@ -15,4 +15,5 @@ from refpeft.cuda import (  # noqa: F401  pairs register themselves
     norms,
     rope,
     solve,
+    triplets,
 )

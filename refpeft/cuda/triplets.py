@@ -1,0 +1,93 @@
+"""AdaLoRA's step on all sites at once: a launch each for what is kept of numbers, for importances, and to prune.
+
+Kernels are told where the arrays of each site lie by a table, which is written anew every time: sites may come and go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import cupy
+import numpy as np
+
+from refpeft import triplets
+from refpeft.backend import Array
+from refpeft.cuda.kernels import Source
+from refpeft.cuda.override import or_else
+from refpeft.layers import Layer
+
+_source = Source("triplets.cu")
+_float32 = np.dtype("f4")
+_BLOCK = 256  # threads
+
+
+@or_else("keeps AdaLoRA's averages")
+def note(layers: Sequence[Layer], gradients: Sequence[dict[str, Array]], beta1: float, beta2: float) -> Any:
+    """triplets.note."""
+    rows = [
+        (layer.values[name].data, own[name], *_kept(layer, name))
+        for layer, own in zip(layers, gradients, strict=True)
+        for name in "PEQ"
+    ]
+    if not _are_plain(rows):
+        return NotImplemented
+    table = cupy.asarray(np.array([[*map(_address, row), row[0].size] for row in rows], np.int64))
+    blocks = -(-max(row[0].size for row in rows) // _BLOCK)
+    _source("note", _float32)((blocks, len(rows)), _BLOCK, table, beta1, 1 - beta1, beta2, 1 - beta2)
+    return None
+
+
+@or_else("tells how important AdaLoRA's triplets are")
+def importances(layers: Sequence[Layer]) -> Any:
+    """triplets.importances."""
+    found = _sites(layers)
+    if found is None:
+        return NotImplemented
+    table, site_of = found
+    scores = cupy.empty(site_of.size, _float32)
+    _source("importances", _float32)(site_of.size, _BLOCK, table, site_of, scores)
+    return scores
+
+
+@or_else("prunes AdaLoRA's triplets")
+def prune(layers: Sequence[Layer], chosen: Array) -> Any:
+    """triplets.prune."""
+    found = _sites(layers)
+    if found is None:
+        return NotImplemented
+    table, site_of = found
+    _source("prune", _float32)(-(-site_of.size // _BLOCK), _BLOCK, table, site_of, chosen, site_of.size)
+    return None
+
+
+def _sites(layers: Sequence[Layer]) -> tuple[Array, Array] | None:
+    """The sites as triplets.cu has them, and the site of each triplet; None where their arrays are not what it takes."""
+    rows = [(*(kept for name in "PEQ" for kept in _kept(layer, name)), layer.p.E.data) for layer in layers]
+    if not _are_plain(rows):
+        return None
+    ranks = [E.size for *_, E in rows]
+    firsts = np.cumsum([0, *ranks[:-1]])
+    sizes = [(*layer.site.shape, rank, first) for layer, rank, first in zip(layers, ranks, firsts, strict=True)]
+    table = [
+        [*map(_address, row), out, r, width, first] for row, (out, width, r, first) in zip(rows, sizes, strict=True)
+    ]
+    site_of = np.repeat(np.arange(len(rows), dtype=np.int32), ranks)
+    return cupy.asarray(np.array(table, np.int64)), cupy.asarray(site_of)
+
+
+def _kept(layer: Layer, name: str) -> tuple[Array, Array]:
+    return getattr(layer.state, f"sensitivity_{name}"), getattr(layer.state, f"uncertainty_{name}")
+
+
+def _are_plain(rows: Sequence[Sequence[Array]]) -> bool:
+    """Whether all arrays are float32 in C order."""
+    return all(array.dtype == _float32 and array.flags.c_contiguous for row in rows for array in row)
+
+
+def _address(array: Array) -> int:
+    return array.data.ptr
+
+
+for _function in (note, importances, prune):
+    triplets.KERNELS[getattr(triplets, _function.__name__), cupy.ndarray] = _function
