@@ -60,7 +60,7 @@ def averages(p: SimpleNamespace) -> dict[str, Array]:
 # ---- a step ----------------------------------------------------------------------------------------------------------
 
 KERNELS: dict[tuple[Callable[..., Any], type], Callable[..., Any]] = {}
-"""What stands in for `note`, `importances` and `prune` on arrays of a kind; it gives NotImplemented where it does not."""
+"""What stands in for `note`, `importances` and `prune` on arrays of a kind, or gives NotImplemented."""
 
 
 def step(update: Callable[[], Any], layers: Sequence[Layer], cfg: Any, t: int, total: int) -> None:

@@ -26,8 +26,8 @@ shards, an arena, batches without padding, and a second pair, faster, for each o
 GPUs ask of the rest, beside the kernels, is 1,120: what works on a machine and what would bring the rest (`refpeft
 doctor`), batches of few shapes that are there ahead of their step, steps of models, methods and optimizers that a graph
 repeats, bfloat16 and work that is put off, done again or waited for on the tape, and the plan of its memory; and 250
-time every method's step on any shape of model, in a process that may end (`refpeft compare --bench`), and 45
-lengths of rows of changed weights (DoRA), which are never there as a whole on a GPU, and AdaLoRA's step on all sites."""
+time every method's step on any shape of model, in a process that may end (`refpeft compare --bench`), and 45 lengths of
+rows of changed weights (DoRA), which are never there as a whole on a GPU, and AdaLoRA's step on all sites at once."""
 
 TOP = {"LICENSE", "README.md", "golden", "plugins", "pyproject.toml", "refpeft", "tests"}
 

@@ -62,7 +62,7 @@ def prune(layers: Sequence[Layer], chosen: Array) -> Any:
 
 
 def _sites(layers: Sequence[Layer]) -> tuple[Array, Array] | None:
-    """The sites as triplets.cu has them, and the site of each triplet; None where their arrays are not what it takes."""
+    """The sites as triplets.cu has them, and the site of each triplet; None where arrays are not what it takes."""
     rows = [(*(kept for name in "PEQ" for kept in _kept(layer, name)), layer.p.E.data) for layer in layers]
     if not _are_plain(rows):
         return None
