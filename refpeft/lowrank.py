@@ -86,9 +86,9 @@ def kaiming(rng: Stream, r: int, width: int) -> Array:
 
 @op
 def row_gains(needs, m, B, A, *, weight, alpha):
-    """What brings the rows of V = weight() + alpha B @ A to the lengths m, which is m / |V|, the norm of each row.
+    """m / |V|, |V| the norms of the rows of V = weight() + alpha B @ A: what brings these to the lengths m.
 
-    m (out,), B (out, r), A (r, in), weight() (out, in). Gives (out,).
+    m (out,), B (out, r), A (r, in), weight() (out, in). Gives (out,). Liu et al., 2024, arXiv:2402.09353, section 4.1.
     """
     changed = _changed(B, A, weight, alpha)
     expect("m", m, len(changed))

@@ -77,10 +77,11 @@ def _hadamard(B: Array, A: Array, weight: Callable[[], Array]) -> Array:
 @override(lowrank.row_gains, "float32")
 def row_gains(needs, m, B, A, *, weight, alpha):
     (out, r), width = B.shape, A.shape[-1]
-    if needs[1] or needs[2] or r > _LARGEST or m.shape != (out,) or len(A) != r or weight.shape != (out, width):
+    if needs[1] or needs[2] or r > _LARGEST or m.shape != (out,) or len(A) != r:
         return NotImplemented
-    dense = weight.array if isinstance(weight, Dense) else weight()
-    dense = _with_step(dense)  # in a room, rows have others behind them
+    dense = _with_step(weight.array if isinstance(weight, Dense) else weight())  # in a room, others are behind rows
+    if dense.shape != (out, width):
+        return NotImplemented
     gains, norms = cupy.empty(out, _float32), cupy.empty(out, _float32)
     _source("row_gains", dense.dtype)(
         *(-(-out // _ROWS), row_block(4 * width, 256)),

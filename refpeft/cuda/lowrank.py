@@ -233,7 +233,7 @@ def _together(x: Tensor, waiting: list[_Layer]) -> list[Tensor] | None:
     else:
         whole = Tensor(y)
     if waiting[0].gain is not None:
-        whole = _multiplied(whole, [layer.gain for layer in waiting])
+        whole = _times(whole, [layer.gain for layer in waiting])
     return [whole] if len(parts) == 1 else _columns(whole, room.widths)
 
 
@@ -337,7 +337,7 @@ def _narrow_products(
 # ---- gains of outputs ------------------------------------------------------------------------------------------------
 
 
-def _multiplied(y: Tensor, by: list[Tensor]) -> Tensor:
+def _times(y: Tensor, by: list[Tensor]) -> Tensor:
     """y (..., out) times gains of float32, which are as long as `out` together."""
     gain = by[0].data if len(by) == 1 else cupy.concatenate([each.data for each in by])
     needs = needs_of((y, *by))
@@ -348,7 +348,7 @@ def _multiplied(y: Tensor, by: list[Tensor]) -> Tensor:
     return gained.made(scaled, needs, (y, *by), (kept_y, gain, [len(each.data) for each in by], needs))
 
 
-gained = Op(_multiplied, "gains of layers")
+gained = Op(_times, "gains of layers")
 gained.stands_in = True
 
 
