@@ -78,8 +78,8 @@ def kron_linear(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """x @ kron(a, b).T, without that product where it is large: x (..., columns of a times columns of b)."""
     rows, columns = x.shape[:-1], (a.shape[1], b.shape[1])
     if x.dtype == bfloat16 and a.data.size * b.data.size <= _DENSE:
-        whole = a.reshape(a.shape[0], 1, a.shape[1], 1) * b.reshape(1, b.shape[0], 1, b.shape[1])
-        return ops.linear(x, whole.reshape(a.shape[0] * b.shape[0], -1))
+        each = (a.reshape(-1, 1) @ b.reshape(1, -1)).reshape(*a.shape, *b.shape)  # so gradients are products, too
+        return ops.linear(x, each.transpose(0, 2, 1, 3).reshape(a.shape[0] * b.shape[0], -1))
     swap = (*range(len(rows)), len(rows) + 1, len(rows))
     x = ops.linear(ops.reshape(x, shape=(*rows, *columns)), b)
     x = ops.linear(ops.transpose(x, axes=swap), a)
