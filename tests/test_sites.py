@@ -169,6 +169,25 @@ def test_a_hook_gets_what_it_names(registered):
     assert seen["train"].step == 4
 
 
+@pytest.mark.parametrize(
+    "below, above, alone",
+    [(None, None, True), ("lora", None, False), (None, "lora", True), (None, "bitfit", False), ("bitfit", None, False)],
+)
+def test_a_hook_is_told_whether_its_base_is_the_frozen_layer_as_it_is(registered, below, above, alone):
+    """Nothing is below, and nothing above stands in for a part, as a trained bias does."""
+    told = []
+    made_here = registered(
+        peft_params=lambda site: {"s": np.ones(site.shape[0])},
+        peft_linear=lambda x, base, p: told.append(base.is_frozen) or base(x) * p.s,
+    )
+    model = tiny.model("qwen2")
+    for method in (below, made_here, above):
+        if method:
+            sites.attach(model, method, {"targets": ["@q"]} if isinstance(method, str) else None)
+    model(tiny.ids())
+    assert told == [alone] * len(Q)
+
+
 def test_a_weight_that_no_hook_names_is_not_computed(registered):
     def peft_params(site):
         return {"s": np.ones(site.shape[0])}
