@@ -74,4 +74,4 @@ def objective(model: Model, batch: Batch, denominator: float, strength: float) -
             kl = kl * Tensor(counts.astype(kl.dtype))
         return loss + ops.sum(batch.counted(kl, here)) * (strength / denominator)
 
-    return by_chunks(model, hidden, term)
+    return by_chunks(model, model.head, hidden, term)

@@ -60,7 +60,7 @@ def averages(p: SimpleNamespace) -> dict[str, Array]:
 # ---- a step ----------------------------------------------------------------------------------------------------------
 
 KERNELS: dict[tuple[Callable[..., Any], type], Callable[..., Any]] = {}
-"""What stands in for `note`, `importances` and `prune` on arrays of a kind, or gives NotImplemented."""
+"""What stands in for `note` and `keep` on arrays of a kind, or gives NotImplemented."""
 
 
 def step(update: Callable[[], Any], layers: Sequence[Layer], cfg: Any, t: int, total: int) -> None:
@@ -75,27 +75,26 @@ def step(update: Callable[[], Any], layers: Sequence[Layer], cfg: Any, t: int, t
     if cfg.compat == "none":
         update()
     if kept is not None:
-        scores = _of_all(importances, layers)
-        xp = xp_of(scores)
-        chosen = xp.ones(scores.size, bool)
-        chosen[xp.argsort(scores)[: max(scores.size - kept, 0)]] = False
-        _of_all(prune, layers, chosen)
+        _of_all(keep, layers, kept)
 
 
-def _of_all(function: Callable[..., Any], layers: Sequence[Layer], *more: Any) -> Any:
+def _of_all(function: Callable[..., Any], layers: Sequence[Layer], *more: Any) -> None:
     """function(layers, *more), by a kernel where there is one."""
     kernel = KERNELS.get((function, type(layers[0].p.E.data)))
-    found = kernel(layers, *more) if kernel else NotImplemented
-    return function(layers, *more) if found is NotImplemented else found
+    if kernel is None or kernel(layers, *more) is NotImplemented:
+        function(layers, *more)
+
+
+def averages_of(layer: Layer, name: str) -> tuple[Array, Array]:
+    """(sensitivity, uncertainty) of a site's P, E or Q."""
+    return getattr(layer.state, f"sensitivity_{name}"), getattr(layer.state, f"uncertainty_{name}")
 
 
 def note(layers: Sequence[Layer], gradients: Sequence[dict[str, Array]], beta1: float, beta2: float) -> None:
     """Moves the averages of all sites' numbers (eq. 8 to 10), by their gradients."""
     for layer, own in zip(layers, gradients, strict=True):
         for name, array in vars(layer.arrays).items():
-            sensitivity, uncertainty = (
-                getattr(layer.state, f"{what}_{name}") for what in ("sensitivity", "uncertainty")
-            )
+            sensitivity, uncertainty = averages_of(layer, name)
             now = abs(array * own[name])
             sensitivity *= beta1
             sensitivity += (1 - beta1) * now
@@ -105,23 +104,24 @@ def note(layers: Sequence[Layer], gradients: Sequence[dict[str, Array]], beta1: 
 
 def importance(layer: Layer) -> Array:
     """That of each triplet of a site (eq. 7 and 11)."""
-    of = {
-        name: getattr(layer.state, f"sensitivity_{name}") * getattr(layer.state, f"uncertainty_{name}")
-        for name in "PEQ"
-    }
+    averages = {name: averages_of(layer, name) for name in "PEQ"}
+    of = {name: sensitivity * uncertainty for name, (sensitivity, uncertainty) in averages.items()}
     return of["E"] + of["P"].mean(axis=0) + of["Q"].mean(axis=1)
 
 
-def importances(layers: Sequence[Layer]) -> Array:
-    """Those of all sites' triplets, one site after the other."""
+def keep(layers: Sequence[Layer], count: int) -> None:
+    """Sets E to 0 but in the `count` most important triplets of all sites."""
     scores = [importance(layer) for layer in layers]
-    return xp_of(scores[0]).concatenate(scores)
-
-
-def prune(layers: Sequence[Layer], chosen: Array) -> None:
-    """Sets E to 0 but in the triplets that are `chosen`, an array of bool such as `importances` gives."""
-    start = 0
-    for layer in layers:
+    chosen, start = most(xp_of(scores[0]).concatenate(scores), count), 0
+    for layer, own in zip(layers, scores, strict=True):
         E = layer.arrays.E
-        E *= chosen[start : start + E.size]
-        start += E.size
+        E *= chosen[start : start + own.size]
+        start += own.size
+
+
+def most(scores: Array, count: int) -> Array:
+    """Which of them are the `count` largest: an array of bool."""
+    xp = xp_of(scores)
+    chosen = xp.ones(scores.size, bool)
+    chosen[xp.argsort(scores)[: max(scores.size - count, 0)]] = False
+    return chosen

@@ -151,9 +151,9 @@ def _of_columns(kernel: Launch, y: Array, z: Array, columns: Array) -> None:
         kernel(-(-z.size // 256), 256, *arrays, len(columns), np.int64(z.size))
 
 
-def _with_step(rows: Array) -> Array:
+def _with_step(x: Array) -> Array:
     """Rows at equal distances: themselves, or a copy."""
-    return rows if margins.step(rows) is not None else contiguous(rows)
+    return x if margins.step(x) is not None else contiguous(x)
 
 
 # ---- weights of frequencies, and circulant ones ----------------------------------------------------------------------

@@ -3,6 +3,7 @@ what was broadcast. Nothing is kept but inputs: what backward needs is computed 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -78,8 +79,17 @@ def _broadcast(*arrays: Any) -> bool:
 # ---- of two arrays ---------------------------------------------------------------------------------------------------
 
 
-def _of_two(op: Op, function: str, by_a: tuple[str, str], by_b: tuple[str, str]) -> None:
-    """function(a, b). The gradient of each is a function of g and what the second string names."""
+def _of_two(
+    op: Op,
+    function: str,
+    by_a: tuple[str, str],
+    by_b: tuple[str, str],
+    at_once: Callable[..., tuple | None] = lambda g, a, b, into: None,
+) -> None:
+    """function(a, b). The gradient of each is a function of g and what the second string names.
+
+    Where both are wanted and read a and b, `at_once` is asked for them first.
+    """
 
     @override(op, "bfloat16")
     def forward(needs, a, b):
@@ -91,10 +101,9 @@ def _of_two(op: Op, function: str, by_a: tuple[str, str], by_b: tuple[str, str])
 
     @forward.backward(into=True)
     def _(g, a_like, b_like, a, b, into):
-        if op is ops.mul and a is not None and b is not None:
-            found = _by_gains(g, a, b, into)
-            if found is not None:
-                return found
+        found = None if a is None or b is None else at_once(g, a, b, into)
+        if found is not None:
+            return found
         named = {"a": a, "b": b}
         return tuple(
             gradient(like, onto, slope, g, *(named[name] for name in names))
@@ -137,7 +146,7 @@ def added(a: Tensor, b: Tensor, total: Array) -> Tensor:
 
 
 _of_two(ops.sub, "sub", ("copy", ""), ("neg", ""))
-_of_two(ops.mul, "mul", ("mul", "b"), ("mul", "a"))
+_of_two(ops.mul, "mul", ("mul", "b"), ("mul", "a"), _by_gains)
 _of_two(ops.div, "div", ("div", "b"), ("div_slope", "ba"))
 _of_two(ops.maximum, "maximum", ("maximum_slope", "ab"), ("maximum_slope", "ba"))
 

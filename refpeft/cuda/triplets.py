@@ -26,7 +26,7 @@ _BLOCK = 256  # threads
 def note(layers: Sequence[Layer], gradients: Sequence[dict[str, Array]], beta1: float, beta2: float) -> Any:
     """triplets.note."""
     rows = [
-        (layer.values[name].data, own[name], *_kept(layer, name))
+        (layer.values[name].data, own[name], *triplets.averages_of(layer, name))
         for layer, own in zip(layers, gradients, strict=True)
         for name in "PEQ"
     ]
@@ -38,32 +38,22 @@ def note(layers: Sequence[Layer], gradients: Sequence[dict[str, Array]], beta1: 
     return None
 
 
-@or_else("tells how important AdaLoRA's triplets are")
-def importances(layers: Sequence[Layer]) -> Any:
-    """triplets.importances."""
-    found = _sites(layers)
-    if found is None:
-        return NotImplemented
-    table, site_of = found
-    scores = cupy.empty(site_of.size, _float32)
-    _source("importances", _float32)(site_of.size, _BLOCK, table, site_of, scores)
-    return scores
-
-
 @or_else("prunes AdaLoRA's triplets")
-def prune(layers: Sequence[Layer], chosen: Array) -> Any:
-    """triplets.prune."""
-    found = _sites(layers)
+def keep(layers: Sequence[Layer], count: int) -> Any:
+    """triplets.keep."""
+    found = sites(layers)
     if found is None:
         return NotImplemented
-    table, site_of = found
-    _source("prune", _float32)(-(-site_of.size // _BLOCK), _BLOCK, table, site_of, chosen, site_of.size)
+    prune(*found, triplets.most(importances(*found), count))
     return None
 
 
-def _sites(layers: Sequence[Layer]) -> tuple[Array, Array] | None:
+def sites(layers: Sequence[Layer]) -> tuple[Array, Array] | None:
     """The sites as triplets.cu has them, and the site of each triplet; None where arrays are not what it takes."""
-    rows = [(*(kept for name in "PEQ" for kept in _kept(layer, name)), layer.p.E.data) for layer in layers]
+    rows = []
+    for layer in layers:
+        averages = [each for name in "PEQ" for each in triplets.averages_of(layer, name)]
+        rows.append((*averages, layer.p.E.data))
     if not _are_plain(rows):
         return None
     ranks = [E.size for *_, E in rows]
@@ -76,8 +66,16 @@ def _sites(layers: Sequence[Layer]) -> tuple[Array, Array] | None:
     return cupy.asarray(np.array(table, np.int64)), cupy.asarray(site_of)
 
 
-def _kept(layer: Layer, name: str) -> tuple[Array, Array]:
-    return getattr(layer.state, f"sensitivity_{name}"), getattr(layer.state, f"uncertainty_{name}")
+def importances(table: Array, site_of: Array) -> Array:
+    """Those of the triplets of `sites`."""
+    scores = cupy.empty(site_of.size, _float32)
+    _source("importances", _float32)(site_of.size, _BLOCK, table, site_of, scores)
+    return scores
+
+
+def prune(table: Array, site_of: Array, chosen: Array) -> None:
+    """Sets E to 0 but in the triplets of `sites` that are `chosen`, an array of bool."""
+    _source("prune", _float32)(-(-site_of.size // _BLOCK), _BLOCK, table, site_of, chosen, site_of.size)
 
 
 def _are_plain(rows: Sequence[Sequence[Array]]) -> bool:
@@ -89,5 +87,4 @@ def _address(array: Array) -> int:
     return array.data.ptr
 
 
-for _function in (note, importances, prune):
-    triplets.KERNELS[getattr(triplets, _function.__name__), cupy.ndarray] = _function
+triplets.KERNELS |= {(triplets.note, cupy.ndarray): note, (triplets.keep, cupy.ndarray): keep}

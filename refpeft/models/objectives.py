@@ -33,19 +33,15 @@ def cross_entropy(model: Model, batch: Any, denominator: float) -> Tensor:
         counts = None if weights is None else weights[here]
         return fused.cross_entropy(logits, targets=targets[here], weights=counts, denominator=denominator)
 
-    return by_chunks(model, hidden, loss, model.head.as_computed)  # it computes in float32 whatever it is given
+    return by_chunks(model, model.head.as_computed, hidden, loss)  # it computes in float32 whatever it is given
 
 
 def by_chunks(
-    model: Model,
-    hidden: Tensor,
-    term: Callable[[Tensor, slice], Tensor],
-    head: Callable[[Tensor], Tensor] | None = None,
+    model: Model, head: Callable[[Tensor], Tensor], hidden: Tensor, term: Callable[[Tensor, slice], Tensor]
 ) -> Tensor:
     """The sum of term(logits of some rows of `hidden`, which rows these are), chunk by chunk.
 
-    `head` gives the logits, where it is not the model's, and gives them again in the backward pass, so that they never
-    exist as a whole.
+    `head`, the model's, gives the logits again in the backward pass, so that they never exist as a whole.
     """
     size = max(1, fused.logits_at_once(model.xp is np, hidden.dtype.itemsize) // model.head.shape[0])
     total = None
@@ -54,7 +50,7 @@ def by_chunks(
 
         def chunk(h: Tensor, here: slice = here) -> Tensor:
             model.mode.chunk = here.start  # dropout in the head: each row's own mask, the same one when recomputed
-            logits = (head or model.head)(h)
+            logits = head(h)
             model.mode.chunk = 0
             return term(logits, here)
 

@@ -7,6 +7,7 @@ import tiny
 
 from refpeft import learning, sites, triplets
 from refpeft.backend import to_host
+from refpeft.cuda import triplets as by_kernels
 from refpeft.optim import Flat
 
 OPTIONS = {"init_r": 5, "target_r": 2, "tinit": 1, "tfinal": 2, "delta_t": 2, "targets": "all-linear"}
@@ -43,12 +44,8 @@ class Trained:
 @pytest.fixture
 def counted(monkeypatch):
     """How often each kernel is started."""
-    from refpeft.cuda import triplets as here
-
-    found = []
-    monkeypatch.setattr(
-        here, "_source", lambda name, dtype, source=here._source: found.append(name) or source(name, dtype)
-    )
+    found, source = [], by_kernels._source
+    monkeypatch.setattr(by_kernels, "_source", lambda name, dtype: found.append(name) or source(name, dtype))
     return found
 
 
@@ -65,7 +62,8 @@ def test_importances_are_those_of_the_host_to_rounding(counted):
     there, here = Trained(cupy), Trained(np, "float64")
     for name, array in here.kept.items():
         array[...] = to_host(there.kept[name])
-    found, expected = (triplets._of_all(triplets.importances, site.layers) for site in (there, here))
+    found = by_kernels.importances(*by_kernels.sites(there.layers))
+    expected = np.concatenate([triplets.importance(layer) for layer in here.layers])
     assert counted == ["importances"] and found.dtype == np.float32
     assert np.allclose(to_host(found), expected, rtol=1e-6, atol=0)
 
@@ -73,8 +71,10 @@ def test_importances_are_those_of_the_host_to_rounding(counted):
 def test_triplets_that_are_not_chosen_are_set_to_0_and_no_others(counted):
     there, here = Trained(cupy), Trained(np)
     chosen = np.random.default_rng(1).random(sum(layer.p.E.data.size for layer in here.layers)) < 0.5
-    triplets._of_all(triplets.prune, there.layers, cupy.asarray(chosen))
-    triplets.prune(here.layers, chosen)
+    by_kernels.prune(*by_kernels.sites(there.layers), cupy.asarray(chosen))
+    parts = np.split(chosen, np.cumsum([layer.p.E.data.size for layer in here.layers])[:-1])
+    for layer, part in zip(here.layers, parts, strict=True):
+        layer.p.E.data *= part
     assert counted == ["prune"]
     assert np.array_equal(to_host(there.flat.values), here.flat.values)
 
@@ -104,6 +104,6 @@ def test_sites_that_are_gone_are_in_no_table():
     site = Trained(cupy)
     before = [layer.p.E.data.copy() for layer in site.layers]
     some = site.layers[1::2]
-    triplets._of_all(triplets.prune, some, cupy.zeros(sum(layer.p.E.data.size for layer in some), bool))
+    by_kernels.prune(*by_kernels.sites(some), cupy.zeros(sum(layer.p.E.data.size for layer in some), bool))
     for number, (layer, E) in enumerate(zip(site.layers, before, strict=True)):
         assert (layer.p.E.data == (0 if number % 2 else E)).all()
